@@ -1,0 +1,103 @@
+"""What can go wrong, grouped by what the caller can do about it.
+
+    ShardckptError
+    +-- StateError              the state passed to save or load is not right: fix the state
+    |   +-- UnsupportedValueError   holds something that cannot be stored as data
+    |   +-- RankMismatchError       ranks disagree about one name
+    |   +-- MissingKeysError        the checkpoint and the state do not have the same names
+    |   +-- ShapeMismatchError      a tensor's shape or dtype differs
+    +-- CheckpointError         the checkpoint at this URL is not right: take another one
+    |   +-- NotACheckpointError     nothing is there, or it is something else
+    |   +-- CheckpointExistsError   a checkpoint is there already, and is never overwritten
+    |   +-- FormatError             the manifest is invalid, unsafe, or of a newer version
+    |   +-- CorruptError            stored bytes differ from what was written
+    +-- StorageError            the storage refuses or is out of reach: fix it, then try again
+    |   +-- StorageFullError        no space, or over quota
+    |   +-- CredentialsError        no or wrong credentials, or no permission
+    +-- SaveError               a save did not become durable: the checkpoint before it stands
+
+Every message names the rank, the tensor or the path; what was expected; what was found; and the remedy.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CorruptError",
+    "CredentialsError",
+    "FormatError",
+    "MissingKeysError",
+    "NotACheckpointError",
+    "RankMismatchError",
+    "SaveError",
+    "ShapeMismatchError",
+    "ShardckptError",
+    "StateError",
+    "StorageError",
+    "StorageFullError",
+    "UnsupportedValueError",
+]
+
+
+class ShardckptError(Exception):
+    """Every error that this library raises by itself."""
+
+
+class StateError(ShardckptError, ValueError):
+    """The state passed to save or load is not right. Nothing was written or changed."""
+
+
+class UnsupportedValueError(StateError):
+    """The state holds something that cannot be stored as data (a function, a set, a class instance)."""
+
+
+class RankMismatchError(StateError):
+    """Ranks disagree about a name: other shape, dtype, layout or content."""
+
+
+class MissingKeysError(StateError, KeyError):
+    """The checkpoint lacks names that the state has, or the other way round."""
+
+    def __str__(self) -> str:  # KeyError would print its repr
+        return str(self.args[0])
+
+
+class ShapeMismatchError(StateError):
+    """A tensor's shape or dtype in the checkpoint differs from the one in the state."""
+
+
+class CheckpointError(ShardckptError):
+    """The checkpoint at this URL is not right. Nothing was changed in the caller's state."""
+
+
+class NotACheckpointError(CheckpointError, FileNotFoundError):
+    """No checkpoint is at this URL: nothing is there, or it is something else."""
+
+
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """A checkpoint is at this URL already; it was left as it is."""
+
+
+class FormatError(CheckpointError):
+    """The manifest is invalid, refers to something outside its run, or is of a newer version."""
+
+
+class CorruptError(CheckpointError):
+    """Stored bytes are missing or differ from what was written; the message names the chunk."""
+
+
+class StorageError(ShardckptError, OSError):
+    """The storage refuses or is out of reach. What was stored before is unchanged."""
+
+
+class StorageFullError(StorageError):
+    """The storage has no space left, or a quota is used up."""
+
+
+class CredentialsError(StorageError, PermissionError):
+    """The storage wants credentials, or the ones given do not permit this."""
+
+
+class SaveError(ShardckptError):
+    """A save did not become durable. Checkpoints committed before it are untouched."""

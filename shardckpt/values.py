@@ -1,0 +1,154 @@
+"""Plain values as data: the JSON form of everything in a state that is not a tensor.
+
+Numbers, strings, lists, None and dicts with string keys are themselves. What JSON lacks is an object
+with one key that begins with `$`:
+
+    {"$tuple": [..]}   {"$bytes": "base64"}   {"$float": "nan" | "inf" | "-inf"}   {"$int": "digits"}
+    {"$dict": [[key, value], ..]}     a dict with keys that are not strings, or that begin with $
+    {"$tensor": "name"}               a tensor of this checkpoint
+    {"$ndarray": "name"}              the same, and it was a NumPy array
+    {"$per_rank": "path"}             a value that every rank has its own of
+
+Nothing is ever executed when values are read, and there is no pickle.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from shardckpt.errors import FormatError, UnsupportedValueError
+
+__all__ = ["TensorRef", "decode", "encode", "join", "segment"]
+
+_INT64 = 1 << 63
+
+
+class TensorRef:
+    """Stands in a tree of values for a tensor: its name, and whether NumPy or torch should have it."""
+
+    __slots__ = ("name", "ndarray")
+
+    def __init__(self, name: str, *, ndarray: bool = False) -> None:
+        self.name = name
+        self.ndarray = ndarray
+
+    def __repr__(self) -> str:
+        return f"TensorRef({self.name!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorRef) and (self.name, self.ndarray) == (
+            other.name,
+            other.ndarray,
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.ndarray))
+
+
+def segment(key: object) -> str:
+    """One part of a tensor's name: `key` as text that is also a legal Zarr node name.
+
+    Slashes, control characters and what Zarr reserves are percent-encoded, so different keys of one
+    dict have different segments.
+    """
+    text = str(key)
+    encoded = quote(text, safe=" !$&'()*+,;=:@[]{}<>|^`\"#?~", encoding="utf-8", errors="surrogatepass")
+    if not encoded.strip(".") or encoded.startswith("__"):
+        encoded = "".join(f"%{byte:02X}" for byte in text.encode()[:1] or b"\0") + encoded[1:]
+    return encoded if encoded != "zarr.json" else "%7Aarr.json"
+
+
+def join(path: str, key: object) -> str:
+    """The name of what lies under `key` at `path`."""
+    return f"{path}/{segment(key)}" if path else segment(key)
+
+
+def encode(value: Any, path: str, leaf: Callable[[Any, str], Any] | None = None) -> Any:
+    """The JSON form of `value`, which lies at `path` of the state.
+
+    `leaf` may turn a value that is not plain into its JSON form; it returns NotImplemented for what it
+    does not know. Raises UnsupportedValueError, which names the path, for anything else.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, int):
+        return int(value) if -_INT64 <= value < _INT64 else {"$int": str(int(value))}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
+    if isinstance(value, (bytes, bytearray)):
+        return {"$bytes": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, Mapping):
+        _check_distinct(value, path)
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {str(key): encode(v, join(path, key), leaf) for key, v in value.items()}
+        return {
+            "$dict": [
+                [encode(key, f"{path} (a key)"), encode(v, join(path, key), leaf)]
+                for key, v in value.items()
+            ]
+        }
+    if isinstance(value, (list, tuple)):
+        items = [encode(v, join(path, i), leaf) for i, v in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if leaf is not None and (encoded := leaf(value, path)) is not NotImplemented:
+        return encoded
+    raise UnsupportedValueError(
+        f"state[{path!r}] is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored "
+        "as data. Storable: tensors, NumPy arrays, numbers, strings, bytes, None, lists, tuples, dicts, "
+        "and objects with state_dict() and load_state_dict(). Convert it, or leave it out."
+    )
+
+
+def decode(value: Any, path: str = "") -> Any:
+    """The value of a JSON form; tensors become TensorRef, per-rank values None.
+
+    Raises FormatError for a tag that this version does not know.
+    """
+    if isinstance(value, list):
+        return [decode(v, join(path, i)) for i, v in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1 and (tag := next(iter(value))).startswith("$"):
+        return _decode_tagged(tag, value[tag], path)
+    return {key: decode(v, join(path, key)) for key, v in value.items()}
+
+
+def _decode_tagged(tag: str, content: Any, path: str) -> Any:
+    try:
+        match tag:
+            case "$tuple":
+                return tuple(decode(v, join(path, i)) for i, v in enumerate(content))
+            case "$bytes":
+                return base64.b64decode(content, validate=True)
+            case "$float":
+                return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[content]
+            case "$int":
+                return int(content)
+            case "$dict":
+                return {decode(key): decode(v, join(path, key)) for key, v in content}
+            case "$tensor" | "$ndarray" if isinstance(content, str):
+                return TensorRef(content, ndarray=tag == "$ndarray")
+            case "$per_rank" if isinstance(content, str):
+                return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"values: {path!r} has an invalid {tag}: {error!r}") from error
+    raise FormatError(
+        f"values: {path!r} has the entry type {tag!r}, which this version does not know; "
+        "read this checkpoint with a newer shardckpt"
+    )
+
+
+def _check_distinct(value: Mapping[Any, Any], path: str) -> None:
+    """Two keys must not share a name: 1 and "1" in one dict would."""
+    seen: dict[str, object] = {}
+    for key in value:
+        if (name := segment(key)) in seen:
+            raise UnsupportedValueError(
+                f"state[{path!r}] has the keys {seen[name]!r} and {key!r}, which would share the name "
+                f"{name!r}. Rename one of them."
+            )
+        seen[name] = key
