@@ -12,7 +12,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-__all__ = ["Box", "Piece", "Runs", "pieces_of_runs", "split_evenly", "split_strided"]
+import numpy as np
+
+__all__ = ["Box", "Piece", "Runs", "pieces_of_runs", "split_evenly", "split_strided", "tiles"]
 
 Runs = tuple[tuple[int, int], ...]
 """Half-open ranges `(start, stop)` of one dimension, as they follow one another in the local tensor."""
@@ -127,6 +129,23 @@ def pieces_of_runs(runs: Sequence[Runs]) -> tuple[Piece, ...]:
         Piece(Box(tuple(o for o, _, _ in p), tuple(n for _, n, _ in p)), tuple(a for _, _, a in p))
         for p in itertools.product(*axes)
     )
+
+
+def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Whether `boxes`, which lie inside a tensor of this shape, cover each of its elements exactly once."""
+    if sum(box.volume for box in boxes) != math.prod(shape):
+        return False
+    filled = [box for box in boxes if box.volume]
+    if len(filled) < 2 or not shape:
+        return True
+    starts = np.array([box.offsets for box in filled], dtype=np.int64)
+    stops = starts + np.array([box.shape for box in filled], dtype=np.int64)
+    for i in range(len(filled) - 1):
+        low = np.maximum(starts[i], starts[i + 1 :])
+        high = np.minimum(stops[i], stops[i + 1 :])
+        if bool(np.any(np.all(low < high, axis=1))):
+            return False
+    return True
 
 
 def _cut(runs: Runs, start: int, stop: int) -> Runs:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shardckpt.box import Box
+from shardckpt.box import Box, tiles
 from shardckpt.dtypes import DTYPES, itemsize
 from shardckpt.errors import FormatError
 
@@ -253,24 +253,8 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
             )
         if len(array.chunk) != len(array.shape) or any(c < 1 for c in array.chunk):
             raise FormatError(f"{wrong} has the chunk shape {array.chunk} for {array.shape}")
-    if sum(array.box.volume for array in tensor.arrays) != math.prod(tensor.shape) or _overlap(
-        [array.box for array in tensor.arrays]
-    ):
+    if not tiles(tensor.shape, [array.box for array in tensor.arrays]):
         raise FormatError(f"{wrong} of shape {tensor.shape} is not tiled exactly by its boxes")
-
-
-def _overlap(boxes: Sequence[Box]) -> bool:
-    """Whether any two boxes have an element in common."""
-    if len(boxes) < 2 or not boxes[0].shape:
-        return len(boxes) > 1
-    starts = np.array([box.offsets for box in boxes], dtype=np.int64)
-    stops = starts + np.array([box.shape for box in boxes], dtype=np.int64)
-    for i in range(len(boxes) - 1):
-        low = np.maximum(starts[i], starts[i + 1 :])
-        high = np.minimum(stops[i], stops[i + 1 :])
-        if bool(np.any(np.all(low < high, axis=1))):
-            return True
-    return False
 
 
 def _check_chunks(manifest: Manifest, where: str) -> None:

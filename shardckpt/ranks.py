@@ -1,0 +1,128 @@
+"""What the ranks of a world tell each other: small messages, in the foreground only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shardckpt import errors
+
+__all__ = ["Alone", "Ranks", "TorchRanks", "agree", "current_ranks"]
+
+
+class Ranks(Protocol):
+    """A world of ranks that call each method together, in the same order."""
+
+    rank: int
+    size: int
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's `data`, by rank, on every rank."""
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's `data`, on every rank."""
+
+    def maximum(self, values: Sequence[int]) -> list[int]:
+        """The elementwise maximum over the ranks of equally many 64-bit integers."""
+
+
+class Alone:
+    """A world of one."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """See Ranks."""
+        return [data]
+
+    def broadcast(self, data: bytes) -> bytes:
+        """See Ranks."""
+        return data
+
+    def maximum(self, values: Sequence[int]) -> list[int]:
+        """See Ranks."""
+        return list(values)
+
+
+class TorchRanks:
+    """The ranks of a torch.distributed process group that can move CPU tensors."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """See Ranks."""
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
+        longest = max(int(length) for length in lengths)
+        if longest == 0:
+            return [b""] * self.size
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(data)] = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine, group=self._group)
+        return [
+            tensor.numpy()[: int(length)].tobytes()
+            for tensor, length in zip(gathered, lengths, strict=True)
+        ]
+
+    def broadcast(self, data: bytes) -> bytes:
+        """See Ranks."""
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, group=self._group, group_src=0)
+        content = torch.zeros(int(length), dtype=torch.uint8)
+        if self.rank == 0 and data:
+            content = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+        if int(length):
+            dist.broadcast(content, group=self._group, group_src=0)
+        return content.numpy().tobytes()
+
+    def maximum(self, values: Sequence[int]) -> list[int]:
+        """See Ranks."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return [int(value) for value in tensor]
+
+
+_groups: dict[int, TorchRanks] = {}
+
+
+def current_ranks() -> Ranks:
+    """The world of torch.distributed, or Alone where it is not initialized.
+
+    Where the default process group cannot move CPU tensors (NCCL), a gloo group is made beside it, once;
+    every rank must therefore call this for the first time together.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return Alone()
+    world = dist.group.WORLD
+    if id(world) not in _groups:
+        backend = str(dist.get_backend_config(world))
+        group = world if "cpu" in backend or "gloo" in backend else dist.new_group(backend="gloo")
+        _groups.clear()  # of a process group that was destroyed
+        _groups[id(world)] = TorchRanks(group)
+    return _groups[id(world)]
+
+
+def agree(ranks: Ranks, error: Exception | None) -> None:
+    """Raise on every rank if any rank has an error: its own there, elsewhere one like it that tells whose.
+
+    Every rank must call it. Without it, the ranks that are well would wait for the others for ever.
+    """
+    if not any(ranks.maximum([error is not None])):
+        return
+    told = "" if error is None else f"{type(error).__name__}:{error}"
+    reports = ranks.gather(told.encode())
+    if error is not None:
+        raise error
+    rank, report = next((r, report.decode()) for r, report in enumerate(reports) if report)
+    name, _, message = report.partition(":")
+    kind = getattr(errors, name) if name in errors.__all__ else errors.ShardckptError
+    raise kind(f"rank {rank}: {message}")
