@@ -1,0 +1,9 @@
+"""Where checkpoints live: a folder of files or objects behind one small seam, `Storage`."""
+
+from __future__ import annotations
+
+from shardckpt.storage.local import LocalStorage
+from shardckpt.storage.protocol import Storage
+from shardckpt.storage.url import open_storage
+
+__all__ = ["LocalStorage", "Storage", "open_storage"]

@@ -1,0 +1,273 @@
+"""A folder on a local or mounted file system."""
+
+# Names here are strings on their way to system calls, beside descriptors, for which Path has none.
+# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH112, PTH120, PTH121, PTH208
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+
+from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
+from shardckpt.storage import direct
+from shardckpt.storage.names import is_temporary, join, temporary_name
+
+__all__ = ["LocalStorage"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EACCES)
+
+
+class LocalStorage:
+    """A folder, given by its absolute path. See `Storage` for what each method guarantees."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._root = path
+        self._durable: set[str] = set()  # folders whose entry in their parent is on disk
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return self._path
+
+    def __repr__(self) -> str:
+        return f"LocalStorage({self._path!r})"
+
+    def __reduce__(self) -> tuple[type[LocalStorage], tuple[str]]:
+        return LocalStorage, (self._path,)
+
+    def at(self, path: str) -> LocalStorage:
+        below = LocalStorage(join(self._path, path))
+        below._root, below._durable, below._lock = self._root, self._durable, self._lock
+        return below
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        with self._opened(path) as (fd, full):
+            stop = os.fstat(fd).st_size if stop is None else stop
+            with _explained("read", full):
+                pieces = []
+                while start < stop and (piece := os.pread(fd, stop - start, start)):
+                    pieces.append(piece)
+                    start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        found, wanted, view = 0, buffer.nbytes, buffer.cast("B")
+        with self._opened(path) as (fd, full), _explained("read", full):
+            while found < wanted and (n := os.preadv(fd, [view[found:]], offset + found)):
+                found += n
+        if found < wanted:
+            raise CorruptError(
+                f"{full} is truncated: wanted {wanted} bytes at offset {offset}, found {found}"
+            )
+
+    def size(self, path: str) -> int:
+        with self._opened(path) as (fd, _):
+            return os.fstat(fd).st_size
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        full = join(self._path, path)
+        with _explained("write", full, len(data)), self._temporary(full, data) as temporary:
+            os.replace(temporary, full)
+            _sync_folder(os.path.dirname(full))
+
+    def create(self, path: str, data: bytes) -> None:
+        full = join(self._path, path)
+        with _explained("create", full, len(data)), self._temporary(full, data) as temporary:
+            try:
+                os.link(temporary, full)
+            except FileExistsError:
+                # Over NFS the reply to a link that succeeded may be lost, and its repetition fails.
+                if not os.path.samefile(temporary, full):
+                    raise
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                _create_in_place(full, data)
+            _sync_folder(os.path.dirname(full))
+
+    def write_pack(self, path: str, buffer: memoryview) -> None:
+        full = join(self._path, path)
+        folder = os.path.dirname(full)
+        with _explained("write", full, buffer.nbytes):
+            self._make_folder(folder)
+            # A new file, so that whoever still reads or maps the earlier one is not disturbed.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(full)
+            try:
+                direct.write_file(full, buffer.cast("B"))
+            except OSError as error:
+                if error.errno in _FULL:
+                    os.unlink(full)
+                raise
+            _sync_folder(folder)
+
+    def list(self, path: str = "") -> list[str]:
+        full = join(self._path, path)
+        with _explained("list", full):
+            try:
+                return sorted(name for name in os.listdir(full) if not is_temporary(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def delete(self, path: str) -> None:
+        full = join(self._path, path)
+        with _explained("delete", full):
+            try:
+                os.unlink(full)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            _sync_folder(os.path.dirname(full))
+
+    def delete_tree(self, path: str) -> None:
+        full = join(self._path, path)
+        with _explained("delete", full):
+            with self._lock:
+                self._durable -= {f for f in self._durable if f == full or f.startswith(full + "/")}
+            try:
+                _remove_tree(full)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            _sync_folder(os.path.dirname(full))
+
+    def exclusive(self) -> bool:
+        return True
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Iterator[tuple[int, str]]:
+        """A descriptor of a regular file for reading, and the file's full name."""
+        full = join(self._path, path)
+        with _explained("read", full):
+            try:
+                fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
+            except NotADirectoryError:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), full) from None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FileNotFoundError(errno.ENOENT, "No such file (there is a folder)", full)
+            yield fd, full
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _temporary(self, full: str, data: bytes | memoryview) -> Iterator[str]:
+        """A file with `data`, durable, in the folder of `full`; its name is gone afterwards."""
+        folder = os.path.dirname(full)
+        self._make_folder(folder)
+        temporary = f"{folder}/{temporary_name()}"
+        try:
+            _create_in_place(temporary, data)
+            yield temporary
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+    def _make_folder(self, folder: str) -> None:
+        """Make a folder and its parents so that they survive a power cut.
+
+        Folders that are there already, down from this storage's root, are made durable too: another
+        process may have made them and not have come to that yet.
+        """
+        with self._lock:
+            known = folder in self._durable
+        if known and os.path.isdir(folder):
+            return
+        parent = os.path.dirname(folder)
+        if len(folder) > len(self._root) or not os.path.isdir(parent):
+            self._make_folder(parent)
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not os.path.isdir(folder):
+                raise StorageError(f"{folder} is in the way: it is a file, not a folder") from None
+        _sync_folder(parent)
+        with self._lock:
+            self._durable.add(folder)
+
+
+def _create_in_place(full: str, data: bytes | memoryview) -> None:
+    """Create a file and make its content durable. Nothing is left of it after a failure."""
+    fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    except BaseException:
+        os.unlink(full)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the entries of a folder durable, where the file system has that notion."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return  # a folder that may be written to and not be read
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def _remove_tree(folder: str) -> None:
+    """Remove a folder, which others may be removing too. Symbolic links are not followed."""
+    with os.scandir(folder) as entries:
+        for entry in list(entries):
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    _remove_tree(entry.path)
+                else:
+                    os.unlink(entry.path)
+    os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def _explained(verb: str, full: str, wanted: int = 0) -> Iterator[None]:
+    """Turn the system's refusals into this library's, except those that are in the contract."""
+    try:
+        yield
+    except OSError as error:
+        expected = {"read": FileNotFoundError, "create": FileExistsError}.get(verb, StorageError)
+        if isinstance(error, expected | StorageError):
+            raise
+        raise _explain(error, verb, full, wanted) from error
+
+
+def _explain(error: OSError, verb: str, full: str, wanted: int) -> StorageError:
+    explained: StorageError
+    if error.errno in _FULL:
+        explained = StorageFullError(
+            f"cannot {verb} {full}: {error.strerror}; wanted {wanted} bytes, "
+            f"{_free_bytes(full)} are free. Free some, raise the quota, or choose another place"
+        )
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        explained = CredentialsError(
+            f"cannot {verb} {full}: {error.strerror}, as user {os.geteuid()}. Change the "
+            "permissions of the file or its folder, or choose another place"
+        )
+    elif error.errno == errno.EROFS:
+        explained = StorageError(
+            f"cannot {verb} {full}: the file system is mounted read-only. Choose another place"
+        )
+    else:
+        explained = StorageError(f"cannot {verb} {full}: {error.strerror or error}")
+    explained.errno = error.errno
+    return explained
+
+
+def _free_bytes(full: str) -> int:
+    while not os.path.isdir(full):
+        full = os.path.dirname(full)
+    system = os.statvfs(full)
+    return system.f_bavail * system.f_frsize

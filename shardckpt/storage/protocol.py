@@ -1,0 +1,80 @@
+"""The seam: what the library asks of a storage, and nothing more."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+__all__ = ["Storage"]
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """A folder of files or objects. Synchronous; safe to use from several threads.
+
+    A `path` is relative to the folder, with `/` between names, and never leaves it: an absolute
+    path, an empty name, `.` and `..` are refused with StorageError. Folders come into being with
+    their first file. Every error is a StorageError that names the URL, or one of the three that
+    are a part of the contract: FileNotFoundError, FileExistsError, CorruptError.
+    """
+
+    @property
+    def url(self) -> str:
+        """The canonical URL: an absolute path for local storage, else `protocol://place/folder`."""
+
+    def at(self, path: str) -> Storage:
+        """The folder `path` below. Touches nothing."""
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes [start, stop) of a file, fewer where it ends before `stop`, as in a slice.
+
+        Raises FileNotFoundError if there is no such file.
+        """
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of the file from `offset` on.
+
+        Raises FileNotFoundError if there is no such file, and CorruptError if it ends too early;
+        the buffer's content is undefined then.
+        """
+
+    def size(self, path: str) -> int:
+        """The number of bytes in a file. Raises FileNotFoundError if there is no such file."""
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """Put a small file there whole or not at all, in place of any earlier one.
+
+        Durable when it returns.
+        """
+
+    def create(self, path: str, data: bytes) -> None:
+        """Put a small file there, whole or not at all, only if none is there.
+
+        Durable when it returns. Raises FileExistsError if there is one, which is left as it is.
+        Of several racers exactly one wins, if `exclusive()`.
+        """
+
+    def write_pack(self, path: str, buffer: memoryview) -> None:
+        """Put a large file there, in place of any earlier one, straight from `buffer`.
+
+        Durable when it returns. After a failure some of it may remain on a local disk. One writer
+        per path at a time. The buffer must not change before it returns.
+        """
+
+    def list(self, path: str = "") -> list[str]:
+        """The sorted names of the files and folders right below; [] if there is no such folder.
+
+        Temporary files of this library are left out.
+        """
+
+    def delete(self, path: str) -> None:
+        """Remove a file for good. An absent one is fine."""
+
+    def delete_tree(self, path: str) -> None:
+        """Remove a folder and all that is in it, in no particular order. An absent one is fine."""
+
+    def exclusive(self) -> bool:
+        """Whether `create` refuses to overwrite even in a race.
+
+        False for an object store without conditional puts; there `create` is only a check and a
+        write. Asked of the store itself, once, at the first call.
+        """

@@ -1,0 +1,92 @@
+"""What S3's and botocore's errors mean to the user of a checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from botocore import exceptions as botocore  # type: ignore[import-untyped]
+
+from shardckpt.errors import CredentialsError, ShardckptError, StorageError, StorageFullError
+
+__all__ = ["ConflictError", "OutOfReachError", "explain"]
+
+_CONVENTIONS = (
+    "Credentials come from storage_options (key, secret, token; profile; anon=True for a public "
+    "bucket), else from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, "
+    "~/.aws/credentials, or the machine's role; the endpoint from endpoint_url or AWS_ENDPOINT_URL"
+)
+_NO_CREDENTIALS = (
+    botocore.NoCredentialsError,
+    botocore.PartialCredentialsError,
+    botocore.CredentialRetrievalError,
+    botocore.NoAuthTokenError,
+    botocore.TokenRetrievalError,
+    botocore.ProfileNotFound,
+)
+_OUT_OF_REACH = (botocore.HTTPClientError, botocore.ConnectionError, ConnectionError, TimeoutError)
+_FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "EntityTooLarge"}
+_REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
+
+
+class ConflictError(StorageError):
+    """Another request on the same object was under way (409): try again."""
+
+
+class OutOfReachError(StorageError):
+    """No answer came: whether the request was carried out is not known."""
+
+
+def explain(error: Exception, url: str) -> Exception:
+    """The error of the library's tree, or of the storage's contract, that `error` amounts to."""
+    if isinstance(error, ShardckptError):
+        return error
+    if isinstance(error, _NO_CREDENTIALS):
+        return CredentialsError(f"{url}: {error}. {_CONVENTIONS}")
+    response = _response(error)
+    if response is None:
+        if isinstance(error, _OUT_OF_REACH):
+            return OutOfReachError(
+                f"{url}: the endpoint cannot be reached: {error or type(error).__name__}. Check "
+                "the network, and endpoint_url in storage_options or AWS_ENDPOINT_URL"
+            )
+        return StorageError(f"{url}: {type(error).__name__}: {error}")
+    return _explain_response(response, url)
+
+
+def _response(error: BaseException | None) -> dict[str, Any] | None:
+    """The server's answer, from the botocore error that s3fs has translated."""
+    while error is not None:
+        if isinstance(error, botocore.ClientError):
+            return dict(error.response)
+        error = error.__cause__
+    return None
+
+
+def _explain_response(response: dict[str, Any], url: str) -> Exception:
+    code = str(response.get("Error", {}).get("Code", ""))
+    said = f"{code} {response.get('Error', {}).get('Message', '')}".strip()
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    if code == "NoSuchBucket":
+        return StorageError(
+            f"{url}: there is no such bucket. Check the name and the endpoint (endpoint_url in "
+            "storage_options or AWS_ENDPOINT_URL), or create it: a bucket is never made by itself"
+        )
+    if status == 404:
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+    if status == 412:  # Ceph sends no more than the status
+        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
+    if status == 409:
+        return ConflictError(f"{url}: other requests on it were under way: {said}")
+    if status == 507 or code in _FULL:
+        return StorageFullError(f"{url}: {said}. Delete something or raise the quota")
+    if status in (301, 307) or code in _ELSEWHERE:
+        return StorageError(
+            f"{url}: the bucket is in another region: {said}. Set AWS_REGION, or region_name in "
+            "the client_kwargs of storage_options"
+        )
+    if status in (401, 403) or code in _REFUSED:
+        return CredentialsError(f"{url}: access was refused: {said}. {_CONVENTIONS}")
+    return StorageError(f"{url}: the server answered {status} {said}")

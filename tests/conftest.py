@@ -1,0 +1,45 @@
+"""Fixtures that every test may use. No test leaves this machine's loopback interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import servers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever credentials this machine has for a cloud, the tests and their children have none."""
+    nowhere = str(tmp_path_factory.mktemp("aws") / "none")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            patch.delenv(name, raising=False)
+            patch.delenv(name.lower(), raising=False)
+        patch.setenv("AWS_CONFIG_FILE", nowhere)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", nowhere)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        # What is not given an endpoint finds a port that nobody listens on, not a cloud.
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def moto_s3(_no_cloud: None) -> Iterator[servers.S3Server]:
+    """An S3 server with conditional puts: `.url(prefix)` and `.options`."""
+    with servers.moto() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone_s3(_no_cloud: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.S3Server]:
+    """An S3 server without conditional puts: `.url(prefix)` and `.options`."""
+    folder: Path = tmp_path_factory.mktemp("rclone")
+    with servers.rclone(folder) as server:
+        yield server

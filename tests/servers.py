@@ -1,0 +1,115 @@
+"""S3 servers on loopback, as child processes that end with whoever started them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["S3Server", "moto", "rclone"]
+
+_BIN = Path(sys.executable).parent
+_START_SECONDS = 30.0
+_KEY, _SECRET = "test-key", "test-secret"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server with one bucket."""
+
+    endpoint: str
+    bucket: str
+    options: Mapping[str, Any] = field(repr=False)
+
+    def url(self, prefix: str = "") -> str:
+        """A URL in the bucket where nobody else is."""
+        return f"s3://{self.bucket}/{prefix or 'test'}-{uuid.uuid4().hex[:12]}"
+
+
+@contextlib.contextmanager
+def moto() -> Iterator[S3Server]:
+    """moto: strict about conditional puts, lax about signatures; keeps everything in memory."""
+    command = [str(_BIN / "moto_server"), "-H", "127.0.0.1", "-p", "0"]
+    with _started(command, r"http://127\.0\.0\.1:(\d+)") as port:
+        server = _server(port)
+        _make_bucket(server)
+        yield server
+
+
+@contextlib.contextmanager
+def rclone(folder: Path) -> Iterator[S3Server]:
+    """rclone over `folder`: checks signatures, ignores conditional puts."""
+    command = [str(_BIN / "rclone"), "serve", "s3", "--addr", "127.0.0.1:0"]
+    command += ["--auth-key", f"{_KEY},{_SECRET}", "--config", os.devnull, str(folder)]
+    with _started(command, r"http://127\.0\.0\.1:(\d+)") as port:
+        server = _server(port)
+        (folder / server.bucket).mkdir()
+        yield server
+
+
+def _server(port: int) -> S3Server:
+    endpoint = f"http://127.0.0.1:{port}"
+    options = {"key": _KEY, "secret": _SECRET, "endpoint_url": endpoint}
+    return S3Server(endpoint, "bucket", options)
+
+
+def _make_bucket(server: S3Server) -> None:
+    import fsspec
+
+    fsspec.filesystem("s3", **server.options).mkdir(server.bucket)
+
+
+@contextlib.contextmanager
+def _started(command: list[str], announcement: str) -> Iterator[int]:
+    """Run a server on a port of its own choice; yields the port that it announces."""
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=_die_with_parent,
+    )
+    try:
+        assert child.stdout is not None
+        port = _wait_announced(child, child.stdout.fileno(), announcement)
+        drain = threading.Thread(target=child.stdout.read, daemon=True)  # it logs every request
+        drain.start()
+        yield port
+        child.kill()
+        drain.join()
+    finally:
+        child.kill()
+        child.wait()
+        assert child.stdout is not None
+        child.stdout.close()
+
+
+def _wait_announced(child: subprocess.Popen[bytes], fd: int, announcement: str) -> int:
+    said = b""
+    deadline = time.monotonic() + _START_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([fd], [], [], left)[0]:
+            break
+        piece = os.read(fd, 4096)
+        said += piece
+        if found := re.search(announcement.encode(), said):
+            return int(found[1])
+        if not piece:
+            break
+    raise RuntimeError(f"{child.args!r} did not start: {said.decode(errors='replace')}")
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
