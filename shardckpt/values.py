@@ -22,7 +22,7 @@ from urllib.parse import quote
 
 from shardckpt.errors import FormatError, UnsupportedValueError
 
-__all__ = ["TensorRef", "decode", "encode", "join", "segment"]
+__all__ = ["PerRankRef", "TensorRef", "decode", "encode", "join", "segment"]
 
 _INT64 = 1 << 63
 
@@ -47,6 +47,18 @@ class TensorRef:
 
     def __hash__(self) -> int:
         return hash((self.name, self.ndarray))
+
+
+class PerRankRef:
+    """Stands in a tree of values for a value that every rank has its own of; `path` is its place."""
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"PerRankRef({self.path!r})"
 
 
 def segment(key: object) -> str:
@@ -104,7 +116,7 @@ def encode(value: Any, path: str, leaf: Callable[[Any, str], Any] | None = None)
 
 
 def decode(value: Any, path: str = "") -> Any:
-    """The value of a JSON form; tensors become TensorRef, per-rank values None.
+    """The value of a JSON form; tensors become TensorRef, per-rank values PerRankRef.
 
     Raises FormatError for a tag that this version does not know.
     """
@@ -133,7 +145,7 @@ def _decode_tagged(tag: str, content: Any, path: str) -> Any:
             case "$tensor" | "$ndarray" if isinstance(content, str):
                 return TensorRef(content, ndarray=tag == "$ndarray")
             case "$per_rank" if isinstance(content, str):
-                return None
+                return PerRankRef(content)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"values: {path!r} has an invalid {tag}: {error!r}") from error
     raise FormatError(

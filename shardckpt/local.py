@@ -1,0 +1,140 @@
+"""A tensor as one rank holds it: its global shape, and which boxes of it lie where in local memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_evenly, split_strided
+from shardckpt.dtypes import DTYPES
+from shardckpt.errors import UnsupportedValueError
+from shardckpt.plan import Layout
+
+__all__ = ["LocalTensor", "dtype_name", "empty_like_saved", "local_tensor", "torch_dtype"]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """A named tensor of the state, as this rank holds it.
+
+    Attributes:
+        name: its name in the checkpoint.
+        dtype: its element type's name.
+        shape: its global shape.
+        pieces: the boxes that this rank holds, with their place in `data`.
+        data: this rank's memory, detached: writing to it changes the state.
+        first_holder: see Layout.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    data: torch.Tensor
+    first_holder: bool = False
+
+    def layout(self, alias: str | None) -> Layout:
+        """What the plan needs to know of it."""
+        boxes = tuple(piece.box for piece in self.pieces if piece.box.volume)
+        return Layout(self.name, self.dtype, self.shape, boxes, alias, self.first_holder)
+
+    def memory(self) -> tuple[Any, ...] | None:
+        """Equal for two tensors of one rank only if they are the same memory; None if it holds nothing."""
+        data = self.data
+        if not data.numel():
+            return None
+        place = (data.device, data.data_ptr(), data.dtype, data.shape, data.stride())
+        return (*place, self.shape, self.pieces)
+
+
+def dtype_name(dtype: torch.dtype, where: str) -> str:
+    """The format's name of a torch type. Raises UnsupportedValueError, which names `where`."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UnsupportedValueError(
+            f"state[{where!r}] is a tensor of {dtype}, which the format does not have. "
+            f"It has: {', '.join(DTYPES)}. Convert it, or leave it out."
+        )
+    return name
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a name of the format. Raises UnsupportedValueError where this torch lacks it."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedValueError(f"torch {torch.__version__} has no element type {name!r}")
+    return dtype
+
+
+def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False) -> LocalTensor:
+    """What this rank holds of `tensor`, a plain tensor (held whole) or a DTensor.
+
+    Raises UnsupportedValueError for layouts that cannot be stored: sparse or quantized tensors, meta
+    tensors, and DTensors with partial values.
+    """
+    shape = tuple(tensor.shape)
+    if isinstance(tensor, DTensor):
+        data = tensor.detach().to_local()
+        pieces = _dtensor_pieces(tensor, name)
+        held = sum(piece.box.volume for piece in pieces)
+        if held != data.numel():
+            raise UnsupportedValueError(
+                f"state[{name!r}] is a DTensor of shape {list(shape)} with placements {tensor.placements}, "
+                f"of which this rank should hold {held} elements, but its local tensor has {data.numel()}"
+            )
+    else:
+        data = tensor.detach()
+        pieces = (Piece(Box.whole(shape), (0,) * len(shape)),) if math.prod(shape) else ()
+    if data.layout is not torch.strided or data.is_quantized or data.is_meta:
+        kind = "meta" if data.is_meta else "quantized" if data.is_quantized else str(data.layout)
+        raise UnsupportedValueError(
+            f"state[{name!r}] is a {kind} tensor, which has no plain memory to store or to load into. "
+            "Convert it to a dense tensor first (for a meta tensor: module.to_empty(device=...))."
+        )
+    return LocalTensor(name, dtype_name(data.dtype, name), shape, pieces, data, first_holder)
+
+
+def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | None) -> torch.Tensor:
+    """Zeros of this type and global shape to load into: laid out as `like` is if it has that shape.
+
+    Where it has not, or there is none, a plain tensor in the memory of the CPU.
+    """
+    if like is not None and tuple(like.shape) == shape and not like.is_meta:
+        return torch.zeros_like(like, dtype=torch_dtype(dtype), requires_grad=False)
+    return torch.zeros(shape, dtype=torch_dtype(dtype), device="cpu")
+
+
+def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
+    """The boxes of this rank by the placements, applied from the left mesh dimension to the right.
+
+    torch's own helper gives the first offset only, which is not enough for a strided shard of a
+    dimension that does not divide evenly.
+    """
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # this rank is not in the tensor's mesh
+        return ()
+    runs: list[Runs] = [((0, n),) for n in tensor.shape]
+    for mesh_dim, placement in enumerate(tensor.placements):
+        parts, index = mesh.size(mesh_dim), coordinate[mesh_dim]
+        split_factor = getattr(placement, "split_factor", None)
+        if isinstance(placement, Replicate):
+            continue
+        if split_factor is not None:
+            dim = placement.dim  # type: ignore[attr-defined]  # the private _StridedShard
+            runs[dim] = split_strided(runs[dim], parts, index, split_factor)
+        elif isinstance(placement, Shard):
+            runs[placement.dim] = split_evenly(runs[placement.dim], parts, index)
+        else:
+            remedy = (
+                "call redistribute() first" if isinstance(placement, Partial) else "replicate or shard it"
+            )
+            raise UnsupportedValueError(
+                f"state[{name!r}] is a DTensor with the placement {placement}, which is not a part of the "
+                f"tensor; {remedy}."
+            )
+    return pieces_of_runs(runs)

@@ -1,0 +1,175 @@
+"""Modules and optimizers as named trees, whatever wraps them.
+
+Names are those of the plain model: the prefixes of DDP and torch.compile are left out, so that a
+checkpoint does not depend on them (`torch.distributed.checkpoint.state_dict` has the same names). An
+optimizer's state is keyed by the names of its parameters, not by their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from shardckpt.errors import UnsupportedValueError
+
+__all__ = [
+    "Stateful",
+    "iter_modules",
+    "module_aliases",
+    "module_tree",
+    "optimizer_parameters",
+    "optimizer_tree",
+    "original_keys",
+    "parameter_names",
+    "unsynced_buffers",
+]
+
+_CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
+"""What activation checkpointing puts into parameter names, and takes out of state_dict keys itself."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can give its state as data and take it back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as a tree of tensors and plain values."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take over a state."""
+
+
+def module_tree(module: nn.Module, where: str) -> dict[str, Any]:
+    """The module's state_dict under clean names. Its tensors share memory with the module's.
+
+    Raises UnsupportedValueError for FSDP version 1, whose flat parameters the library does not store.
+    """
+    for name, child in module.named_modules():
+        if type(child).__name__ == "FullyShardedDataParallel":
+            raise UnsupportedValueError(
+                f"state[{where!r}] has a FullyShardedDataParallel module (FSDP 1) at {name!r}, which "
+                "is not supported; shard the model with torch.distributed.fsdp.fully_shard"
+            )
+    prefixes = _wrapper_prefixes(module)
+    return {_clean(key, prefixes): value for key, value in module.state_dict().items()}
+
+
+def original_keys(module: nn.Module) -> dict[str, str]:
+    """Clean name -> the key that the module's own load_state_dict wants."""
+    prefixes = _wrapper_prefixes(module)
+    return {_clean(key, prefixes): key for key in module.state_dict()}
+
+
+def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:
+    """id(parameter) -> (path of its module in the state, its clean name in that module)."""
+    names: dict[int, tuple[str, str]] = {}
+    for path, module in modules.items():
+        prefixes = _wrapper_prefixes(module)
+        for key, parameter in module.named_parameters():
+            names.setdefault(id(parameter), (path, _clean(key, prefixes)))
+    return names
+
+
+def optimizer_parameters(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, tuple[str, str]]
+) -> list[tuple[str, torch.Tensor]]:
+    """The optimizer's parameters in its own order, each with its name.
+
+    The name is the parameter's name in its module; with the module's path before it where the
+    optimizer has parameters of several modules; and its number where it is in no module of the state.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    several = len({names[id(p)][0] for p in parameters if id(p) in names}) > 1
+    named = []
+    for number, parameter in enumerate(parameters):
+        path, name = names.get(id(parameter), ("", str(number)))
+        named.append((f"{path}.{name}" if several and path else name, parameter))
+    return named
+
+
+def optimizer_tree(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, tuple[str, str]]
+) -> dict[str, Any]:
+    """The optimizer's state_dict with parameters by name. Its tensors share memory with the optimizer's."""
+    tree = dict(optimizer.state_dict())
+    by_number = [name for name, _ in optimizer_parameters(optimizer, names)]
+    tree["state"] = {
+        by_number[key] if isinstance(key, int) else key: value for key, value in tree["state"].items()
+    }
+    tree["param_groups"] = [
+        {**group, "params": [by_number[number] for number in group["params"]]}
+        for group in tree["param_groups"]
+    ]
+    return tree
+
+
+def module_aliases(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all of these tensors are memory of the module's own parameters and buffers."""
+    own = {
+        _local(t).untyped_storage().data_ptr()
+        for source in (module.parameters(), module.buffers())
+        for t in source
+    }
+    return all(_local(t).untyped_storage().data_ptr() in own for t in tensors.values())
+
+
+def unsynced_buffers(module: nn.Module) -> set[str]:
+    """Clean names of the buffers that DDP takes from rank 0 before each forward.
+
+    Between two forwards they may differ between ranks (BatchNorm's running statistics), and rank 0's
+    are the ones that count.
+    """
+    prefixes = _wrapper_prefixes(module)
+    return {
+        _clean(f"{path}.{name}" if path else name, prefixes)
+        for path, child in module.named_modules()
+        if isinstance(child, DistributedDataParallel) and child.broadcast_buffers
+        for name, _ in child.named_buffers()
+    }
+
+
+def iter_modules(state: Any, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module in a state's dicts, lists and tuples, with its path."""
+    if isinstance(state, nn.Module):
+        yield path, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from iter_modules(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(state, (list, tuple)):
+        for number, value in enumerate(state):
+            yield from iter_modules(value, f"{path}.{number}" if path else str(number))
+
+
+def _wrapper_prefixes(module: nn.Module) -> list[tuple[str, str]]:
+    """(prefix of a wrapped module's keys, what it should be), the outermost first."""
+    prefixes = []
+    for path, child in module.named_modules(remove_duplicate=False):
+        inner = (
+            "module"
+            if isinstance(child, DistributedDataParallel)
+            else "_orig_mod"
+            if type(child).__name__ == "OptimizedModule"
+            else None
+        )
+        if inner is not None:
+            outer = f"{path}.".replace(_CHECKPOINT_WRAPPER, "") if path else ""
+            prefixes.append((f"{outer}{inner}.", outer))
+    return sorted(prefixes, key=lambda pair: -len(pair[0]))
+
+
+def _clean(key: str, prefixes: list[tuple[str, str]]) -> str:
+    """The key without wrapper prefixes; the innermost is taken away first, so that paths stay true."""
+    key = key.replace(_CHECKPOINT_WRAPPER, "")
+    for prefix, clean in prefixes:
+        if key.startswith(prefix):
+            key = clean + key[len(prefix) :]
+    return key
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,134 @@
+"""Flatten: from the user's state to named tensors and plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shardckpt.errors import StateError, UnsupportedValueError
+from shardckpt.local import LocalTensor, local_tensor
+from shardckpt.objects import (
+    Stateful,
+    iter_modules,
+    module_tree,
+    optimizer_tree,
+    parameter_names,
+    unsynced_buffers,
+)
+from shardckpt.plan import Layout
+from shardckpt.values import encode, join
+
+__all__ = ["FlatState", "PerRank", "check_state", "flatten", "per_rank_path"]
+
+
+class PerRank:
+    """Wraps a part of the state that every rank has its own of, such as a random generator's state.
+
+    `value` may be anything that a state may hold. A load puts back what this rank number saved, into
+    `value` itself; where the checkpoint's world was smaller, the ranks beyond it keep what they have.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"PerRank({self.value!r})"
+
+
+@dataclass(frozen=True)
+class FlatState:
+    """A state as this rank holds it.
+
+    Attributes:
+        tensors: every tensor that this rank holds a part of, or none of its elements.
+        values: everything else, as JSON (see `shardckpt.values`); the same on every rank.
+        per_rank: the content of each PerRank by path, as JSON.
+    """
+
+    tensors: list[LocalTensor]
+    values: Any
+    per_rank: dict[str, Any]
+
+    def layouts(self) -> list[Layout]:
+        """What the plan needs to know, with tied tensors recognised by their memory."""
+        first: dict[Any, str] = {}
+        layouts = []
+        for tensor in self.tensors:
+            memory = tensor.memory()
+            name = tensor.name if memory is None else first.setdefault(memory, tensor.name)
+            layouts.append(tensor.layout(alias=name if name != tensor.name else None))
+        return layouts
+
+
+def check_state(state: object) -> None:
+    """Raise StateError unless `state` is a dict with string keys, which the top level must be."""
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise StateError(
+            f"the state must be a dict with string keys, like {{'model': model, 'optimizer': optimizer}}, "
+            f"and is a {type(state).__qualname__}"
+        )
+
+
+def flatten(state: dict[str, Any], rank: int) -> FlatState:
+    """Named tensors and plain values of a state, without copying a tensor.
+
+    Raises UnsupportedValueError, which names the path, for what cannot be stored as data.
+    """
+    check_state(state)
+    walk = _Walk(rank, parameter_names(dict(iter_modules(state))))
+    values = encode(state, "", walk.leaf)
+    return FlatState(walk.tensors, values, walk.per_rank)
+
+
+def per_rank_path(path: str, rank: int) -> str:
+    """Below which name `rank` keeps the tensors of the PerRank at `path`."""
+    return f"{path}/rank-{rank:05d}"
+
+
+@dataclass
+class _Walk:
+    """The leaves of one walk over a state."""
+
+    rank: int
+    names: Mapping[int, tuple[str, str]]
+    tensors: list[LocalTensor] = field(default_factory=list)
+    per_rank: dict[str, Any] = field(default_factory=dict)
+    unsynced: set[str] = field(default_factory=set)
+
+    def leaf(self, value: Any, path: str) -> Any:
+        """The JSON form of what is not plain data; tensors are noted on the way."""
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(local_tensor(value, path, first_holder=path in self.unsynced))
+            return {"$tensor": path}
+        if isinstance(value, np.ndarray):
+            self.tensors.append(local_tensor(_from_numpy(value, path), path))
+            return {"$ndarray": path}
+        if isinstance(value, np.generic):
+            return encode(value.item(), path)
+        if isinstance(value, PerRank):
+            self.per_rank[path] = encode(value.value, per_rank_path(path, self.rank), self.leaf)
+            return {"$per_rank": path}
+        if isinstance(value, nn.Module):
+            self.unsynced |= {join(path, name) for name in unsynced_buffers(value)}
+            return encode(module_tree(value, path), path, self.leaf)
+        if isinstance(value, torch.optim.Optimizer):
+            return encode(optimizer_tree(value, self.names), path, self.leaf)
+        if isinstance(value, Stateful) and not isinstance(value, type):
+            return encode(value.state_dict(), path, self.leaf)
+        return NotImplemented
+
+
+def _from_numpy(array: np.ndarray[Any, Any], path: str) -> torch.Tensor:
+    """The array as a tensor that shares its memory where it can."""
+    try:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    except TypeError as error:
+        raise UnsupportedValueError(
+            f"state[{path!r}] is a NumPy array of {array.dtype}, which cannot be stored. Convert it to a "
+            "number type, or leave it out."
+        ) from error
