@@ -1,0 +1,218 @@
+"""A checkpoint as a Zarr v3 hierarchy: every name a node, every chunk a byte range of a pack.
+
+`refs.json` says so in kerchunk's reference format, which fsspec reads, so that Zarr needs nothing of this
+project:
+
+    zarr.open("reference::/run/attempt-0001/step-00000100/refs.json", mode="r")
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from shardckpt.dtypes import fill_value, itemsize
+from shardckpt.errors import NotACheckpointError
+from shardckpt.manifest import MANIFEST, Manifest, Tensor, chunk_bytes, decode_manifest
+
+if TYPE_CHECKING:
+    import zarr
+
+__all__ = ["encode_refs", "open_group"]
+
+_TEMPLATES = ("u", "attempt", "run")
+"""The checkpoint's folder, and those above it, by how many `../` a pack's path begins with."""
+
+
+def encode_refs(manifest: Manifest, url: str) -> bytes:
+    """The content of refs.json for the checkpoint at `url`, which is an absolute path or a URL.
+
+    Packs are named below the templates `u` (the checkpoint) and, where older steps' packs are used,
+    `attempt` and `run`, so that a reader of a copy overrides these. Where the URL itself would be taken
+    for a template, packs are named in full.
+    """
+    templates, packs = _pack_urls(manifest, url)
+    heads = [f"[{json.dumps(pack)}," for pack in packs]
+    entries = [f"{json.dumps(key)}:{json.dumps(text)}" for key, text in _metadata(manifest)]
+    table = manifest.chunks
+    for array in _arrays(manifest):
+        start = f'"{json.dumps(array.path)[1:-1]}/c'
+        rows = slice(array.first, array.first + array.rows)
+        entries += [
+            f'{start}{key}":{heads[pack]}{offset},{array.nbytes}]'
+            for key, pack, offset in zip(
+                _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
+            )
+        ]
+    head = f'{{"version":1,"templates":{json.dumps(templates)},"refs":{{\n'
+    return (head + ",\n".join(entries) + "\n}}\n").encode()
+
+
+def open_group(
+    url: str, storage_options: Mapping[str, Any] | None = None, *, manifest: Manifest | None = None
+) -> zarr.Group:
+    """The checkpoint at `url` as a read-only Zarr group, wherever it was moved or copied to.
+
+    It goes by the manifest, not by refs.json: what is read lies inside the run, as decode_manifest
+    checks. `manifest` saves reading it again; `storage_options` are the arguments of the fsspec file
+    system. Chunks are read and verified when they are indexed. Raises NotACheckpointError if there is no
+    manifest, FormatError if it is invalid.
+    """
+    # Zarr and fsspec take 0.3 s to import, which a run that only saves and loads need not spend.
+    import fsspec
+    from fsspec.implementations.reference import ReferenceFileSystem
+    from zarr import open_group as open_store
+    from zarr.storage import FsspecStore
+
+    import shardckpt.zarr_dtypes  # noqa: F401, registers bfloat16 and float8
+
+    options = dict(storage_options or {})
+    if manifest is None:
+        files, folder = fsspec.url_to_fs(url, **options)
+        try:
+            data = files.cat_file(posixpath.join(folder, MANIFEST))
+        except FileNotFoundError as error:
+            raise NotACheckpointError(
+                f"{url} has no {MANIFEST}: it is not a complete checkpoint"
+            ) from error
+        manifest = decode_manifest(data, url)
+    files, folder = fsspec.url_to_fs(url, **options, asynchronous=True)
+    references = ReferenceFileSystem(_references(manifest, folder), fs=files, asynchronous=True)
+    return open_store(FsspecStore(references, read_only=True, path=""), mode="r")
+
+
+def _references(manifest: Manifest, folder: str) -> dict[str, Any]:
+    """What refs.json says, as fsspec holds it: key -> text, or [path, offset, length]."""
+    packs = [posixpath.normpath(posixpath.join(folder, pack.path)) for pack in manifest.packs]
+    table = manifest.chunks
+    references: dict[str, Any] = dict(_metadata(manifest))
+    for array in _arrays(manifest):
+        rows = slice(array.first, array.first + array.rows)
+        for key, pack, offset in zip(
+            _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
+        ):
+            references[f"{array.path}/c{key}"] = [packs[pack], offset, array.nbytes]
+    return references
+
+
+class _StoredArray(NamedTuple):
+    """One Zarr array: path, grid of chunks, first row in the chunk table, rows, bytes of a chunk."""
+
+    path: str
+    grid: tuple[int, ...]
+    first: int
+    rows: int
+    nbytes: int
+
+
+def _arrays(manifest: Manifest) -> Iterator[_StoredArray]:
+    first = manifest.first_chunks().tolist()
+    number = 0
+    for tensor in manifest.tensors:
+        for path, array in zip(_array_paths(tensor), tensor.arrays, strict=True):
+            start, stop = first[number], first[number + 1]
+            nbytes = chunk_bytes(tensor.dtype, array.chunk)
+            yield _StoredArray(path, array.grid, start, stop - start, nbytes)
+            number += 1
+
+
+def _array_paths(tensor: Tensor) -> Sequence[str]:
+    if tensor.is_array:
+        return [tensor.name]
+    return [f"{tensor.name}/box-{i}" for i in range(len(tensor.arrays))]
+
+
+def _chunk_keys(grid: Sequence[int]) -> Iterable[str]:
+    """The end of each chunk's key, in C order: `/0/1`; the empty string for a scalar's only chunk."""
+    axes = [[f"/{i}" for i in range(n)] for n in grid]
+    return axes[0] if len(axes) == 1 else map("".join, itertools.product(*axes))
+
+
+def _metadata(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """The key and the text of every zarr.json."""
+    yield (
+        "zarr.json",
+        _group(
+            {
+                "format": manifest.format,
+                "id": manifest.id,
+                "step": manifest.step,
+                "attempt": manifest.attempt,
+                "world_size": manifest.world_size,
+                "created": manifest.created,
+                "writer": manifest.writer,
+                "metrics": manifest.metrics,
+            }
+        ),
+    )
+    groups = {""}
+    for tensor in manifest.tensors:
+        path = posixpath.dirname(tensor.name)
+        missing = []
+        while path not in groups:
+            groups.add(path)
+            missing.append(path)
+            path = posixpath.dirname(path)
+        for path in reversed(missing):
+            yield f"{path}/zarr.json", _group({})
+        paths = _array_paths(tensor)
+        if not tensor.is_array:
+            boxes = {
+                posixpath.basename(path): {"offset": array.offset, "shape": array.shape}
+                for path, array in zip(paths, tensor.arrays, strict=True)
+            }
+            about = {"shape": tensor.shape, "dtype": tensor.dtype, "boxes": boxes}
+            yield f"{tensor.name}/zarr.json", _group(about)
+        for path, array in zip(paths, tensor.arrays, strict=True):
+            yield f"{path}/zarr.json", _array(tensor.dtype, array.shape, array.chunk)
+
+
+def _group(attributes: dict[str, Any]) -> str:
+    return _text({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def _array(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> str:
+    endian = {"configuration": {"endian": "little"}} if itemsize(dtype) > 1 else {}
+    return _text(
+        {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": shape,
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": fill_value(dtype),
+            "codecs": [{"name": "bytes", **endian}, {"name": "crc32c"}],
+            "attributes": {},
+        }
+    )
+
+
+def _text(metadata: dict[str, Any]) -> str:
+    return msgspec.json.encode(metadata).decode()
+
+
+def _pack_urls(manifest: Manifest, url: str) -> tuple[dict[str, str], list[str]]:
+    """The templates, and each pack's URL written with them."""
+    folders = [url.rstrip("/")]
+    for _ in _TEMPLATES[1:]:
+        folders.append(folders[-1].rpartition("/")[0])
+    urls, plain = [], []
+    templates = {"u": folders[0]}
+    for pack in manifest.packs:
+        path, up = pack.path, 0
+        while path.startswith("../"):
+            path, up = path[3:], up + 1
+        templates[_TEMPLATES[up]] = folders[up]
+        urls.append(f"{{{{{_TEMPLATES[up]}}}}}/{path}")
+        plain.append(f"{folders[up]}/{path}")
+    if any("{{" in folder for folder in folders) or any(
+        set("{}") & set(pack.path) for pack in manifest.packs
+    ):
+        return {}, plain
+    return templates, urls
