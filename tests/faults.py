@@ -18,6 +18,7 @@ class Killed(BaseException):
 class _Log:
     calls: list[tuple[str, str]] = field(default_factory=list)
     mutations: int = 0
+    dead: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -28,8 +29,9 @@ class FaultyStorage:
     the process died there. Folders got with `at` share the count and the record. With
     `fail_at=None` it only records.
 
-    `calls` holds (method, path relative to the outermost folder); `mutations` counts the calls
-    among them that change something: write, create, write_pack, delete, delete_tree.
+    `calls` holds (method, path relative to the outermost folder) of the calls that went through;
+    `mutations` counts the calls that change something (write, create, write_pack, delete,
+    delete_tree), the failed one included.
     """
 
     def __init__(
@@ -103,11 +105,9 @@ class FaultyStorage:
 
     def _enter(self, method: str, path: str, *, mutates: bool = False) -> None:
         with self._log.lock:
-            dead = self._fail_at is not None and self._log.mutations + mutates >= self._fail_at
-            if mutates and self._log.mutations + 1 == self._fail_at:
-                self._log.mutations += 1  # this is the call; from now on all fail
-            elif mutates and not dead:
+            if mutates and not self._log.dead:
                 self._log.mutations += 1
-            if dead:
+                self._log.dead = self._log.mutations == self._fail_at
+            if self._log.dead:
                 raise self._error
             self._log.calls.append((method, self._name(path)))

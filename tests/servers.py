@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
+import http.server
 import os
 import re
 import select
@@ -13,12 +15,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["S3Server", "moto", "rclone"]
+__all__ = ["FaultyProxy", "S3Server", "faulty_proxy", "moto", "rclone"]
 
 _BIN = Path(sys.executable).parent
 _START_SECONDS = 30.0
@@ -113,3 +115,72 @@ def _wait_announced(child: subprocess.Popen[bytes], fd: int, announcement: str) 
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@dataclass
+class FaultyProxy:
+    """A server in front of another one that spoils chosen requests.
+
+    `faults` is consulted for every request with its method and path; it returns what to do with it:
+    None to pass it on, "lose" to pass it on and hang up instead of answering, "cut" to hang up in
+    the middle of the answer's body, or a number to answer with that status at once.
+    `requests` records (method, path) of all.
+    """
+
+    endpoint: str = ""
+    faults: Callable[[str, str], str | int | None] = lambda _method, _path: None
+    requests: list[tuple[str, str]] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
+    """A FaultyProxy in front of `upstream`, an http:// endpoint."""
+    proxy = FaultyProxy()
+    host = upstream.removeprefix("http://")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            self.close_connection = True
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            proxy.requests.append((self.command, self.path))
+            fault = proxy.faults(self.command, self.path)
+            if isinstance(fault, int):
+                self.send_response(fault)
+                self.send_header("Content-Length", "0")
+                self.send_header("Connection", "close")
+                self.end_headers()
+                return
+            connection = http.client.HTTPConnection(host)
+            headers = {name: self.headers[name] for name in self.headers if name != "Expect"}
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            if fault == "lose":
+                return
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("connection", "transfer-encoding", "server", "date"):
+                    self.send_header(name, value)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    proxy.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

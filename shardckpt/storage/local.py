@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
 from shardckpt.storage import direct
+from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join, temporary_name
 
 __all__ = ["LocalStorage"]
@@ -42,7 +43,7 @@ class LocalStorage:
         return LocalStorage, (self._path,)
 
     def at(self, path: str) -> LocalStorage:
-        below = LocalStorage(join(self._path, path))
+        below = LocalStorage(join(self._path, path, self._path))
         below._root, below._durable, below._lock = self._root, self._durable, self._lock
         return below
 
@@ -57,7 +58,7 @@ class LocalStorage:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
-        found, wanted, view = 0, buffer.nbytes, buffer.cast("B")
+        found, wanted, view = 0, buffer.nbytes, as_bytes(buffer)
         with self._opened(path) as (fd, full), _explained("read", full):
             while found < wanted and (n := os.preadv(fd, [view[found:]], offset + found)):
                 found += n
@@ -71,13 +72,13 @@ class LocalStorage:
             return os.fstat(fd).st_size
 
     def write(self, path: str, data: bytes | memoryview) -> None:
-        full = join(self._path, path)
-        with _explained("write", full, len(data)), self._temporary(full, data) as temporary:
+        full = join(self._path, path, self._path)
+        with _explained("write", full, memoryview(data).nbytes), self._temporary(full, data) as temporary:
             os.replace(temporary, full)
             _sync_folder(os.path.dirname(full))
 
     def create(self, path: str, data: bytes) -> None:
-        full = join(self._path, path)
+        full = join(self._path, path, self._path)
         with _explained("create", full, len(data)), self._temporary(full, data) as temporary:
             try:
                 os.link(temporary, full)
@@ -92,7 +93,7 @@ class LocalStorage:
             _sync_folder(os.path.dirname(full))
 
     def write_pack(self, path: str, buffer: memoryview) -> None:
-        full = join(self._path, path)
+        full = join(self._path, path, self._path)
         folder = os.path.dirname(full)
         with _explained("write", full, buffer.nbytes):
             self._make_folder(folder)
@@ -100,7 +101,7 @@ class LocalStorage:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(full)
             try:
-                direct.write_file(full, buffer.cast("B"))
+                direct.write_file(full, as_bytes(buffer))
             except OSError as error:
                 if error.errno in _FULL:
                     os.unlink(full)
@@ -108,7 +109,7 @@ class LocalStorage:
             _sync_folder(folder)
 
     def list(self, path: str = "") -> list[str]:
-        full = join(self._path, path)
+        full = join(self._path, path, self._path)
         with _explained("list", full):
             try:
                 return sorted(name for name in os.listdir(full) if not is_temporary(name))
@@ -116,7 +117,7 @@ class LocalStorage:
                 return []
 
     def delete(self, path: str) -> None:
-        full = join(self._path, path)
+        full = join(self._path, path, self._path)
         with _explained("delete", full):
             try:
                 os.unlink(full)
@@ -125,7 +126,7 @@ class LocalStorage:
             _sync_folder(os.path.dirname(full))
 
     def delete_tree(self, path: str) -> None:
-        full = join(self._path, path)
+        full = join(self._path, path, self._path)
         with _explained("delete", full):
             with self._lock:
                 self._durable -= {f for f in self._durable if f == full or f.startswith(full + "/")}
@@ -141,7 +142,7 @@ class LocalStorage:
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[tuple[int, str]]:
         """A descriptor of a regular file for reading, and the file's full name."""
-        full = join(self._path, path)
+        full = join(self._path, path, self._path)
         with _explained("read", full):
             try:
                 fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
@@ -194,7 +195,7 @@ def _create_in_place(full: str, data: bytes | memoryview) -> None:
     """Create a file and make its content durable. Nothing is left of it after a failure."""
     fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        view = memoryview(data).cast("B")
+        view = as_bytes(data)
         while view:
             view = view[os.write(fd, view) :]
         os.fsync(fd)

@@ -21,18 +21,16 @@ def is_temporary(name: str) -> bool:
     return name.startswith(_TEMPORARY)
 
 
-def join(base: str, path: str) -> str:
+def join(base: str, path: str, url: str) -> str:
     """The path below `base`, which may be empty. An empty path is the base itself.
 
-    Raises StorageError for a path that is not strictly below.
+    Raises StorageError, which names the `url` of the base, for a path that is not strictly below.
     """
     if not path:
         return base
     if "\0" in path or any(part in ("", ".", "..") for part in path.split("/")):
         raise StorageError(
-            f"{path!r} is no path below {base or 'the root'}: it must be relative, with names "
-            "separated by single slashes, and without '.' and '..'"
+            f"{url.rstrip('/')}/{path}: a path below {url} must be relative, with names between "
+            "single slashes, and without '.' and '..'"
         )
-    if not base:
-        return path
-    return base + path if base.endswith("/") else f"{base}/{path}"
+    return f"{base.rstrip('/')}/{path}" if base else path

@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 
 from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
+from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join
 from shardckpt.storage.probe import ExclusiveProbe
 from shardckpt.storage.s3 import S3Storage, open_s3
@@ -42,7 +43,7 @@ def open_remote(protocol: str, rest: str, options: dict[str, Any]) -> FsspecStor
         raise StorageError(f"{protocol}://{rest}: a package is missing: {error}") from error
     except Exception as error:
         raise StorageError(f"{protocol}://{rest}: cannot be opened: {error}") from error
-    return FsspecStorage(protocol, join("", rest.strip("/")), options, system)
+    return FsspecStorage(protocol, join("", rest.strip("/"), f"{protocol}:/"), options, system)
 
 
 class FsspecStorage:
@@ -70,7 +71,9 @@ class FsspecStorage:
         return open_remote, (self._protocol, self._folder, self._options)
 
     def at(self, path: str) -> FsspecStorage:
-        below = FsspecStorage(self._protocol, join(self._folder, path), self._options, self._system)
+        below = FsspecStorage(
+            self._protocol, join(self._folder, path, self.url), self._options, self._system
+        )
         below._probe = self._probe
         return below
 
@@ -87,7 +90,7 @@ class FsspecStorage:
                 f"{self._name(path)} is truncated: wanted {buffer.nbytes} bytes at offset "
                 f"{offset}, found {len(data)}"
             )
-        buffer.cast("B")[:] = data
+        as_bytes(buffer)[:] = data
 
     def size(self, path: str) -> int:
         self._system.invalidate_cache()
@@ -145,7 +148,7 @@ class FsspecStorage:
         return self._probe.ask(self)
 
     def _name(self, path: str) -> str:
-        return f"{self._protocol}://{join(self._folder, path)}"
+        return f"{self._protocol}://{join(self._folder, path, self.url)}"
 
     def _is_file(self, path: str) -> bool:
         try:

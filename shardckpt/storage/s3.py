@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from shardckpt.errors import CorruptError, StorageError
+from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join
 from shardckpt.storage.probe import ExclusiveProbe
 from shardckpt.storage.s3_errors import ConflictError, OutOfReachError, explain
@@ -39,7 +40,7 @@ def open_s3(rest: str, options: dict[str, Any]) -> S3Storage:
     bucket, _, folder = rest.partition("/")
     if not bucket:
         raise StorageError(f"s3://{rest}: the bucket is missing: s3://bucket/folder")
-    folder = join("", folder.strip("/"))
+    folder = join("", folder.strip("/"), f"s3://{bucket}")
     ours = {**options, "use_listings_cache": False}
     ours["config_kwargs"] = {**_CONFIG, **options.get("config_kwargs", {})}
     try:
@@ -75,7 +76,7 @@ class S3Storage:
         return open_s3, (f"{self._bucket}/{self._folder}", self._options)
 
     def at(self, path: str) -> S3Storage:
-        folder = join(self._folder, path)
+        folder = join(self._folder, path, self.url)
         below = S3Storage(self._bucket, folder, self._options, self._system)
         below._probe = self._probe
         return below
@@ -96,7 +97,7 @@ class S3Storage:
             self.size(path)
             return
         key = self._key(path)
-        found = self._wait(self._get_ranges(key, offset, buffer.cast("B")))
+        found = self._wait(self._get_ranges(key, offset, as_bytes(buffer)))
         if found < buffer.nbytes:
             raise CorruptError(
                 f"{self._name(key)} is truncated: wanted {buffer.nbytes} bytes at offset "
@@ -113,7 +114,7 @@ class S3Storage:
         self._wait(self._create(self._key(path), data))
 
     def write_pack(self, path: str, buffer: memoryview) -> None:
-        view = buffer.cast("B")
+        view = as_bytes(buffer)
         key = self._key(path)
         if len(view) <= _PART:
             self._wait(self._call("put_object", key, Body=bytes(view)))
@@ -145,10 +146,10 @@ class S3Storage:
         return f"s3://{self._bucket}/{key}".rstrip("/")
 
     def _key(self, path: str) -> str:
-        return join(self._folder, path)
+        return join(self._folder, path, self.url)
 
     def _prefix(self, path: str) -> str:
-        folder = join(self._folder, path)
+        folder = join(self._folder, path, self.url)
         return f"{folder}/" if folder else ""
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
@@ -166,7 +167,8 @@ class S3Storage:
         try:
             return await self._system._call_s3(method, Bucket=self._bucket, **arguments)
         except Exception as error:
-            raise explain(error, self._name(key)) from error
+            about = key or arguments.get("Prefix", self._folder)
+            raise explain(error, self._name(about)) from error
 
     async def _head(self, key: str) -> Any:
         try:

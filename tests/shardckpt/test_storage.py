@@ -1,0 +1,662 @@
+"""What every storage promises, on real ones; and what each does when things go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import multiprocessing
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
+from shardckpt.storage import LocalStorage, Storage, open_storage
+from tests.faults import FaultyStorage, Killed
+from tests.servers import FaultyProxy, S3Server, faulty_proxy
+
+PART = 16 << 20
+RACERS = 8
+
+
+@pytest.fixture(params=["local", "memory", "moto", "rclone"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty storage of each kind."""
+    kind: str = request.param
+    if kind == "local":
+        return open_storage(tmp_path / "run")
+    if kind == "memory":
+        return open_storage(f"memory://{tmp_path.name}-{time.monotonic_ns()}")
+    server: S3Server = request.getfixturevalue(f"{kind}_s3")
+    return open_storage(server.url("contract"), server.options)
+
+
+class TestContract:
+    def test_is_a_storage(self, store: Storage) -> None:
+        assert isinstance(store, Storage)
+        assert open_storage(store) is store
+
+    def test_url_names_the_place_and_opens_it_again(self, store: Storage) -> None:
+        below = store.at("a/b")
+        assert below.url == f"{store.url}/a/b"
+        assert store.at("").url == store.url
+
+    def test_write_and_read(self, store: Storage) -> None:
+        store.write("folder/file", b"one")
+        assert store.read("folder/file") == b"one"
+        assert store.at("folder").read("file") == b"one"
+        assert store.size("folder/file") == 3
+        store.write("folder/file", memoryview(b"another"))
+        assert store.read("folder/file") == b"another"
+        store.write("folder/empty", b"")
+        assert store.read("folder/empty") == b""
+        assert store.size("folder/empty") == 0
+
+    def test_read_of_a_range_is_a_slice(self, store: Storage) -> None:
+        data = b"0123456789"
+        store.write("file", data)
+        for start in (0, 3, 9, 10, 15):
+            for stop in (None, 0, 3, 7, 10, 12, 20):
+                assert store.read("file", start, stop) == data[start:stop], (start, stop)
+        store.write("empty", b"")
+        assert store.read("empty", 0, 5) == b""
+
+    def test_read_into(self, store: Storage) -> None:
+        store.write("file", b"0123456789")
+        buffer = bytearray(b"....")
+        store.read_into("file", 3, memoryview(buffer))
+        assert buffer == b"3456"
+        store.read_into("file", 6, memoryview(buffer)[1:3])
+        assert buffer == b"3676"
+        store.read_into("file", 10, memoryview(bytearray()))
+
+    def test_a_truncated_file_is_corrupt(self, store: Storage) -> None:
+        """The message says which file, where, how much was wanted, and how much there is."""
+        store.write("folder/file", b"0123456789")
+        for offset, found in ((7, 3), (10, 0), (50, 0)):
+            with pytest.raises(CorruptError) as caught:
+                store.read_into("folder/file", offset, memoryview(bytearray(5)))
+            message = str(caught.value)
+            assert f"{store.url}/folder/file is truncated" in message
+            assert f"wanted 5 bytes at offset {offset}, found {found}" in message
+
+    def test_absent_files(self, store: Storage) -> None:
+        store.write("folder/file", b"x")
+        for path in ("none", "folder/none", "none/none", "folder"):
+            asks: list[Callable[[str], object]] = [
+                lambda path: store.read(path),
+                lambda path: store.read(path, 1, 2),
+                lambda path: store.size(path),
+                lambda path: store.read_into(path, 0, memoryview(bytearray(1))),
+            ]
+            for ask in asks:
+                with pytest.raises(FileNotFoundError) as caught:
+                    ask(path)
+                assert f"{store.url}/{path}" in str(caught.value)
+                assert not isinstance(caught.value, StorageError)
+
+    def test_create_leaves_what_is_there(self, store: Storage) -> None:
+        store.create("folder/file", b"first")
+        assert store.read("folder/file") == b"first"
+        if store.exclusive():
+            with pytest.raises(FileExistsError, match="folder/file"):
+                store.create("folder/file", b"second")
+            assert store.read("folder/file") == b"first"
+
+    def test_exclusive_is_told_and_leaves_nothing_behind(
+        self, store: Storage, request: pytest.FixtureRequest
+    ) -> None:
+        assert store.exclusive() is ("rclone" not in request.node.name)
+        assert store.at("below").exclusive() is store.exclusive()
+        assert store.list() == []
+
+    def test_one_of_many_racing_threads_creates(self, store: Storage) -> None:
+        if not store.exclusive():
+            pytest.skip("this store has no conditional puts, and exclusive() says so")
+        start = threading.Barrier(RACERS)
+
+        def race(number: int) -> bool:
+            start.wait()
+            try:
+                store.create("claim", b"%d" % number)
+            except FileExistsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(RACERS) as threads:
+            won = list(threads.map(race, range(RACERS)))
+        assert won.count(True) == 1
+        assert store.read("claim") == b"%d" % won.index(True)
+
+    def test_list(self, store: Storage) -> None:
+        assert store.list() == []
+        assert store.list("none") == []
+        for path in ("b/file", "a", "b/deep/er/file", "c-1/x", "c/x"):
+            store.write(path, b"x")
+        assert store.list() == ["a", "b", "c", "c-1"]
+        assert store.list("b") == store.at("b").list() == ["deep", "file"]
+        assert store.list("a") == []  # a file
+        assert store.list("b/dee") == []  # the beginning of a name is no folder
+
+    def test_delete(self, store: Storage) -> None:
+        store.write("folder/one", b"x")
+        store.write("folder/two", b"x")
+        store.delete("folder/one")
+        store.delete("folder/one")
+        store.delete("none/none")
+        assert store.list("folder") == ["two"]
+
+    def test_delete_tree(self, store: Storage) -> None:
+        for path in ("a/one", "a/b/two", "a/b/c/three", "a-not/four", "five"):
+            store.write(path, b"x")
+        store.delete_tree("a")
+        store.delete_tree("a")
+        assert store.list() == ["a-not", "five"]
+        store.write("a/again", b"x")
+        assert store.read("a/again") == b"x"
+
+    @pytest.mark.parametrize("name", ["ü 雪", "a b", "100%", "%20", "a+b", "q?versionId=1", "#", "[x]*"])
+    def test_names_are_taken_literally(self, store: Storage, name: str) -> None:
+        path = f"f {name}/{name}"
+        store.create(path, b"x")
+        store.write_pack(f"{path}.pack", memoryview(b"yz"))
+        assert store.read(path) == b"x"
+        assert store.size(f"{path}.pack") == 2
+        assert store.list() == [f"f {name}"]
+        assert store.list(f"f {name}") == sorted([name, f"{name}.pack"])
+        store.delete(path)
+        store.delete_tree(f"f {name}")
+        assert store.list(f"f {name}") == []
+
+    @pytest.mark.parametrize("path", ["/abs", "../x", "a/../../x", "a//b", "a/", ".", "./a", "a\0b"])
+    def test_paths_never_leave_the_folder(self, store: Storage, path: str) -> None:
+        for ask in (store.read, store.size, store.at, store.list, store.delete, store.delete_tree):
+            with pytest.raises(StorageError, match="a path below"):
+                ask(path)
+        with pytest.raises(StorageError, match="a path below"):
+            store.write(path, b"")
+
+    @pytest.mark.parametrize("size", [0, 1, 5000, PART, PART + 1])
+    def test_packs(self, store: Storage, size: int) -> None:
+        """Also of more than one part, and in place of a larger one."""
+        data = _noise(size)
+        store.write("p/data.pack", b"z" * 6000)
+        store.write_pack("p/data.pack", memoryview(data))
+        assert store.size("p/data.pack") == size
+        found = bytearray(size)
+        store.read_into("p/data.pack", 0, memoryview(found))
+        assert found == data
+        middle = bytearray(min(size, 3000))
+        store.read_into("p/data.pack", size - len(middle), memoryview(middle))
+        assert middle == data[size - len(middle) :]
+        assert store.list("p") == ["data.pack"]
+
+    def test_a_pack_may_be_any_contiguous_buffer(self, store: Storage) -> None:
+        for shape in ((3, 1000), (1,), (), (0,), (3, 0)):
+            array = np.full(shape, 7, dtype=np.float32)
+            for put in (store.write_pack, store.write):
+                put("pack", array.data)
+                found = np.zeros_like(array)
+                store.read_into("pack", 0, found.data)
+                assert (found == array).all()
+
+    def test_several_threads(self, store: Storage) -> None:
+        def work(number: int) -> bytes:
+            below = store.at(f"rank-{number}")
+            below.write_pack("data.pack", memoryview(_noise(10_000 + number)))
+            below.create("part.json", b"%d" % number)
+            return below.read("part.json") + below.read("data.pack", 0, 4)
+
+        with ThreadPoolExecutor(4) as threads:
+            results = list(threads.map(work, range(8)))
+        assert results == [b"%d" % n + _noise(4) for n in range(8)]
+        assert store.list() == [f"rank-{n}" for n in range(8)]
+
+    def test_travels_to_another_process(self, store: Storage) -> None:
+        assert pickle.loads(pickle.dumps(store.at("x"))).url == store.at("x").url
+
+    def test_dies_and_records_through_the_fault_wrapper(self, store: Storage) -> None:
+        faulty = FaultyStorage(store, fail_at=2)
+        assert isinstance(faulty, Storage)
+        faulty.at("a").write("one", b"1")
+        for call in (
+            lambda: faulty.create("two", b"2"),
+            lambda: faulty.at("a").delete("one"),
+            lambda: faulty.read("a/one"),
+        ):
+            with pytest.raises(Killed):
+                call()
+        assert faulty.calls == [("write", "a/one")]
+        assert store.list() == ["a"]
+
+
+class TestOpening:
+    def test_local_spellings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        for url in ("~/run", "run", "./x/../run", tmp_path / "run", f"file://{tmp_path}/run/"):
+            storage = open_storage(url)
+            assert isinstance(storage, LocalStorage)
+            assert storage.url == str(tmp_path / "run")
+
+    def test_s3_spellings(self) -> None:
+        for url in ("s3://bucket/a/b", "s3://bucket/a/b/", "s3a://bucket/a/b"):
+            assert open_storage(url).url == "s3://bucket/a/b"
+        assert open_storage("s3://bucket").url == open_storage("s3://bucket/").url == "s3://bucket"
+
+    @pytest.mark.parametrize(
+        ("url", "said"),
+        [
+            ("", "empty"),
+            ("s3://", "bucket is missing"),
+            ("s3://bucket/a/../b", "a path below"),
+            ("sss://bucket/run", "unknown protocol 'sss'.*known are .*s3"),
+            ("gs://bucket/run", "a package is missing: .*gcsfs"),
+            ("simplecache::s3://bucket/run", "chained"),
+        ],
+    )
+    def test_a_wrong_url_says_what_is_wrong(self, url: str, said: str) -> None:
+        with pytest.raises(StorageError, match=said) as caught:
+            open_storage(url)
+        assert url in str(caught.value)
+
+    def test_options_for_a_local_path_are_a_forgotten_protocol(self) -> None:
+        with pytest.raises(StorageError, match="is 's3://' missing before it"):
+            open_storage("bucket/run", {"key": "k"})
+
+    def test_local_storage_imports_no_client(self) -> None:
+        """Opening and using a local folder is fast: neither fsspec nor s3fs is imported."""
+        program = (
+            "import sys; from shardckpt.storage import open_storage;"
+            "open_storage('/nowhere').list();"
+            "print([m for m in ('fsspec', 's3fs', 'botocore', 'asyncio') if m in sys.modules])"
+        )
+        found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+        assert found.stdout.strip() == b"[]"
+
+
+class TestLocal:
+    def test_only_whole_files_are_ever_there(self, tmp_path: Path) -> None:
+        """What a writer that died half-way left is not listed, and does not hinder the next."""
+        storage = open_storage(tmp_path)
+        storage.write("a", b"x")
+        (tmp_path / ".shardckpt-0123").write_bytes(b"half")
+        assert storage.list() == ["a"]
+        storage.write("a", b"y")
+        storage.create("b", b"z")
+        assert _names(tmp_path) == [".shardckpt-0123", "a", "b"]
+
+    def test_a_reader_of_the_earlier_pack_is_not_disturbed(self, tmp_path: Path) -> None:
+        storage = open_storage(tmp_path)
+        storage.write_pack("pack", memoryview(b"old" * 5000))
+        with (tmp_path / "pack").open("rb") as file:
+            storage.write_pack("pack", memoryview(b"new"))
+            assert file.read() == b"old" * 5000
+        assert storage.read("pack") == b"new"
+
+    def test_links_are_removed_and_not_followed(self, tmp_path: Path) -> None:
+        storage = open_storage(tmp_path / "run")
+        storage.write("a/x", b"x")
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        (outside / "precious").write_bytes(b"x")
+        (tmp_path / "run/a/link").symlink_to(outside)
+        storage.delete_tree("a")
+        assert storage.list() == []
+        assert _names(outside) == ["precious"]
+
+    def test_a_file_where_a_folder_is_needed(self, tmp_path: Path) -> None:
+        storage = open_storage(tmp_path)
+        storage.write("a", b"x")
+        for put in (storage.write, storage.create):
+            with pytest.raises(StorageError, match=r"a is in the way"):
+                put("a/b", b"")
+        storage.write("folder/x", b"x")
+        with pytest.raises(StorageError, match="folder"):
+            storage.write("folder", b"")
+
+    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        blocks=st.integers(0, 3),
+        rest=st.sampled_from([0, 1, 63, 4095]) | st.integers(0, 4095),
+        misaligned=st.sampled_from([0, 1, 64, 4095]),
+    )
+    @pytest.mark.parametrize("where", ["disk", "tmpfs", "ramfs"])
+    def test_packs_of_odd_sizes_and_addresses(
+        self, folder: Path, blocks: int, rest: int, misaligned: int
+    ) -> None:
+        """Past the page cache on a disk, and on ramfs, which has no such way and no reservation."""
+        size = blocks * 4096 + rest
+        memory = mmap.mmap(-1, 1 << 16)
+        view = memoryview(memory)[misaligned : misaligned + size]
+        view[:] = _noise(size)
+        open_storage(folder).write_pack("pack", view)
+        assert (folder / "pack").read_bytes() == view
+
+    @pytest.mark.parametrize("misaligned", [0, 1])
+    @pytest.mark.parametrize("where", ["disk", "ramfs"])
+    def test_packs_of_many_chunks(self, folder: Path, misaligned: int) -> None:
+        size = 3 * PART + 4097
+        memory = mmap.mmap(-1, size + 1)
+        memory[misaligned : misaligned + size] = _noise(size)
+        view = memoryview(memory)[misaligned : misaligned + size]
+        open_storage(folder).write_pack("pack", view)
+        with (folder / "pack").open("rb") as file:
+            assert file.read() == view
+
+    def test_packs_do_not_fill_the_page_cache(self, tmp_path: Path) -> None:
+        probe = tmp_path / "probe"
+        try:
+            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+        except OSError as error:
+            pytest.skip(f"this file system has no O_DIRECT: {error}")
+        open_storage(tmp_path).write_pack("pack", memoryview(bytes(PART)))
+        with (tmp_path / "pack").open("rb") as file, pytest.raises(BlockingIOError):
+            os.preadv(file.fileno(), [bytearray(4096)], PART - 4096, os.RWF_NOWAIT)
+
+    def test_one_of_many_racing_processes_creates(self, tmp_path: Path) -> None:
+        _race_processes(str(tmp_path / "run"), None)
+
+    def test_a_full_disk_is_found_before_anything_is_written(self, small_disk: Path) -> None:
+        storage = open_storage(small_disk)
+        size = 8 << 20
+        with pytest.raises(StorageFullError) as caught:
+            storage.write_pack("p/pack", memoryview(bytes(size)))
+        message = str(caught.value)
+        assert f"{small_disk}/p/pack" in message
+        assert f"wanted {size} bytes" in message
+        free = os.statvfs(small_disk)
+        assert f"{free.f_bavail * free.f_frsize} are free" in message
+        assert caught.value.errno == errno.ENOSPC
+        assert _names(small_disk / "p") == []
+
+    def test_a_full_disk_leaves_no_half_files_and_the_earlier_one(self, small_disk: Path) -> None:
+        storage = open_storage(small_disk)
+        storage.write("file", b"earlier")
+        for put in (storage.write, storage.create):
+            with pytest.raises(StorageFullError):
+                put("file", bytes(8 << 20))
+        assert _names(small_disk) == ["file"]
+        assert storage.read("file") == b"earlier"
+
+    def test_a_read_only_disk(self, small_disk: Path) -> None:
+        storage = open_storage(small_disk)
+        storage.write("file", b"x")
+        storage.write("folder/other", b"x")
+        _mount("-o", "remount,ro", str(small_disk))
+        for call in _mutations(storage):
+            with pytest.raises(StorageError, match=r"read-only.*Choose another") as caught:
+                call()
+            assert str(small_disk) in str(caught.value)
+        assert storage.read("file") == b"x"
+
+    def test_no_permission(self, tmp_path: Path, unprivileged: Callable[[], Any]) -> None:
+        storage = open_storage(tmp_path / "run")
+        storage.write("file", b"x")
+        storage.write("folder/other", b"x")
+        (tmp_path / "run").chmod(0o500)
+        with unprivileged():
+            for call in _mutations(storage):
+                with pytest.raises(CredentialsError, match="permissions") as caught:
+                    call()
+                assert str(tmp_path) in str(caught.value)
+
+
+class TestS3:
+    def test_one_of_many_racing_processes_creates(self, moto_s3: S3Server) -> None:
+        _race_processes(moto_s3.url("race"), dict(moto_s3.options))
+
+    @pytest.mark.parametrize("kind", ["moto", "rclone"])
+    def test_a_missing_bucket_is_named(self, request: pytest.FixtureRequest, kind: str) -> None:
+        server: S3Server = request.getfixturevalue(f"{kind}_s3")
+        storage = open_storage("s3://no-such-bucket/run", server.options)
+        calls: list[Callable[[], object]] = [
+            lambda: storage.read("file"),
+            lambda: storage.size("file"),
+            lambda: storage.list(),
+            lambda: storage.write("file", b""),
+            lambda: storage.create("file", b""),
+            lambda: storage.write_pack("file", memoryview(bytes(PART + 1))),
+            lambda: storage.exclusive(),
+        ]
+        for call in calls:
+            with pytest.raises(StorageError, match=r"s3://no-such-bucket.*no such bucket"):
+                call()
+
+    def test_an_unreachable_endpoint_is_found_soon(self) -> None:
+        with socket.socket() as held:  # bound, but not listening: connections are refused
+            held.bind(("127.0.0.1", 0))
+            endpoint = f"http://127.0.0.1:{held.getsockname()[1]}"
+            options = {"key": "k", "secret": "s", "endpoint_url": endpoint}
+            storage = open_storage("s3://bucket/run", options)
+            began = time.monotonic()
+            with pytest.raises(StorageError, match="cannot be reached") as caught:
+                storage.list()
+            assert time.monotonic() - began < 20
+        assert "s3://bucket/run" in str(caught.value)
+        assert endpoint in str(caught.value)
+
+    def test_no_credentials(self, moto_s3: S3Server) -> None:
+        storage = open_storage("s3://bucket/run", {"endpoint_url": moto_s3.endpoint})
+        with pytest.raises(CredentialsError, match=r"AWS_ACCESS_KEY_ID.*AWS_PROFILE") as caught:
+            storage.list()
+        assert "s3://bucket/run" in str(caught.value)
+
+    def test_wrong_credentials(self, rclone_s3: S3Server) -> None:
+        storage = open_storage(rclone_s3.url(), {**rclone_s3.options, "secret": "wrong"})
+        for call in (lambda: storage.list(), lambda: storage.write("file", b"")):
+            with pytest.raises(CredentialsError, match="refused"):
+                call()
+
+    def test_credentials_from_the_environment(
+        self, rclone_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", rclone_s3.options["key"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", rclone_s3.options["secret"])
+        monkeypatch.setenv("AWS_ENDPOINT_URL", rclone_s3.endpoint)
+        storage = open_storage(rclone_s3.url())
+        storage.write("file", b"x")
+        assert storage.list() == ["file"]
+
+    def test_another_process_finds_what_this_one_changed(self, moto_s3: S3Server) -> None:
+        """No listing is remembered."""
+        url = moto_s3.url()
+        one, two = open_storage(url, moto_s3.options), open_storage(url, moto_s3.options)
+        assert one.list() == two.list() == []
+        one.write("a/file", b"x")
+        assert two.list() == ["a"]
+        two.delete_tree("a")
+        assert one.list() == []
+        with pytest.raises(FileNotFoundError):
+            one.size("a/file")
+
+    def test_more_objects_than_a_page(self, moto_s3: S3Server) -> None:
+        storage = open_storage(moto_s3.url(), moto_s3.options)
+        with ThreadPoolExecutor(16) as threads:
+            list(threads.map(lambda n: storage.write(f"a/{n:04}", b""), range(1001)))
+        assert len(storage.list("a")) == 1001
+        storage.delete_tree("a")
+        assert storage.list("a") == []
+
+    def test_a_lost_answer_is_not_taken_for_a_lost_race(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        """The put succeeded, its answer was lost, and its repetition was refused."""
+        storage, proxy = proxied
+        proxy.faults = _once("PUT", "lose")
+        storage.create("claim", b"mine")
+        assert storage.read("claim") == b"mine"
+        assert [method for method, _ in proxy.requests].count("PUT") > 1
+        proxy.faults = _once("PUT", "lose")
+        with pytest.raises(FileExistsError):
+            storage.create("claim", b"mine")  # equal content is not the same writer
+
+    @pytest.mark.parametrize("status", [409, 500, 503])
+    def test_passing_trouble_is_waited_out(self, proxied: tuple[Storage, FaultyProxy], status: int) -> None:
+        storage, proxy = proxied
+        proxy.faults = _once("PUT", status)
+        storage.create("claim", b"mine")
+        assert storage.read("claim") == b"mine"
+
+    def test_a_bare_412_means_that_it_is_there(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        """Some stores send the status without the code."""
+        storage, proxy = proxied
+        proxy.faults = lambda method, _path: 412 if method == "PUT" else None
+        with pytest.raises(FileExistsError):
+            storage.create("claim", b"mine")
+
+    def test_a_broken_read_is_repeated(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        storage, proxy = proxied
+        data = _noise(100_000)
+        storage.write("file", data)
+        proxy.faults = _once("GET", "cut")
+        assert storage.read("file") == data
+        proxy.faults = _once("GET", "cut")
+        found = bytearray(50_000)
+        storage.read_into("file", 1000, memoryview(found))
+        assert found == data[1000:51_000]
+
+    def test_a_failed_upload_leaves_nothing(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        storage, proxy = proxied
+        proxy.faults = lambda method, path: 403 if method == "PUT" and "partNumber=2" in path else None
+        with pytest.raises(CredentialsError, match=r"data\.pack"):
+            storage.write_pack("data.pack", memoryview(bytes(2 * PART)))
+        assert proxy.requests[-1][0] == "DELETE"
+        assert "uploadId" in proxy.requests[-1][1]
+        assert storage.list() == []
+
+    def test_a_lost_answer_at_the_end_of_an_upload(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        storage, proxy = proxied
+        proxy.faults = _once("POST", "lose", "uploadId=")
+        storage.write_pack("data.pack", memoryview(bytes(PART + 1)))
+        assert storage.size("data.pack") == PART + 1
+
+    @pytest.fixture
+    def proxied(self, moto_s3: S3Server) -> Iterator[tuple[Storage, FaultyProxy]]:
+        """A storage whose requests the test may spoil."""
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            options = {**moto_s3.options, "endpoint_url": proxy.endpoint}
+            yield open_storage(moto_s3.url("proxied"), options), proxy
+
+
+@pytest.fixture
+def folder(where: str, tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of the kind `where`."""
+    folder = tmp_path / where
+    folder.mkdir()
+    if where != "disk":
+        _mount("-t", where, where, str(folder))
+    yield folder
+    if where != "disk":
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    _mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder))
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def unprivileged() -> Callable[[], Any]:
+    """A context in which file permissions are enforced, as they are not for root."""
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        before = os.geteuid()
+        if before == 0:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(before)
+
+    return context
+
+
+def _mount(*arguments: str) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"mount is not permitted here: {done.stderr.strip()}")
+
+
+def _mutations(storage: Storage) -> list[Callable[[], None]]:
+    return [
+        lambda: storage.write("file", b"y"),
+        lambda: storage.create("new", b"y"),
+        lambda: storage.write_pack("pack", memoryview(b"y")),
+        lambda: storage.write("folder/file", b"y"),
+        lambda: storage.delete("file"),
+        lambda: storage.delete_tree("folder"),
+    ]
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _noise(size: int) -> bytes:
+    """Bytes of which no two blocks are alike, always the same."""
+    block = bytes(range(256)) * 16
+    pieces = [n.to_bytes(8, "little") + block[8:] for n in range(-(-size // 4096))]
+    return b"".join(pieces)[:size]
+
+
+def _once(method: str, fault: str | int, part: str = "") -> Callable[[str, str], str | int | None]:
+    """Spoil the first request of this method whose path contains `part`."""
+    lock = threading.Lock()
+    left = [fault]
+
+    def decide(asked: str, path: str) -> str | int | None:
+        with lock:
+            return left.pop() if asked == method and part in path and left else None
+
+    return decide
+
+
+def _race_processes(url: str, options: dict[str, Any] | None) -> None:
+    context = multiprocessing.get_context("spawn")
+    racers = 4
+    start, results = context.Barrier(racers), context.SimpleQueue()
+    processes = [
+        context.Process(target=_race, args=(url, options, n, start, results)) for n in range(racers)
+    ]
+    for process in processes:
+        process.start()
+    won = dict(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    rounds = len(won[0])
+    for number in range(rounds):
+        winners = [n for n in won if won[n][number]]
+        assert len(winners) == 1
+        assert open_storage(url, options).read(f"claim-{number}") == b"%d" % winners[0]
+
+
+def _race(url: str, options: dict[str, Any] | None, number: int, start: Any, results: Any) -> None:
+    storage = open_storage(url, options)
+    storage.list()  # the client is ready
+    won = []
+    for claim in range(5):
+        start.wait(60)
+        try:
+            storage.create(f"claim-{claim}", b"%d" % number)
+            won.append(True)
+        except FileExistsError:
+            won.append(False)
+    results.put((number, won))
