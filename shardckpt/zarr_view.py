@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from shardckpt.dtypes import fill_value, itemsize
+from shardckpt.dtypes import EXTENDED, fill_value, itemsize
 from shardckpt.errors import NotACheckpointError
 from shardckpt.manifest import MANIFEST, Manifest, Tensor, chunk_bytes, decode_manifest
 
@@ -28,6 +28,13 @@ __all__ = ["encode_refs", "open_group"]
 _TEMPLATES = ("u", "attempt", "run")
 """The checkpoint's folder, and those above it, by how many `../` a pack's path begins with."""
 
+_MAX_CONSOLIDATED = 10_000
+"""Nodes above which the root does not list them: Zarr takes 0.1 s per thousand to open such a root."""
+
+_ROOT = "__shardckpt"
+"""Where open_group has the root group: Zarr 3.1 lists a store wrongly that has no path, or whose path
+begins a name, and no name begins so."""
+
 
 def encode_refs(manifest: Manifest, url: str) -> bytes:
     """The content of refs.json for the checkpoint at `url`, which is an absolute path or a URL.
@@ -35,10 +42,17 @@ def encode_refs(manifest: Manifest, url: str) -> bytes:
     Packs are named below the templates `u` (the checkpoint) and, where older steps' packs are used,
     `attempt` and `run`, so that a reader of a copy overrides these. Where the URL itself would be taken
     for a template, packs are named in full.
+
+    The root lists all nodes (Zarr's consolidated metadata), for without that Zarr 3.1 sees only the top
+    level of a reference store; unless there are very many, or of types that need an extension of Zarr,
+    with which a root that lists them could not be opened at all by those who lack it.
     """
     templates, packs = _pack_urls(manifest, url)
     heads = [f"[{json.dumps(pack)}," for pack in packs]
-    entries = [f"{json.dumps(key)}:{json.dumps(text)}" for key, text in _metadata(manifest)]
+    nodes = dict(_nodes(manifest))
+    if len(nodes) <= _MAX_CONSOLIDATED and not any(t.dtype in EXTENDED for t in manifest.tensors):
+        nodes[""] = {**nodes[""], "consolidated_metadata": _consolidated(nodes)}
+    entries = [f"{json.dumps(_key(path))}:{json.dumps(_text(node))}" for path, node in nodes.items()]
     table = manifest.chunks
     for array in _arrays(manifest):
         start = f'"{json.dumps(array.path)[1:-1]}/c'
@@ -83,20 +97,20 @@ def open_group(
         manifest = decode_manifest(data, url)
     files, folder = fsspec.url_to_fs(url, **options, asynchronous=True)
     references = ReferenceFileSystem(_references(manifest, folder), fs=files, asynchronous=True)
-    return open_store(FsspecStore(references, read_only=True, path=""), mode="r")
+    return open_store(FsspecStore(references, read_only=True, path=_ROOT), mode="r")
 
 
 def _references(manifest: Manifest, folder: str) -> dict[str, Any]:
     """What refs.json says, as fsspec holds it: key -> text, or [path, offset, length]."""
     packs = [posixpath.normpath(posixpath.join(folder, pack.path)) for pack in manifest.packs]
     table = manifest.chunks
-    references: dict[str, Any] = dict(_metadata(manifest))
+    references: dict[str, Any] = {f"{_ROOT}/{_key(path)}": _text(node) for path, node in _nodes(manifest)}
     for array in _arrays(manifest):
         rows = slice(array.first, array.first + array.rows)
         for key, pack, offset in zip(
             _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
         ):
-            references[f"{array.path}/c{key}"] = [packs[pack], offset, array.nbytes]
+            references[f"{_ROOT}/{array.path}/c{key}"] = [packs[pack], offset, array.nbytes]
     return references
 
 
@@ -133,68 +147,72 @@ def _chunk_keys(grid: Sequence[int]) -> Iterable[str]:
     return axes[0] if len(axes) == 1 else map("".join, itertools.product(*axes))
 
 
-def _metadata(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """The key and the text of every zarr.json."""
-    yield (
-        "zarr.json",
-        _group(
-            {
-                "format": manifest.format,
-                "id": manifest.id,
-                "step": manifest.step,
-                "attempt": manifest.attempt,
-                "world_size": manifest.world_size,
-                "created": manifest.created,
-                "writer": manifest.writer,
-                "metrics": manifest.metrics,
-            }
-        ),
-    )
+def _nodes(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The path and the metadata of every node, groups before what is in them."""
+    about: dict[str, Any] = {
+        "format": manifest.format,
+        "id": manifest.id,
+        "step": manifest.step,
+        "attempt": manifest.attempt,
+        "world_size": manifest.world_size,
+        "created": manifest.created,
+        "writer": manifest.writer,
+        "metrics": manifest.metrics,
+    }
+    yield "", _group(about)
     groups = {""}
     for tensor in manifest.tensors:
-        path = posixpath.dirname(tensor.name)
+        folder = posixpath.dirname(tensor.name)
         missing = []
-        while path not in groups:
-            groups.add(path)
-            missing.append(path)
-            path = posixpath.dirname(path)
-        for path in reversed(missing):
-            yield f"{path}/zarr.json", _group({})
+        while folder not in groups:
+            groups.add(folder)
+            missing.append(folder)
+            folder = posixpath.dirname(folder)
+        for folder in reversed(missing):
+            yield folder, _group({})
         paths = _array_paths(tensor)
         if not tensor.is_array:
             boxes = {
                 posixpath.basename(path): {"offset": array.offset, "shape": array.shape}
                 for path, array in zip(paths, tensor.arrays, strict=True)
             }
-            about = {"shape": tensor.shape, "dtype": tensor.dtype, "boxes": boxes}
-            yield f"{tensor.name}/zarr.json", _group(about)
+            yield tensor.name, _group({"shape": tensor.shape, "dtype": tensor.dtype, "boxes": boxes})
         for path, array in zip(paths, tensor.arrays, strict=True):
-            yield f"{path}/zarr.json", _array(tensor.dtype, array.shape, array.chunk)
+            yield path, _array(tensor.dtype, array.shape, array.chunk)
 
 
-def _group(attributes: dict[str, Any]) -> str:
-    return _text({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+def _group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
-def _array(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> str:
+def _array(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Any]:
     endian = {"configuration": {"endian": "little"}} if itemsize(dtype) > 1 else {}
-    return _text(
-        {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": shape,
-            "data_type": dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": fill_value(dtype),
-            "codecs": [{"name": "bytes", **endian}, {"name": "crc32c"}],
-            "attributes": {},
-        }
-    )
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill_value(dtype),
+        "codecs": [{"name": "bytes", **endian}, {"name": "crc32c"}],
+        "attributes": {},
+    }
 
 
-def _text(metadata: dict[str, Any]) -> str:
-    return msgspec.json.encode(metadata).decode()
+def _consolidated(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All nodes but the root, by depth and then by name: Zarr 3.1 loses siblings that are apart."""
+    paths = sorted(filter(None, nodes), key=lambda path: (path.count("/"), path))
+    inner = {path: nodes[path] for path in paths}
+    return {"kind": "inline", "must_understand": False, "metadata": inner}
+
+
+def _key(path: str) -> str:
+    return f"{path}/zarr.json" if path else "zarr.json"
+
+
+def _text(node: dict[str, Any]) -> str:
+    return msgspec.json.encode(node).decode()
 
 
 def _pack_urls(manifest: Manifest, url: str) -> tuple[dict[str, str], list[str]]:
