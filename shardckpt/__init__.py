@@ -1,0 +1,61 @@
+"""Sharded checkpoints that load on any world size, in any layout.
+
+    shardckpt.save(url, state)              one checkpoint; save_async(...) -> handle.wait()
+    shardckpt.load(url, state)              in place, any world size and layout
+    shardckpt.open(url)                     look into a checkpoint, without torch
+    shardckpt.Checkpointer(url, ...)        a run: save every so often, resume, keep the newest
+
+Names that need torch are imported when they are first used, so that looking into a checkpoint is quick.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shardckpt.checkpoint import Checkpoint
+from shardckpt.checkpoint import open_checkpoint as open
+from shardckpt.errors import ShardckptError
+from shardckpt.version import __version__
+
+if TYPE_CHECKING:
+    from shardckpt.checkpointer import Checkpointer, Loaded, load, save, save_async
+    from shardckpt.saving import SaveHandle
+    from shardckpt.state import PerRank
+
+__all__ = [
+    "Checkpoint",
+    "Checkpointer",
+    "Loaded",
+    "PerRank",
+    "SaveHandle",
+    "ShardckptError",
+    "__version__",
+    "load",
+    "open",
+    "save",
+    "save_async",
+]
+
+_WITH_TORCH = {
+    "Checkpointer": "checkpointer",
+    "Loaded": "checkpointer",
+    "PerRank": "state",
+    "SaveHandle": "saving",
+    "load": "checkpointer",
+    "save": "checkpointer",
+    "save_async": "checkpointer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module 'shardckpt' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"shardckpt.{_WITH_TORCH[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

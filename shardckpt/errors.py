@@ -9,7 +9,8 @@
     +-- CheckpointError         the checkpoint at this URL is not right: take another one
     |   +-- NotACheckpointError     nothing is there, or it is something else
     |   +-- CheckpointExistsError   a checkpoint is there already, and is never overwritten
-    |   +-- FormatError             the manifest is invalid, unsafe, or of a newer version
+    |   +-- FormatError             the manifest is invalid or unsafe
+    |   |   +-- UnknownVersionError     another version of the library wrote it
     |   +-- CorruptError            stored bytes differ from what was written
     +-- StorageError            the storage refuses or is out of reach: fix it, then try again
     |   +-- StorageFullError        no space, or over quota
@@ -36,6 +37,7 @@ __all__ = [
     "StateError",
     "StorageError",
     "StorageFullError",
+    "UnknownVersionError",
     "UnsupportedValueError",
 ]
 
@@ -80,7 +82,11 @@ class CheckpointExistsError(CheckpointError, FileExistsError):
 
 
 class FormatError(CheckpointError):
-    """The manifest is invalid, refers to something outside its run, or is of a newer version."""
+    """The manifest is invalid, or refers to something outside its run."""
+
+
+class UnknownVersionError(FormatError):
+    """The manifest has a version that this library does not read; nothing is wrong with it."""
 
 
 class CorruptError(CheckpointError):

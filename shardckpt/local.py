@@ -78,7 +78,7 @@ def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False)
     """
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
-        data = tensor.detach().to_local()
+        data = tensor.to_local().detach()
         pieces = _dtensor_pieces(tensor, name)
         held = sum(piece.box.volume for piece in pieces)
         if held != data.numel():

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from shardckpt.box import Box, tiles
 from shardckpt.dtypes import DTYPES, itemsize
-from shardckpt.errors import FormatError
+from shardckpt.errors import FormatError, UnknownVersionError
 
 __all__ = [
     "CRC_BYTES",
@@ -120,12 +120,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     world_size: int
     created: float
     writer: str
-    metrics: dict[str, float]
+    metrics: dict[str, float | str]
     values: Any
     per_rank: list[dict[str, Any]]
     packs: tuple[Pack, ...]
     tensors: tuple[Tensor, ...]
     chunks: Chunks
+
+    @property
+    def metric_values(self) -> dict[str, float]:
+        """The metrics as floats; JSON has those that are not finite as text."""
+        return {name: float(value) for name, value in self.metrics.items()}
 
     @property
     def nbytes(self) -> int:
@@ -214,7 +219,7 @@ def _decode(data: bytes, kind: type[_Record], where: str, file: str) -> _Record:
     try:
         version = msgspec.json.decode(data, type=_Version).format
         if version != FORMAT:
-            raise FormatError(
+            raise UnknownVersionError(
                 f"{where}: {file} has format {version!r}, and this version reads {FORMAT!r} only; "
                 "read it with the shardckpt that wrote it, or a newer one"
             )

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -74,6 +74,7 @@ class SavePlan:
         writer: for each row of the chunk table, the rank that writes it.
         offset: for each row, its place in that rank's pack, in bytes.
         pack_sizes: for each rank, bytes of its pack.
+        same_as: rows of tied tensors: the row that stands for each, whose chunk they share.
         replicas: for each set of ranks that hold the same boxes, those boxes; what these ranks hold there
             must be equal.
     """
@@ -82,6 +83,7 @@ class SavePlan:
     writer: tuple[int, ...]
     offset: tuple[int, ...]
     pack_sizes: tuple[int, ...]
+    same_as: Mapping[int, int]
     replicas: tuple[tuple[tuple[int, ...], tuple[tuple[str, Box], ...]], ...]
     _writes: tuple[tuple[ChunkWrite, ...], ...] = field(repr=False)
 
@@ -135,6 +137,7 @@ def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:
         writer=tuple(writer),
         offset=tuple(offset),
         pack_sizes=tuple(sizes),
+        same_as=same_as,
         replicas=tuple((ranks, tuple(boxes)) for ranks, boxes in shared.items()),
         _writes=tuple(map(tuple, writes)),
     )

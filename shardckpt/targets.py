@@ -200,7 +200,7 @@ class _Binder:
             if len(sources) > 1:
                 raise StateError(
                     f"state[{path!r}]: the parameters of group {index} were in {len(sources)} groups when "
-                    "the checkpoint was written, so its learning rate and other options are not known. Group "
+                    "the checkpoint was written, so its learning rate and other options are unknown. Group "
                     "the parameters as they were then."
                 )
             source = next(iter(sources.values()), {k: v for k, v in group.items() if k != "params"})

@@ -1,0 +1,179 @@
+"""Open a checkpoint and look into it: without torch, and without loading what is not asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shardckpt.box import Box
+from shardckpt.dtypes import numpy_dtype
+from shardckpt.errors import MissingKeysError
+from shardckpt.fetch import Fetcher, in_parallel
+from shardckpt.manifest import Manifest, Tensor
+from shardckpt.plan import Read, plan_reads
+from shardckpt.runs import Place, find_place, read_manifest
+from shardckpt.storage import Storage
+from shardckpt.values import decode
+from shardckpt.zarr_view import open_group
+
+if TYPE_CHECKING:
+    import zarr
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+class Checkpoint:
+    """One checkpoint in storage, open for reading. Safe to use from several threads.
+
+    Attributes:
+        url: where it is.
+        manifest: its record.
+    """
+
+    def __init__(self, place: Place, storage_options: Mapping[str, Any] | None = None) -> None:
+        """Read the manifest at `place`. Raises NotACheckpointError, FormatError, StorageError."""
+        self._place = place
+        self._options = storage_options
+        self.url = place.url
+        self.manifest: Manifest = read_manifest(place)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.url!r}, step={self.step})"
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps done when it was saved."""
+        return self.manifest.step
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics given when it was saved."""
+        return self.manifest.metric_values
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name: global `.shape`, `.dtype` (a name), `.nbytes`."""
+        return {tensor.name: tensor for tensor in self.manifest.tensors}
+
+    @cached_property
+    def values(self) -> Any:
+        """The plain values of the state; a TensorRef or PerRankRef stands where one of these was."""
+        return decode(self.manifest.values)
+
+    def per_rank(self, path: str) -> list[Any]:
+        """What each rank saved in the PerRank at `path`, by rank. Raises MissingKeysError."""
+        try:
+            return [decode(values[path]) for values in self.manifest.per_rank]
+        except KeyError as error:
+            raise MissingKeysError(f"{self.url} has no per-rank value at {path!r}") from error
+
+    def read(self, name: str, index: Any = ...) -> npt.NDArray[Any]:
+        """The tensor `name`, or `index` of it (integers and slices, as NumPy has them), as a new array.
+
+        Only the chunks that the index touches are read, and each is verified. bfloat16 and float8
+        have ml_dtypes' types. Raises MissingKeysError for an unknown name, IndexError, CorruptError.
+        """
+        tensor = self.tensor(name)
+        box, rest = _bounds(index, tensor.shape)
+        result = np.zeros(box.shape, dtype=numpy_dtype(tensor.dtype))
+        fetcher = Fetcher(self._place, self.manifest)
+
+        def fetch(read: Read) -> None:
+            fetcher.verify([read])
+            chunk = fetcher.chunk(read)
+            for copy in read.copies:
+                result[copy.target] = chunk[copy.source]
+            fetcher.release(read)
+
+        in_parallel(fetch, plan_reads(self.manifest, [(name, box)]))
+        return np.asarray(result[rest])
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor's record. Raises MissingKeysError, which suggests names that are alike."""
+        if name not in self.tensors:
+            import difflib
+
+            alike = difflib.get_close_matches(name, self.tensors, n=3)
+            hint = f"; did you mean {', '.join(map(repr, alike))}?" if alike else ""
+            raise MissingKeysError(f"{self.url} has no tensor {name!r}{hint}")
+        return self.tensors[name]
+
+    def zarr(self) -> zarr.Group:
+        """The tensors as a read-only zarr.Group, which fetches chunks when they are indexed."""
+        return open_group(self.url, self._options)
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> int:
+        """Read every chunk and compare it with its checksum. Returns the bytes checked.
+
+        Raises CorruptError, which names the first bad chunk. `progress` is called with bytes done.
+        """
+        boxes = [(tensor.name, Box.whole(tensor.shape)) for tensor in self.manifest.tensors]
+        checked = 0
+        for reads in _batches(plan_reads(self.manifest, [b for b in boxes if b[1].volume])):
+            fetcher = Fetcher(self._place, self.manifest)
+            fetcher.verify(reads, progress)
+            checked += sum(read.nbytes for read in reads)
+        return checked
+
+
+def open_checkpoint(
+    url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Open the checkpoint at `url`, or the newest good one of the run at `url`.
+
+    Only its manifest is read. Raises NotACheckpointError, FormatError, StorageError.
+    """
+    return Checkpoint(find_place(url, storage_options), storage_options)
+
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[Box, tuple[Any, ...]]:
+    """The smallest box that holds what `index` selects, and what selects it from the box."""
+    items = index if isinstance(index, tuple) else (index,)
+    if sum(item is ... for item in items) > 1:
+        raise IndexError("an index can have one ellipsis only")
+    given = sum(item is not ... for item in items)
+    if given > len(shape):
+        raise IndexError(f"{given} indices for a tensor of {len(shape)} dimensions")
+    if not any(item is ... for item in items):
+        items = (*items, ...)
+    at = next(i for i, item in enumerate(items) if item is ...)
+    full = (*items[:at], *[slice(None)] * (len(shape) - given), *items[at + 1 :])
+    offsets: list[int] = []
+    sizes: list[int] = []
+    rest: list[slice | int] = []
+    for dim, (item, n) in enumerate(zip(full, shape, strict=True)):
+        if isinstance(item, slice):
+            chosen = range(n)[item]
+            low = min(chosen[0], chosen[-1]) if chosen else 0
+            high = max(chosen[0], chosen[-1]) + 1 if chosen else 0
+            offsets.append(low)
+            sizes.append(high - low)
+            rest.append(slice(None, None, item.step))
+        elif hasattr(item, "__index__"):
+            number = item.__index__()
+            if not -n <= number < n:
+                raise IndexError(f"index {number} is out of range for dimension {dim} of size {n}")
+            offsets.append(number % n)
+            sizes.append(1)
+            rest.append(0)
+        else:
+            raise IndexError(f"an index is made of integers, slices and an ellipsis, not of {item!r}")
+    return Box(tuple(offsets), tuple(sizes)), tuple(rest)
+
+
+def _batches(reads: list[Read], limit: int = 256 << 20) -> list[list[Read]]:
+    """The reads in runs of about `limit` bytes, so that what is held stays bounded."""
+    batches: list[list[Read]] = [[]]
+    size = 0
+    for read in reads:
+        if size > limit:
+            batches.append([])
+            size = 0
+        batches[-1].append(read)
+        size += read.nbytes
+    return batches if reads else []

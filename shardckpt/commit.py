@@ -1,0 +1,207 @@
+"""Commit: a checkpoint comes into being when every rank's part is in the storage.
+
+The committer and the writers meet in the storage alone, so that a commit needs no collective and no
+living trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardckpt.errors import FormatError, SaveError
+from shardckpt.manifest import (
+    MANIFEST,
+    REFS,
+    Chunks,
+    Manifest,
+    Pack,
+    Part,
+    decode_manifest,
+    decode_part,
+    encode_record,
+    pack_path,
+    part_path,
+)
+from shardckpt.plan import SavePlan
+from shardckpt.runs import FAILED, Place
+from shardckpt.storage import Storage
+from shardckpt.version import __version__
+from shardckpt.zarr_view import encode_refs
+
+__all__ = ["Proposal", "commit", "wait_committed"]
+
+_FIRST_PAUSE = 0.002
+_LONGEST_PAUSE = 0.25
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A save that is on its way to be a checkpoint: what its manifest will say beside the chunks."""
+
+    place: Place
+    id: str
+    step: int
+    attempt: int
+    metrics: dict[str, float | str]
+    values: Any
+    plan: SavePlan
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks that write."""
+        return len(self.plan.pack_sizes)
+
+
+def commit(proposal: Proposal, timeout: float) -> Manifest:
+    """Wait for every rank's part, then make the checkpoint exist.
+
+    Raises SaveError if a rank reports that it failed, if no further part appears for `timeout` seconds,
+    or if what the ranks wrote is not what was planned. Then there is no checkpoint.
+    """
+    storage = proposal.place.storage
+    parts = _wait_for_parts(storage, proposal, timeout)
+    manifest = _assemble(proposal, parts)
+    _check_packs(storage, parts)
+    storage.write(REFS, encode_refs(manifest, proposal.place.url))
+    try:
+        storage.create(MANIFEST, encode_record(manifest))  # from here on the checkpoint exists
+    except FileExistsError as error:
+        raise SaveError(
+            f"{proposal.place.url} already has a checkpoint, made by another writer while this save was "
+            "under way; it was left as it is"
+        ) from error
+    return manifest
+
+
+def wait_committed(place: Place, save_id: str, timeout: float) -> Manifest:
+    """Wait until the committer has made this save's checkpoint, wherever the committer runs.
+
+    Raises SaveError if it reports a failure, or nothing is to be seen for `timeout` seconds.
+    """
+    storage = place.storage
+    for _ in _pauses(lambda: False, timeout):
+        try:
+            manifest = decode_manifest(storage.read(MANIFEST), place.url)
+        except FileNotFoundError:
+            _raise_failure(storage, "", save_id, place.url)
+            continue
+        if manifest.id != save_id:
+            raise SaveError(f"{place.url} has a checkpoint of another writer; this save was not committed")
+        return manifest
+    raise SaveError(
+        f"{place.url}: no commit was seen for {timeout:g} s, although this rank's part is durable; "
+        "rank 0's process has probably ended"
+    )
+
+
+def _wait_for_parts(storage: Storage, proposal: Proposal, timeout: float) -> list[Part]:
+    """The part of every rank, read from the storage."""
+    parts: dict[int, Part] = {}
+    count = 0
+
+    def progressed() -> bool:
+        nonlocal count
+        before, count = count, len(parts)
+        return count > before
+
+    for _ in _pauses(progressed, timeout):
+        for rank in range(proposal.world_size):
+            if rank not in parts and (part := _read_part(storage, rank, proposal)) is not None:
+                parts[rank] = part
+        if len(parts) == proposal.world_size:
+            return [parts[rank] for rank in range(proposal.world_size)]
+    missing = [str(rank) for rank in range(proposal.world_size) if rank not in parts]
+    raise SaveError(
+        f"{proposal.place.url}: rank {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} of "
+        f"{proposal.world_size} did not finish writing: no further part appeared for {timeout:g} s. "
+        "The checkpoint was not committed; the one before it stands."
+    )
+
+
+def _read_part(storage: Storage, rank: int, proposal: Proposal) -> Part | None:
+    """The rank's part of this very save, or None if it is not there yet."""
+    try:
+        part = decode_part(storage.read(part_path(rank)), proposal.place.url)
+    except (FileNotFoundError, FormatError):  # not there, or what an earlier failed save left
+        part = None
+    if part is not None and part.id == proposal.id and part.rank == rank:
+        return part
+    _raise_failure(storage, f"rank-{rank:05d}/", proposal.id, f"rank {rank} of {proposal.place.url}")
+    return None
+
+
+def _raise_failure(storage: Storage, folder: str, save_id: str, who: str) -> None:
+    """Raise SaveError if a failure of this save was reported in that folder."""
+    try:
+        report = json.loads(storage.read(f"{folder}{FAILED}"))
+    except (FileNotFoundError, ValueError):
+        return
+    if isinstance(report, dict) and report.get("id") == save_id:
+        raise SaveError(f"{who}: {report.get('error')}. The checkpoint before it stands.")
+
+
+def _assemble(proposal: Proposal, parts: Sequence[Part]) -> Manifest:
+    """The manifest, checked so far that every planned chunk was written where it was planned."""
+    plan = proposal.plan
+    checksums: list[int | None] = [None] * len(plan.writer)
+    for part in parts:
+        if part.size != plan.pack_sizes[part.rank]:
+            raise SaveError(
+                f"{proposal.place.url}: rank {part.rank} wrote {part.size} bytes, planned were "
+                f"{plan.pack_sizes[part.rank]}"
+            )
+        for row, offset, checksum in zip(part.chunk, part.offset, part.crc32c, strict=True):
+            if (plan.writer[row], plan.offset[row]) != (part.rank, offset):
+                raise SaveError(f"{proposal.place.url}: rank {part.rank} wrote chunk {row} elsewhere")
+            checksums[row] = checksum
+    for row, source in plan.same_as.items():
+        checksums[row] = checksums[source]
+    if None in checksums:
+        raise SaveError(f"{proposal.place.url}: chunk {checksums.index(None)} was written by no rank")
+    return Manifest(
+        id=proposal.id,
+        step=proposal.step,
+        attempt=proposal.attempt,
+        world_size=proposal.world_size,
+        created=time.time(),
+        writer=f"shardckpt {__version__}",
+        metrics=proposal.metrics,
+        values=proposal.values,
+        per_rank=[part.values for part in parts],
+        packs=tuple(Pack(pack_path(part.rank), part.size) for part in parts),
+        tensors=plan.tensors,
+        chunks=Chunks(
+            pack=list(plan.writer),
+            offset=list(plan.offset),
+            crc32c=[checksum for checksum in checksums if checksum is not None],
+        ),
+    )
+
+
+def _check_packs(storage: Storage, parts: Sequence[Part]) -> None:
+    """What the storage has of each pack is what its writer says."""
+    for part in parts:
+        found = storage.size(pack_path(part.rank))
+        if found != part.size:
+            raise SaveError(
+                f"{storage.url}/{pack_path(part.rank)} has {found} bytes, but rank {part.rank} wrote "
+                f"{part.size}"
+            )
+
+
+def _pauses(progressed: Callable[[], bool], timeout: float) -> Iterator[None]:
+    """Yield, then pause ever longer, until nothing has progressed for `timeout` seconds."""
+    pause = _FIRST_PAUSE
+    deadline = time.monotonic() + timeout
+    while True:
+        yield
+        if progressed():
+            pause, deadline = _FIRST_PAUSE, time.monotonic() + timeout
+        elif time.monotonic() >= deadline:
+            return
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)

@@ -1,0 +1,90 @@
+"""Load: from a manifest to filled tensors, on every rank or on none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from shardckpt.fetch import Fetcher, in_parallel
+from shardckpt.local import LocalTensor, torch_dtype
+from shardckpt.manifest import Manifest
+from shardckpt.plan import Read, plan_reads
+from shardckpt.ranks import Ranks, agree
+from shardckpt.runs import Place
+
+__all__ = ["fill"]
+
+
+def fill(place: Place, manifest: Manifest, targets: Sequence[LocalTensor], ranks: Ranks) -> int:
+    """Fill this rank's memory of `targets` from a checkpoint, whatever layout it was saved in.
+
+    Every rank calls it. Nothing is written to any target before all ranks have verified every chunk
+    that they need: CorruptError is raised on all ranks, and all targets are as they were. A storage that
+    fails after that leaves the targets partly filled, and raises StorageError on all ranks. Returns the
+    bytes that this rank read.
+    """
+    views = [
+        (target.name, piece.box, target.data[piece.local_slices])
+        for target in targets
+        for piece in target.pieces
+        if piece.box.volume
+    ]
+    reads = plan_reads(manifest, [(name, box) for name, box, _ in views])
+    fetcher = Fetcher(place, manifest)
+    error: Exception | None = None
+    try:
+        fetcher.verify(reads)
+    except Exception as failure:
+        error = failure
+    agree(ranks, error)
+    try:
+        in_parallel(partial(_apply, fetcher, [view for _, _, view in views]), reads)
+    except Exception as failure:
+        error = failure
+    agree(ranks, error)
+    return sum(read.nbytes for read in reads)
+
+
+def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: Read) -> None:
+    """Put one verified chunk where it belongs."""
+    chunk: torch.Tensor | None = None
+    with torch.no_grad():  # the setting belongs to a thread
+        for copy in read.copies:
+            target = views[copy.wanted][copy.target]
+            if (start := _contiguous_start(read, copy.source)) is not None and _is_plain(target):
+                fetcher.read_into(read, start, _memory(target))
+                continue
+            if chunk is None:
+                content = np.ascontiguousarray(fetcher.chunk(read)).reshape(-1).view(np.uint8)
+                chunk = torch.from_numpy(content).view(torch_dtype(read.tensor.dtype)).view(read.chunk)
+            target.copy_(chunk[copy.source])
+    fetcher.release(read)
+
+
+def _contiguous_start(read: Read, source: tuple[slice, ...]) -> int | None:
+    """The byte of the chunk at which `source` begins, if it is one run of bytes of the chunk."""
+    size = read.nbytes
+    start, whole = 0, True
+    stride = size
+    for part, n in zip(source, read.chunk, strict=True):
+        stride //= n
+        start += part.start * stride
+    # From the last dimension on: whole ones, then one range, then single indices.
+    for part, n in zip(reversed(source), reversed(read.chunk), strict=True):
+        length = part.stop - part.start
+        if not whole and length != 1:
+            return None
+        whole = whole and length == n
+    return start
+
+
+def _is_plain(target: torch.Tensor) -> bool:
+    return target.device.type == "cpu" and target.is_contiguous() and not target.is_conj()
+
+
+def _memory(target: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable."""
+    return target.view(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,173 @@
+"""A run's folders: attempts, the checkpoints in them, and which of them is the newest."""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardckpt.errors import NotACheckpointError, StorageError
+from shardckpt.manifest import FORMAT, MANIFEST, Manifest, Pack, decode_manifest
+from shardckpt.storage import Storage, open_storage
+
+__all__ = [
+    "BAD",
+    "FAILED",
+    "Place",
+    "attempt_number",
+    "claim_attempt",
+    "exact_place",
+    "find_place",
+    "iter_places",
+    "read_manifest",
+    "step_path",
+]
+
+ATTEMPT = "attempt.json"
+BAD = "bad.json"
+"""Beside a manifest: a reader found that this checkpoint fails verification."""
+FAILED = "failed.json"
+"""In a checkpoint's or a rank's folder: this save ended with an error, and will not be committed."""
+
+_ATTEMPT = re.compile(r"attempt-(\d+)(?:-[0-9a-f]+)?\Z")
+_STEP = re.compile(r"step-(\d+)\Z")
+_IN_RUN = re.compile(r"(?P<run>.*?)/?(?P<path>attempt-\d+(?:-[0-9a-f]+)?/step-\d+)/*\Z", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one checkpoint is, or is to be: `path` below `root`; in a run, the root is the run."""
+
+    root: Storage
+    path: str = ""
+
+    @property
+    def storage(self) -> Storage:
+        """The checkpoint's own folder."""
+        return self.root.at(self.path) if self.path else self.root
+
+    @property
+    def url(self) -> str:
+        """The checkpoint's URL."""
+        return self.storage.url
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Sorts a run's checkpoints by attempt, then step: the last is the newest."""
+        attempt, _, step = self.path.partition("/")
+        return _number(_ATTEMPT, attempt), _number(_STEP, step), attempt
+
+    def pack(self, pack: Pack) -> str:
+        """The path of a pack below `root`. `decode_manifest` has checked that it stays there."""
+        return posixpath.normpath(posixpath.join(self.path, pack.path))
+
+    def is_committed(self) -> bool:
+        """Whether the checkpoint exists."""
+        return self._has(MANIFEST)
+
+    def is_bad(self) -> bool:
+        """Whether a reader has marked it as failing verification."""
+        return self._has(BAD)
+
+    def _has(self, name: str) -> bool:
+        try:
+            self.storage.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def find_place(
+    url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None
+) -> Place:
+    """The place of the checkpoint at `url`, or of the newest good one of the run at `url`.
+
+    Raises NotACheckpointError, which tells what is there instead.
+    """
+    exact = exact_place(url, storage_options)
+    if exact.path or exact.is_committed():
+        return exact
+    root = exact.root
+    for place in iter_places(root):
+        if place.is_committed() and not place.is_bad():
+            return place
+    found = root.list()
+    if not found:
+        what = "nothing is there"
+    elif any(_ATTEMPT.match(name) for name in found):
+        what = "it is a run, but no save in it was ever finished"
+    else:
+        what = f"it has {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}, but no {MANIFEST}"
+    raise NotACheckpointError(
+        f"{root.url} is neither a checkpoint nor a run with one: {what}. Check the URL; "
+        "`shardckpt ls RUN` lists a run's checkpoints."
+    )
+
+
+def exact_place(
+    url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None
+) -> Place:
+    """The place of a checkpoint right at `url`, whether there is one or not; its root is its run, if any."""
+    if isinstance(url, str | os.PathLike) and (match := _IN_RUN.match(os.fspath(url))):
+        return Place(open_storage(match["run"] or ".", storage_options), match["path"])
+    return Place(open_storage(url, storage_options))
+
+
+def iter_places(root: Storage) -> Iterator[Place]:
+    """Every step folder of the run at `root`, committed or not, the newest first."""
+    attempts = [name for name in root.list() if _ATTEMPT.match(name)]
+    for attempt in sorted(attempts, key=lambda name: (_number(_ATTEMPT, name), name), reverse=True):
+        steps = [name for name in root.list(attempt) if _STEP.match(name)]
+        for step in sorted(steps, key=lambda name: _number(_STEP, name), reverse=True):
+            yield Place(root, f"{attempt}/{step}")
+
+
+def read_manifest(place: Place) -> Manifest:
+    """The checked manifest. Raises NotACheckpointError if there is none, FormatError if it is invalid."""
+    try:
+        data = place.storage.read(MANIFEST)
+    except FileNotFoundError as error:
+        raise NotACheckpointError(
+            f"{place.url} has no {MANIFEST}: no checkpoint is there, or its save was never finished"
+        ) from error
+    return decode_manifest(data, place.url)
+
+
+def claim_attempt(root: Storage) -> str:
+    """Make the next attempt's folder this writer's own, and return its name.
+
+    No other writer can have the same: the claim is a create-only put; where the storage cannot do
+    that, a random suffix keeps two attempts of one number apart.
+    """
+    suffix = "" if root.exclusive() else f"-{secrets.token_hex(4)}"
+    claim = json.dumps({"format": FORMAT, "id": secrets.token_hex(16), "created": time.time()})
+    number = max((_number(_ATTEMPT, name) for name in root.list() if _ATTEMPT.match(name)), default=0)
+    for candidate in range(number + 1, number + 1001):
+        name = f"attempt-{candidate:04d}{suffix}"
+        try:
+            root.create(f"{name}/{ATTEMPT}", claim.encode())
+        except FileExistsError:
+            continue
+        return name
+    raise StorageError(f"{root.url}: a thousand attempts were claimed while this one tried to start")
+
+
+def step_path(attempt: str, step: int) -> str:
+    """Where `attempt` saves `step`, below the run."""
+    return f"{attempt}/step-{step:08d}"
+
+
+def attempt_number(attempt: str) -> int:
+    """The number in an attempt's name."""
+    return _number(_ATTEMPT, attempt)
+
+
+def _number(pattern: re.Pattern[str], name: str) -> int:
+    match = pattern.match(name)
+    return int(match[1]) if match else 0

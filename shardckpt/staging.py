@@ -1,0 +1,80 @@
+"""Stage: copy what this rank writes into a buffer that is laid out as its pack will be.
+
+This copy is all that training waits for. The buffer is reused from save to save.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from shardckpt.box import Box
+from shardckpt.local import LocalTensor, torch_dtype
+from shardckpt.plan import ChunkWrite
+
+__all__ = ["StagingBuffer", "chunk_view", "local_slices"]
+
+_PAGE = 4096
+
+
+class StagingBuffer:
+    """Memory for one rank's pack, page-aligned, and the chunks' places in it as tensors."""
+
+    def __init__(self, writes: Sequence[ChunkWrite], size: int) -> None:
+        """Room for a pack of `size` bytes with these chunks. Padding and gaps are zero."""
+        self.size = size
+        self._map = mmap.mmap(-1, max(_PAGE, -(-size // _PAGE) * _PAGE), mmap.MAP_PRIVATE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults in the first save
+            try:
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:  # a kernel built without them
+                pass
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._writes = tuple(writes)
+        self._views = [
+            chunk_view(self._bytes, write.offset, write.dtype, write.chunk)[
+                tuple(slice(0, n) for n in write.box.shape)
+            ]
+            for write in writes
+        ]
+
+    @property
+    def content(self) -> memoryview:
+        """The pack's bytes, writable."""
+        return memoryview(self._map)[: self.size]
+
+    def copy_from(self, tensors: Mapping[str, LocalTensor]) -> None:
+        """Copy every chunk from the live tensors; when it returns, these may change again."""
+        by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for write, view in zip(self._writes, self._views, strict=True):
+            tensor = tensors[write.name]
+            source = tensor.data[local_slices(tensor, write.box)]
+            targets, sources = by_device.setdefault(source.device, ([], []))
+            targets.append(view)
+            sources.append(source)
+        with torch.no_grad():
+            for device, (targets, sources) in by_device.items():
+                torch._foreach_copy_(targets, sources)
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
+
+
+def local_slices(tensor: LocalTensor, box: Box) -> tuple[slice, ...]:
+    """What selects `box` from this rank's memory. The box must lie in one of the tensor's pieces."""
+    for piece in tensor.pieces:
+        if box.intersect(piece.box) is not None or not box.shape:
+            shift = tuple(a - o for a, o in zip(piece.at, piece.box.offsets, strict=True))
+            return tuple(
+                slice(o + s, o + s + n) for o, n, s in zip(box.offsets, box.shape, shift, strict=True)
+            )
+    raise AssertionError(f"{tensor.name!r}: {box} is in no piece of this rank")
+
+
+def chunk_view(buffer: torch.Tensor, offset: int, dtype: str, chunk: Sequence[int]) -> torch.Tensor:
+    """The chunk at `offset` of a byte tensor, as a tensor that shares its memory."""
+    kind = torch_dtype(dtype)
+    count = int(np.prod(chunk, dtype=np.int64)) * kind.itemsize
+    return buffer[offset : offset + count].view(kind).view(tuple(chunk))
