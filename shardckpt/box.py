@@ -140,9 +140,14 @@ def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
         return True
     starts = np.array([box.offsets for box in filled], dtype=np.int64)
     stops = starts + np.array([box.shape for box in filled], dtype=np.int64)
-    for i in range(len(filled) - 1):
-        low = np.maximum(starts[i], starts[i + 1 :])
-        high = np.minimum(stops[i], stops[i + 1 :])
+    # Sorted along the dimension that tells most boxes apart, each can meet only those right behind it.
+    axis = max(range(len(shape)), key=lambda d: len(np.unique(starts[:, d])))
+    order = np.argsort(starts[:, axis], kind="stable")
+    starts, stops = starts[order], stops[order]
+    ends = np.searchsorted(starts[:, axis], stops[:, axis])
+    for i in np.flatnonzero(ends > np.arange(len(filled)) + 1):
+        low = np.maximum(starts[i], starts[i + 1 : ends[i]])
+        high = np.minimum(stops[i], stops[i + 1 : ends[i]])
         if bool(np.any(np.all(low < high, axis=1))):
             return False
     return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ REFS = "refs.json"
 CRC_BYTES = 4
 """Every chunk is followed by the little-endian CRC-32C of its bytes."""
 
-_RUN_CHECKPOINT = re.compile(r"attempt-\d+(-[0-9a-f]+)?/step-\d+\Z")
+_RUN_CHECKPOINT = re.compile(r"(\A|/)attempt-\d+(-[0-9a-f]+)?/step-\d+\Z")
 
 
 class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,13 +190,11 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     it, a chunk outside its pack or over another one.
     """
     manifest = _decode(data, Manifest, where, MANIFEST)
+    _check_head(manifest, where)
     _check_packs(manifest, where)
-    names: set[str] = set()
+    _check_names(manifest, where)
     for tensor in manifest.tensors:
         _check_tensor(tensor, where)
-        if tensor.name in names:
-            raise FormatError(f"{where}: the manifest lists tensor {tensor.name!r} twice")
-        names.add(tensor.name)
     _check_chunks(manifest, where)
     return manifest
 
@@ -228,6 +227,22 @@ def _decode(data: bytes, kind: type[_Record], where: str, file: str) -> _Record:
         raise FormatError(f"{where}: {file} is not a valid {FORMAT} record: {error}") from error
 
 
+def _check_head(manifest: Manifest, where: str) -> None:
+    """Counts are counts, each rank has its values, and metrics are numbers."""
+    wrong = f"{where}: the manifest is invalid:"
+    if manifest.step < 0 or manifest.attempt < 0 or manifest.world_size < 1:
+        raise FormatError(
+            f"{wrong} it has step {manifest.step}, attempt {manifest.attempt}, world size {manifest.world_size}"
+        )
+    if len(manifest.per_rank) != manifest.world_size:
+        raise FormatError(
+            f"{wrong} it has the values of {len(manifest.per_rank)} ranks of {manifest.world_size}"
+        )
+    for name, value in manifest.metrics.items():
+        if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
+            raise FormatError(f"{wrong} its metric {name!r} is {value!r}, which is not a number")
+
+
 def _check_packs(manifest: Manifest, where: str) -> None:
     """Every pack lies in the run: below the manifest's folder, or below its run's."""
     here = "attempt/step" if _RUN_CHECKPOINT.search(where.rstrip("/")) else "."
@@ -243,12 +258,38 @@ def _check_packs(manifest: Manifest, where: str) -> None:
             raise FormatError(f"{where}: pack {pack.path!r} has the size {pack.size}")
 
 
+def _check_names(manifest: Manifest, where: str) -> None:
+    """Every tensor has a legal Zarr name of its own, and none lies inside another."""
+    names = {tensor.name for tensor in manifest.tensors}
+    if len(names) < len(manifest.tensors):
+        twice = next(name for name, n in Counter(t.name for t in manifest.tensors).items() if n > 1)
+        raise FormatError(f"{where}: the manifest lists tensor {twice!r} twice")
+    folders = set()
+    for name in names:
+        if not all(map(_is_segment, name.split("/"))):
+            raise FormatError(f"{where}: the manifest is invalid: {name!r} cannot be a tensor's name")
+        while (name := name.rpartition("/")[0]) and name not in folders:
+            folders.add(name)
+    if inside := sorted(names & folders):
+        raise FormatError(f"{where}: the manifest is invalid: a tensor lies inside tensor {inside[0]!r}")
+
+
+def _is_segment(text: str) -> bool:
+    return (
+        text.strip(".") != ""
+        and text != "zarr.json"
+        and not text.startswith("__")
+        and text.isprintable()
+        and "\\" not in text
+    )
+
+
 def _check_tensor(tensor: Tensor, where: str) -> None:
     """Known type, and arrays that tile the tensor: all of it, no element twice."""
     wrong = f"{where}: the manifest is invalid: tensor {tensor.name!r}"
     if tensor.dtype not in DTYPES:
         raise FormatError(f"{wrong} has the type {tensor.dtype!r}, which this version does not know")
-    if any(n < 0 for n in tensor.shape):
+    if any(n < 0 for n in tensor.shape) or math.prod(filter(None, tensor.shape)) >= 1 << 63:
         raise FormatError(f"{wrong} has the shape {tensor.shape}")
     for array in tensor.arrays:
         if not array.box.inside(tensor.shape) or len(array.offset) != len(tensor.shape):
@@ -256,7 +297,9 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
                 f"{wrong} of shape {tensor.shape} has a box at {array.offset} of shape {array.shape}, "
                 "which is not inside it"
             )
-        if len(array.chunk) != len(array.shape) or any(c < 1 for c in array.chunk):
+        if len(array.chunk) != len(array.shape) or not all(
+            1 <= c <= max(n, 1) for c, n in zip(array.chunk, array.shape, strict=True)
+        ):
             raise FormatError(f"{wrong} has the chunk shape {array.chunk} for {array.shape}")
     if not tiles(tensor.shape, [array.box for array in tensor.arrays]):
         raise FormatError(f"{wrong} of shape {tensor.shape} is not tiled exactly by its boxes")

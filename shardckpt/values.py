@@ -3,7 +3,7 @@
 Numbers, strings, lists, None and dicts with string keys are themselves. What JSON lacks is an object
 with one key that begins with `$`:
 
-    {"$tuple": [..]}   {"$bytes": "base64"}   {"$float": "nan" | "inf" | "-inf"}   {"$int": "digits"}
+    {"$tuple": [..]}   {"$bytes": "base64"}   {"$float": "nan" | "inf" | "-inf"}   {"$int": "hexadecimal"}
     {"$dict": [[key, value], ..]}     a dict with keys that are not strings, or that begin with $
     {"$tensor": "name"}               a tensor of this checkpoint
     {"$ndarray": "name"}              the same, and it was a NumPy array
@@ -25,6 +25,9 @@ from shardckpt.errors import FormatError, UnsupportedValueError
 __all__ = ["PerRankRef", "TensorRef", "decode", "encode", "join", "segment"]
 
 _INT64 = 1 << 63
+
+_MAX_DEPTH = 100
+"""Levels of nesting: more would exhaust the recursion of JSON parsers."""
 
 
 class TensorRef:
@@ -67,10 +70,10 @@ def segment(key: object) -> str:
     Slashes, control characters and what Zarr reserves are percent-encoded, so different keys of one
     dict have different segments.
     """
-    text = str(key)
+    text = _plain(key) if isinstance(key, str) else str(key)
     encoded = quote(text, safe=" !$&'()*+,;=:@[]{}<>|^`\"#?~", encoding="utf-8", errors="surrogatepass")
     if not encoded.strip(".") or encoded.startswith("__"):
-        encoded = "".join(f"%{byte:02X}" for byte in text.encode()[:1] or b"\0") + encoded[1:]
+        encoded = "".join(f"%{byte:02X}" for byte in text[:1].encode() or b"\0") + encoded[1:]
     return encoded if encoded != "zarr.json" else "%7Aarr.json"
 
 
@@ -85,18 +88,24 @@ def encode(value: Any, path: str, leaf: Callable[[Any, str], Any] | None = None)
     `leaf` may turn a value that is not plain into its JSON form; it returns NotImplemented for what it
     does not know. Raises UnsupportedValueError, which names the path, for anything else.
     """
-    if value is None or isinstance(value, (bool, str)):
-        return value if value is None or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return _checked_text(value, path)
     if isinstance(value, int):
-        return int(value) if -_INT64 <= value < _INT64 else {"$int": str(int(value))}
+        return int(value) if -_INT64 <= value < _INT64 else {"$int": hex(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
+    if path.count("/") >= _MAX_DEPTH:
+        raise UnsupportedValueError(
+            f"state[{path!r}] lies {_MAX_DEPTH} levels deep. Does it contain itself? Flatten it."
+        )
     if isinstance(value, Mapping):
         _check_distinct(value, path)
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {str(key): encode(v, join(path, key), leaf) for key, v in value.items()}
+            return {_checked_text(key, path): encode(v, join(path, key), leaf) for key, v in value.items()}
         return {
             "$dict": [
                 [encode(key, f"{path} (a key)"), encode(v, join(path, key), leaf)]
@@ -120,12 +129,15 @@ def decode(value: Any, path: str = "") -> Any:
 
     Raises FormatError for a tag that this version does not know.
     """
+    if path.count("/") > _MAX_DEPTH:
+        raise FormatError(f"values: {path[:80]!r}... lies more than {_MAX_DEPTH} levels deep")
     if isinstance(value, list):
         return [decode(v, join(path, i)) for i, v in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    if len(value) == 1 and (tag := next(iter(value))).startswith("$"):
-        return _decode_tagged(tag, value[tag], path)
+    for tag in value:
+        if tag.startswith("$"):
+            return _decode_tagged(tag if len(value) == 1 else ", ".join(value), value[tag], path)
     return {key: decode(v, join(path, key)) for key, v in value.items()}
 
 
@@ -133,15 +145,18 @@ def _decode_tagged(tag: str, content: Any, path: str) -> Any:
     try:
         match tag:
             case "$tuple":
-                return tuple(decode(v, join(path, i)) for i, v in enumerate(content))
+                return tuple(decode(v, join(path, i)) for i, v in enumerate(_list(content)))
             case "$bytes":
                 return base64.b64decode(content, validate=True)
             case "$float":
                 return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[content]
             case "$int":
-                return int(content)
+                return int(content, 16)
             case "$dict":
-                return {decode(key): decode(v, join(path, key)) for key, v in content}
+                items = [(decode(key), decode(v, join(path, key))) for key, v in map(_list, _list(content))]
+                if len(made := dict(items)) < len(items):
+                    raise ValueError("a key occurs twice")
+                return made
             case "$tensor" | "$ndarray" if isinstance(content, str):
                 return TensorRef(content, ndarray=tag == "$ndarray")
             case "$per_rank" if isinstance(content, str):
@@ -152,6 +167,28 @@ def _decode_tagged(tag: str, content: Any, path: str) -> Any:
         f"values: {path!r} has the entry type {tag!r}, which this version does not know; "
         "read this checkpoint with a newer shardckpt"
     )
+
+
+def _list(content: Any) -> list[Any]:
+    if not isinstance(content, list):
+        raise TypeError(f"expected a list, found {content!r}")
+    return content
+
+
+def _plain(text: str) -> str:
+    """The characters of `text`, also if it is a member of an Enum, which has a text of its own."""
+    return str.__str__(text)
+
+
+def _checked_text(text: str, path: str) -> str:
+    """`text`, which JSON can hold if it is Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedValueError(
+            f"state[{path!r}] holds a text that is not Unicode: {error}. Store it as bytes."
+        ) from error
+    return _plain(text)
 
 
 def _check_distinct(value: Mapping[Any, Any], path: str) -> None:
