@@ -153,10 +153,8 @@ def _decode_tagged(tag: str, content: Any, path: str) -> Any:
             case "$int":
                 return int(content, 16)
             case "$dict":
-                items = [(decode(key), decode(v, join(path, key))) for key, v in map(_list, _list(content))]
-                if len(made := dict(items)) < len(items):
-                    raise ValueError("a key occurs twice")
-                return made
+                items = map(_list, _list(content))
+                return _dict([(decode(key), decode(v, join(path, key))) for key, v in items])
             case "$tensor" | "$ndarray" if isinstance(content, str):
                 return TensorRef(content, ndarray=tag == "$ndarray")
             case "$per_rank" if isinstance(content, str):
@@ -173,6 +171,13 @@ def _list(content: Any) -> list[Any]:
     if not isinstance(content, list):
         raise TypeError(f"expected a list, found {content!r}")
     return content
+
+
+def _dict(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    made = dict(items)
+    if len(made) < len(items):
+        raise ValueError("a key occurs twice")
+    return made
 
 
 def _plain(text: str) -> str:
