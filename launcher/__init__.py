@@ -1,0 +1,50 @@
+"""`launch`: starts the ranks of a training job, and starts them again when one fails.
+
+>>> import launcher
+>>> config = launcher.Config(command=launcher.Command(launcher.Kind.SCRIPT, "train.py"), nproc=8)
+>>> exit_code = launcher.run(config)
+
+In a worker, `launcher.report(step)` tells how far it is. Importing this package imports nothing else
+until a name is used, and never torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .command import Command, Kind
+    from .config import Config
+    from .errors import ExitCode, LaunchError
+    from .progress import report
+
+__all__ = ["Command", "Config", "ExitCode", "Kind", "LaunchError", "report", "run"]
+
+_HOMES = {
+    "Command": "command",
+    "Config": "config",
+    "ExitCode": "errors",
+    "Kind": "command",
+    "LaunchError": "errors",
+    "report": "progress",
+}
+
+
+def run(config: Config) -> int:
+    """Run a job to its end, and return the exit code that `launch` would end with.
+
+    Call it from the main thread of a process without children of its own: it handles signals and
+    kills everything below this process at the end. Raises `LaunchError` if the job cannot run at all.
+    """
+    from .agent import Agent
+
+    with Agent(config) as agent:
+        return agent.run()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

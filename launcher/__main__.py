@@ -1,0 +1,7 @@
+"""`python -m launcher` is `launch`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,151 @@
+"""The agent: starts the workers of a job, watches them, and starts them again when one fails."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import TracebackType
+
+from .config import Config
+from .console import Console, Sink
+from .errors import UsageError
+from .events import ZygoteLost, ZygoteReady
+from .monitor import Monitor
+from .rendezvous import Meeting, meet
+from .restart import Decision, Finish, History, Phase, Restart, Round, decide
+from .run_dir import RankFiles, RunDir
+from .verdict import find_culprit, gather, judge
+from .worker import worker_orders
+from .zygote import Zygote
+
+__all__ = ["Agent"]
+
+_KILL_PATIENCE = 10.0  # seconds that dead processes get to disappear (uninterruptible sleep)
+_BOLD, _DIM, _ALARM, _WARN = 1, 2, 31, 33  # ANSI styles
+
+
+class Agent:
+    """Runs one job on this node. Enter it as a context, then call `run`, once.
+
+    On leaving the context no process that it started exists any more.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        with meet(config.master_addr, config.master_port):
+            pass  # an address or a port that cannot be used is found before anything is changed
+        self._zygote = Zygote(config)  # takes longest to get ready, and does so alongside the rest
+        self._monitor = Monitor()
+        try:
+            self._run_dir = RunDir(config.directory, config.logs)
+        except BaseException:
+            self._zygote.close()
+            raise
+        self._console = Console(Sink(1), Sink(2))
+        self._files: list[RankFiles] = []
+
+    def __enter__(self) -> Agent:
+        self._monitor.__enter__()
+        self._monitor.watch(self._zygote)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        exc_traceback: TracebackType | None,
+    ) -> None:
+        self._zygote.close()
+        self._monitor.__exit__(exc_type, exc, exc_traceback)
+        self._console.close()
+        self._run_dir.close()
+
+    def run(self) -> int:
+        """Run the job to its end, and return the exit code of `launch`."""
+        history = History(self.config.max_restarts)
+        while True:
+            with meet(self.config.master_addr, self.config.master_port) as meeting:
+                round_ = self._start_round(meeting, history)
+                for event in self._monitor.events():
+                    before, round_ = round_, round_.after(event)
+                    if isinstance(event, ZygoteReady):
+                        self._check_zygote(event)
+                    if round_.phase is Phase.OVER:
+                        break
+                    if round_.phase is not before.phase:
+                        self._stop_workers(round_.phase)
+            decision = self._conclude(round_, history)
+            if not isinstance(decision, Restart):
+                return decision.exit_code
+            if isinstance(round_.trouble, ZygoteLost):
+                self._replace_zygote()
+            history = history.after_restart()
+
+    def _start_round(self, meeting: Meeting, history: History) -> Round:
+        number, self._files = self._run_dir.begin_round(self.config.nproc)
+        self._console.follow(self._files, self.config.shown)
+        self._zygote.spawn(worker_orders(self.config, meeting, number, history, self._files))
+        workers = f"{self.config.nproc} worker{'s' if self.config.nproc > 1 else ''}"
+        logs = _short(self._files[0].out.parent)
+        self._console.say(f"round {number}: {workers}, output in {logs}", style=_DIM)
+        return Round(number, self.config.nproc, time.monotonic())
+
+    def _stop_workers(self, phase: Phase) -> None:
+        """Signal all that is left of a round, and set the time that it has to disappear."""
+        if not self._zygote.is_ready:
+            self._zygote.kill()  # nothing is forked yet
+        elif phase is Phase.STOPPING:
+            self._zygote.signal(signal.SIGTERM)
+            self._monitor.set_deadline(self.config.grace)
+        else:
+            self._zygote.signal(signal.SIGKILL)
+            self._monitor.set_deadline(_KILL_PATIENCE)
+
+    def _check_zygote(self, ready: ZygoteReady) -> None:
+        """A preload that fails is the user's mistake; without torch, workers start cold."""
+        if ready.error is None:
+            return
+        if self.config.preload:
+            raise UsageError(f"--preload {','.join(self.config.preload)} failed:\n{ready.error}")
+        reason = ready.error.rstrip().rpartition("\n")[2]
+        self._console.say(f"workers start as fresh interpreters, as in --cold: {reason}", style=_WARN)
+
+    def _conclude(self, round_: Round, history: History) -> Decision:
+        """Decide what comes after a round that is over, and tell about it."""
+        self._monitor.set_deadline(None)
+        self._console.unfollow()
+        failed = [exit_.rank for exit_ in round_.exits if exit_.code != 0]
+        evidence = {rank: gather(self._files[rank]) for rank in failed}
+        culprit = find_culprit(round_, evidence)
+        decision = decide(round_, culprit.code if culprit else None, history)
+        if round_.stop_signal is not None:
+            name = signal.Signals(round_.stop_signal).name
+            self._console.say(f"stopped by {name}; nothing is left running", style=_BOLD)
+        elif isinstance(decision, Finish):
+            if history.restarts:
+                restarts = f"{history.restarts} restart{'s' if history.restarts > 1 else ''}"
+                self._console.say(f"finished after {restarts}", style=_BOLD)
+        else:
+            verdict = judge(
+                round_,
+                culprit,
+                self._files,
+                evidence,
+                decision,
+                now=time.monotonic(),
+                wall_time=time.time(),
+            )
+            self._run_dir.record(verdict.to_json())
+            self._console.say(*verdict.render(), style=_ALARM)
+        return decision
+
+    def _replace_zygote(self) -> None:
+        self._zygote.close()
+        self._zygote = Zygote(self.config)
+        self._monitor.watch(self._zygote)
+
+
+def _short(path: Path) -> Path:
+    """`path` as the user would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

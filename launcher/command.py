@@ -1,0 +1,121 @@
+"""What the workers run: a script, a module, or any other program."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from .errors import ExitCode, NotFoundError, UsageError
+
+__all__ = ["Command", "Kind", "module_is_missing"]
+
+
+class Kind(Enum):
+    SCRIPT = "script"
+    MODULE = "module"
+    PROGRAM = "program"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A script (`python target args…`), a module (`python -m target args…`) or a program.
+
+    Raises `UsageError` on construction if the target does not exist or cannot be run.
+    """
+
+    kind: Kind
+    target: str
+    args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        {
+            Kind.SCRIPT: _check_script,
+            Kind.MODULE: _check_module,
+            Kind.PROGRAM: _check_program,
+        }[self.kind](self.target)
+
+    @property
+    def argv(self) -> list[str]:
+        """The worker's command line. Python runs unbuffered, as under torchrun."""
+        if self.kind is Kind.PROGRAM:
+            return [self.target, *self.args]
+        module = ["-m"] if self.kind is Kind.MODULE else []
+        return [sys.executable, "-u", *module, self.target, *self.args]
+
+    @property
+    def name(self) -> str:
+        """Short name for the default run directory."""
+        return self.target if self.kind is Kind.MODULE else Path(self.target).stem
+
+    @property
+    def import_dir(self) -> str:
+        """What Python will put at `sys.path[0]`."""
+        if self.kind is Kind.MODULE:
+            return str(Path.cwd())
+        path = Path(self.target).resolve()
+        return str(path if path.is_dir() else path.parent)
+
+
+def _check_script(target: str) -> None:
+    path = Path(target)
+    if path.is_dir():
+        if not (path / "__main__.py").exists():
+            raise UsageError(
+                f"{target} is a directory without __main__.py: give the path of a Python script"
+            )
+    elif not path.exists():
+        raise UsageError(
+            f"script {target} does not exist (current directory: {Path.cwd()}): "
+            f"give the path of a Python script, `-m module`, or `-- command`"
+        )
+    elif not os.access(path, os.R_OK):
+        raise UsageError(f"script {target} cannot be read: check its permissions")
+
+
+def _check_module(target: str) -> None:
+    if module_is_missing(target, str(Path.cwd())):
+        raise UsageError(
+            f"-m {target}: no such module on the path that starts with {Path.cwd()}: "
+            f"check the name, install it, or change to the directory that contains it"
+        )
+
+
+def _check_program(target: str) -> None:
+    folders = [""] if os.sep in target else os.get_exec_path()
+    existing = [path for path in (Path(folder, target) for folder in folders) if path.is_file()]
+    if not existing:
+        hint = "a Python script goes without --" if target.endswith(".py") else "check it and PATH"
+        raise NotFoundError(f"command {target} not found: {hint}")
+    if not any(os.access(path, os.X_OK) for path in existing):
+        error = UsageError(f"command {existing[0]} is not executable: chmod +x it")
+        error.exit_code = ExitCode.NOT_EXECUTABLE
+        raise error
+
+
+def module_is_missing(name: str, first_dir: str) -> bool:
+    """Whether `import name` is sure to fail where `first_dir` leads the path.
+
+    Imports nothing, not even parent packages.
+    """
+    parts = name.split(".")
+    spec = importlib.machinery.PathFinder.find_spec(parts[0], [first_dir, *sys.path])
+    for finder in sys.meta_path:
+        spec = spec or finder.find_spec(parts[0], None)
+    for depth in range(1, len(parts)):
+        if spec is None:
+            return True
+        if spec.submodule_search_locations is None or _computes_its_path(spec):
+            return spec.submodule_search_locations is None
+        locations = list(spec.submodule_search_locations)
+        full_name = ".".join(parts[: depth + 1])
+        spec = importlib.machinery.PathFinder.find_spec(full_name, locations)
+    return spec is None
+
+
+def _computes_its_path(spec: importlib.machinery.ModuleSpec) -> bool:
+    """Whether only importing the package would tell where its submodules are."""
+    return spec.origin is not None and "__path__" in Path(spec.origin).read_text(errors="replace")

@@ -1,0 +1,209 @@
+"""The launcher's stdout and stderr: the workers' lines with their ranks, and its own messages.
+
+Workers write straight to their log files, so nothing here can slow them down or stop them. A thread
+follows the files and prints; a terminal that is slow, stopped or gone holds up this thread alone.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import select
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from .config import Shown
+from .logs import DirectoryWatch, Tail
+from .run_dir import RankFiles
+
+__all__ = ["Console", "Sink"]
+
+_REDRAW_SECONDS = 1.0
+_POLL_SECONDS = 0.1  # only where inotify is not available
+_RANK_COLOURS = (36, 33, 35, 32, 34, 96, 93, 95, 92, 94)
+_CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]")
+
+
+class Sink:
+    """A file descriptor that takes whole lines. Once its reader is gone it takes them in silence."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.is_gone = False
+        self.is_terminal = os.isatty(fd)
+        self.is_coloured = (
+            self.is_terminal and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        )
+
+    def write(self, data: bytes) -> None:
+        while data and not self.is_gone:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:
+                select.select([], [self._fd], [])
+            except OSError:
+                self.is_gone = True
+
+    def write_lines(self, prefix: bytes, lines: Sequence[bytes]) -> None:
+        """Write workers' lines. A terminal is spared what would upset it."""
+        if self.is_terminal:
+            lines = [_printable(line) for line in lines]
+        if self.is_coloured:
+            lines = [line + b"\x1b[0m" if b"\x1b" in line else line for line in lines]
+        self.write(b"".join(prefix + line + b"\n" for line in lines))
+
+    def paint(self, text: str, style: int) -> str:
+        return f"\x1b[{style}m{text}\x1b[0m" if self.is_coloured else text
+
+
+def _printable(line: bytes) -> bytes:
+    return _CONTROL.sub(b"?", line).decode(errors="replace").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Follow:
+    files: Sequence[RankFiles]
+    shown: Shown
+
+
+@dataclass(frozen=True, slots=True)
+class _Say:
+    lines: Sequence[str]
+    style: int
+
+
+class _Order(Enum):
+    UNFOLLOW = auto()
+    CLOSE = auto()
+
+
+@dataclass(slots=True)
+class _Stream:
+    """One followed file."""
+
+    tail: Tail
+    sink: Sink
+    prefix: bytes
+    drawn_at: float = 0.0  # when a progress bar was printed last
+
+
+class Console:
+    """Prints in a thread of its own. All methods return at once but `close`.
+
+    What is said appears after everything that workers wrote before it was said.
+    """
+
+    def __init__(self, out: Sink, err: Sink) -> None:
+        self._out = out
+        self._err = err
+        self._orders: queue.SimpleQueue[_Follow | _Say | _Order] = queue.SimpleQueue()
+        # Counts the orders that are not carried out.
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self._streams: list[_Stream] = []
+        self._watch: DirectoryWatch | None = None
+        self._logs = ""
+        self._thread = threading.Thread(target=self._run, name="console", daemon=True)
+        self._thread.start()
+
+    def follow(self, files: Sequence[RankFiles], shown: Shown) -> None:
+        """Print what a new round writes to `files`."""
+        self._put(_Follow(files, shown))
+
+    def unfollow(self) -> None:
+        """Print the rest of the present round; its workers are dead."""
+        self._put(_Order.UNFOLLOW)
+
+    def say(self, *lines: str, style: int = 0) -> None:
+        """Print the launcher's own message on stderr, its first line in an ANSI `style`."""
+        self._put(_Say(lines, style))
+
+    def close(self) -> None:
+        """Print everything to the end. Waits as long as the reader takes."""
+        self._put(_Order.CLOSE)
+        self._thread.join()
+        os.close(self._wake)
+
+    def _put(self, order: _Follow | _Say | _Order) -> None:
+        self._orders.put(order)
+        os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        order: _Follow | _Say | _Order | None = None
+        while order is not _Order.CLOSE:
+            order = self._wait_for_order()
+            self._print_new()
+            match order:
+                case _Follow():
+                    self._open(order)
+                case _Say():
+                    self._print_message(order)
+                case _Order():
+                    self._print_rest()
+
+    def _wait_for_order(self) -> _Follow | _Say | _Order | None:
+        """Wait for an order, or until there is something to print (None)."""
+        timeout = None
+        if any(stream.tail.lines.drawn for stream in self._streams):
+            timeout = _REDRAW_SECONDS
+        descriptors: list[int | DirectoryWatch] = [self._wake]
+        if self._watch is not None:
+            descriptors.append(self._watch)
+        elif self._streams:
+            timeout = _POLL_SECONDS
+        ready, _, _ = select.select(descriptors, [], [], timeout)
+        if self._watch is not None:
+            self._watch.clear()
+        if self._wake not in ready:
+            return None
+        os.eventfd_read(self._wake)
+        return self._orders.get()
+
+    def _open(self, order: _Follow) -> None:
+        width = len(str(len(order.files) - 1))
+        for files in order.files:
+            for path, sink in ((files.out, self._out), (files.err, self._err)):
+                if order.shown.shows(files.rank, stderr=sink is self._err):
+                    colour = _RANK_COLOURS[files.rank % len(_RANK_COLOURS)]
+                    prefix = sink.paint(f"[{files.rank:>{width}}]", colour).encode() + b" "
+                    self._streams.append(_Stream(Tail(path), sink, prefix))
+        self._logs = str(order.files[0].out.parent)
+        try:
+            self._watch = DirectoryWatch(order.files[0].out.parent)
+        except OSError:
+            self._watch = None
+
+    def _print_new(self) -> None:
+        now = time.monotonic()
+        for stream in self._streams:
+            for lines in stream.tail.read():
+                self._print(stream, lines)
+            drawn = stream.tail.lines.drawn
+            if drawn and now - stream.drawn_at >= _REDRAW_SECONDS:
+                stream.drawn_at = now
+                self._print(stream, [drawn])
+
+    def _print(self, stream: _Stream, lines: Sequence[bytes]) -> None:
+        was_gone = stream.sink.is_gone
+        stream.sink.write_lines(stream.prefix, lines)
+        if stream.sink.is_gone and not was_gone:
+            name = "stderr" if stream.sink is self._err else "stdout"
+            text = f"{name} has no reader any more; the job goes on, and its output to {self._logs}"
+            self._print_message(_Say([text], 33))
+
+    def _print_rest(self) -> None:
+        for stream in self._streams:
+            self._print(stream, stream.tail.lines.flush())
+            stream.tail.close()
+        self._streams = []
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    def _print_message(self, message: _Say) -> None:
+        first, *rest = message.lines
+        lines = [self._err.paint(f"launch: {first}", message.style), *rest]
+        self._err.write("".join(f"{line}\n" for line in lines).encode(errors="replace"))

@@ -1,0 +1,79 @@
+"""What can go wrong, grouped by what the caller can do about it.
+
+LaunchError              has the exit code that `launch` ends with
+├── UsageError           change the command line or the configuration file
+│   └── NotFoundError    the program after `--` does not exist
+├── BusyError            wait for, or stop, the other job that holds the run directory or port
+├── RunDirError          make the run directory writable, or choose another one
+└── InternalError        nothing: the launcher itself failed
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+__all__ = [
+    "BusyError",
+    "ExitCode",
+    "InternalError",
+    "LaunchError",
+    "NotFoundError",
+    "RunDirError",
+    "UsageError",
+    "shell_code",
+]
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `launch` that are not a worker's own.
+
+    A job whose workers failed ends with the first failed worker's code, or 128 + signal; a job that
+    was told to stop ends with 128 + the signal that told it (130 for Ctrl-C, 143 for SIGTERM).
+    """
+
+    OK = 0
+    BAD_USAGE = 2
+    UNAVAILABLE = 69
+    INTERNAL = 70
+    CANNOT_WRITE = 73
+    NOT_EXECUTABLE = 126
+    NOT_FOUND = 127
+
+
+class LaunchError(Exception):
+    """Base of all errors that `launch` reports without a traceback."""
+
+    exit_code: ExitCode = ExitCode.INTERNAL
+
+
+class UsageError(LaunchError):
+    """An option, a configuration file or a script that cannot be used; nothing was started."""
+
+    exit_code = ExitCode.BAD_USAGE
+
+
+class NotFoundError(UsageError):
+    """The program to execute does not exist."""
+
+    exit_code = ExitCode.NOT_FOUND
+
+
+class BusyError(LaunchError):
+    """The run directory or the port is in use by someone else."""
+
+    exit_code = ExitCode.UNAVAILABLE
+
+
+class RunDirError(LaunchError):
+    """The run directory cannot be created or written."""
+
+    exit_code = ExitCode.CANNOT_WRITE
+
+
+class InternalError(LaunchError):
+    """The launcher could not do its part, for example start a process."""
+
+
+def shell_code(code: int) -> int:
+    """The exit code that a shell reports for `code`, where a negative code is a signal's number."""
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,91 @@
+"""Everything that the agent waits for, as one stream of events."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+
+from .events import Event, GraceExpired, StopRequested, ZygoteLost
+from .zygote import Zygote
+
+__all__ = ["Monitor"]
+
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_HARMLESS = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Monitor:
+    """Waits for the zygote, for signals and for one deadline at a time, without polling.
+
+    Entered as a context: it handles the signals that stop a job, and ignores SIGUSR1 and SIGUSR2.
+    Signals that were ignored before (SIGHUP under nohup) stay so.
+    """
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._zygote: Zygote | None = None
+        self._deadline: float | None = None
+        self._pending: deque[Event] = deque()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poll.register(self._wake_read, select.POLLIN)
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> Monitor:
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for signum in _STOP + _HARMLESS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._former[signum] = signal.signal(signum, lambda *_: None)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        exc_traceback: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(-1)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def watch(self, zygote: Zygote) -> None:
+        """Tell of `zygote` from now on. `ZygoteLost` ends it."""
+        self._zygote = zygote
+        for fd in zygote.descriptors:
+            self._poll.register(fd, select.POLLIN)
+
+    def set_deadline(self, seconds: float | None) -> None:
+        """Yield `GraceExpired` in `seconds` from now, or not at all; replaces the one before."""
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+
+    def events(self) -> Iterator[Event]:
+        """Wait for events, for ever. An event is handed over once, also across calls."""
+        while True:
+            while self._pending:
+                yield self._pending.popleft()
+            self._wait()
+
+    def _wait(self) -> None:
+        timeout = None
+        if self._deadline is not None:
+            timeout = max(0.0, self._deadline - time.monotonic()) * 1000
+        ready = {fd for fd, _ in self._poll.poll(timeout)}
+        if self._wake_read in ready:
+            signums = os.read(self._wake_read, 1 << 10)
+            self._pending += [StopRequested(s) for s in signums if signal.Signals(s) in _STOP]
+        if self._zygote is not None and ready.intersection(self._zygote.descriptors):
+            events = self._zygote.receive()
+            self._pending += events
+            if any(isinstance(event, ZygoteLost) for event in events):
+                for fd in self._zygote.descriptors:
+                    self._poll.unregister(fd)
+                self._zygote = None
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self._deadline = None
+            self._pending.append(GraceExpired())

@@ -1,0 +1,76 @@
+"""What a worker is told: its environment and where its output goes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .config import Config
+from .rendezvous import Meeting
+from .restart import History
+from .run_dir import RankFiles
+
+__all__ = ["WorkerOrder", "shared_environment", "worker_orders"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOrder:
+    """One worker to fork: `environment` is added to the zygote's own."""
+
+    rank: int
+    environment: dict[str, str]
+    out: str
+    err: str
+
+
+def shared_environment(config: Config, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What all workers, and the zygote before it imports anything, find in their environment.
+
+    Libraries read OMP_NUM_THREADS when they are loaded, hence in the zygote.
+    """
+    environment = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    if config.nproc > 1:
+        environment["OMP_NUM_THREADS"] = "1"  # as torchrun does
+    return {**environment, **environ}
+
+
+def worker_orders(
+    config: Config, meeting: Meeting, number: int, history: History, files: list[RankFiles]
+) -> list[WorkerOrder]:
+    """The workers of round `number`, as docs/worker-contract.md promises."""
+    world = str(config.nproc)
+    shared = {
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "ROLE_WORLD_SIZE": world,
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "ROLE_NAME": config.role,
+        "MASTER_ADDR": meeting.addr,
+        "MASTER_PORT": str(meeting.port),
+        "TORCHELASTIC_RESTART_COUNT": str(history.restarts),
+        "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
+        "TORCHELASTIC_RUN_ID": config.run_id or config.directory.name,
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "LAUNCH_RUN_DIR": str(config.directory),
+        "LAUNCH_ROUND": str(number),
+        "LAUNCH_CKPT_URL": config.checkpoints,
+    }
+    return [
+        WorkerOrder(
+            rank=of_rank.rank,
+            environment={
+                **shared,
+                "RANK": str(of_rank.rank),
+                "LOCAL_RANK": str(of_rank.rank),
+                "ROLE_RANK": str(of_rank.rank),
+                "TORCHELASTIC_ERROR_FILE": str(of_rank.error),
+                "LAUNCH_RANK_DIR": str(of_rank.directory),
+                "LAUNCH_PROGRESS_FILE": str(of_rank.progress),
+            },
+            out=str(of_rank.out),
+            err=str(of_rank.err),
+        )
+        for of_rank in files
+    ]
