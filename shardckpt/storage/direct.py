@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
 import errno
 import fcntl
 import mmap
 import os
-import threading
 
 import numpy as np
 
 __all__ = ["write_file"]
 
-_ALIGNMENT = 4096
-_CHUNK = 16 << 20
-_THREADS = 2
+_BLOCK = 4096
+_CHUNK = 16 << 20  # one write at a time fills the disk's queue; a second thread gained nothing
 
 
 def write_file(path: str, view: memoryview) -> None:
@@ -24,25 +21,17 @@ def write_file(path: str, view: memoryview) -> None:
 
     Space for all of it is reserved first, so that a full disk is found at once. Goes past the page
     cache (O_DIRECT) where the file system permits, straight from the buffer where its address is a
-    multiple of 4096, else through small aligned buffers. Raises OSError as the system does; what
+    multiple of 4096, else through a small aligned buffer. Raises OSError as the system does; what
     was written until then stays.
     """
     size = len(view)
     fd = _open(path)
     try:
         _reserve(fd, size)
-        bounces = threading.local()
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-            jobs = [
-                threads.submit(_write_chunk, fd, view[start : start + _CHUNK], start, bounces)
-                for start in range(0, size, _CHUNK)
-            ]
-            try:
-                for job in jobs:
-                    job.result()
-            finally:
-                for job in jobs:
-                    job.cancel()
+        direct = size // _BLOCK * _BLOCK if _address(view) % _BLOCK == 0 else 0
+        _write_all(fd, view[:direct], 0)
+        if direct < size:
+            _write_bounced(fd, view[direct:], direct)
         os.ftruncate(fd, size)
         os.fsync(fd)
     finally:
@@ -77,32 +66,34 @@ def _reserve(fd: int, size: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _write_chunk(fd: int, piece: memoryview, offset: int, bounces: threading.local) -> None:
-    """Write a piece; where it does not end on a block, zeros up to the block's end follow it."""
-    direct = len(piece) // _ALIGNMENT * _ALIGNMENT if _address(piece) % _ALIGNMENT == 0 else 0
-    _write_all(fd, piece[:direct], offset)
-    rest = piece[direct:]
-    if not rest:
-        return
-    if not hasattr(bounces, "buffer"):  # one per thread: to touch fresh memory is slow
-        bounces.buffer = mmap.mmap(-1, _CHUNK)
-    bounce = memoryview(bounces.buffer)[: -(-len(rest) // _ALIGNMENT) * _ALIGNMENT]
-    bounce[: len(rest)] = rest
-    bounce[len(rest) :] = bytes(len(bounce) - len(rest))
-    _write_all(fd, bounce, offset + direct)
+def _write_bounced(fd: int, view: memoryview, offset: int) -> None:
+    """Write through an aligned buffer. Zeros follow, up to the end of the last block."""
+    with mmap.mmap(-1, min(_CHUNK, _round_up(len(view)))) as memory, memoryview(memory) as bounce:
+        for start in range(0, len(view), _CHUNK):
+            piece = view[start : start + _CHUNK]
+            end = _round_up(len(piece))
+            bounce[: len(piece)] = piece
+            bounce[len(piece) : end] = bytes(end - len(piece))
+            with bounce[:end] as blocks:
+                _write_all(fd, blocks, offset + start)
 
 
-def _write_all(fd: int, piece: memoryview, offset: int) -> None:
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
     done = 0
-    while done < len(piece):
+    while done < len(view):
         try:
-            done += os.pwrite(fd, piece[done:], offset + done)
+            with view[done : done + _CHUNK] as piece:
+                done += os.pwrite(fd, piece, offset + done)
         except OSError as error:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
                 raise
             # This file system or device wants another alignment: go through the page cache.
             fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def _address(view: memoryview) -> int:

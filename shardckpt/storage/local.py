@@ -104,7 +104,8 @@ class LocalStorage:
                 direct.write_file(full, as_bytes(buffer))
             except OSError as error:
                 if error.errno in _FULL:
-                    os.unlink(full)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(full)
                 raise
             _sync_folder(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -15,7 +16,7 @@ from shardckpt.errors import CorruptError, StorageError
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join
 from shardckpt.storage.probe import ExclusiveProbe
-from shardckpt.storage.s3_errors import ConflictError, OutOfReachError, explain
+from shardckpt.storage.s3_errors import BeyondEndError, ConflictError, OutOfReachError, explain
 
 __all__ = ["S3Storage", "open_s3"]
 
@@ -165,6 +166,7 @@ class S3Storage:
         if key:
             arguments["Key"] = key
         try:
+            # What s3fs's own `call_s3` waits for; its other methods remember listings, or lack options.
             return await self._system._call_s3(method, Bucket=self._bucket, **arguments)
         except Exception as error:
             about = key or arguments.get("Prefix", self._folder)
@@ -174,11 +176,9 @@ class S3Storage:
         try:
             return await self._call("head_object", key)
         except FileNotFoundError:
-            await self._need_bucket()  # the answer to HEAD does not say what is missing
+            # The answer to HEAD does not say what is missing: this one does, if it is the bucket.
+            await self._call("list_objects_v2", Prefix=self._folder, MaxKeys=1)
             raise
-
-    async def _need_bucket(self) -> None:
-        await self._call("list_objects_v2", Prefix=self._folder, MaxKeys=1)
 
     async def _get(self, key: str) -> bytes:
         for attempt in range(_ATTEMPTS):
@@ -206,10 +206,8 @@ class S3Storage:
         for attempt in range(_ATTEMPTS):
             try:
                 answer = await self._call("get_object", key, Range=span)
-            except StorageError as error:
-                if "InvalidRange" in str(error) or " 416 " in str(error):
-                    return 0
-                raise
+            except BeyondEndError:
+                return 0
             try:
                 return await self._receive(answer, key, view)
             except StorageError:
@@ -238,6 +236,8 @@ class S3Storage:
     async def _pause(self, attempt: int, error: Exception, key: str) -> None:
         """Wait a little longer each time, before the next attempt; raise if that was the last."""
         if attempt == _ATTEMPTS - 1:
+            if isinstance(error, StorageError):
+                raise error
             raise explain(error, self._name(key)) from error
         await asyncio.sleep(random.uniform(0.5, 1) * 0.1 * 2**attempt)
 
@@ -260,7 +260,7 @@ class S3Storage:
         """Whether the object there comes from the call that calls itself `writer`."""
         try:
             found = await self._call("head_object", key)
-        except (StorageError, FileNotFoundError):
+        except FileNotFoundError:
             return False
         return bool(found.get("Metadata", {}).get(_WRITER) == writer)
 
@@ -283,12 +283,12 @@ class S3Storage:
                 "complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts}
             )
         except BaseException as error:
-            if isinstance(error, FileNotFoundError | OutOfReachError) and await self._wrote(key, writer):
-                return  # complete, but the answer that said so was lost
-            try:
+            lost = isinstance(error, FileNotFoundError | OutOfReachError)
+            with contextlib.suppress(StorageError):
+                if lost and await self._wrote(key, writer):
+                    return  # it is complete, but the answer that said so was lost
+            with contextlib.suppress(StorageError, FileNotFoundError):
                 await self._call("abort_multipart_upload", key, UploadId=upload)
-            except (StorageError, FileNotFoundError):
-                pass
             if isinstance(error, FileNotFoundError):
                 raise StorageError(f"{self._name(key)}: the upload vanished: {error}") from error
             raise

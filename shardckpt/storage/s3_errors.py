@@ -8,9 +8,9 @@ from typing import Any
 
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
 
-from shardckpt.errors import CredentialsError, ShardckptError, StorageError, StorageFullError
+from shardckpt.errors import CredentialsError, StorageError, StorageFullError
 
-__all__ = ["ConflictError", "OutOfReachError", "explain"]
+__all__ = ["BeyondEndError", "ConflictError", "OutOfReachError", "explain"]
 
 _CONVENTIONS = (
     "Credentials come from storage_options (key, secret, token; profile; anon=True for a public "
@@ -31,6 +31,10 @@ _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "Inva
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
 
 
+class BeyondEndError(StorageError):
+    """A range begins behind the end of its object (416)."""
+
+
 class ConflictError(StorageError):
     """Another request on the same object was under way (409): try again."""
 
@@ -41,8 +45,6 @@ class OutOfReachError(StorageError):
 
 def explain(error: Exception, url: str) -> Exception:
     """The error of the library's tree, or of the storage's contract, that `error` amounts to."""
-    if isinstance(error, ShardckptError):
-        return error
     if isinstance(error, _NO_CREDENTIALS):
         return CredentialsError(f"{url}: {error}. {_CONVENTIONS}")
     response = _response(error)
@@ -80,6 +82,8 @@ def _explain_response(response: dict[str, Any], url: str) -> Exception:
         return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
     if status == 409:
         return ConflictError(f"{url}: other requests on it were under way: {said}")
+    if status == 416 or code == "InvalidRange":
+        return BeyondEndError(f"{url}: the range begins behind the end: {said}")
     if status == 507 or code in _FULL:
         return StorageFullError(f"{url}: {said}. Delete something or raise the quota")
     if status in (301, 307) or code in _ELSEWHERE:

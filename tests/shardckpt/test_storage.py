@@ -502,6 +502,15 @@ class TestS3:
         with pytest.raises(FileExistsError):
             storage.create("claim", b"mine")  # equal content is not the same writer
 
+    def test_a_race_of_unknown_outcome_is_neither_won_nor_lost(
+        self, proxied: tuple[Storage, FaultyProxy]
+    ) -> None:
+        storage, proxy = proxied
+        lose_put = _once("PUT", "lose")
+        proxy.faults = lambda method, path: 403 if method == "HEAD" else lose_put(method, path)
+        with pytest.raises(StorageError):
+            storage.create("claim", b"mine")
+
     @pytest.mark.parametrize("status", [409, 500, 503])
     def test_passing_trouble_is_waited_out(self, proxied: tuple[Storage, FaultyProxy], status: int) -> None:
         storage, proxy = proxied
