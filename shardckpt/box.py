@@ -58,7 +58,7 @@ class Box(NamedTuple):
 
     def inside(self, shape: Sequence[int]) -> bool:
         """Whether this box lies within a tensor of this shape."""
-        return len(self.shape) == len(shape) and all(
+        return len(self.offsets) == len(self.shape) == len(shape) and all(
             o >= 0 and n >= 0 and o + n <= size
             for o, n, size in zip(self.offsets, self.shape, shape, strict=True)
         )

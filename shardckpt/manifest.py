@@ -204,6 +204,10 @@ def decode_part(data: bytes, where: str) -> Part:
     part = _decode(data, Part, where, "part.json")
     if not len(part.chunk) == len(part.offset) == len(part.crc32c):
         raise FormatError(f"{where}: part.json has chunk columns of different lengths")
+    if min(part.rank, part.size, *part.chunk, *part.offset, *part.crc32c) < 0 or any(
+        crc >= 1 << 32 for crc in part.crc32c
+    ):
+        raise FormatError(f"{where}: part.json is invalid: a number is out of range")
     return part
 
 
@@ -249,7 +253,11 @@ def _check_packs(manifest: Manifest, where: str) -> None:
     for pack in manifest.packs:
         path = posixpath.normpath(posixpath.join(here, pack.path))
         outside = path.startswith(("/", "..")) or "\0" in path or "\\" in path
-        if outside or path == "." or posixpath.normpath(pack.path) != pack.path:
+        if (
+            outside
+            or posixpath.basename(pack.path) in ("", ".", "..")
+            or posixpath.normpath(pack.path) != pack.path
+        ):
             raise FormatError(
                 f"{where}: the manifest names the pack {pack.path!r}, which is not a plain path inside "
                 "this run; do not trust where this checkpoint comes from"
@@ -292,7 +300,7 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
     if any(n < 0 for n in tensor.shape) or math.prod(filter(None, tensor.shape)) >= 1 << 63:
         raise FormatError(f"{wrong} has the shape {tensor.shape}")
     for array in tensor.arrays:
-        if not array.box.inside(tensor.shape) or len(array.offset) != len(tensor.shape):
+        if not array.box.inside(tensor.shape):
             raise FormatError(
                 f"{wrong} of shape {tensor.shape} has a box at {array.offset} of shape {array.shape}, "
                 "which is not inside it"
