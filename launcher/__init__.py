@@ -33,12 +33,15 @@ _HOMES = {
 def run(config: Config) -> int:
     """Run a job to its end, and return the exit code that `launch` would end with.
 
-    Call it from the main thread of a process without children of its own: it handles signals and
-    kills everything below this process at the end. Raises `LaunchError` if the job cannot run at all.
+    Call it from the main thread: it handles signals. Children that this process has already are left
+    alone, all that come while it runs are not. Raises `LaunchError` if the job cannot run at all.
     """
+    from .zygote import Zygote
+
+    zygote = Zygote(config)  # imports torch while this process imports the rest
     from .agent import Agent
 
-    with Agent(config) as agent:
+    with Agent(config, zygote) as agent:
         return agent.run()
 
 

@@ -31,17 +31,17 @@ class Agent:
     On leaving the context no process that it started exists any more.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, zygote: Zygote) -> None:
         self.config = config
-        with meet(config.master_addr, config.master_port):
-            pass  # an address or a port that cannot be used is found before anything is changed
-        self._zygote = Zygote(config)  # takes longest to get ready, and does so alongside the rest
-        self._monitor = Monitor()
+        self._zygote = zygote
         try:
+            with meet(config.master_addr, config.master_port):
+                pass  # what is wrong with them is found before anything is changed
             self._run_dir = RunDir(config.directory, config.logs)
         except BaseException:
-            self._zygote.close()
+            zygote.close()
             raise
+        self._monitor = Monitor()
         self._console = Console(Sink(1), Sink(2))
         self._files: list[RankFiles] = []
 
@@ -74,7 +74,7 @@ class Agent:
                     if round_.phase is Phase.OVER:
                         break
                     if round_.phase is not before.phase:
-                        self._stop_workers(round_.phase)
+                        self._stop_workers(round_)
             decision = self._conclude(round_, history)
             if not isinstance(decision, Restart):
                 return decision.exit_code
@@ -91,11 +91,18 @@ class Agent:
         self._console.say(f"round {number}: {workers}, output in {logs}", style=_DIM)
         return Round(number, self.config.nproc, time.monotonic())
 
-    def _stop_workers(self, phase: Phase) -> None:
+    def _stop_workers(self, round_: Round) -> None:
         """Signal all that is left of a round, and set the time that it has to disappear."""
+        if round_.stop_signal is not None and round_.phase is Phase.STOPPING:
+            name = signal.Signals(round_.stop_signal).name
+            patience = f"workers have {self.config.grace:g} s to end, or until another {name}"
+            self._console.say(f"{name}: stopping; {patience}", style=_BOLD)
+        elif round_.phase is Phase.KILLING:
+            left = round_.ranks - len(round_.exits)
+            self._console.say(f"killing what has not ended, {left} of the ranks", style=_WARN)
         if not self._zygote.is_ready:
             self._zygote.kill()  # nothing is forked yet
-        elif phase is Phase.STOPPING:
+        elif round_.phase is Phase.STOPPING:
             self._zygote.signal(signal.SIGTERM)
             self._monitor.set_deadline(self.config.grace)
         else:

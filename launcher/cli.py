@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .agent import Agent
+from . import run
 from .config import Config, config_from_settings, settings_from_environ, settings_from_file
 from .errors import ExitCode, LaunchError, UsageError
 from .options import OPTIONS, Option, Setting, find
@@ -53,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             sys.stdout.write(f"launch {version('shardckpt')}\n")
             return ExitCode.OK
-        with Agent(_configure(parsed)) as agent:
-            return agent.run()
+        return run(_configure(parsed))
     except LaunchError as error:
         sys.stderr.write(f"launch: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:  # before there was anything to stop, or after everything was
+        return 128 + 2
 
 
 def parse(argv: Sequence[str]) -> Config:

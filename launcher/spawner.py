@@ -222,7 +222,7 @@ class _Zygote:
                 break
             os.waitpid(info.si_pid, 0)
         if self._is_killing:
-            processes.kill_all(processes.descendants(os.getpid()), signal.SIGKILL)
+            processes.kill_all(processes.descendants([os.getpid()]), signal.SIGKILL)
 
     def _tell_exit(self, pid: int, status: int) -> None:
         self.tell(
@@ -237,14 +237,14 @@ class _Zygote:
         """Signal every process of every worker's tree; the workers first, they are known already."""
         workers = list(self._ranks)
         processes.kill_all(workers, signum)
-        others = set(processes.descendants(os.getpid())) - set(workers)
+        others = set(processes.descendants([os.getpid()])) - set(workers)
         processes.kill_all(sorted(others), signum)
         self._is_killing = signum == signal.SIGKILL
 
     def _end_with_agent(self) -> NoReturn:
         """Kill everything below this process, and end."""
         while True:
-            processes.kill_all(processes.descendants(os.getpid()), signal.SIGKILL)
+            processes.kill_all(processes.descendants([os.getpid()]), signal.SIGKILL)
             try:
                 os.waitpid(-1, 0)
             except ChildProcessError:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .config import Config
-from .rendezvous import Meeting
-from .restart import History
-from .run_dir import RankFiles
+
+if TYPE_CHECKING:  # the zygote needs this module first of all, and these not at all
+    from .rendezvous import Meeting
+    from .restart import History
+    from .run_dir import RankFiles
 
 __all__ = ["WorkerOrder", "shared_environment", "worker_orders"]
 

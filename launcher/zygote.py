@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from .worker import WorkerOrder, shared_environment
 __all__ = ["Zygote"]
 
 _HOOK_DIR = Path(__file__).parent / "hook"
+_KILL_PATIENCE = 10.0  # seconds; a process in uninterruptible sleep does not even die of SIGKILL
 _EVENTS = {
     "ready": ZygoteReady,
     "started": WorkerStarted,
@@ -47,6 +47,7 @@ class Zygote:
 
     def __init__(self, config: Config) -> None:
         processes.adopt_orphans()  # what a zygote leaves behind when it is killed
+        self._spare = processes.children(os.getpid())
         ours, theirs = socket.socketpair()
         command = config.command
         orders = {
@@ -104,7 +105,7 @@ class Zygote:
         events = [_decode(line) for line in lines]
         self.is_ready = self.is_ready or any(isinstance(event, ZygoteReady) for event in events)
         if not received and self._process.poll() is not None:
-            _bury_descendants()
+            processes.end_children(self._spare, _KILL_PATIENCE)
             events.append(ZygoteLost(self._process.returncode, time.monotonic()))
         return events
 
@@ -113,12 +114,16 @@ class Zygote:
         self._process.kill()
 
     def close(self) -> None:
-        """End the zygote and everything below it, and wait until nothing is left."""
+        """End the zygote and everything below it, and wait until nothing is left that can die."""
         self._socket.close()
         if not self.is_ready:
             self._process.kill()
-        self._process.wait()
-        _bury_descendants()
+        try:
+            self._process.wait(_KILL_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        processes.end_children(self._spare, _KILL_PATIENCE)
         os.close(self._pidfd)
 
     def _send(self, **order: object) -> None:
@@ -126,16 +131,6 @@ class Zygote:
             self._socket.sendall(json.dumps(order).encode() + b"\n")
         except (BrokenPipeError, ConnectionResetError):
             pass  # `receive` tells that it is dead
-
-
-def _bury_descendants() -> None:
-    """Kill and reap the orphans of a dead zygote, which this process has adopted."""
-    while True:
-        processes.kill_all(processes.descendants(os.getpid()), signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
 
 
 def _command_line(config: Config, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
