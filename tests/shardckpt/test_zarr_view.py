@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from shardckpt.manifest import (
     encode_record,
     pack_path,
 )
-from shardckpt.values import join
+from shardckpt.values import decode, join
 from shardckpt.zarr_view import encode_refs, open_group
 from tests.servers import S3Server
 
@@ -497,3 +498,87 @@ def test_every_fill_value_is_legal(tmp_path: Path) -> None:
         found = np.asarray(group[name].fill_value)  # type: ignore[union-attr]
         assert found.dtype == numpy_dtype(name)
         assert bool(np.isnan(found.astype(np.complex128))) == ("NaN" in str(fill_value(name)))
+
+
+_DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+
+
+def documented_reader() -> Any:
+    """`read_checkpoint` of the document, which knows NumPy and the standard library only."""
+    code = re.findall(r"```python\n(.*?)```", _DOCUMENT, re.DOTALL)[-1]
+    imported = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
+    assert imported <= {"itertools", "json", "os", "numpy"}
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    return scope["read_checkpoint"]
+
+
+def test_the_documented_reader(tmp_path: Path) -> None:
+    """The reader in docs/format.md reads every type and kind of tensor, and notices a flipped bit."""
+    tensors = of_every_kind(list(DTYPES))
+    write(tmp_path, tensors, writers=3)
+    found = documented_reader()(str(tmp_path))
+    assert list(found) == list(tensors)
+    for name, stored in tensors.items():
+        assert found[name].shape == stored.content.shape
+        assert found[name].tobytes() == stored.content.tobytes()
+    pack = tmp_path / pack_path(1)
+    content = bytearray(pack.read_bytes())
+    content[3] ^= 1
+    pack.write_bytes(content)
+    with pytest.raises(ValueError, match="corrupt"):
+        documented_reader()(str(tmp_path))
+
+
+def test_the_documented_reader_reads_what_save_writes(tmp_path: Path) -> None:
+    """It reads a checkpoint of the library's own writer, tied and odd tensors among them."""
+    import torch
+
+    import shardckpt
+
+    tied = torch.nn.Linear(3, 5, dtype=torch.bfloat16)
+    state = {
+        "model": tied,
+        "tied": tied.weight.detach(),
+        "none": torch.zeros(0, 4),
+        "n": np.arange(3),
+        "x": 1,
+    }
+    shardckpt.save(str(tmp_path / "c"), state)
+    found = documented_reader()(str(tmp_path / "c"))
+    weight = tied.weight.detach().view(torch.int16).numpy()
+    assert found["model/weight"].tobytes() == found["tied"].tobytes() == weight.tobytes()
+    assert found["none"].shape == (0, 4)
+    assert found["n"].tolist() == [0, 1, 2]
+
+
+def test_the_documented_example(tmp_path: Path) -> None:
+    """The document's manifest and packs are a checkpoint, which holds what the document says."""
+    manifest = re.findall(r"```json\n(.*?)```", _DOCUMENT, re.DOTALL)[-1].encode()
+    checked = decode_manifest(manifest, str(tmp_path))
+    (tmp_path / MANIFEST).write_bytes(manifest)
+    for line in re.findall(r"```text\n(.*?)```", _DOCUMENT, re.DOTALL)[-1].splitlines():
+        if line.startswith("rank-"):
+            path = tmp_path / line
+            path.parent.mkdir()
+            path.write_bytes(bytes(next(pack.size for pack in checked.packs if pack.path == line)))
+            continue
+        content = bytes.fromhex(line[5:53])
+        whole_pack = bytearray(path.read_bytes())
+        begin = int(line[:3], 16)
+        whole_pack[begin : begin + len(content)] = content
+        path.write_bytes(whole_pack)
+        assert path.stat().st_size == 133
+    found = documented_reader()(str(tmp_path))
+    assert found["w"].tolist() == [[1.5, -2.0], [0.0, 4.0], [8.0, 0.5]]
+    assert found["s"].tolist() == [10, 20, 30, 40, 50]
+    refs = json.loads(encode_refs(checked, "/x"))["refs"]
+    quoted = re.findall(r'`("[ws]/\S+: \[.*?\])`', _DOCUMENT.replace("\n", " "))
+    assert len(quoted) == 2
+    for text in quoted:
+        ((key, reference),) = json.loads("{" + text + "}").items()
+        assert refs[key] == reference
+    (tmp_path / REFS).write_bytes(encode_refs(checked, str(tmp_path)))
+    assert read(plain(tmp_path), "s").tolist() == [10, 20, 30, 40, 50]
+    assert decode(checked.values)["betas"] == (0.9, 0.95)
+    assert decode(checked.per_rank[1]["rng"]) == b"\x02"
