@@ -114,6 +114,8 @@ class SaveSession:
         self._ranks = ranks
         self._timeout = commit_timeout
         self._prepared: _Prepared | None = None
+        self._secret = ""
+        self._count = 0
 
     def start(
         self,
@@ -131,7 +133,8 @@ class SaveSession:
         StateError or CheckpointExistsError, on all ranks, before anything is written.
         """
         flat, prepared = self._prepare(state, place)
-        save_id = self._ranks.broadcast(secrets.token_hex(16).encode()).decode()
+        self._count += 1
+        save_id = f"{self._secret}-{self._count}"
         prepared.buffer.copy_from({tensor.name: tensor for tensor in flat.tensors})
         numbers = _checked_metrics(metrics)
         proposal = Proposal(place, save_id, step, attempt, numbers, flat.values, prepared.plan)
@@ -175,6 +178,8 @@ class SaveSession:
     def _plan(self, layouts: list[Layout]) -> _Prepared:
         encoded = self._ranks.gather(msgspec.msgpack.encode(layouts))
         plan = plan_save([msgspec.msgpack.decode(data, type=list[Layout]) for data in encoded])
+        if not self._secret:  # what makes the names of this session's saves unique
+            self._secret = self._ranks.broadcast(secrets.token_hex(16).encode()).decode()
         rank = self._ranks.rank
         self._prepared = None  # free the old buffer first
         return _Prepared(layouts, plan, StagingBuffer(plan.writes(rank), plan.pack_sizes[rank]))
