@@ -1,0 +1,232 @@
+"""What scripts/bench/save compares: ways to save and to load one state."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from _save_state import State
+from torch.distributed.checkpoint import _async_process_executor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
+
+import shardckpt
+
+__all__ = ["CANDIDATES", "Candidate"]
+
+Wait = Callable[[], object]
+
+
+class Candidate:
+    """One way to save `state`; made anew for each round, by every rank.
+
+    Attributes:
+        name: as it stands in the table.
+        again: whether a second save may differ from the first, because something is kept.
+        reshards: whether it loads on another world size.
+        syncs: whether what it has written is on the disk, not only in the page cache, when it says so.
+    """
+
+    name: ClassVar[str]
+    again: ClassVar[bool] = False
+    reshards: ClassVar[bool] = False
+    syncs: ClassVar[bool] = False
+
+    def __init__(self, state: State, folder: Path, layout: str) -> None:
+        self.state = state
+        self.folder = folder
+        self.layout = layout
+
+    def prepare(self) -> None:
+        """What a training job does once, before it trains."""
+
+    def save(self, step: int) -> Wait:
+        """Save; the state may change when it returns. The result waits for the end of the save."""
+        raise NotImplementedError
+
+    def sync(self) -> None:
+        """Put on the disk what this rank wrote, for a candidate that does not."""
+
+    def load(self) -> None:
+        """Load the newest."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what is kept from save to save."""
+
+
+class Shardckpt(Candidate):
+    name = "shardckpt"
+    again = reshards = syncs = True
+
+    @property
+    def _objects(self) -> dict[str, Any]:
+        return {"model": self.state.model, "optimizer": self.state.optimizer}
+
+    def prepare(self) -> None:
+        self._manager = shardckpt.Checkpointer(self.folder)
+        self._manager.restore(self._objects)
+
+    def save(self, step: int) -> Wait:
+        return self._manager.save(step, self._objects).wait
+
+    def load(self) -> None:
+        shardckpt.load(self.folder, self._objects)
+
+    def close(self) -> None:
+        self._manager.close()
+        del self._manager
+
+
+class Dcp(Candidate):
+    """torch.distributed.checkpoint. It syncs the data files, but not their folder."""
+
+    name = "DCP sync"
+    reshards = syncs = True
+
+    def _state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.state.model, self.state.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def save(self, step: int) -> Wait:
+        save(self._state_dict(), checkpoint_id=self._path(step))
+        return lambda: None
+
+    def load(self) -> None:
+        loaded = self._state_dict()
+        newest = max(path for path in self.folder.iterdir() if (path / ".metadata").exists())
+        load(loaded, checkpoint_id=newest)
+        set_state_dict(
+            self.state.model,
+            self.state.optimizer,
+            model_state_dict=loaded["model"],
+            optim_state_dict=loaded["optimizer"],
+        )
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+
+class DcpThread(Dcp):
+    """Its best mode: a stager that keeps its buffers, and a process group of its own."""
+
+    name = "DCP async thread"
+    again = True
+    reshards = False  # what it writes is what DCP sync writes
+    kind = AsyncCheckpointerType.THREAD
+    shared_memory = False
+
+    def prepare(self) -> None:
+        self._stager = DefaultStager(StagingOptions(False, self.shared_memory, False, False))
+        self._group = dist.new_group(backend="gloo")
+
+    def save(self, step: int) -> Wait:
+        future = async_save(
+            self._state_dict(),
+            checkpoint_id=self._path(step),
+            process_group=self._group,
+            async_checkpointer_type=self.kind,
+            async_stager=self._stager,
+        )
+        assert isinstance(future, Future)
+        return future.result
+
+    def close(self) -> None:
+        self._stager.close()
+        dist.destroy_process_group(self._group)
+
+
+class DcpProcess(DcpThread):
+    name = "DCP async process"
+    kind = AsyncCheckpointerType.PROCESS
+    shared_memory = True
+
+    def close(self) -> None:
+        super().close()
+        _async_process_executor._CHECKPOINT_PROCESS = None  # ends it, so that others do not pay for it
+        gc.collect()
+
+
+class PerRankFile(Candidate):
+    """Each rank its own file; under DDP rank 0 alone. No resharding, no checksums, no commit."""
+
+    suffix: ClassVar[str]
+
+    def save(self, step: int) -> Wait:
+        self._written = self._path(step)
+        if self.layout == "fsdp" or dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(self._written)
+        return lambda: None
+
+    def sync(self) -> None:
+        for path in (self._written, self.folder):
+            if path.exists():
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+
+    def load(self) -> None:
+        loaded = self._read(max(self.folder.glob(f"*.{self._rank}.{self.suffix}")))
+        with torch.no_grad():
+            for name, tensor in self.state.tensors.items():
+                tensor.copy_(loaded[name])
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank() if self.layout == "fsdp" else 0
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.{self._rank}.{self.suffix}"
+
+    def _write(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def _read(self, path: Path) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+class TorchSave(PerRankFile):
+    name = "torch.save per rank"
+    suffix = "pt"
+
+    def _write(self, path: Path) -> None:
+        torch.save(self.state.tensors, path)
+
+    def _read(self, path: Path) -> dict[str, torch.Tensor]:
+        loaded: dict[str, torch.Tensor] = torch.load(path, mmap=True, weights_only=True)
+        return loaded
+
+
+class Safetensors(PerRankFile):
+    name = "safetensors per rank"
+    suffix = "safetensors"
+
+    def _write(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(self.state.tensors, path)
+
+    def _read(self, path: Path) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(path)
+
+
+CANDIDATES: dict[str, type[Candidate]] = {
+    "shardckpt": Shardckpt,
+    "dcp": Dcp,
+    "dcp-thread": DcpThread,
+    "dcp-process": DcpProcess,
+    "torch": TorchSave,
+    "safetensors": Safetensors,
+}
+"""By the word that --only takes."""

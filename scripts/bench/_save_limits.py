@@ -1,0 +1,86 @@
+"""What memory and disk allow: the same bytes, moved by the same processes with nothing around it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+__all__ = ["LIMITS", "Limits"]
+
+LIMITS = {
+    "copy": "memcpy",
+    "copy_fresh": "memcpy, untouched pages",
+    "write": "disk write, O_DIRECT",
+    "read_direct": "disk read, O_DIRECT",
+    "read_cold": "disk read, buffered, cold",
+    "read_warm": "disk read, buffered, warm",
+}
+"""What `Limits.measure` returns, in words."""
+
+_PIECE = 16 << 20
+_PAGE = 4096
+
+
+class Limits:
+    """Measures with a buffer and a file as large as this rank's share of the checkpoint."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], size: int, path: Path) -> None:
+        """The first `size` bytes of `tensors` are what is copied."""
+        self._sources = _cut(tensors, size)
+        self._size = -(-size // _PAGE) * _PAGE
+        self._path = path
+
+    def measure(
+        self, seconds: Callable[[Callable[[], object]], float], forget: Callable[[Path], object]
+    ) -> dict[str, float]:
+        """Seconds of each; `seconds` runs a function on all ranks together, `forget` empties caches."""
+        with mmap.mmap(-1, self._size, mmap.MAP_PRIVATE) as memory:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            view = memoryview(memory)
+            times = {"copy_fresh": seconds(lambda: self._copy(memory))}
+            times["copy"] = seconds(lambda: self._copy(memory))
+            times["write"] = seconds(lambda: self._write(view))
+            times["read_direct"] = seconds(lambda: self._read(view, os.O_DIRECT))
+            forget(self._path)
+            times["read_cold"] = seconds(lambda: self._read(view, 0))
+            times["read_warm"] = seconds(lambda: self._read(view, 0))
+            view.release()
+        self._path.unlink()
+        return times
+
+    def _copy(self, memory: mmap.mmap) -> None:
+        target = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for address, nbytes in self._sources:
+            ctypes.memmove(target, address, nbytes)
+            target += nbytes
+
+    def _write(self, view: memoryview) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT
+        descriptor = os.open(self._path, flags, 0o600)
+        os.posix_fallocate(descriptor, 0, self._size)
+        for start in range(0, self._size, _PIECE):
+            os.pwrite(descriptor, view[start : start + _PIECE], start)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def _read(self, view: memoryview, flags: int) -> None:
+        descriptor = os.open(self._path, os.O_RDONLY | flags)
+        for start in range(0, self._size, _PIECE):
+            os.preadv(descriptor, [view[start : start + _PIECE]], start)
+        os.close(descriptor)
+
+
+def _cut(tensors: Sequence[torch.Tensor], size: int) -> list[tuple[int, int]]:
+    """Addresses and sizes of the first `size` bytes."""
+    sources, left = [], size
+    for tensor in tensors:
+        nbytes = min(left, tensor.nbytes)
+        if nbytes:
+            sources.append((tensor.data_ptr(), nbytes))
+        left -= nbytes
+    return sources

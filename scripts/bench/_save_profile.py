@@ -1,0 +1,146 @@
+"""Where shardckpt's own time goes in a save and a load: its functions, timed from outside."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["SPANS", "Profile", "profile_table"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A function to time, as "module:attribute"; deeper ones are a part of the one above."""
+
+    what: str
+    target: str
+    depth: int = 0
+
+
+SPANS: Mapping[str, tuple[Span, ...]] = {
+    "save": (
+        Span("SAVE, foreground", "shardckpt.saving:SaveSession.start"),
+        Span("flatten", "shardckpt.saving:flatten", 1),
+        Span("layouts", "shardckpt.state:FlatState.layouts", 1),
+        Span("committed already?", "shardckpt.runs:Place.is_committed", 1),
+        Span("plan, when fresh", "shardckpt.saving:SaveSession._plan", 1),
+        Span("plan_save", "shardckpt.saving:plan_save", 2),
+        Span("buffer", "shardckpt.staging:StagingBuffer.__init__", 2),
+        Span("compare replicas", "shardckpt.saving:check_replicas", 1),
+        Span("collectives", "shardckpt.ranks:TorchRanks.maximum", 1),
+        Span("broadcast", "shardckpt.ranks:TorchRanks.broadcast", 1),
+        Span("gather", "shardckpt.ranks:TorchRanks.gather", 1),
+        Span("staging copy", "shardckpt.staging:StagingBuffer.copy_from", 1),
+        Span("find sources", "shardckpt.staging:local_slices", 2),
+        Span("foreach copy", "torch:_foreach_copy_", 2),
+        Span("SAVE, background", "shardckpt.saving:SaveSession._finish"),
+        Span("persist", "shardckpt.saving:persist", 1),
+        Span("crc32c", "shardckpt.writer:crc32c.crc32c", 2),
+        Span("write pack", "shardckpt.storage:LocalStorage.write_pack", 2),
+        Span("reserve", "shardckpt.storage.direct:_reserve", 3),
+        Span("O_DIRECT writes", "shardckpt.storage.direct:_write_all", 3),
+        Span("fsync", "os:fsync", 3),
+        Span("part and records", "shardckpt.storage:LocalStorage.write", 2),
+        Span("commit", "shardckpt.saving:commit", 1),
+        Span("wait for parts", "shardckpt.commit:_wait_for_parts", 2),
+        Span("assemble", "shardckpt.commit:_assemble", 2),
+        Span("encode refs", "shardckpt.commit:encode_refs", 2),
+        Span("encode records", "shardckpt.commit:encode_record", 2),
+        Span("create manifest", "shardckpt.storage:LocalStorage.create", 2),
+        Span("wait for the commit", "shardckpt.saving:wait_committed"),
+    ),
+    "load": (
+        Span("LOAD", "shardckpt.checkpointer:_load"),
+        Span("manifest", "shardckpt.checkpointer:_shared_manifest", 1),
+        Span("decode", "shardckpt.checkpointer:decode_manifest", 2),
+        Span("bind targets", "shardckpt.checkpointer:bind", 1),
+        Span("fill", "shardckpt.checkpointer:fill", 1),
+        Span("plan reads", "shardckpt.reader:plan_reads", 2),
+        Span("verify", "shardckpt.fetch:Fetcher.verify", 2),
+        Span("one chunk", "shardckpt.fetch:Fetcher._verify_local", 3),
+        Span("crc32c", "shardckpt.fetch:crc32c.crc32c", 4),
+        Span("apply a chunk", "shardckpt.reader:_apply", 2),
+        Span("read (verify and apply)", "shardckpt.storage:LocalStorage.read_into", 2),
+        Span("agree", "shardckpt.reader:agree", 2),
+        Span("apply the rest", "shardckpt.targets:Targets.apply", 1),
+    ),
+}
+"""By phase: the functions, in the order of the table."""
+
+
+@dataclass
+class _Sum:
+    calls: int = 0
+    busy: float = 0.0  # over all threads
+    cpu: float = 0.0
+    first: float = float("inf")
+    last: float = 0.0
+
+
+class Profile:
+    """Times the spans of a phase while it is active, in all threads of this process."""
+
+    def __init__(self) -> None:
+        self.results: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, phase: str, name: str) -> Iterator[None]:
+        """Time the functions of `phase`, and note their times below `name`."""
+        sums = {span.what: _Sum() for span in SPANS[phase]}
+        undo = [_patch(span.target, sums[span.what]) for span in SPANS[phase]]
+        try:
+            yield
+        finally:
+            for back in reversed(undo):
+                back()
+        for what, of in sums.items():
+            if of.calls:
+                values = {"calls": of.calls, "span": of.last - of.first, "busy": of.busy, "cpu": of.cpu}
+                self.results |= {f"{name}|{what}|{key}": float(value) for key, value in values.items()}
+
+
+def _patch(target: str, total: _Sum) -> Callable[[], None]:
+    """Time a function from now on. Returns what undoes it; AttributeError if there is no such function."""
+    module, _, path = target.partition(":")
+    holder: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        holder = getattr(holder, parent)
+    original = holder.__dict__[name]
+
+    @functools.wraps(original)
+    def timed(*arguments: Any, **named: Any) -> Any:
+        cpu, started = time.thread_time(), time.perf_counter()
+        try:
+            return original(*arguments, **named)
+        finally:
+            ended = time.perf_counter()
+            total.calls += 1
+            total.busy += ended - started
+            total.cpu += time.thread_time() - cpu
+            total.first, total.last = min(total.first, started), max(total.last, ended)
+
+    setattr(holder, name, timed)
+    return lambda: setattr(holder, name, original)
+
+
+def profile_table(values: Mapping[str, float]) -> str:
+    """One block for each phase that was timed."""
+    names = list(dict.fromkeys(key.split("|")[0] for key in values))
+    lines = []
+    for name in names:
+        phase = "save" if "save" in name else "load"
+        lines.append(f"{name:32}{'calls':>8}{'span ms':>10}{'busy ms':>10}{'CPU ms':>10}")
+        for span in SPANS[phase]:
+            key = f"{name}|{span.what}|"
+            if f"{key}calls" in values:
+                cells = [f"{'  ' * (span.depth + 1) + span.what:32}{values[f'{key}calls']:8.0f}"]
+                cells += [f"{1e3 * values[key + what]:10.1f}" for what in ("span", "busy", "cpu")]
+                lines.append("".join(cells))
+        lines.append("")
+    return "\n".join(lines)

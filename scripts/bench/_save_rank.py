@@ -1,0 +1,268 @@
+"""One rank of scripts/bench/save: does the jobs it is given, in step with the others, and reports times.
+
+Its argument is a `World` as JSON. Rank 0 reports, as lines of JSON on the descriptor in it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _save_candidates import CANDIDATES, Candidate
+from _save_limits import Limits
+from _save_profile import Profile
+from _save_state import State, build_state
+
+__all__ = ["Bench", "World"]
+
+_PAUSE = 0.05  # for the sampler of memory to see a state of rest
+
+
+@dataclass(frozen=True)
+class World:
+    """What a world of ranks is to do.
+
+    Attributes:
+        jobs: pairs of a round's number and a candidate's word, or "limits", or "profile". Round 0 is not timed;
+            memory is measured in it.
+        only_load: whether to load what another world has saved, again and again, and to save nothing.
+        keep_round: the round whose checkpoints are left for another world; None: no round's.
+        report: where rank 0 writes.
+    """
+
+    rank: int
+    ranks: int
+    gigabytes: float
+    layout: str
+    folder: str
+    store: str
+    jobs: list[tuple[int, str]]
+    only_load: bool
+    keep_round: int | None
+    report: int
+
+
+class CandidateError(Exception):
+    """A candidate failed on some rank; the world cannot go on."""
+
+
+class Bench:
+    """The rank's means: times over all ranks, reports, caches."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=240))
+        self.state: State = build_state(world.gigabytes, world.layout)
+
+    def run(self) -> None:
+        """All jobs. Ends the process's work at the first that fails, having reported it."""
+        self.report(event="ready", stored=self.state.stored, tensors=len(self.state.tensors))
+        for number, word in self.world.jobs:
+            self.report(event="begin", round=number, candidate=word)
+            error = ""
+            results: dict[str, float] = {}
+            try:
+                results = self._job(number, word)
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {failure}".strip()
+                traceback.print_exc()
+            errors: list[str] = [""] * self.world.ranks
+            dist.all_gather_object(errors, error, group=self.control)
+            if any(errors):
+                told = next(f"rank {r}: {e}" for r, e in enumerate(errors) if e)
+                self.report(event="failed", round=number, candidate=word, error=told)
+                raise CandidateError(told)
+            self.report(event="end", round=number, candidate=word, results=results)
+
+    def _job(self, number: int, word: str) -> dict[str, float]:
+        if word == "limits":
+            return self._limits()
+        if word == "profile":
+            return self._profile()
+        kind = CANDIDATES[word]
+        last = self.world.keep_round if self.world.only_load else number
+        folder = Path(self.world.folder, f"{word}-{last}")
+        candidate = kind(self.state, folder, self.world.layout)
+        times: dict[str, float] = {}
+        if not self.world.only_load:
+            times |= self._saves(candidate, memory=number == 0)
+        times |= self._loads(candidate, memory=number == 0)
+        kept = number == self.world.keep_round and kind.reshards
+        if not self.world.only_load and not kept:
+            self._remove(folder)
+        return times
+
+    def _limits(self) -> dict[str, float]:
+        path = Path(self.world.folder, f"limit-{self.world.rank}")
+        share = -(-self.state.stored // self.world.ranks)
+        limits = Limits(list(self.state.tensors.values()), share, path)
+        times = limits.measure(self.seconds, forget)
+        self._settle()
+        return times
+
+    def _profile(self) -> dict[str, float]:
+        """Two saves and two loads of shardckpt; the mean over the ranks that did a thing."""
+        folder = Path(self.world.folder, "profile")
+        candidate = CANDIDATES["shardckpt"](self.state, folder, self.world.layout)
+        candidate.prepare()
+        profile = Profile()
+        for step, name in enumerate(("first save", "steady save"), start=1):
+            self._settle()
+            with profile.phase("save", name):
+                self.seconds(partial(save_and_wait, candidate, step))
+        candidate.close()
+        for name, cold in (("load, cold", True), ("load, warm", False)):
+            self._cache(folder, cold=cold)
+            self.state.wipe()
+            with profile.phase("load", name):
+                self.seconds(candidate.load)
+            self.state.check()
+        self._remove(folder)
+        everyone: list[dict[str, float]] = [{}] * self.world.ranks
+        dist.all_gather_object(everyone, profile.results, group=self.control)
+        return {  # rank 0 has what the others have, and the commit
+            key: statistics.mean(results[key] for results in everyone if key in results)
+            for key in everyone[0]
+        }
+
+    def _saves(self, candidate: Candidate, *, memory: bool) -> dict[str, float]:
+        self._memory("save", begin=True, wanted=memory)
+        candidate.prepare()
+        times = self._save(candidate, 1, "first_")
+        if candidate.again:
+            times |= self._save(candidate, 2, "")
+        self._memory("save", begin=False, wanted=memory)
+        candidate.close()
+        gc.collect()
+        return times
+
+    def _save(self, candidate: Candidate, step: int, prefix: str) -> dict[str, float]:
+        self._settle()
+        self.barrier()
+        started = time.perf_counter()
+        wait = candidate.save(step)
+        stalled = time.perf_counter()
+        wait()
+        written = time.perf_counter()
+        candidate.sync()
+        durable = time.perf_counter()
+        times = self.slowest([stalled - started, written - started, durable - started])
+        names = (f"{prefix}stall", f"{prefix}written", f"{prefix}durable")
+        return dict(zip(names, times, strict=True))
+
+    def _loads(self, candidate: Candidate, *, memory: bool) -> dict[str, float]:
+        times = {}
+        for name, cold in (("cold", True), ("warm", False)):
+            self._cache(candidate.folder, cold=cold)
+            self.state.wipe()
+            self._memory("load", begin=True, wanted=memory and cold)
+            times[name] = self.seconds(candidate.load)
+            self._memory("load", begin=False, wanted=memory and cold)
+            self.state.check()
+        gc.collect()
+        return times
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """How long it takes, all ranks starting together, until the last has done it."""
+        self.barrier()
+        started = time.perf_counter()
+        function()
+        return self.slowest([time.perf_counter() - started])[0]
+
+    def slowest(self, times: list[float]) -> list[float]:
+        """The largest of all ranks, of each."""
+        tensor = torch.tensor(times, dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return [float(value) for value in tensor]
+
+    def barrier(self) -> None:
+        """Return when all ranks are here."""
+        self.slowest([0.0])
+
+    def report(self, **event: Any) -> None:
+        """Tell the bench, if this is rank 0."""
+        if self.world.rank == 0:
+            os.write(self.world.report, (json.dumps(event) + "\n").encode())
+
+    def _memory(self, what: str, *, begin: bool, wanted: bool) -> None:
+        if wanted:
+            self.barrier()
+            self.report(event="memory", what=what, begin=begin)
+            time.sleep(_PAUSE)
+
+    def _cache(self, folder: Path, *, cold: bool) -> None:
+        """Have nothing, or everything, of these files in the page cache."""
+        if self.world.rank == 0:
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    forget(path) if cold else remember(path)
+        self.barrier()
+
+    def _settle(self) -> None:
+        """Nothing is left to write back from what went before."""
+        self.barrier()
+        if self.world.rank == 0:
+            os.sync()
+        self.barrier()
+
+    def _remove(self, folder: Path) -> None:
+        self.barrier()
+        if self.world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._settle()
+
+
+def save_and_wait(candidate: Candidate, step: int) -> None:
+    """A whole save."""
+    candidate.save(step)()
+
+
+def forget(path: Path) -> None:
+    """Drop a file, which is on the disk already, from the page cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def remember(path: Path) -> None:
+    """Have all of a file in the page cache."""
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(4 << 20)
+        while file.readinto(buffer):
+            pass
+
+
+def main() -> None:
+    world = World(**json.loads(sys.argv[1]))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{world.store}",
+        rank=world.rank,
+        world_size=world.ranks,
+        timeout=timedelta(seconds=90),
+    )
+    try:
+        Bench(world).run()
+    except CandidateError:
+        os._exit(1)  # its groups may be in no state to be taken down
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

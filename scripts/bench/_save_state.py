@@ -1,0 +1,142 @@
+"""The state that scripts/bench/save saves: a sharded transformer and its optimizer, with known content."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import crc32c
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["State", "build_state"]
+
+_LAYERS = 24
+_VOCABULARY = 16384
+_BYTES_PER_PARAMETER = 12  # itself and two moments, in float32
+_BLOCK = 1 << 18
+
+
+class Block(nn.Module):
+    """The tensors of one transformer block: four matrices, eight vectors."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+
+class Transformer(nn.Module):
+    """Never run: only its tensors matter here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_VOCABULARY, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(_LAYERS))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, _VOCABULARY, bias=False)
+
+
+@dataclass
+class State:
+    """The live objects, and their tensors as this rank holds them.
+
+    Attributes:
+        tensors: this rank's memory by name.
+        nbytes: bytes that this rank holds.
+        stored: bytes of a checkpoint of it: all shards, what is replicated once.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    tensors: dict[str, torch.Tensor]
+    nbytes: int
+    stored: int
+    _expected: dict[str, int]
+
+    def wipe(self) -> None:
+        """Destroy the content, so that only a load can bring it back."""
+        for tensor in self.tensors.values():
+            tensor.fill_(-1)
+
+    def check(self) -> None:
+        """Raise AssertionError, with a name, unless every bit is what it was."""
+        wrong = [name for name, tensor in self.tensors.items() if _crc(tensor) != self._expected[name]]
+        if wrong:
+            raise AssertionError(f"{len(wrong)} of {len(self.tensors)} tensors differ, such as {wrong[0]}")
+
+
+def build_state(gigabytes: float, layout: str) -> State:
+    """A state of about this size (in units of 1e9 bytes), over all ranks of the default group."""
+    model: nn.Module
+    with torch.device("meta"):
+        model = Transformer(_width(gigabytes * 1e9 / _BYTES_PER_PARAMETER))
+    if layout == "fsdp":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in [*model.blocks, model]:
+            fully_shard(module, mesh=mesh)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    names = dict(model.named_parameters())
+    if layout == "ddp":
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(names.values(), lr=1e-4)
+    for parameter in names.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its state
+    optimizer.zero_grad(set_to_none=True)
+
+    tensors, stored = {}, 0
+    for name, parameter in names.items():
+        held = {"": parameter, **{f".{key}": value for key, value in optimizer.state[parameter].items()}}
+        for suffix, tensor in held.items():
+            local, start = _local(tensor)
+            _fill(local, name + suffix, start)
+            tensors[name + suffix] = local
+            stored += tensor.numel() * tensor.element_size()
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    expected = {name: _crc(tensor) for name, tensor in tensors.items()}
+    return State(model, optimizer, tensors, nbytes, stored, expected)
+
+
+def _width(parameters: float) -> int:
+    """The width of a transformer of about so many parameters, a multiple of 64."""
+    square, linear = 12.0 * _LAYERS, 2.0 * _VOCABULARY
+    width = (math.sqrt(linear**2 + 4 * square * parameters) - linear) / (2 * square)
+    return max(64, round(width / 64) * 64)
+
+
+def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's memory of the tensor, and the number of its first element in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local().detach(), offset[0] * math.prod(tensor.shape[1:])
+
+
+def _fill(tensor: torch.Tensor, name: str, start: int) -> None:
+    """Content that depends on the name and the place alone, not on the world size; finite floats."""
+    content = tensor.view(-1).view(torch.int32).numpy().view(np.uint32)
+    seed = np.uint32(zlib.crc32(name.encode()))
+    for begin in range(0, len(content), _BLOCK):
+        piece = content[begin : begin + _BLOCK]
+        numbers = np.arange(start + begin, start + begin + len(piece), dtype=np.uint32)
+        numbers *= np.uint32(2654435761)
+        numbers += seed
+        numbers ^= numbers >> np.uint32(15)
+        piece[:] = numbers & np.uint32(0x3FFFFFFF)
+
+
+def _crc(tensor: torch.Tensor) -> int:
+    return int(crc32c.crc32c(tensor.view(-1).view(torch.uint8).numpy().data)) if tensor.numel() else 0

@@ -1,0 +1,202 @@
+"""Starts a world of ranks for scripts/bench/save, and watches its memory from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Job", "Results", "run_world"]
+
+Job = tuple[int, str]
+Results = dict[Job, dict[str, float | str]]
+"""By round and candidate: seconds and bytes by name, or the reason of a failure as "error"."""
+
+_RANK = Path(__file__).with_name("_save_rank.py")
+_MARK = "SHARDCKPT_BENCH_WORLD"
+_SILENCE = 240.0
+_LOG_LINES = 40
+_TICK = 0.01
+_RESCAN = 0.1
+
+
+class Sampler:
+    """The peak of the memory of all processes that have a mark in their environment, and of shared memory.
+
+    Shared memory (memfds, /dev/shm) is the whole machine's, so that it is counted once, and survives
+    whoever made it; other programs should be quiet. The page cache is not counted.
+    """
+
+    def __init__(self, mark: str) -> None:
+        self._mark = f"{_MARK}={mark}".encode()
+        self._pids: list[int] = []
+        self._scanned = 0.0
+        self._base = self._peak = 0
+        self.active = False
+
+    def begin(self) -> None:
+        self._base = self._peak = self._now()
+        self.active = True
+
+    def sample(self) -> None:
+        self._peak = max(self._peak, self._now())
+
+    def end(self) -> int:
+        """Bytes above what there was when it began."""
+        self.active = False
+        return self._peak - self._base
+
+    def pids(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self._mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                pass
+        return found
+
+    def _now(self) -> int:
+        if time.monotonic() - self._scanned > _RESCAN:
+            self._pids, self._scanned = self.pids(), time.monotonic()
+        total = _field("/proc/meminfo", "Shmem:")
+        return total + sum(_field(f"/proc/{pid}/status", "RssAnon:") for pid in self._pids)
+
+
+def run_world(
+    ranks: int, threads: int, jobs: Sequence[Job], settings: dict[str, Any], facts: dict[str, Any]
+) -> Results:
+    """Do the jobs on so many ranks.
+
+    A candidate that fails, or hangs, is left out from then on, and the world is started again for the
+    rest. `facts` receives what the ranks tell of the state.
+    """
+    results: Results = {}
+    left = list(jobs)
+    while left:
+        reports = _one_world(ranks, threads, left, settings)
+        current: Job | None = None
+        for event in reports:
+            if event["event"] == "ready":
+                facts |= {key: event[key] for key in ("stored", "tensors")}
+            elif event["event"] == "begin":
+                current = (event["round"], event["candidate"])
+                print(f"{ranks} ranks, round {current[0]}: {current[1]}", file=sys.stderr)
+            elif event["event"] == "memory":
+                results.setdefault(current or left[0], {})[f"{event['what']}_memory"] = event["bytes"]
+            elif event["event"] == "end" and current is not None:
+                results.setdefault(current, {}).update(event["results"])
+                left.remove(current)
+                current = None
+            else:
+                current = current or left[0]
+                results.setdefault(current, {})["error"] = event["error"]
+                print(f"{current[1]} failed: {event['error']}", file=sys.stderr)
+                left = [job for job in left if job[1] != current[1]]
+    return results
+
+
+def _one_world(
+    ranks: int, threads: int, jobs: list[Job], settings: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Start the ranks, and yield what they report. Nothing of them is left when it ends."""
+    mark = secrets.token_hex(8)
+    store, log = (Path(settings["folder"], f"{name}-{mark}") for name in ("store", "log"))
+    reader, writer = os.pipe()
+    environment = {
+        **os.environ,
+        _MARK: mark,
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": str(threads),
+        "MASTER_ADDR": "127.0.0.1",  # DCP's background processes meet there
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONWARNINGS": "ignore",
+    }
+    processes = []
+    with log.open("wb") as output:
+        for rank in range(ranks):
+            world = {**settings, "rank": rank, "ranks": ranks, "store": str(store), "jobs": jobs}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(_RANK), json.dumps({**world, "report": writer})],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    pass_fds=[writer] if rank == 0 else [],
+                    stdout=output,
+                    stderr=output,
+                )
+            )
+    os.close(writer)
+    sampler = Sampler(mark)
+    try:
+        for event in _events(reader, sampler):
+            if event["event"] == "failed":
+                print("\n".join(log.read_text().splitlines()[-_LOG_LINES:]), file=sys.stderr)
+            yield event
+    finally:
+        os.close(reader)
+        for process in processes:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for pid in sampler.pids():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        store.unlink(missing_ok=True)
+        log.unlink()
+
+
+def _events(reader: int, sampler: Sampler) -> Iterator[dict[str, Any]]:
+    """Rank 0's reports, memory as bytes; a failure of its own if all are silent, or end too early."""
+    heard, text, busy = time.monotonic(), b"", True
+    while True:
+        readable, _, _ = select.select([reader], [], [], _TICK if sampler.active else 1.0)
+        if sampler.active:
+            sampler.sample()
+        if not readable:
+            if time.monotonic() - heard > _SILENCE:
+                yield {"event": "failed", "error": f"hangs: nothing was heard for {_SILENCE:g} s"}
+                return
+            continue
+        heard = time.monotonic()
+        data = os.read(reader, 1 << 16)
+        if not data:
+            if busy:
+                yield {"event": "failed", "error": "its rank 0 died; what it wrote is above"}
+            return
+        *lines, text = (text + data).split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            if event["event"] == "memory" and event["begin"]:
+                sampler.begin()
+            elif event["event"] == "memory":
+                yield {**event, "bytes": sampler.end()}
+            else:
+                busy = event["event"] in ("ready", "begin")
+                yield event
+        if lines and not busy and event["event"] == "failed":
+            return
+
+
+def _field(path: str, name: str) -> int:
+    """Bytes in a line like "RssAnon:  12 kB"; 0 if the process has gone."""
+    try:
+        with open(path) as file:
+            for line in file:
+                if line.startswith(name):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
