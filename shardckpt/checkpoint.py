@@ -105,7 +105,7 @@ class Checkpoint:
 
     def zarr(self) -> zarr.Group:
         """The tensors as a read-only zarr.Group, which fetches chunks when they are indexed."""
-        return open_group(self.url, self._options)
+        return open_group(self.url, self._options, manifest=self.manifest)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> int:
         """Read every chunk and compare it with its checksum. Returns the bytes checked.

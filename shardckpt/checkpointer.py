@@ -16,7 +16,7 @@ from shardckpt.errors import (
     CorruptError,
     FormatError,
     NotACheckpointError,
-    StateError,
+    ShardckptError,
     UnknownVersionError,
 )
 from shardckpt.manifest import MANIFEST, Manifest, decode_manifest
@@ -369,13 +369,13 @@ def _load(place: Place, state: dict[str, Any], ranks: Ranks, *, strict: bool, st
     targets = Targets()
     try:
         targets = bind(state, manifest, ranks.rank, strict=strict)
-    except StateError as failure:
+    except ShardckptError as failure:
         error = failure
     agree(ranks, error)
     nbytes = fill(place, manifest, targets.tensors, ranks)
     try:
         targets.apply()
-    except StateError as failure:
+    except ShardckptError as failure:
         error = failure
     agree(ranks, error)
     return Loaded(

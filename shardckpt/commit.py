@@ -155,7 +155,7 @@ def _assemble(proposal: Proposal, parts: Sequence[Part]) -> Manifest:
                 f"{plan.pack_sizes[part.rank]}"
             )
         for row, offset, checksum in zip(part.chunk, part.offset, part.crc32c, strict=True):
-            if (plan.writer[row], plan.offset[row]) != (part.rank, offset):
+            if row >= len(plan.writer) or (plan.writer[row], plan.offset[row]) != (part.rank, offset):
                 raise SaveError(f"{proposal.place.url}: rank {part.rank} wrote chunk {row} elsewhere")
             checksums[row] = checksum
     for row, source in plan.same_as.items():

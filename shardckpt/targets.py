@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shardckpt.errors import MissingKeysError, ShapeMismatchError, StateError
+from shardckpt.errors import FormatError, MissingKeysError, ShapeMismatchError, StateError
 from shardckpt.local import LocalTensor, empty_like_saved, local_tensor
 from shardckpt.manifest import Manifest, Tensor
 from shardckpt.objects import (
@@ -133,7 +133,10 @@ class _Binder:
         if self._rank >= self._manifest.world_size:
             self.targets.kept.append(path)
             return
-        content = decode(self._manifest.per_rank[self._rank][saved.path])
+        saved_values = self._manifest.per_rank[self._rank]
+        if saved.path not in saved_values:
+            raise FormatError(f"the checkpoint lacks rank {self._rank}'s value of state[{path!r}]")
+        content = decode(saved_values[saved.path])
         holder = {"value": held.value}
         self._entry(holder, "value", held.value, content, per_rank_path(path, self._rank))
         self.targets._finish.append((path, lambda: setattr(held, "value", holder["value"])))
