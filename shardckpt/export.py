@@ -29,7 +29,10 @@ from shardckpt.storage import Storage
 from shardckpt.streaming import iter_boxes, slabs, tied_names
 from shardckpt.values import PerRankRef, TensorRef, decode, segment
 
-__all__ = ["Merged", "merge"]
+__all__ = ["SUFFIXES", "Merged", "merge"]
+
+SUFFIXES = (".safetensors", ".pt")
+"""What the name of a merged file ends with, which says its format."""
 
 Progress = Callable[[int, int], object]
 """Called with the bytes done so far, and the bytes in all."""
@@ -85,7 +88,7 @@ def merge(
     FormatError; CorruptError, which names the chunk; StorageError, StorageFullError.
     """
     path = Path(out)
-    if path.suffix not in (".safetensors", ".pt"):
+    if path.suffix not in SUFFIXES:
         raise ValueError(
             f"{out}: the name must end with .safetensors or .pt, which says in what format it is written"
         )
