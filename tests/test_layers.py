@@ -18,8 +18,8 @@ LAYERS = {
         ["runs", "local"],
         ["state", "fetch", "staging"],
         ["targets", "replicas", "writer", "reader", "commit", "retention"],
-        ["saving", "checkpoint"],
-        ["checkpointer"],
+        ["saving", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],
+        ["checkpointer", "export", "resharding"],
         ["cli", "__init__", "__main__"],
     ],
 }

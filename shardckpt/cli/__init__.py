@@ -122,7 +122,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    from shardckpt.reshard import reshard
+    from shardckpt.resharding import reshard
 
     source, target = _options_of_two(options)
     with Progress("resharding") as progress:

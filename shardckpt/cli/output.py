@@ -103,12 +103,10 @@ def size(nbytes: int) -> str:
     """Bytes, to be read by people."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(amount) < 1000 or unit == "TiB":
+        if amount < 1000 or unit == "TiB":
             break
         amount /= 1024
-    return (
-        f"{nbytes} B" if unit == "B" else f"{amount:.3g} {unit}" if amount < 100 else f"{amount:.0f} {unit}"
-    )
+    return f"{amount:.1f} {unit}" if unit != "B" and amount < 100 else f"{amount:.0f} {unit}"
 
 
 def age(seconds: float) -> str:
