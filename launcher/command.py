@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import os
 import sys
 from dataclasses import dataclass
 from enum import Enum
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from .errors import ExitCode, NotFoundError, UsageError
@@ -77,11 +77,14 @@ def _check_script(target: str) -> None:
 
 
 def _check_module(target: str) -> None:
-    if module_is_missing(target, str(Path.cwd())):
+    here = str(Path.cwd())
+    if module_is_missing(target, here):
         raise UsageError(
-            f"-m {target}: no such module on the path that starts with {Path.cwd()}: "
+            f"-m {target}: no such module on the path that starts with {here}: "
             f"check the name, install it, or change to the directory that contains it"
         )
+    if _is_package(target, here) and module_is_missing(f"{target}.__main__", here):
+        raise UsageError(f"-m {target}: {target} is a package without __main__: name a module of it")
 
 
 def _check_program(target: str) -> None:
@@ -101,21 +104,24 @@ def module_is_missing(name: str, first_dir: str) -> bool:
 
     Imports nothing, not even parent packages.
     """
-    parts = name.split(".")
-    spec = importlib.machinery.PathFinder.find_spec(parts[0], [first_dir, *sys.path])
+    return _find(name, first_dir) is None
+
+
+def _is_package(name: str, first_dir: str) -> bool:
+    spec = _find(name, first_dir)
+    return spec is not None and spec.submodule_search_locations is not None
+
+
+def _find(name: str, first_dir: str) -> ModuleSpec | None:
+    """The spec of a module, or that of the parent package that alone can tell (see below)."""
+    first, *rest = name.split(".")
+    spec = PathFinder.find_spec(first, [first_dir, *sys.path])
     for finder in sys.meta_path:
-        spec = spec or finder.find_spec(parts[0], None)
-    for depth in range(1, len(parts)):
-        if spec is None:
-            return True
-        if spec.submodule_search_locations is None or _computes_its_path(spec):
-            return spec.submodule_search_locations is None
-        locations = list(spec.submodule_search_locations)
-        full_name = ".".join(parts[: depth + 1])
-        spec = importlib.machinery.PathFinder.find_spec(full_name, locations)
-    return spec is None
-
-
-def _computes_its_path(spec: importlib.machinery.ModuleSpec) -> bool:
-    """Whether only importing the package would tell where its submodules are."""
-    return spec.origin is not None and "__path__" in Path(spec.origin).read_text(errors="replace")
+        spec = spec or finder.find_spec(first, None)
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        if spec.origin and "__path__" in Path(spec.origin).read_text(errors="replace"):
+            return spec  # it computes where its submodules are; only importing it would tell
+        spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
+    return spec

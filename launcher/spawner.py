@@ -45,7 +45,7 @@ def serve(*, is_warm: bool) -> None:
     except BaseException:
         # Whatever it was, this process must not go on as if it were a worker.
         traceback.print_exc()
-        os._exit(1)
+        zygote.end(1)
 
 
 def _warm_up(orders: dict[str, Any]) -> str | None:
@@ -132,9 +132,12 @@ class _Zygote:
 
     def _obey(self) -> bool:
         """Carry out the agent's orders. True in a new worker."""
-        received = os.read(self._socket, 1 << 16)
+        try:
+            received = os.read(self._socket, 1 << 16)
+        except ConnectionResetError:  # it died with something of ours unread
+            received = b""
         if not received:
-            self._end_with_agent()
+            self.end(0)
         *lines, self._unread = (self._unread + received).split(b"\n")
         for line in lines:
             order = json.loads(line)
@@ -241,14 +244,14 @@ class _Zygote:
         processes.kill_all(sorted(others), signum)
         self._is_killing = signum == signal.SIGKILL
 
-    def _end_with_agent(self) -> NoReturn:
+    def end(self, code: int) -> NoReturn:
         """Kill everything below this process, and end."""
         while True:
             processes.kill_all(processes.descendants([os.getpid()]), signal.SIGKILL)
             try:
                 os.waitpid(-1, 0)
             except ChildProcessError:
-                os._exit(0)
+                os._exit(code)
 
 
 def _draw_fresh_seeds() -> None:

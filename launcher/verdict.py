@@ -51,7 +51,7 @@ def gather(files: RankFiles) -> Evidence:
     if traceback:
         error = recorded[0] if recorded else traceback[-1]
         return Evidence(tuple(traceback[-_TRACEBACK_LINES:]), True, error, step)
-    lines = [line for line in stderr or _read_tail(files.out) if line.strip()]
+    lines = _not_blank(stderr) or _not_blank(_read_tail(files.out))
     return Evidence(tuple(lines[-_TAIL_LINES:]), False, recorded[0] if recorded else None, step)
 
 
@@ -65,6 +65,10 @@ def _read_tail(path: Path) -> list[str]:
         return []
     # What a progress bar showed last is all that counts of it.
     return [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
+
+
+def _not_blank(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.strip()]
 
 
 def _last_traceback(lines: list[str]) -> list[str]:
@@ -231,7 +235,11 @@ def _next(decision: Decision) -> str:
         case Restart(number=number, of=of):
             return f"restarting: {number} of at most {of} restarts"
         case GiveUp(exit_code=code, restarts=restarts):
-            used = f"all {restarts} restarts are used up" if restarts else "no restarts are allowed"
+            used = (
+                f"{restarts} restart{'s' if restarts > 1 else ''} used up"
+                if restarts
+                else "no restarts allowed"
+            )
             return f"giving up: {used}; exit code {code}"
         case Finish(exit_code=code):
             return f"stopping, as asked; exit code {code}"

@@ -1,0 +1,286 @@
+"""Options: where they come from, which wins, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import parse
+from launcher.command import Command, Kind
+from launcher.config import Config, settings_from_environ
+from launcher.devices import count_gpus
+from launcher.errors import NotFoundError, UsageError
+from launcher.options import OPTIONS, find
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with a script in it."""
+    monkeypatch.chdir(tmp_path)
+    for variable in ("PET_NPROC_PER_NODE", "PET_NNODES", "PET_MAX_RESTARTS"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "train.py").write_text("")
+    return tmp_path
+
+
+def test_defaults(folder: Path) -> None:
+    config = parse(["train.py", "--lr", "1"])
+    assert config.command == Command(Kind.SCRIPT, "train.py", ("--lr", "1"))
+    assert (config.nproc, config.max_restarts, config.grace) == (1, 3, 15.0)
+    assert config.directory == folder / "runs/train"
+    assert config.logs == folder / "runs/train/logs"
+    assert config.checkpoints == str(folder / "runs/train/checkpoints")
+    assert config.is_warm
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--nproc", "3"], "nproc", 3),
+        (["--nproc=3"], "nproc", 3),
+        (["--nproc-per-node=3"], "nproc", 3),
+        (["--nproc_per_node", "3"], "nproc", 3),
+        (["--nproc", "2", "--nproc", "3"], "nproc", 3),
+        (["--max_restarts=0"], "max_restarts", 0),
+        (["--shutdown-timeout", "7"], "grace", 7.0),
+        (["--grace", "0.5"], "grace", 0.5),
+        (["--rdzv_id=abc"], "run_id", "abc"),
+        (["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:1234"], "master_port", 1234),
+        (["--rdzv-endpoint", "[::1]:1234"], "master_addr", "::1"),
+        (["--rdzv-endpoint=localhost"], "master_port", 0),
+        (["--master-addr", "localhost"], "master_addr", "localhost"),
+        (["--master_port=1234"], "master_port", 1234),
+        (["--local-addr", "localhost"], "master_addr", "localhost"),
+        (["--local-addr", "::1", "--master-addr", "localhost"], "master_addr", "localhost"),
+        (["--role", "trainer"], "role", "trainer"),
+        (["--standalone", "--nnodes", "1"], "nproc", 1),
+        (["--standalone", "--nnodes=1:1", "--node-rank", "0"], "nproc", 1),
+        (["--monitor-interval", "5", "--start-method=fork"], "nproc", 1),
+        (["--preload", "json,csv"], "preload", ("json", "csv")),
+        (["--cold"], "cold", True),
+        (["--cold=false"], "cold", False),
+        (["--ckpt", "s3://bucket/run"], "checkpoints", "s3://bucket/run"),
+        (["--ckpt", "file:///x"], "checkpoints", "file:///x"),
+    ],
+)
+def test_spellings(argv: list[str], field: str, value: object) -> None:
+    assert getattr(parse([*argv, "train.py"]), field) == value
+
+
+def test_local_paths_become_absolute(folder: Path) -> None:
+    config = parse(["--run-dir", "a", "--log-dir", "b", "--ckpt", "c", "train.py"])
+    assert (config.directory, config.logs) == (folder / "a", folder / "b")
+    assert config.checkpoints == str(folder / "c")
+
+
+@pytest.mark.parametrize(
+    ("argv", "kind", "target", "args"),
+    [
+        (["train.py", "--nproc", "x", "--", "-m"], Kind.SCRIPT, "train.py", 4),
+        (["-m", "json.tool", "-m"], Kind.MODULE, "json.tool", 1),
+        (["--module", "json.tool"], Kind.MODULE, "json.tool", 0),
+        (["--", "ls", "-l"], Kind.PROGRAM, "ls", 1),
+        (["--no-python", "ls"], Kind.PROGRAM, "ls", 0),
+        (["--run-path", "train.py"], Kind.SCRIPT, "train.py", 0),
+    ],
+)
+def test_commands(argv: list[str], kind: Kind, target: str, args: int) -> None:
+    command = parse(argv).command
+    assert (command.kind, command.target, len(command.args)) == (kind, target, args)
+
+
+def test_streams_shown_here() -> None:
+    """torchrun's masks: 1 stdout, 2 stderr; what is teed is shown even if it is redirected."""
+    shown = parse(["-r", "0:3,1:1", "-t0:2", "--local-ranks-filter", "0,1", "train.py"]).shown
+    assert not shown.shows(0, stderr=False)
+    assert shown.shows(0, stderr=True)
+    assert not shown.shows(1, stderr=False)
+    assert shown.shows(1, stderr=True)
+    assert not shown.shows(2, stderr=False)
+    assert parse(["train.py"]).shown.shows(5, stderr=False)
+
+
+def test_flag_beats_environment_beats_file_beats_default(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "c.yaml").write_text("nproc: 2\nmax_restarts: 2\ngrace: 2\npreload: [json, csv]\n")
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "4")
+    monkeypatch.setenv("PET_MAX_RESTARTS", "4")
+    config = parse(["--config", "c.yaml", "--nproc", "5", "train.py"])
+    assert (config.nproc, config.max_restarts, config.grace) == (5, 4, 2.0)
+    assert config.preload == ("json", "csv")
+    assert config.role == "default"
+
+
+def test_mistakes_are_found_also_where_another_source_wins(folder: Path) -> None:
+    (folder / "c.yaml").write_text("nproc: none\n")
+    with pytest.raises(UsageError, match=r"c\.yaml:1: nproc: expected a number .* found 'none'"):
+        parse(["--config", "c.yaml", "--nproc", "5", "train.py"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nproc: 2\nmax_restart: 3\n", r"c.yaml:2: unknown option max_restart: did you mean max-res"),
+        ("nproc: 2\nnproc: 3\n", r"c.yaml:2: nproc is given twice"),
+        ("nproc: [1, 2\n", r"c.yaml is not YAML: .*line 2"),
+        ("- nproc\n", r"expected lines like `nproc: 8`"),
+        ("nproc: {a: 1}\n", r"c.yaml:1: nproc: expected one value or a list"),
+        ("grace: soon\n", r"c.yaml:1: grace: expected a number of seconds, 0 or more, found 'soon'"),
+        ("cold: maybe\n", r"c.yaml:1: cold: expected true or false, found 'maybe'"),
+        ("config: d.yaml\n", r"cannot name another one"),
+        ("rdzv_conf: a=1\n", r"c.yaml:1: rdzv_conf is not supported by launch: it tunes"),
+        ("nnodes: 2\n", r"expected 1, as launch runs one node"),
+    ],
+)
+def test_bad_files(folder: Path, text: str, message: str) -> None:
+    (folder / "c.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        parse(["--config", "c.yaml", "train.py"])
+
+
+def test_an_empty_file_says_nothing(folder: Path) -> None:
+    (folder / "c.yaml").write_text("# nothing\n")
+    assert parse(["--config", "c.yaml", "train.py"]).nproc == 1
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_unreadable_files(folder: Path, content: bytes | None) -> None:
+    if content is not None:
+        (folder / "c.yaml").write_bytes(content)
+    with pytest.raises(UsageError, match=r"c\.yaml cannot be read"):
+        parse(["--config", "c.yaml", "train.py"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "nothing to run"),
+        (["--nproc", "2"], "nothing to run"),
+        (["--nproc"], "--nproc needs a value"),
+        (["--nproc", "0", "train.py"], "at least 1, or auto, gpu or cpu, found '0'"),
+        (["--nproc", "-3", "train.py"], "at least 1, or auto, gpu or cpu, found '-3'"),
+        (["--nproc", "many", "train.py"], "at least 1, or auto, gpu or cpu, found 'many'"),
+        (["--nproc", "xpu", "train.py"], "found 'xpu'"),
+        (["--nproc", "gpu", "train.py"], "a node with GPUs"),
+        (["--nprok", "2", "train.py"], "--nprok: unknown option nprok: did you mean nproc"),
+        (["--cold=maybe", "train.py"], "--cold: expected true or false"),
+        (["-x", "train.py"], "-x: unknown option"),
+        (["--max-restarts", "-1", "train.py"], "0 or more, found '-1'"),
+        (["--grace", "nan", "train.py"], "a number of seconds"),
+        (["--nnodes", "2", "train.py"], "one node"),
+        (["--nnodes=1:4", "train.py"], "one node"),
+        (["--node-rank", "1", "train.py"], "expected 0"),
+        (["--rdzv-backend", "etcd", "train.py"], "expected static or c10d"),
+        (["--master-port", "70000", "train.py"], "65535"),
+        (["--rdzv-endpoint", "h:1", "--master-port=2", "train.py"], "--master-port says the same"),
+        (["--standalone", "--rdzv-endpoint", "h:1", "train.py"], "--standalone picks the endpoint"),
+        (["--signals-to-handle", "SIGUSR1", "train.py"], "SIGUSR1 and SIGUSR2 never do"),
+        (["--virtual-local-rank", "train.py"], "torch.cuda.set_device"),
+        (["--redirects", "4", "train.py"], "0 to 3"),
+        (["--local-ranks-filter", "a", "train.py"], "ranks separated by commas"),
+        (["--preload", "1x", "train.py"], "module names separated by commas"),
+        (["--preload", "no_such_module", "train.py"], "no module named no_such_module"),
+        (["--preload", "json", "--cold", "train.py"], "leave out --preload"),
+        (["-m", "--no-python", "train.py"], "-m and --no-python exclude each other"),
+        (["-m", "--", "train.py"], "-m and -- exclude each other"),
+        (["nope.py"], "script nope.py does not exist"),
+        (["."], "is a directory without __main__.py"),
+        (["-m", "no_such_module"], "no such module"),
+        (["-m", "json.no_such_module"], "no such module"),
+        (["-m", "json"], "json is a package without __main__"),
+        (["--", "no-such-command"], "command no-such-command not found"),
+        (["--", "./train.py"], "is not executable"),
+    ],
+)
+def test_bad_usage(argv: list[str], message: str, folder: Path) -> None:
+    """Each is one clear message, and nothing is made."""
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse(argv)
+    assert [path.name for path in folder.iterdir()] == ["train.py"]
+
+
+def test_a_missing_python_script_after_dashes_gets_a_hint() -> None:
+    with pytest.raises(NotFoundError, match="a Python script goes without --"):
+        parse(["--", "train.py"])
+
+
+def test_modules_are_found_without_importing_them(folder: Path) -> None:
+    (folder / "pkg/sub").mkdir(parents=True)
+    (folder / "pkg/__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "pkg/sub/job.py").write_text("")
+    assert parse(["-m", "pkg.sub.job"]).command.target == "pkg.sub.job"
+    with pytest.raises(UsageError, match="no such module"):
+        parse(["-m", "pkg.sub.jib"])
+    (folder / "pkg/__init__.py").write_text("__path__ = compute()")
+    assert parse(["-m", "pkg.generated"]).command.target == "pkg.generated"
+
+
+def test_every_option_of_torchrun_is_known() -> None:
+    """Those of the torch that is installed, read from its source: importing it would take seconds."""
+    torch = PathFinder.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    source = (Path(torch.origin).parent / "distributed/run.py").read_text()
+    names = re.findall(r'^\s+"--([a-z-]+)",$', source, re.MULTILINE)
+    assert len(names) > 25
+    for name in names:
+        assert find(name, "torchrun").torchrun or name in ("logs-specs", "numa-binding")
+
+
+def test_environment_of_torchrun_is_read() -> None:
+    settings = settings_from_environ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "4", "NNODES": "9"})
+    assert {(setting.option.name, setting.text) for setting in settings} == {
+        ("nnodes", "2"),
+        ("nproc", "4"),
+    }
+
+
+def test_pet_mistakes_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PET_NNODES", "2")
+    with pytest.raises(UsageError, match="PET_NNODES in the environment: expected 1"):
+        parse(["train.py"])
+
+
+def test_names_and_helps_are_complete() -> None:
+    names = [name for option in OPTIONS for name in (option.name, *option.aliases)]
+    assert len(names) == len(set(names))
+    assert all(option.help or option.refusal for option in OPTIONS)
+
+
+def test_a_config_validates_itself() -> None:
+    command = Command(Kind.SCRIPT, "train.py")
+    for wrong in ({"nproc": 0}, {"max_restarts": -1}, {"grace": -1.0}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            Config(command=command, **wrong)
+
+
+def test_gpus_are_counted_without_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices of the driver, of which CUDA_VISIBLE_DEVICES leaves those before its first mistake."""
+    monkeypatch.syspath_prepend(folder)
+    (folder / "torch").mkdir()
+    (folder / "torch/__init__.py").write_text("")
+    (folder / "torch/version.py").write_text("cuda: str | None = '12.6'\n")
+    (folder / "dev").mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (folder / "dev" / name).touch()
+    assert count_gpus({}, folder) == 2
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "1"}, folder) == 1
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}, folder) == 0
+    assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,-1,1"}, folder) == 1
+    for name in ("a", "b", "c"):
+        (folder / "proc/driver/nvidia/gpus" / name).mkdir(parents=True)
+    assert count_gpus({}, folder) == 3
+    (folder / "torch/version.py").write_text("cuda: str | None = None\n")
+    assert count_gpus({}, folder) == 0
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.config.count_gpus", lambda: 2)
+    assert parse(["--nproc", "2", "train.py"]).nproc == 2
+    with pytest.raises(UsageError, match=r"expected at most 2, the GPUs .* found 3"):
+        parse(["--nproc", "3", "train.py"])
