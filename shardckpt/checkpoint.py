@@ -66,11 +66,14 @@ class Checkpoint:
         return decode(self.manifest.values)
 
     def per_rank(self, path: str) -> list[Any]:
-        """What each rank saved in the PerRank at `path`, by rank. Raises MissingKeysError."""
-        try:
-            return [decode(values[path]) for values in self.manifest.per_rank]
-        except KeyError as error:
-            raise MissingKeysError(f"{self.url} has no per-rank value at {path!r}") from error
+        """What each rank saved in the PerRank at `path`, by rank. Raises MissingKeysError.
+
+        A checkpoint resharded for more ranks has no values of those beyond the ones that saved it.
+        """
+        saved = [decode(values[path]) for values in self.manifest.per_rank if path in values]
+        if not saved:
+            raise MissingKeysError(f"{self.url} has no per-rank value at {path!r}")
+        return saved
 
     def read(self, name: str, index: Any = ...) -> npt.NDArray[Any]:
         """The tensor `name`, or `index` of it (integers and slices, as NumPy has them), as a new array.

@@ -130,10 +130,12 @@ class _Binder:
     def _per_rank(self, held: PerRank, saved: Any, path: str) -> None:
         if not isinstance(saved, PerRankRef):
             raise self._mismatch(path, "PerRank", saved)
-        if self._rank >= self._manifest.world_size:
+        saved_values = {}
+        if self._rank < self._manifest.world_size:
+            saved_values = self._manifest.per_rank[self._rank]
+        if not saved_values:  # a smaller world saved it, perhaps resharded since
             self.targets.kept.append(path)
             return
-        saved_values = self._manifest.per_rank[self._rank]
         if saved.path not in saved_values:
             raise FormatError(f"the checkpoint lacks rank {self._rank}'s value of state[{path!r}]")
         content = decode(saved_values[saved.path])

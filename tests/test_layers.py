@@ -20,7 +20,8 @@ LAYERS = {
         ["targets", "replicas", "writer", "reader", "commit", "retention"],
         ["saving", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],
         ["checkpointer", "export", "resharding"],
-        ["cli", "__init__", "__main__"],
+        ["cli"],
+        ["__init__", "__main__"],
     ],
 }
 """Each package's modules, the lowest layer first. A module imports from layers below its own."""
