@@ -143,8 +143,11 @@ class Agent:
                 now=time.monotonic(),
                 wall_time=time.time(),
             )
-            self._run_dir.record(verdict.to_json())
             self._console.say(*verdict.render(), style=_ALARM)
+            try:
+                self._run_dir.record(verdict.to_json())
+            except OSError as error:  # a full disk is no reason to end the job
+                self._console.say(f"verdict not recorded: {error}", style=_WARN)
         return decision
 
     def _replace_zygote(self) -> None:

@@ -172,6 +172,28 @@ def test_kill_9_of_the_agent(job: Job, options: list[str]) -> None:
         wait_for_death(pid)
 
 
+def test_kill_9_of_agent_and_zygote_together(job: Job) -> None:
+    """Nobody is left to clean up, so the kernel kills the workers."""
+    running = Running(job)
+    os.kill(running.process.pid, signal.SIGSTOP)
+    os.kill(running.zygote, signal.SIGKILL)
+    running.process.kill()
+    for pid in running.everyone():
+        wait_for_death(pid)
+
+
+def test_deaths_are_told_in_their_order(job: Job) -> None:
+    """Even if the zygote was not running while they happened."""
+    running = Running(job, "--max-restarts=0", nproc=4)
+    os.kill(running.zygote, signal.SIGSTOP)
+    for rank in (2, 0, 3):
+        pid = running.pids[rank][0]
+        os.kill(pid, signal.SIGKILL)
+        wait_for_death(pid)
+    os.kill(running.zygote, signal.SIGCONT)
+    assert "rank 2 failed first: killed by SIGKILL" in job.end(running.process).err
+
+
 def test_kill_9_of_the_agent_while_the_zygote_imports(job: Job) -> None:
     """A zygote that is deaf for a while dies with the agent all the same."""
     fifo = job.fifo()

@@ -334,7 +334,7 @@ TORCH = """
                 Squares(), batch_size=4, num_workers=1, multiprocessing_context=method)
             print(method, [batch.tolist() for batch in loader])
         values = torch.rand(1).item(), numpy.random.rand(), random.random()
-        print("seeds", *values, torch.initial_seed(), multiprocessing.current_process().authkey)
+        print("seeds", *values, torch.initial_seed(), multiprocessing.current_process().authkey.hex())
         print("bad fork", torch.cuda._is_in_bad_fork())
 
     if __name__ == "__main__":
