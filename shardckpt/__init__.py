@@ -4,12 +4,14 @@
     shardckpt.load(url, state)              in place, any world size and layout
     shardckpt.open(url)                     look into a checkpoint, without torch
     shardckpt.Checkpointer(url, ...)        a run: save every so often, resume, keep the newest
+    shardckpt.copy, merge, reshard          to another storage, into one file, for another world size
 
-Names that need torch are imported when they are first used, so that looking into a checkpoint is quick.
+Most names are imported when they are first used, so that looking into a checkpoint does not wait for torch.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from shardckpt.checkpoint import Checkpoint
@@ -19,8 +21,11 @@ from shardckpt.version import __version__
 
 if TYPE_CHECKING:
     from shardckpt.checkpointer import Checkpointer, Loaded, load, save, save_async
+    from shardckpt.export import merge
+    from shardckpt.resharding import reshard
     from shardckpt.saving import SaveHandle
     from shardckpt.state import PerRank
+    from shardckpt.transfer import copy
 
 __all__ = [
     "Checkpoint",
@@ -30,29 +35,33 @@ __all__ = [
     "SaveHandle",
     "ShardckptError",
     "__version__",
+    "copy",
     "load",
+    "merge",
     "open",
+    "reshard",
     "save",
     "save_async",
 ]
 
-_WITH_TORCH = {
+_LATER = {
     "Checkpointer": "checkpointer",
     "Loaded": "checkpointer",
     "PerRank": "state",
     "SaveHandle": "saving",
+    "copy": "transfer",
     "load": "checkpointer",
+    "merge": "export",
+    "reshard": "resharding",
     "save": "checkpointer",
     "save_async": "checkpointer",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WITH_TORCH:
+    if name not in _LATER:
         raise AttributeError(f"module 'shardckpt' has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(f"shardckpt.{_WITH_TORCH[name]}"), name)
+    value = getattr(importlib.import_module(f"shardckpt.{_LATER[name]}"), name)
     globals()[name] = value
     return value
 
