@@ -136,8 +136,8 @@ def settings_from_file(path: str) -> list[Setting]:
         option = find(str(key.value), source)
         if option.name in settings:
             raise UsageError(f"{source}: {key.value} is given twice: keep one")
-        if option.name == "config":
-            raise UsageError(f"{source}: a configuration file cannot name another one")
+        if option.name in ("config", "help", "version"):
+            raise UsageError(f"{source}: {key.value} belongs on the command line: leave it out here")
         settings[option.name] = Setting(option, _scalar(value, source, key.value), f"{source}: {key.value}")
     return list(settings.values())
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from .devices import count_cpus, count_gpus
+from . import parsers
 from .errors import UsageError
 
 __all__ = ["OPTIONS", "Option", "Setting", "find", "read"]
@@ -68,114 +67,6 @@ def read(setting: Setting) -> object:
         raise UsageError(f"{setting.source}: expected {error}, found {setting.text!r}") from None
 
 
-def _whole(minimum: int, what: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d+", text.strip()) or int(text) < minimum:
-            raise ValueError(what)
-        return int(text)
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ValueError("a number of seconds, 0 or more")
-    return value
-
-
-def _switch(text: str) -> bool:
-    words = {"true": True, "yes": True, "on": True, "1": True}
-    words |= {"false": False, "no": False, "off": False, "0": False}
-    if text.lower() not in words:
-        raise ValueError("true or false")
-    return words[text.lower()]
-
-
-def _text(text: str) -> str:
-    if not text:
-        raise ValueError("some text")
-    return text
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(" or ".join(choices))
-        return text
-
-    return parse
-
-
-def _nproc(text: str) -> int:
-    if text == "cpu":
-        return count_cpus()
-    if text in ("gpu", "auto"):
-        gpus = count_gpus()
-        if text == "gpu" and not gpus:
-            raise ValueError("a node with GPUs that torch can use, or --nproc N, or --nproc cpu")
-        return gpus or count_cpus()
-    return _whole(1, "a number of workers of at least 1, or auto, gpu or cpu")(text)
-
-
-def _modules(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not all(part.isidentifier() for name in names for part in name.split(".")):
-        raise ValueError("module names separated by commas")
-    return names
-
-
-def _ranks(text: str) -> frozenset[int] | None:
-    if not re.fullmatch(r"(\d+(,\d+)*)?", text):
-        raise ValueError("ranks separated by commas, as 0,1")
-    return frozenset(map(int, text.split(","))) if text else None
-
-
-def _streams(text: str) -> Mapping[int | None, int]:
-    """torchrun's bit mask (1 stdout, 2 stderr) for every rank (key None), or rank by rank."""
-    if re.fullmatch(r"[0-3]", text):
-        return {None: int(text)}
-    if not re.fullmatch(r"\d+:[0-3](,\d+:[0-3])*", text):
-        raise ValueError("0 to 3 (1 stdout, 2 stderr, 3 both), or RANK:0-3 separated by commas")
-    pairs = (pair.split(":") for pair in text.split(","))
-    return {int(rank): int(mask) for rank, mask in pairs}
-
-
-def _one_node(text: str) -> int:
-    if text not in ("1", "1:1"):
-        raise ValueError("1, as launch runs one node for now; use torchrun for several")
-    return 1
-
-
-def _endpoint(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if re.search(r":\d+$", text) else (text, "", "0")
-    if not host or int(port) > 65535:
-        raise ValueError("HOST or HOST:PORT")
-    return host.strip("[]"), int(port)
-
-
-def _port(text: str) -> int:
-    port = _whole(0, "a port from 0 (any free one) to 65535")(text)
-    if port > 65535:
-        raise ValueError("a port from 0 (any free one) to 65535")
-    return port
-
-
-def _stop_signals(text: str) -> str:
-    if set(text.split(",")) != {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"}:
-        raise ValueError(
-            "SIGTERM,SIGINT,SIGHUP,SIGQUIT, which always end the job (SIGUSR1 and SIGUSR2 never do)"
-        )
-    return text
-
-
-def _nothing(text: str) -> str:
-    raise AssertionError(text)
-
-
 _JOB = "Job"
 _OUTPUT = "Output"
 _ONE_NODE = "torchrun's spellings, for one node"
@@ -183,7 +74,7 @@ _ONE_NODE = "torchrun's spellings, for one node"
 OPTIONS: tuple[Option, ...] = (
     Option(
         "nproc",
-        _nproc,
+        parsers.nproc,
         "workers on this node (default 1); auto: the GPUs, or else the CPUs",
         "N|auto|gpu|cpu",
         _JOB,
@@ -192,7 +83,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "max-restarts",
-        _whole(0, "a number of restarts, 0 or more"),
+        parsers.whole(0, "a number of restarts, 0 or more"),
         "rounds that may fail before the job does (default 3)",
         "N",
         _JOB,
@@ -200,7 +91,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "grace",
-        _seconds,
+        parsers.seconds,
         "time between SIGTERM and SIGKILL when workers are stopped (default 15)",
         "SECONDS",
         _JOB,
@@ -209,32 +100,32 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "run-dir",
-        _text,
+        parsers.text,
         "logs, per-rank directories, verdicts (default runs/<script>); starting again in it resumes",
         "DIR",
         _JOB,
     ),
     Option(
         "ckpt",
-        _text,
+        parsers.text,
         "where the run's checkpoints live (default RUN_DIR/checkpoints)",
         "URL",
         _JOB,
     ),
     Option(
         "preload",
-        _modules,
+        parsers.modules,
         "modules that workers find imported, besides torch: a faster start and restart",
         "MODULES",
         _JOB,
     ),
-    Option("cold", _switch, "start every worker as a fresh interpreter", "", _JOB),
-    Option("config", _text, "read options from a YAML file; flags beat it", "FILE", _JOB),
-    Option("help", _switch, "show this", "", _JOB, short="h"),
-    Option("version", _switch, "show the version", "", _JOB),
+    Option("cold", parsers.switch, "start every worker as a fresh interpreter", "", _JOB),
+    Option("config", parsers.text, "read options from a YAML file; flags beat it", "FILE", _JOB),
+    Option("help", parsers.switch, "show this", "", _JOB, short="h"),
+    Option("version", parsers.switch, "show the version", "", _JOB),
     Option(
         "log-dir",
-        _text,
+        parsers.text,
         "where the rounds' log files go (default RUN_DIR/logs)",
         "DIR",
         _OUTPUT,
@@ -242,7 +133,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "redirects",
-        _streams,
+        parsers.streams,
         "streams that go to the log files only: 1 stdout, 2 stderr, 3 both, or RANK:N,…",
         "STREAMS",
         _OUTPUT,
@@ -251,7 +142,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "tee",
-        _streams,
+        parsers.streams,
         "streams that go to the log files and here, as all do by default; beats --redirects",
         "STREAMS",
         _OUTPUT,
@@ -260,38 +151,44 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "local-ranks-filter",
-        _ranks,
+        parsers.ranks,
         "show only these ranks here; the log files keep all",
         "RANKS",
         _OUTPUT,
         torchrun=True,
     ),
-    Option("module", _switch, "run a module, as python -m", "", _ONE_NODE, short="m", torchrun=True),
-    Option("no-python", _switch, "run a command, as after --", "", _ONE_NODE, torchrun=True),
-    Option("run-path", _switch, "run a script: what launch does anyway", "", _ONE_NODE, torchrun=True),
-    Option("standalone", _switch, "one node: what launch does anyway", "", _ONE_NODE, torchrun=True),
-    Option("nnodes", _one_node, "1 or 1:1", "N", _ONE_NODE, torchrun=True),
+    Option("module", parsers.switch, "run a module, as python -m", "", _ONE_NODE, short="m", torchrun=True),
+    Option("no-python", parsers.switch, "run a command, as after --", "", _ONE_NODE, torchrun=True),
+    Option(
+        "run-path", parsers.switch, "run a script: what launch does anyway", "", _ONE_NODE, torchrun=True
+    ),
+    Option("standalone", parsers.switch, "one node: what launch does anyway", "", _ONE_NODE, torchrun=True),
+    Option("nnodes", parsers.one_node, "1 or 1:1", "N", _ONE_NODE, torchrun=True),
     Option(
         "node-rank",
-        _one_of("0"),
+        parsers.one_of("0"),
         "0",
         "N",
         _ONE_NODE,
         torchrun=True,
     ),
-    Option("master-addr", _text, "MASTER_ADDR (default 127.0.0.1)", "HOST", _ONE_NODE, torchrun=True),
+    Option(
+        "master-addr", parsers.text, "MASTER_ADDR (default 127.0.0.1)", "HOST", _ONE_NODE, torchrun=True
+    ),
     Option(
         "master-port",
-        _port,
+        parsers.port,
         "MASTER_PORT (default: a free one, another in each round)",
         "PORT",
         _ONE_NODE,
         torchrun=True,
     ),
-    Option("local-addr", _text, "MASTER_ADDR, if that is not given", "HOST", _ONE_NODE, torchrun=True),
+    Option(
+        "local-addr", parsers.text, "MASTER_ADDR, if that is not given", "HOST", _ONE_NODE, torchrun=True
+    ),
     Option(
         "rdzv-backend",
-        _one_of("static", "c10d"),
+        parsers.one_of("static", "c10d"),
         "static or c10d: the same on one node",
         "NAME",
         _ONE_NODE,
@@ -299,17 +196,17 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "rdzv-endpoint",
-        _endpoint,
+        parsers.endpoint,
         "MASTER_ADDR and MASTER_PORT",
         "HOST[:PORT]",
         _ONE_NODE,
         torchrun=True,
     ),
-    Option("rdzv-id", _text, "TORCHELASTIC_RUN_ID", "ID", _ONE_NODE, torchrun=True),
-    Option("role", _text, "ROLE_NAME (default: default)", "NAME", _ONE_NODE, torchrun=True),
+    Option("rdzv-id", parsers.text, "TORCHELASTIC_RUN_ID", "ID", _ONE_NODE, torchrun=True),
+    Option("role", parsers.text, "ROLE_NAME (default: default)", "NAME", _ONE_NODE, torchrun=True),
     Option(
         "monitor-interval",
-        _seconds,
+        parsers.seconds,
         "any: a death is seen at once",
         "SECONDS",
         _ONE_NODE,
@@ -317,7 +214,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "start-method",
-        _one_of("spawn", "fork", "forkserver"),
+        parsers.one_of("spawn", "fork", "forkserver"),
         "any: of no effect on scripts, as in torchrun",
         "NAME",
         _ONE_NODE,
@@ -325,16 +222,16 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "signals-to-handle",
-        _stop_signals,
+        parsers.stop_signals,
         "torchrun's default only",
         "SIGNALS",
         _ONE_NODE,
         torchrun=True,
     ),
-    Option("event-log-handler", _one_of("null"), "null only", "NAME", _ONE_NODE, torchrun=True),
+    Option("event-log-handler", parsers.one_of("null"), "null only", "NAME", _ONE_NODE, torchrun=True),
     Option(
         "rdzv-conf",
-        _nothing,
+        parsers.nothing,
         "",
         "CONF",
         torchrun=True,
@@ -342,7 +239,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "duplicate-stdout-filters",
-        _nothing,
+        parsers.nothing,
         "",
         "FILTERS",
         torchrun=True,
@@ -350,7 +247,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "duplicate-stderr-filters",
-        _nothing,
+        parsers.nothing,
         "",
         "FILTERS",
         torchrun=True,
@@ -358,21 +255,21 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "logs-specs",
-        _nothing,
+        parsers.nothing,
         "",
         "NAME",
         refusal="there are no log plugins: read the files in RUN_DIR/logs",
     ),
     Option(
         "numa-binding",
-        _nothing,
+        parsers.nothing,
         "",
         "MODE",
         refusal="bind from outside (numactl launch …): workers inherit launch's CPUs and memory",
     ),
     Option(
         "virtual-local-rank",
-        _nothing,
+        parsers.nothing,
         "",
         torchrun=True,
         refusal="set the device from LOCAL_RANK in the script: torch.cuda.set_device",

@@ -132,7 +132,8 @@ def test_mistakes_are_found_also_where_another_source_wins(folder: Path) -> None
         ("nproc: {a: 1}\n", r"c.yaml:1: nproc: expected one value or a list"),
         ("grace: soon\n", r"c.yaml:1: grace: expected a number of seconds, 0 or more, found 'soon'"),
         ("cold: maybe\n", r"c.yaml:1: cold: expected true or false, found 'maybe'"),
-        ("config: d.yaml\n", r"cannot name another one"),
+        ("config: d.yaml\n", r"c.yaml:1: config belongs on the command line"),
+        ("help: true\n", r"c.yaml:1: help belongs on the command line"),
         ("rdzv_conf: a=1\n", r"c.yaml:1: rdzv_conf is not supported by launch: it tunes"),
         ("nnodes: 2\n", r"expected 1, as launch runs one node"),
     ],
@@ -141,6 +142,11 @@ def test_bad_files(folder: Path, text: str, message: str) -> None:
     (folder / "c.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
         parse(["--config", "c.yaml", "train.py"])
+
+
+def test_the_example_file_is_valid() -> None:
+    example = Path(__file__).parents[2] / "configs/launch.yaml"
+    assert parse(["--config", str(example), "train.py"]).max_restarts == 10
 
 
 def test_an_empty_file_says_nothing(folder: Path) -> None:
