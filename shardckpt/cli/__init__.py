@@ -40,9 +40,17 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, by default that of this process. Returns its exit code; raises for bugs only."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if argv is None:
-        signal.signal(signal.SIGTERM, _interrupt)  # so that what is half-written is deleted
+    if argv is not None:
+        return _run(list(argv))
+    signal.signal(signal.SIGTERM, _interrupt)  # so that what is half-written is deleted
+    try:
+        return _run(sys.argv[1:])
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # an end that is under way needs no words
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         options = parse(arguments)
         code = _COMMANDS[options.command](options)
