@@ -243,6 +243,7 @@ class _Zygote:
         others = set(processes.descendants([os.getpid()])) - set(workers)
         processes.kill_all(sorted(others), signum)
         self._is_killing = signum == signal.SIGKILL
+        self._reap_orphans()  # there may be nothing to signal, if no worker could be forked
 
     def end(self, code: int) -> NoReturn:
         """Kill everything below this process, and end."""
