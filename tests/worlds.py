@@ -58,8 +58,8 @@ class _Meeting:
 
     def exchange(self, number: int, rank: int, value: Any) -> list[Any]:
         """What all ranks tell at their meeting of this number."""
-        told = self._told[number]
         with self._changed:
+            told = self._told[number]
             told[rank] = value
             self._changed.notify_all()
             arrived = self._changed.wait_for(
