@@ -11,6 +11,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import crc32c
@@ -296,6 +297,7 @@ def _layout(tensor: Tensor, boxes: tuple[Box, ...], tied: Mapping[str, str]) -> 
     return Layout(tensor.name, tensor.dtype, tensor.shape, boxes, alias=tied.get(tensor.name))
 
 
+@lru_cache(maxsize=1 << 14)  # most tensors have the shape of others
 def _even_part(shape: tuple[int, ...], world_size: int, rank: int) -> tuple[Box, ...]:
     """The rows that fully_shard gives to a rank; all of a tensor without dimensions."""
     runs: list[Runs] = [((0, n),) for n in shape]

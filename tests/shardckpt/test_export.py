@@ -293,6 +293,19 @@ class TestReshard:
         assert same(loaded["model"].block.weight.data, state["model"].block.weight.data)
         assert loaded["rng"].value["state"].tolist() == list(range(7))
 
+    def test_is_what_fully_shard_would_have_saved(self, tmp_path: Path) -> None:
+        """The same boxes, on the same ranks, at the same places of their packs."""
+        one, two = f"{tmp_path}/one", f"{tmp_path}/two"
+        command = [sys.executable, "-c", SAVE_SHARDED]
+        ranks = [subprocess.Popen([*command, str(rank), f"{tmp_path}/meet", one, two]) for rank in range(2)]
+        assert [rank.wait(100) for rank in ranks] == [0, 0]
+        found = shardckpt.open(reshard(one, tmp_path / "out", 2).url).manifest
+        wanted = shardckpt.open(two).manifest
+        assert found.tensors == wanted.tensors
+        assert found.packs == wanted.packs
+        assert (found.chunks.pack, found.chunks.offset) == (wanted.chunks.pack, wanted.chunks.offset)
+        assert found.values == wanted.values
+
     def test_tied_tensors_are_stored_once(self, saved: str, tmp_path: Path) -> None:
         reshard(saved, tmp_path / "out", 3)
         manifest = shardckpt.open(tmp_path / "out").manifest
@@ -385,6 +398,33 @@ class TestReshard:
         assert "block.bias" in torch.load(tmp_path / "out.pt", weights_only=True)
 
 
+SAVE_SHARDED = """
+import sys
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+import shardckpt
+
+def state(shard):
+    # Rows that two ranks share evenly, unevenly, and not at all.
+    model = nn.Sequential(nn.Embedding(101, 16), nn.Linear(16, 33), nn.LayerNorm(33), nn.Linear(33, 1))
+    if shard:
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(5)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+if __name__ == "__main__":
+    rank, rendezvous, one, two = sys.argv[1:]
+    if rank == "0":
+        shardckpt.save(one, state(False))
+    torch.distributed.init_process_group("gloo", init_method="file://" + rendezvous, rank=int(rank), world_size=2)
+    shardckpt.save(two, state(True))
+    torch.distributed.destroy_process_group()
+"""
+
+
 def split(shape: Sequence[int], dims: Sequence[int], world: int) -> list[tuple[Box, ...]]:
     """For each of `world * world` ranks, its box of a tensor split over two dimensions of a mesh."""
     boxes = []
@@ -401,7 +441,7 @@ def split(shape: Sequence[int], dims: Sequence[int], world: int) -> list[tuple[B
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
