@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_evenly, split_strided
+from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_strided
 from shardckpt.dtypes import DTYPES
 from shardckpt.errors import UnsupportedValueError
 from shardckpt.plan import Layout
@@ -119,16 +119,14 @@ def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
     if coordinate is None:  # this rank is not in the tensor's mesh
         return ()
     runs: list[Runs] = [((0, n),) for n in tensor.shape]
-    for mesh_dim, placement in enumerate(tensor.placements):
+    for mesh_dim, split_factor in _splits(tensor):
+        placement = tensor.placements[mesh_dim]
         parts, index = mesh.size(mesh_dim), coordinate[mesh_dim]
-        split_factor = getattr(placement, "split_factor", None)
         if isinstance(placement, Replicate):
             continue
-        if split_factor is not None:
+        if isinstance(placement, Shard) or hasattr(placement, "split_factor"):
             dim = placement.dim  # type: ignore[attr-defined]  # the private _StridedShard
             runs[dim] = split_strided(runs[dim], parts, index, split_factor)
-        elif isinstance(placement, Shard):
-            runs[placement.dim] = split_evenly(runs[placement.dim], parts, index)
         else:
             remedy = (
                 "call redistribute() first" if isinstance(placement, Partial) else "replicate or shard it"
@@ -138,3 +136,24 @@ def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
                 f"tensor; {remedy}."
             )
     return pieces_of_runs(runs)
+
+
+def _splits(tensor: DTensor) -> list[tuple[int, int]]:
+    """The mesh dimensions in the order in which they split the tensor, with the blocks that each splits.
+
+    They split from the left to the right, but a strided shard splits last what `split_factor` parts to its
+    right are already, as FSDP does after tensor parallelism. Only that order is right where a dimension
+    does not divide evenly. A factor that is no product of those parts' numbers is taken as it is.
+    """
+    order: list[tuple[int, int]] = []
+    dims = [getattr(placement, "dim", None) for placement in tensor.placements]
+    for mesh_dim in reversed(range(len(dims))):
+        factor = int(getattr(tensor.placements[mesh_dim], "split_factor", 1))
+        left, at = factor, 0
+        while left > 1 and at < len(order):
+            other, parts = order[at][0], tensor.device_mesh.size(order[at][0])
+            if dims[other] == dims[mesh_dim]:
+                left = left // parts if left % parts == 0 else 0
+            at += 1
+        order.insert(at if left == 1 else 0, (mesh_dim, 1 if left == 1 else factor))
+    return order
