@@ -59,6 +59,16 @@ class Command:
         path = Path(self.target).resolve()
         return str(path if path.is_dir() else path.parent)
 
+    @property
+    def source(self) -> str | None:
+        """The Python file that will be run, as far as that can be told without importing anything."""
+        path = Path(self.import_dir, *self.target.split("."))
+        if self.kind is Kind.SCRIPT:
+            path = Path(self.target).resolve()
+        candidates = (path, path.with_suffix(".py"), path / "__main__.py")
+        is_python = self.kind is not Kind.PROGRAM
+        return next((str(file) for file in candidates if is_python and file.is_file()), None)
+
 
 def _check_script(target: str) -> None:
     path = Path(target)

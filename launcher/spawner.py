@@ -2,7 +2,8 @@
 
 It is the parent of all workers and adopts their orphans, so it knows when nothing is left of a round.
 When the agent dies it kills them all; when it dies itself the kernel kills the workers.
-This module imports nothing of the launcher but `processes`, and only what torch imports anyway.
+This module imports nothing of the launcher but `processes` and `foresight`, and only what torch
+imports anyway.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
-from . import processes
+from . import foresight, processes
 
 __all__ = ["serve"]
 
@@ -59,6 +61,8 @@ def _warm_up(orders: dict[str, Any]) -> str | None:
     try:
         for name in (*_TORCH, *orders["preload"]):
             importlib.import_module(name)
+        if orders["source"] is not None:
+            foresight.bring(foresight.foresee(Path(orders["source"]), Path(orders["import_dir"])))
         _check_single_thread(orders["preload"])
     except BaseException:
         return traceback.format_exc()
@@ -239,7 +243,13 @@ class _Zygote:
     def _signal(self, signum: int) -> None:
         """Signal every process of every worker's tree; the workers first, they are known already."""
         workers = list(self._ranks)
+        if signum == signal.SIGTERM:
+            # All at one instant: one that ended before its peers have heard would break their
+            # connections, and they would report that as if something had gone wrong.
+            processes.kill_all(workers, signal.SIGSTOP)
         processes.kill_all(workers, signum)
+        if signum == signal.SIGTERM:
+            processes.kill_all(workers, signal.SIGCONT)
         others = set(processes.descendants([os.getpid()])) - set(workers)
         processes.kill_all(sorted(others), signum)
         self._is_killing = signum == signal.SIGKILL

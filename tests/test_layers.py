@@ -23,6 +23,19 @@ LAYERS = {
         ["cli"],
         ["__init__", "__main__"],
     ],
+    "launcher": [
+        ["errors", "events", "processes", "progress", "devices", "logs", "foresight"],
+        ["parsers", "command", "restart", "rendezvous", "run_dir", "spawner"],
+        ["options", "verdict"],
+        ["config"],
+        ["worker", "console"],
+        ["zygote"],
+        ["monitor"],
+        ["agent"],
+        ["__init__", "hook"],
+        ["cli"],
+        ["__main__"],
+    ],
 }
 """Each package's modules, the lowest layer first. A module imports from layers below its own."""
 
