@@ -227,4 +227,3 @@ def _rank_main(
         dist.destroy_process_group()
     except BaseException:
         pipe.send((True, traceback.format_exc()))
-        raise

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +24,9 @@ from shardckpt.box import Runs, pieces_of_runs, split_evenly
 from shardckpt.dtypes import DTYPES, numpy_dtype
 from shardckpt.local import LocalTensor, torch_dtype
 from shardckpt.storage import open_storage
+from tests.parallel import Training
 from tests.shardckpt.test_zarr_view import plain, random_content, read
-from tests.worlds import load_local, save_local
+from tests.worlds import load_local, run_processes, save_local
 
 Content = np.ndarray[Any, Any]
 World = list[list[Runs]]
@@ -280,3 +282,81 @@ def test_nan_payloads_and_signed_zeros(tmp_path: Path) -> None:
     assert torch.equal(loaded["t"].view(torch.int32), bits)
     assert math.copysign(1.0, loaded["v"]) == -1.0
     assert math.isnan(loaded["n"])
+
+
+# -- real models in worlds of processes
+
+FACTOR = 1.5
+
+
+def _save_all(layouts: Sequence[str], folder: Path) -> None:
+    for layout in layouts:
+        training = Training.make(layout, factor=FACTOR)
+        training.train(3)
+        # Back to what is known without a world, in the layout that training has left
+        training.reset()
+        training.note["name"] = layout
+        own = torch.full((2,), dist.get_rank() if dist.is_initialized() else 0)
+        shardckpt.save(folder / f"{layout} {_world()}", training.state(own), step=3)
+
+
+def _load_all(layouts: Sequence[str], folder: Path) -> list[str]:
+    """Load every second pair of a checkpoint in the folder and a layout; what is wrong."""
+    wrong = []
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    pairs = itertools.product(enumerate(layouts), enumerate(sorted(folder.iterdir())))
+    cases = ((layout, path) for (i, layout), (j, path) in pairs if (i + j) % 2 == 0)
+    for (layout, path), stepped in zip(cases, itertools.cycle([False, True, True])):
+        training = Training.make(layout)
+        if stepped:
+            training.train(1)
+        state = training.state(torch.full((2,), -1))
+        done = shardckpt.load(path, state)
+        case = f"{path.name} -> {layout} {_world()}{' after a step' if stepped else ''}"
+        wrong += [f"{case}: {name}" for name in training.mismatches(FACTOR)]
+        if done.step != 3 or state["note"] != {"name": path.name.split()[0], "rates": [0.5, math.inf]}:
+            wrong.append(f"{case}: values {done} {state['note']}")
+        if training.scheduler.last_epoch != 3 or training.optimizer.param_groups[0]["lr"] != 0.05:
+            wrong.append(f"{case}: scheduler {training.scheduler.state_dict()}")
+        kept = rank >= int(path.name.split()[1])
+        own = state["own"].value.tolist()
+        if own != [-1 if kept else rank] * 2 or done.kept != (("own",) if kept else ()):
+            wrong.append(f"{case}: PerRank {own} {done.kept}")
+    return wrong
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _save_then_load(_rank: int, saved: Sequence[str], loaded: Sequence[str], folder: Path) -> list[str]:
+    _save_all(saved, folder)
+    return _load_all(loaded, folder)
+
+
+def test_real_models_in_real_worlds(tmp_path: Path) -> None:
+    """FSDP2, TP, both, HSDP, DDP and none, on 1, 2, 3, 4 and 6 ranks: model, optimizer, scheduler and
+    values are the same after every change between them, also where the optimizer has already stepped."""
+    wrong = []
+    _save_all(["plain"], tmp_path)
+    for size, saved, loaded in (
+        (6, ["fsdp_tp"], []),
+        (3, ["fsdp", "ddp"], ["fsdp"]),
+        (4, ["fsdp", "ddp", "hsdp", "tp", "fsdp_tp"], ["fsdp", "ddp", "hsdp", "tp", "fsdp_tp"]),
+        (2, [], ["fsdp", "tp"]),
+        (6, [], ["fsdp_tp"]),
+    ):
+        for report in run_processes(size, _save_then_load, saved, loaded, tmp_path):
+            wrong += report
+    wrong += _load_all(["plain"], tmp_path)
+    assert not wrong
+    assert len(list(tmp_path.iterdir())) == 9
+    known = Training.make("plain", factor=FACTOR)
+    for path in tmp_path.iterdir():
+        checkpoint, group = shardckpt.open(path), plain(path)
+        for name, parameter in known.parameters.items():
+            values = {f"model/{name}": parameter, f"optimizer/state/{name}/exp_avg": parameter * 3}
+            for full, value in values.items():
+                expected = value.detach().numpy()
+                assert np.array_equal(checkpoint.read(full), expected), (path, full)
+                assert np.array_equal(read(group, full), expected), (path, full)
