@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -176,6 +177,12 @@ class TestSafetensors:
         assert same(found["model/head.weight"], weight)
         assert found["odd/1"].shape == (0, 4)
         assert found["odd/0"].shape == ()
+        content = (tmp_path / "out.safetensors").read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        assert length % 8 == 0
+        for name, tensor in found.items():
+            assert header[name]["data_offsets"][0] % tensor.element_size() == 0, name
 
     def test_only_gives_names_that_the_model_takes(
         self, saved: str, state: dict[str, Any], tmp_path: Path
@@ -253,11 +260,16 @@ class TestBadInput:
     def test_a_full_disk_is_found_before_anything_is_written(
         self, small_disk: Path, tmp_path: Path, suffix: str
     ) -> None:
-        shardckpt.save(tmp_path / "checkpoint", {"w": torch.zeros(5 << 20, dtype=torch.uint8)})
-        with pytest.raises(StorageFullError, match=r"wanted 52\d{5} bytes, 4\d{6} are free"):
-            merge(tmp_path / "checkpoint", small_disk / f"out{suffix}")
+        state = {name: torch.zeros(3 << 20, dtype=torch.uint8) for name in "ab"}
+        shardckpt.save(tmp_path / "checkpoint", state)
+
+        def progress(done: int, _: int) -> None:
+            raise AssertionError(f"{done} bytes were written")
+
+        with pytest.raises(StorageFullError, match=r"wanted 62\d{5} bytes, 4\d{6} are free"):
+            merge(tmp_path / "checkpoint", small_disk / f"out{suffix}", progress=progress)
         with pytest.raises(StorageFullError, match="are free"):
-            reshard(tmp_path / "checkpoint", small_disk / "out", 2)
+            reshard(tmp_path / "checkpoint", small_disk / "out", 2, progress=progress)
         assert not list(small_disk.iterdir())
 
     @pytest.mark.parametrize("number", [0, -1, 2.5, True])
