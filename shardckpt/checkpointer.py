@@ -259,6 +259,8 @@ class Checkpointer:
         """Save now, whatever the step. Collective. Waits first for a save that is still under way."""
         if self._last is not None:
             self._last.join()
+            if any(self._ranks.maximum([self._last.failed])):
+                self._last.fail("another rank failed; its log says why")
         return self._start(step, state, metrics)
 
     def wait(self) -> None:
@@ -369,7 +371,7 @@ def _load(place: Place, state: dict[str, Any], ranks: Ranks, *, strict: bool, st
     targets = Targets()
     try:
         targets = bind(state, manifest, ranks.rank, strict=strict)
-    except ShardckptError as failure:
+    except Exception as failure:  # of the state's own objects, too
         error = failure
     agree(ranks, error)
     nbytes = fill(place, manifest, targets.tensors, ranks)
@@ -402,7 +404,9 @@ def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
             data = place.storage.read(MANIFEST)
             decode_manifest(data, place.url)
     except FileNotFoundError as failure:
-        error = NotACheckpointError(f"{place.url} has no {MANIFEST} any more: it was deleted just now")
+        error = NotACheckpointError(
+            f"{place.url} has no {MANIFEST}: no checkpoint is there, or it was deleted just now"
+        )
         error.__cause__ = failure
     except Exception as failure:
         error = failure

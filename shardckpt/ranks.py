@@ -91,7 +91,8 @@ class TorchRanks:
         return [int(value) for value in tensor]
 
 
-_groups: dict[int, TorchRanks] = {}
+_groups: list[tuple[Any, TorchRanks]] = []
+"""The world that was last asked for, and its ranks."""
 
 
 def current_ranks() -> Ranks:
@@ -103,26 +104,31 @@ def current_ranks() -> Ranks:
     if not dist.is_available() or not dist.is_initialized():
         return Alone()
     world = dist.group.WORLD
-    if id(world) not in _groups:
+    if not _groups or _groups[0][0] is not world:
         backend = str(dist.get_backend_config(world))
         group = world if "cpu" in backend or "gloo" in backend else dist.new_group(backend="gloo")
-        _groups.clear()  # of a process group that was destroyed
-        _groups[id(world)] = TorchRanks(group)
-    return _groups[id(world)]
+        _groups[:] = [(world, TorchRanks(group))]  # in place of one that was destroyed
+    return _groups[0][1]
 
 
 def agree(ranks: Ranks, error: Exception | None) -> None:
-    """Raise on every rank if any rank has an error: its own there, elsewhere one like it that tells whose.
+    """Raise on every rank if any rank has an error: the lowest such rank's own there, elsewhere one like it.
 
-    Every rank must call it. Without it, the ranks that are well would wait for the others for ever.
+    Every rank must call it. Without it, the ranks that are well would wait for the others for ever; and if
+    each raised its own, they would not agree on what to do next.
     """
     if not any(ranks.maximum([error is not None])):
         return
-    told = "" if error is None else f"{type(error).__name__}:{error}"
-    reports = ranks.gather(told.encode())
-    if error is not None:
-        raise error
+    told = "" if error is None else f"{_kind(error)}:{error}"
+    reports = ranks.gather(told.encode(errors="replace"))
     rank, report = next((r, report.decode()) for r, report in enumerate(reports) if report)
+    if error is not None and rank == ranks.rank:
+        raise error
     name, _, message = report.partition(":")
-    kind = getattr(errors, name) if name in errors.__all__ else errors.ShardckptError
-    raise kind(f"rank {rank}: {message}")
+    raise getattr(errors, name)(f"rank {rank}: {message}") from error
+
+
+def _kind(error: Exception) -> str:
+    """The name of the library's nearest class for an error."""
+    names = (kind.__name__ for kind in type(error).__mro__)
+    return next((name for name in names if name in errors.__all__), errors.ShardckptError.__name__)

@@ -18,7 +18,7 @@ import crc32c
 import msgspec
 
 from shardckpt.commit import Proposal, commit, wait_committed
-from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaveError, ShardckptError, StateError
+from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaveError, StateError
 from shardckpt.manifest import Manifest
 from shardckpt.plan import Layout, SavePlan, plan_save
 from shardckpt.ranks import Ranks, agree
@@ -132,23 +132,26 @@ class SaveSession:
         When it returns, the state may change. `after` is called on rank 0 once the checkpoint exists. Raises
         StateError or CheckpointExistsError, on all ranks, before anything is written.
         """
-        flat, prepared = self._prepare(state, place)
+        flat, numbers, prepared = self._prepare(state, metrics, place)
         self._count += 1
         save_id = f"{self._secret}-{self._count}"
         prepared.buffer.copy_from({tensor.name: tensor for tensor in flat.tensors})
-        numbers = _checked_metrics(metrics)
         proposal = Proposal(place, save_id, step, attempt, numbers, flat.values, prepared.plan)
         handle = SaveHandle(place, step)
         handle._confirm = lambda: wait_committed(place, save_id, self._timeout)
         handle._run(lambda: self._finish(proposal, prepared, flat, after))
         return handle
 
-    def _prepare(self, state: dict[str, Any], place: Place) -> tuple[FlatState, _Prepared]:
+    def _prepare(
+        self, state: dict[str, Any], metrics: Mapping[str, float] | None, place: Place
+    ) -> tuple[FlatState, dict[str, float | str], _Prepared]:
         """Flatten, and plan if any rank's structure has changed; all ranks checked to agree."""
         error: Exception | None = None
         flat = FlatState([], None, {})
         layouts: list[Layout] = []
+        numbers: dict[str, float | str] = {}
         try:
+            numbers = _checked_metrics(metrics)
             flat = flatten(state, self._ranks.rank)
             layouts = flat.layouts()
             if self._ranks.rank == 0 and place.is_committed():
@@ -156,7 +159,7 @@ class SaveSession:
                     f"{place.url} has a checkpoint already, which is never overwritten. Save under "
                     "another URL, or delete that folder first."
                 )
-        except ShardckptError as failure:
+        except Exception as failure:  # of the state's own objects, too
             error = failure
         values = crc32c.crc32c(msgspec.json.encode(flat.values))
         stale = self._prepared is None or self._prepared.layouts != layouts
@@ -169,11 +172,11 @@ class SaveSession:
         if differ[0] != -differ[1]:
             self._raise_values_differ(flat)
         fresh = bool(changed) or differ[2] != -differ[3]
-        if fresh or self._prepared is None:
-            self._prepared = self._plan(layouts)
+        prepared = self._plan(layouts) if fresh or self._prepared is None else self._prepared
         tensors = {tensor.name: tensor for tensor in flat.tensors}
-        check_replicas(self._prepared.plan, tensors, self._ranks, whole=fresh)
-        return flat, self._prepared
+        check_replicas(prepared.plan, tensors, self._ranks, whole=fresh)
+        self._prepared = prepared  # kept only once its replicas have been compared whole
+        return flat, numbers, prepared
 
     def _plan(self, layouts: list[Layout]) -> _Prepared:
         encoded = self._ranks.gather(msgspec.msgpack.encode(layouts))
@@ -182,7 +185,13 @@ class SaveSession:
             self._secret = self._ranks.broadcast(secrets.token_hex(16).encode()).decode()
         rank = self._ranks.rank
         self._prepared = None  # free the old buffer first
-        return _Prepared(layouts, plan, StagingBuffer(plan.writes(rank), plan.pack_sizes[rank]))
+        error: Exception | None = None
+        try:
+            buffer = StagingBuffer(plan.writes(rank), plan.pack_sizes[rank])
+        except (OSError, MemoryError) as failure:
+            error = StateError(f"no memory for a copy of {plan.pack_sizes[rank]} bytes: {failure}")
+        agree(self._ranks, error)
+        return _Prepared(layouts, plan, buffer)
 
     def _raise_values_differ(self, flat: FlatState) -> None:
         everyone = [msgspec.json.decode(v) for v in self._ranks.gather(msgspec.json.encode(flat.values))]

@@ -125,8 +125,9 @@ class _Walk:
 
 def _from_numpy(array: np.ndarray[Any, Any], path: str) -> torch.Tensor:
     """The array as a tensor that shares its memory where it can."""
+    plain = array.flags.writeable and all(n >= 0 and n % array.itemsize == 0 for n in array.strides)
     try:
-        return torch.from_numpy(array if array.flags.writeable else array.copy())
+        return torch.from_numpy(array if plain else array.copy())
     except TypeError as error:
         raise UnsupportedValueError(
             f"state[{path!r}] is a NumPy array of {array.dtype}, which cannot be stored. Convert it to a "

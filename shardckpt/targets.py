@@ -33,6 +33,8 @@ __all__ = ["Targets", "bind"]
 
 _ABSENT = object()
 _LISTED = 8
+_EXTRA_STATE = "_extra_state"
+"""The end of a state_dict key whose value is the module's own affair, of any type and shape."""
 
 
 @dataclass
@@ -156,13 +158,13 @@ class _Binder:
             value = wanted.pop(name, _ABSENT)
             if value is _ABSENT:
                 self.targets.missing.append(place)
-            elif isinstance(held, torch.Tensor) and isinstance(value, TensorRef):
+            elif not isinstance(held, torch.Tensor) or name.rpartition(".")[2] == _EXTRA_STATE:
+                extra[name] = self._made(value, held, place)
+            elif isinstance(value, TensorRef):
                 self._fill(local_tensor(held, place), value.name)
                 loaded[name] = held
-            elif isinstance(held, torch.Tensor):
-                raise self._mismatch(place, "tensor", value)
             else:
-                extra[name] = self._made(value, held, place)
+                raise self._mismatch(place, "tensor", value)
         for name, value in wanted.items():
             self._unexpected(value, join(path, name))
         if extra or not module_aliases(module, loaded):
