@@ -116,7 +116,7 @@ def show(url: str, storage_options: Mapping[str, Any] | None, *, as_json: bool) 
     cells = [
         (
             "*" if row.newest else "",
-            str(row.attempt),
+            str(row.attempt) if row.attempt else "-",
             str(row.step),
             "-" if row.created is None else age(now - row.created),
             "-" if row.world_size is None else str(row.world_size),
