@@ -39,7 +39,9 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm1(x)
-        q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(a.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -102,7 +104,9 @@ def read_text(folder: Path, limit: int) -> torch.Tensor:
         if len(data) >= limit:
             break
     if len(data) < 10_000:
-        raise SystemExit(f"--data {folder}: found {len(data)} bytes of .py, .txt and .md, need 10,000 or more")
+        raise SystemExit(
+            f"--data {folder}: found {len(data)} bytes of .py, .txt and .md, need 10,000 or more"
+        )
     return torch.frombuffer(data[:limit], dtype=torch.uint8)
 
 
@@ -123,13 +127,17 @@ def parallelize(model: GPT, kind: str, device: str) -> nn.Module:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a byte-level GPT that resumes on any number of ranks.")
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level GPT that resumes on any number of ranks."
+    )
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps in all")
     parser.add_argument("--every", type=int, default=50, help="steps between two checkpoints")
     parser.add_argument("--keep", type=int, default=3, help="checkpoints to keep")
     parser.add_argument("--ckpt", help="URL of the run's checkpoints [what launch says]")
     parser.add_argument("--parallel", choices=("fsdp", "ddp", "tp"), default="fsdp")
-    parser.add_argument("--data", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of text")
+    parser.add_argument(
+        "--data", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of text"
+    )
     parser.add_argument("--batch", type=int, default=48, help="samples in a step, over all ranks")
     parser.add_argument("--context", type=int, default=64)
     parser.add_argument("--dim", type=int, default=64)
@@ -153,7 +161,9 @@ def main() -> None:
     data_rank, data_world = (0, 1) if args.parallel == "tp" else (rank, world)
 
     torch.manual_seed(args.seed)
-    model = parallelize(GPT(args.dim, args.layers, args.heads, args.context).to(device), args.parallel, device)
+    model = parallelize(
+        GPT(args.dim, args.layers, args.heads, args.context).to(device), args.parallel, device
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
     samples = Samples(read_text(args.data, limit=4 << 20), args.context, args.seed)
@@ -168,7 +178,9 @@ def main() -> None:
         at = checkpoints.restore(state)
         step = at.step if at else 0
         if at and rank == 0:
-            print(f"resumed at step {step} from {at.url}, saved by {at.world_size} ranks, {at.seconds:.2f} s")
+            print(
+                f"resumed at step {step} from {at.url}, saved by {at.world_size} ranks, {at.seconds:.2f} s"
+            )
         saved = at
         while step < args.steps:
             started = time.perf_counter()
@@ -193,7 +205,10 @@ def main() -> None:
                 trace.write(json.dumps(line) + "\n")
             if rank == 0 and (step % 10 == 0 or step == args.steps):
                 ms = 1000 * (time.perf_counter() - started)
-                print(f"step {step:5d}  loss {loss.item():.4f}  {ms:4.0f} ms{'  saved' if saved else ''}", flush=True)
+                print(
+                    f"step {step:5d}  loss {loss.item():.4f}  {ms:4.0f} ms{'  saved' if saved else ''}",
+                    flush=True,
+                )
         if not saved:
             checkpoints.save(step, state)
     dist.destroy_process_group()

@@ -15,7 +15,7 @@ from shardckpt.dtypes import numpy_dtype
 from shardckpt.errors import MissingKeysError
 from shardckpt.fetch import Fetcher, in_parallel
 from shardckpt.manifest import Manifest, Tensor
-from shardckpt.plan import Read, plan_reads
+from shardckpt.plan import ChunkIndex, Read, index_chunks, plan_reads
 from shardckpt.runs import Place, find_place, read_manifest
 from shardckpt.storage import Storage
 from shardckpt.values import decode
@@ -75,6 +75,10 @@ class Checkpoint:
             raise MissingKeysError(f"{self.url} has no per-rank value at {path!r}")
         return saved
 
+    @cached_property
+    def _index(self) -> ChunkIndex:
+        return index_chunks(self.manifest)
+
     def read(self, name: str, index: Any = ...) -> npt.NDArray[Any]:
         """The tensor `name`, or `index` of it (integers and slices, as NumPy has them), as a new array.
 
@@ -93,7 +97,7 @@ class Checkpoint:
                 result[copy.target] = chunk[copy.source]
             fetcher.release(read)
 
-        in_parallel(fetch, plan_reads(self.manifest, [(name, box)]))
+        in_parallel(fetch, plan_reads(self.manifest, [(name, box)], self._index))
         return np.asarray(result[rest])
 
     def tensor(self, name: str) -> Tensor:

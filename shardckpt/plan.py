@@ -22,7 +22,18 @@ from shardckpt.dtypes import itemsize
 from shardckpt.errors import RankMismatchError
 from shardckpt.manifest import CRC_BYTES, Array, Manifest, Tensor, chunk_bytes
 
-__all__ = ["MAX_CHUNK", "ChunkWrite", "Copy", "Layout", "Read", "SavePlan", "plan_reads", "plan_save"]
+__all__ = [
+    "MAX_CHUNK",
+    "ChunkIndex",
+    "ChunkWrite",
+    "Copy",
+    "Layout",
+    "Read",
+    "SavePlan",
+    "index_chunks",
+    "plan_reads",
+    "plan_save",
+]
 
 MAX_CHUNK = 16 << 20
 """Bytes above which a box is cut along its first dimension, where that keeps the grid regular.
@@ -176,29 +187,40 @@ class Read(NamedTuple):
         )
 
 
-def plan_reads(manifest: Manifest, wanted: Sequence[tuple[str, Box]]) -> list[Read]:
+ChunkIndex = Mapping[str, tuple[Tensor, Sequence[int]]]
+"""Tensor name -> the tensor, and for each of its arrays the number of its first chunk."""
+
+
+def index_chunks(manifest: Manifest) -> ChunkIndex:
+    """Where each tensor's chunks are in the chunk table. For many small reads, make it once."""
+    first = manifest.first_chunks().tolist()
+    index: dict[str, tuple[Tensor, Sequence[int]]] = {}
+    arrays = 0
+    for tensor in manifest.tensors:
+        index[tensor.name] = (tensor, first[arrays : arrays + len(tensor.arrays)])
+        arrays += len(tensor.arrays)
+    return index
+
+
+def plan_reads(
+    manifest: Manifest, wanted: Sequence[tuple[str, Box]], index: ChunkIndex | None = None
+) -> list[Read]:
     """The chunks that cover the wanted boxes, each once, in the order of packs and places.
 
     Raises KeyError for a name that the checkpoint does not have; boxes must lie inside their tensors.
     """
-    tables: dict[str, tuple[Tensor, list[int]]] = {}
-    first = manifest.first_chunks()
-    array_index = 0
-    for tensor in manifest.tensors:
-        count = len(tensor.arrays)
-        tables[tensor.name] = (tensor, [int(n) for n in first[array_index : array_index + count]])
-        array_index += count
+    index = index_chunks(manifest) if index is None else index
     copies: dict[int, list[Copy]] = defaultdict(list)
     chunks: dict[int, tuple[Tensor, Box, tuple[int, ...]]] = {}
     for number, (name, box) in enumerate(wanted):
-        tensor, starts = tables[name]
+        tensor, starts = index[name]
         for array, start in zip(tensor.arrays, starts, strict=True):
             if (part := box.intersect(array.box)) is None:
                 continue
-            for index, cell in _cells_over(array, part):
+            for cell_number, cell in _cells_over(array, part):
                 overlap = cell.intersect(box)
                 assert overlap is not None
-                row = start + index
+                row = start + cell_number
                 chunks[row] = (tensor, cell, array.chunk)
                 copies[row].append(
                     Copy(
