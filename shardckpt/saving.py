@@ -154,11 +154,8 @@ class SaveSession:
             numbers = _checked_metrics(metrics)
             flat = flatten(state, self._ranks.rank)
             layouts = flat.layouts()
-            if self._ranks.rank == 0 and place.is_committed():
-                raise CheckpointExistsError(
-                    f"{place.url} has a checkpoint already, which is never overwritten. Save under "
-                    "another URL, or delete that folder first."
-                )
+            if self._ranks.rank == 0:
+                _check_free(place)
         except Exception as failure:  # of the state's own objects, too
             error = failure
         values = crc32c.crc32c(msgspec.json.encode(flat.values))
@@ -239,6 +236,14 @@ class SaveSession:
         if after is not None:
             after()
         return manifest
+
+
+def _check_free(place: Place) -> None:
+    if place.is_committed():
+        raise CheckpointExistsError(
+            f"{place.url} has a checkpoint already, which is never overwritten. Save under "
+            "another URL, or delete that folder first."
+        )
 
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float | str]:
