@@ -31,12 +31,14 @@ class Candidate:
     Attributes:
         name: as it stands in the table.
         again: whether a second save may differ from the first, because something is kept.
+        own_format: False if it writes what another candidate writes, which loads alike.
         reshards: whether it loads on another world size.
         syncs: whether what it has written is on the disk, not only in the page cache, when it says so.
     """
 
     name: ClassVar[str]
     again: ClassVar[bool] = False
+    own_format: ClassVar[bool] = True
     reshards: ClassVar[bool] = False
     syncs: ClassVar[bool] = False
 
@@ -120,7 +122,7 @@ class DcpThread(Dcp):
 
     name = "DCP async thread"
     again = True
-    reshards = False  # what it writes is what DCP sync writes
+    own_format = False
     kind = AsyncCheckpointerType.THREAD
     shared_memory = False
 

@@ -100,8 +100,9 @@ class Bench:
         times: dict[str, float] = {}
         if not self.world.only_load:
             times |= self._saves(candidate, memory=number == 0)
-        times |= self._loads(candidate, memory=number == 0)
-        kept = number == self.world.keep_round and kind.reshards
+        if kind.own_format or number == 0:
+            times |= self._loads(candidate, memory=number == 0)
+        kept = number == self.world.keep_round and kind.reshards and kind.own_format
         if not self.world.only_load and not kept:
             self._remove(folder)
         return times
@@ -153,7 +154,7 @@ class Bench:
     def _save(self, candidate: Candidate, step: int, prefix: str) -> dict[str, float]:
         self._settle()
         self.barrier()
-        started = time.perf_counter()
+        cpu, started = time.process_time(), time.perf_counter()
         wait = candidate.save(step)
         stalled = time.perf_counter()
         wait()
@@ -162,7 +163,7 @@ class Bench:
         durable = time.perf_counter()
         times = self.slowest([stalled - started, written - started, durable - started])
         names = (f"{prefix}stall", f"{prefix}written", f"{prefix}durable")
-        return dict(zip(names, times, strict=True))
+        return dict(zip(names, times, strict=True)) | {f"{prefix}cpu": self._cpu_since(cpu)}
 
     def _loads(self, candidate: Candidate, *, memory: bool) -> dict[str, float]:
         times = {}
@@ -170,7 +171,9 @@ class Bench:
             self._cache(candidate.folder, cold=cold)
             self.state.wipe()
             self._memory("load", begin=True, wanted=memory and cold)
+            cpu = time.process_time()
             times[name] = self.seconds(candidate.load)
+            times[f"{name}_cpu"] = self._cpu_since(cpu)
             self._memory("load", begin=False, wanted=memory and cold)
             self.state.check()
         gc.collect()
@@ -188,6 +191,12 @@ class Bench:
         tensor = torch.tensor(times, dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return [float(value) for value in tensor]
+
+    def _cpu_since(self, before: float) -> float:
+        """The CPU time of all ranks' processes; `before` is what this one had used at the start."""
+        tensor = torch.tensor([time.process_time() - before], dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return float(tensor)
 
     def barrier(self) -> None:
         """Return when all ranks are here."""

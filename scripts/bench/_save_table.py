@@ -54,7 +54,7 @@ def _limits(limits: Values, stored: int) -> str:
 def _saves(rows: Sequence[str], times: dict[str, Values], limits: Values, stored: int) -> str:
     head = [
         *("SAVE", "stall s", "x memcpy", "x peer", "first s", "x memcpy"),
-        *("durable s", "GB/s", "of disk", "x peer", "syncs", "memory GB"),
+        *("durable s", "GB/s", "of disk", "x peer", "syncs", "CPU s", "memory GB"),
     ]
 
     peers = [_last(of) for word, of in times.items() if word != _OURS]
@@ -75,6 +75,7 @@ def _saves(rows: Sequence[str], times: dict[str, Values], limits: Values, stored
                 _ratio(limits.get("write"), durable),
                 _ratio(_best(peers, "durable"), durable) if word == _OURS else "",
                 "itself" if CANDIDATES[word].syncs else "by us",
+                _seconds(_last(of).get("cpu")),
                 _gigabytes(of.get("save_memory")),
             ]
         )
@@ -91,7 +92,7 @@ def _loads(
 ) -> str:
     on = f"on {other_ranks}"
     head = [
-        *("LOAD", "cold s", "GB/s", "of disk", "x peer", "warm s", "GB/s", "of memcpy", "x peer"),
+        *("LOAD", "cold s", "GB/s", "of disk", "x peer", "warm s", "GB/s", "of memcpy", "x peer", "CPU s"),
         *(f"cold {on}", "x same", "x peer", f"warm {on}", "x same", "x peer", "memory GB"),
     ]
     disk = min((limits[k] for k in ("read_direct", "read_cold") if k in limits), default=None)
@@ -104,6 +105,7 @@ def _loads(
         for what, limit in (("cold", disk), ("warm", limits.get("copy"))):
             line += [_seconds(of.get(what)), _rate(stored, of.get(what)), _ratio(limit, of.get(what))]
             line.append(_ratio(_best(same, what), of.get(what)) if word == _OURS else "")
+        line.append(_seconds(of.get("warm_cpu")))
         for what in ("cold", "warm"):
             line += [_seconds(there.get(what)), _ratio(there.get(what), of.get(what))]
             line.append(_ratio(_best(other, what), there.get(what)) if word == _OURS else "")
@@ -113,7 +115,12 @@ def _loads(
 
 def _last(of: Values) -> Values:
     """The times of the second save; of the first, where there was one only."""
-    return {what: of[key] for what in ("stall", "durable") for key in (f"first_{what}", what) if key in of}
+    return {
+        what: of[key]
+        for what in ("stall", "durable", "cpu")
+        for key in (f"first_{what}", what)
+        if key in of
+    }
 
 
 def _best(peers: Sequence[Values], what: str) -> float | None:
