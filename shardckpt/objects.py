@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shardckpt.errors import UnsupportedValueError
+from shardckpt.values import MAX_DEPTH
 
 __all__ = [
     "Stateful",
@@ -82,14 +83,16 @@ def optimizer_parameters(
 
     The name is the parameter's name in its module; with the module's path before it where the
     optimizer has parameters of several modules; and its number where it is in no module of the state.
+    Should a name be taken already, the number follows it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     several = len({names[id(p)][0] for p in parameters if id(p) in names}) > 1
-    named = []
+    named: dict[str, torch.Tensor] = {}
     for number, parameter in enumerate(parameters):
         path, name = names.get(id(parameter), ("", str(number)))
-        named.append((f"{path}.{name}" if several and path else name, parameter))
-    return named
+        full = f"{path}.{name}" if several and path else name
+        named[full if full not in named else f"{full} (parameter {number})"] = parameter
+    return list(named.items())
 
 
 def optimizer_tree(
@@ -133,16 +136,15 @@ def unsynced_buffers(module: nn.Module) -> set[str]:
     }
 
 
-def iter_modules(state: Any, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module in a state's dicts, lists and tuples, with its path."""
+def iter_modules(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
+    """Every module in a state's dicts, lists and tuples, with its path; none deeper than a state can be."""
     if isinstance(state, nn.Module):
         yield path, state
-    elif isinstance(state, Mapping):
-        for key, value in state.items():
-            yield from iter_modules(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(state, (list, tuple)):
-        for number, value in enumerate(state):
-            yield from iter_modules(value, f"{path}.{number}" if path else str(number))
+    elif depth > MAX_DEPTH or not isinstance(state, (Mapping, list, tuple)):
+        return
+    else:
+        for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+            yield from iter_modules(value, f"{path}.{key}" if path else str(key), depth + 1)
 
 
 def _wrapper_prefixes(module: nn.Module) -> list[tuple[str, str]]:

@@ -22,11 +22,11 @@ from urllib.parse import quote
 
 from shardckpt.errors import FormatError, UnsupportedValueError
 
-__all__ = ["PerRankRef", "TensorRef", "decode", "encode", "join", "segment"]
+__all__ = ["MAX_DEPTH", "PerRankRef", "TensorRef", "decode", "encode", "join", "segment"]
 
 _INT64 = 1 << 63
 
-_MAX_DEPTH = 100
+MAX_DEPTH = 100
 """Levels of nesting: more would exhaust the recursion of JSON parsers."""
 
 
@@ -98,9 +98,9 @@ def encode(value: Any, path: str, leaf: Callable[[Any, str], Any] | None = None)
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
-    if path.count("/") >= _MAX_DEPTH:
+    if path.count("/") >= MAX_DEPTH:
         raise UnsupportedValueError(
-            f"state[{path!r}] lies {_MAX_DEPTH} levels deep. Does it contain itself? Flatten it."
+            f"state[{path!r}] lies {MAX_DEPTH} levels deep. Does it contain itself? Flatten it."
         )
     if isinstance(value, Mapping):
         _check_distinct(value, path)
@@ -129,8 +129,8 @@ def decode(value: Any, path: str = "") -> Any:
 
     Raises FormatError for a tag that this version does not know.
     """
-    if path.count("/") > _MAX_DEPTH:
-        raise FormatError(f"values: {path[:80]!r}... lies more than {_MAX_DEPTH} levels deep")
+    if path.count("/") > MAX_DEPTH:
+        raise FormatError(f"values: {path[:80]!r}... lies more than {MAX_DEPTH} levels deep")
     if isinstance(value, list):
         return [decode(v, join(path, i)) for i, v in enumerate(value)]
     if not isinstance(value, dict):
