@@ -56,7 +56,7 @@ class FaultyStorage:
         return self._log.mutations
 
     def at(self, path: str) -> FaultyStorage:
-        below = FaultyStorage(self._inner.at(path), self._fail_at, self._error)
+        below = type(self)(self._inner.at(path), self._fail_at, self._error)
         below._log, below._folder = self._log, self._name(path)
         return below
 

@@ -34,6 +34,7 @@ __all__ = [
     "Checkpoints",
     "PeerGoneError",
     "ThreadRanks",
+    "context",
     "load_local",
     "outcomes",
     "run_processes",
@@ -165,8 +166,9 @@ def load_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> None:
 
 # -- processes
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.worlds", "tests.parallel"])
+context = multiprocessing.get_context("forkserver")
+"""Starts processes quickly: they are forked from a server that has imported torch."""
+context.set_forkserver_preload(["tests.worlds", "tests.parallel"])
 
 
 def run_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -179,9 +181,9 @@ def run_processes(size: int, function: Callable[..., Any], *arguments: Any) -> l
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(size):
-            ours, theirs = _context.Pipe()
+            ours, theirs = context.Pipe()
             target = (theirs, rank, size, f"{folder}/store", function, arguments)
-            process = _context.Process(target=_rank_main, args=target, daemon=True)
+            process = context.Process(target=_rank_main, args=target, daemon=True)
             process.start()
             theirs.close()
             started.append((process, ours))
