@@ -183,6 +183,7 @@ class Checkpointer:
         self._keep = keep_last
         self._session = SaveSession(self._ranks, commit_timeout)
         self._attempt: str | None = None
+        self._is_prepared = False
         self._last: SaveHandle | None = None
         self._failed: list[SaveHandle] = []
         self._progress = _ProgressFile.of_worker()
@@ -233,13 +234,20 @@ class Checkpointer:
     ) -> SaveHandle | None:
         """Tell that `step` optimizer steps are done; saves if it is time to. Collective.
 
+        The first call prepares: it plans, and gets memory in the background, so that no save has to.
+
         Returns the save's handle, or None if none was started: not now, or because the save before is
         still being written, which is logged. Safe to change the state when it returns. A save that fails in
         the background is logged, and raised by `wait` and `close`.
         """
         if self._progress is not None:
             self._progress.write(step)
-        if self._every is None or step % self._every != 0 or step == 0:
+        if self._every is None:
+            return None
+        if step % self._every != 0 or step == 0:
+            if not self._is_prepared:
+                self._session.prepare(state)
+                self._is_prepared = True
             return None
         last = self._last
         busy, failed = self._ranks.maximum([last.busy, last.failed]) if last else (0, 0)

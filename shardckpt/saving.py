@@ -142,8 +142,16 @@ class SaveSession:
         handle._run(lambda: self._finish(proposal, prepared, flat, after))
         return handle
 
+    def prepare(self, state: dict[str, Any]) -> None:
+        """Plan, and get the buffer's memory in the background, so that the first save need not. Collective.
+
+        Raises what `start` raises about the state.
+        """
+        _, _, prepared = self._prepare(state, None, None)
+        threading.Thread(target=prepared.buffer.touch, name="shardckpt-touch", daemon=True).start()
+
     def _prepare(
-        self, state: dict[str, Any], metrics: Mapping[str, float] | None, place: Place
+        self, state: dict[str, Any], metrics: Mapping[str, float] | None, place: Place | None
     ) -> tuple[FlatState, dict[str, float | str], _Prepared]:
         """Flatten, and plan if any rank's structure has changed; all ranks checked to agree."""
         error: Exception | None = None
@@ -154,7 +162,7 @@ class SaveSession:
             numbers = _checked_metrics(metrics)
             flat = flatten(state, self._ranks.rank)
             layouts = flat.layouts()
-            if self._ranks.rank == 0:
+            if self._ranks.rank == 0 and place is not None:
                 _check_free(place)
         except Exception as failure:  # of the state's own objects, too
             error = failure

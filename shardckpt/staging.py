@@ -6,6 +6,7 @@ This copy is all that training waits for. The buffer is reused from save to save
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,6 +33,8 @@ class StagingBuffer:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             except OSError:  # a kernel built without them
                 pass
+        self._lock = threading.Lock()
+        self._is_touched = False
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._writes = tuple(writes)
         self._views = [
@@ -46,6 +49,13 @@ class StagingBuffer:
         """The pack's bytes, writable."""
         return memoryview(self._map)[: self.size]
 
+    def touch(self) -> None:
+        """Have the kernel provide the memory, which takes several times as long as a later copy into it."""
+        with self._lock:
+            if not self._is_touched:
+                self._bytes.zero_()
+                self._is_touched = True
+
     def copy_from(self, tensors: Mapping[str, LocalTensor]) -> None:
         """Copy every chunk from the live tensors; when it returns, these may change again."""
         by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -55,7 +65,8 @@ class StagingBuffer:
             targets, sources = by_device.setdefault(source.device, ([], []))
             targets.append(view)
             sources.append(source)
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
+            self._is_touched = True
             for device, (targets, sources) in by_device.items():
                 torch._foreach_copy_(targets, sources)
                 if device.type == "cuda":
