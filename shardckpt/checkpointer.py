@@ -30,7 +30,7 @@ from shardckpt.runs import (
     claim_attempt,
     exact_place,
     find_place,
-    iter_places,
+    iter_good,
     step_path,
 )
 from shardckpt.saving import SaveHandle, SaveSession
@@ -320,18 +320,17 @@ class Checkpointer:
         return self._attempt
 
     def _candidates(self) -> Iterator[Place]:
-        """The committed checkpoints that nobody has marked as bad, newest first; the same on every rank.
+        """The run's good checkpoints, newest first; the same on every rank.
 
-        Rank 0 looks, one at a time, and tells the others.
+        Rank 0 looks, one at a time, and tells the others. Raises CorruptError if all are marked as bad.
         """
-        places = iter_places(self._root)
+        places = iter_good(self._root)
         while True:
             error: Exception | None = None
             path = ""
             try:
                 if self._ranks.rank == 0:
-                    good = (p.path for p in places if p.is_committed() and not p.is_bad())
-                    path = next(good, "")
+                    path = next((place.path for place in places), "")
             except Exception as failure:
                 error = failure
             agree(self._ranks, error)

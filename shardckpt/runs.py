@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardckpt.errors import NotACheckpointError, StorageError
+from shardckpt.errors import CorruptError, NotACheckpointError, StorageError
 from shardckpt.manifest import FORMAT, MANIFEST, Manifest, Pack, decode_manifest
 from shardckpt.storage import Storage, open_storage
 
@@ -24,6 +24,7 @@ __all__ = [
     "claim_attempt",
     "exact_place",
     "find_place",
+    "iter_good",
     "iter_places",
     "read_manifest",
     "step_path",
@@ -88,15 +89,14 @@ def find_place(
 ) -> Place:
     """The place of the checkpoint at `url`, or of the newest good one of the run at `url`.
 
-    Raises NotACheckpointError, which tells what is there instead.
+    Raises NotACheckpointError, which tells what is there instead; CorruptError if all are marked as bad.
     """
     exact = exact_place(url, storage_options)
     if exact.path or exact.is_committed():
         return exact
     root = exact.root
-    for place in iter_places(root):
-        if place.is_committed() and not place.is_bad():
-            return place
+    if (place := next(iter_good(root), None)) is not None:
+        return place
     found = root.list()
     if not found:
         what = "nothing is there"
@@ -126,6 +126,27 @@ def iter_places(root: Storage) -> Iterator[Place]:
         steps = [name for name in root.list(attempt) if _STEP.match(name)]
         for step in sorted(steps, key=lambda name: _number(_STEP, name), reverse=True):
             yield Place(root, f"{attempt}/{step}")
+
+
+def iter_good(root: Storage) -> Iterator[Place]:
+    """The run's committed checkpoints that nobody has marked as bad, the newest first.
+
+    Raises CorruptError at the end if there is none, but there are bad ones: such a run is not a new one.
+    """
+    found, bad = False, ""
+    for place in iter_places(root):
+        if not place.is_committed():
+            continue
+        if place.is_bad():
+            bad = bad or place.url
+        else:
+            found = True
+            yield place
+    if bad and not found:
+        raise CorruptError(
+            f"every checkpoint of {root.url} is marked as bad, the newest is {bad}. Its {BAD} says why; delete "
+            "that file to have it tried again, or start anew under another URL."
+        )
 
 
 def read_manifest(place: Place) -> Manifest:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from shardckpt.storage import Storage
 
-__all__ = ["FaultyStorage", "Killed"]
+__all__ = ["FailingOnce", "FaultyStorage", "Killed"]
 
 
 class Killed(BaseException):
@@ -111,3 +111,13 @@ class FaultyStorage:
             if self._log.dead:
                 raise self._error
             self._log.calls.append((method, self._name(path)))
+
+
+class FailingOnce(FaultyStorage):
+    """Fails in the N-th mutating call only, and is well before and afterwards."""
+
+    def _enter(self, method: str, path: str, *, mutates: bool = False) -> None:
+        try:
+            super()._enter(method, path, mutates=mutates)
+        finally:
+            self._log.dead = False
