@@ -85,7 +85,8 @@ class Fetcher:
                     f"{self._place.url}: the pack {pack.path} is missing; it should have {pack.size} bytes"
                 ) from error
             if found != pack.size:
-                lost = next((r for r in reads if r.pack == number and r.offset + r.nbytes > found), None)
+                ends = ((r, r.offset + r.nbytes + CRC_BYTES) for r in reads if r.pack == number)
+                lost = next((r for r, end in ends if end > found), None)
                 chunk = f"; the first chunk that is lost is {lost.describe(self._manifest)}" if lost else ""
                 raise CorruptError(
                     f"{self._place.url}: the pack {pack.path} has {found} bytes and should have "

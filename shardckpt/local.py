@@ -132,7 +132,7 @@ def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
                 "call redistribute() first" if isinstance(placement, Partial) else "replicate or shard it"
             )
             raise UnsupportedValueError(
-                f"state[{name!r}] is a DTensor with the placement {placement}, which is not a part of the "
+                f"state[{name!r}] is a DTensor with the placement {placement!r}, which is not a part of the "
                 f"tensor; {remedy}."
             )
     return pieces_of_runs(runs)

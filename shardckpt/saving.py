@@ -278,4 +278,4 @@ def _first_difference(one: Any, other: Any, path: str) -> tuple[str, Any, Any] |
             if (found := _first_difference(a, b, f"{path}/{number}")) is not None:
                 return found
         return None
-    return None if one == other else (path, one, other)
+    return None if repr(one) == repr(other) else (path, one, other)  # 1, 1.0 and True differ, and -0.0

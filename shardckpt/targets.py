@@ -178,7 +178,7 @@ class _Binder:
 
     def _optimizer(self, optimizer: torch.optim.Optimizer, saved: Any, path: str) -> None:
         """State by parameter name, so neither the order of parameters nor their groups need to agree."""
-        if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        if not _is_optimizer(saved):
             raise self._mismatch(path, "optimizer", saved)
         parameters = optimizer_parameters(optimizer, self._names)
         groups = {name: group for group in saved["param_groups"] for name in group["params"]}
@@ -313,6 +313,17 @@ def _rest(target: LocalTensor) -> tuple[Any, ...]:
 
 def _fits(live: torch.Tensor, saved: Tensor) -> bool:
     return tuple(live.shape) == saved.shape and str(live.dtype) == f"torch.{saved.dtype}"
+
+
+def _is_optimizer(saved: Any) -> bool:
+    """Whether this is what `optimizer_tree` makes."""
+    return (
+        isinstance(saved, dict)
+        and isinstance(saved.get("state"), dict)
+        and all(isinstance(entry, dict) for entry in saved["state"].values())
+        and isinstance(saved.get("param_groups"), list)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved["param_groups"])
+    )
 
 
 def _has_objects(held: Any) -> bool:
