@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _save_candidates import CANDIDATES, Candidate
-from _save_limits import Limits
+from _save_limits import Limits, touch_free_memory
 from _save_profile import Profile
 from _save_state import State, build_state
 
@@ -219,6 +219,8 @@ class Bench:
             for path in folder.rglob("*"):
                 if path.is_file():
                     forget(path) if cold else remember(path)
+        if cold:
+            self._touch_free_memory()
         self.barrier()
 
     def _settle(self) -> None:
@@ -226,7 +228,11 @@ class Bench:
         self.barrier()
         if self.world.rank == 0:
             os.sync()
+        self._touch_free_memory()
         self.barrier()
+
+    def _touch_free_memory(self) -> None:
+        touch_free_memory(2 * self.state.stored // self.world.ranks)
 
     def _remove(self, folder: Path) -> None:
         self.barrier()
