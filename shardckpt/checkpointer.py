@@ -257,8 +257,8 @@ class Checkpointer:
                     "no checkpoint at step %d: the one of step %d is still being written", step, last.step
                 )
             return None
-        if failed and last:
-            last.fail("another rank failed; its log says why")
+        if last:
+            last.settle(failed=bool(failed))
         return self._start(step, state, metrics)
 
     def save(
@@ -267,8 +267,7 @@ class Checkpointer:
         """Save now, whatever the step. Collective. Waits first for a save that is still under way."""
         if self._last is not None:
             self._last.join()
-            if any(self._ranks.maximum([self._last.failed])):
-                self._last.fail("another rank failed; its log says why")
+            self._last.settle(failed=any(self._ranks.maximum([self._last.failed])))
         return self._start(step, state, metrics)
 
     def wait(self) -> None:

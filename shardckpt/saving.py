@@ -6,11 +6,13 @@ meets the other ranks in the storage only.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +43,12 @@ class SaveHandle:
         self.step = step
         self._place = place
         self._error: BaseException | None = None
-        self._manifest: Manifest | None = None
+        self._is_committed = False
         self._thread: threading.Thread | None = None
-        self._confirm: Callable[[], Manifest] | None = None
+        self._confirm: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
-        state = "failed" if self._error else "committed" if self._manifest else "under way"
+        state = "failed" if self._error else "committed" if self._is_committed else "under way"
         return f"SaveHandle({self.url!r}, step={self.step}, {state})"
 
     @property
@@ -59,10 +61,14 @@ class SaveHandle:
         """Whether it is known here that the save has failed; `wait` raises why."""
         return self._error is not None
 
-    def fail(self, reason: str) -> None:
-        """Note that another rank's part of the save has failed."""
-        if self._error is None:
-            self._error = SaveError(reason)
+    def settle(self, *, failed: bool) -> None:
+        """Note what became of it, as all ranks know once none is at work on it any more.
+
+        From then on `wait` does not look at the storage, where retention may have deleted the checkpoint.
+        """
+        self._is_committed = not failed
+        if failed and self._error is None:
+            self._error = SaveError("another rank failed; its log says why")
 
     def join(self) -> None:
         """Return when this process is done with it, whatever the outcome."""
@@ -76,9 +82,10 @@ class SaveHandle:
         failed; then there is no checkpoint at its URL, and those before it are untouched.
         """
         self.join()
-        if self._error is None and self._manifest is None and self._confirm is not None:
+        if self._error is None and not self._is_committed and self._confirm is not None:
             try:
-                self._manifest = self._confirm()
+                self._confirm()
+                self._is_committed = True
             except Exception as error:
                 self._error = error
         if self._error is not None:
@@ -89,7 +96,7 @@ class SaveHandle:
 
         def target() -> None:
             try:
-                self._manifest = work()
+                self._is_committed = work() is not None
             except BaseException as error:
                 self._error = error
                 _log.error("saving %s failed: %s", self.url, error)
@@ -132,10 +139,11 @@ class SaveSession:
         When it returns, the state may change. `after` is called on rank 0 once the checkpoint exists. Raises
         StateError or CheckpointExistsError, on all ranks, before anything is written.
         """
-        flat, numbers, prepared = self._prepare(state, metrics, place)
+        with _no_garbage_collection():
+            flat, numbers, prepared = self._prepare(state, metrics, place)
+            prepared.buffer.copy_from({tensor.name: tensor for tensor in flat.tensors})
         self._count += 1
         save_id = f"{self._secret}-{self._count}"
-        prepared.buffer.copy_from({tensor.name: tensor for tensor in flat.tensors})
         proposal = Proposal(place, save_id, step, attempt, numbers, flat.values, prepared.plan)
         handle = SaveHandle(place, step)
         handle._confirm = lambda: wait_committed(place, save_id, self._timeout)
@@ -252,6 +260,18 @@ def _check_free(place: Place) -> None:
             f"{place.url} has a checkpoint already, which is never overwritten. Save under "
             "another URL, or delete that folder first."
         )
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collections would look at every object of torch, which takes longer than a save's own work."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float | str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -125,9 +125,14 @@ class _Binder:
             self.targets._finish.append((path, lambda: held.load_state_dict(tree())))
         elif isinstance(held, (dict, list, tuple)) and _has_objects(held):
             self.entries(held, saved, path)
-        else:
+        elif not isinstance(parent, tuple):
             made = self._made(saved, held, path)
-            self.targets._finish.append((path, lambda: _assign(parent, key, made(), path)))
+            self.targets._finish.append((path, lambda: parent.__setitem__(key, made())))
+        elif repr(saved) != repr(held):
+            raise StateError(
+                f"state[{path!r}] is {held!r} in a tuple, which cannot be changed, and {saved!r} in the "
+                "checkpoint. Use a list instead of the tuple."
+            )
 
     def _per_rank(self, held: PerRank, saved: Any, path: str) -> None:
         if not isinstance(saved, PerRankRef):
@@ -261,12 +266,13 @@ class _Binder:
         layout = like if isinstance(like, torch.Tensor) else None
         if in_place and layout is not None and _fits(layout, tensor):
             made = layout.detach()
+            self._fill(local_tensor(made, path), ref.name)
         else:
             made = empty_like_saved(tensor.dtype, tensor.shape, layout)
-        self._fill(local_tensor(made, path), ref.name)
+            self._fill(local_tensor(made, path), ref.name, is_new=True)
         return (lambda: made.numpy()) if ref.ndarray else (lambda: made)
 
-    def _fill(self, target: LocalTensor, name: str) -> None:
+    def _fill(self, target: LocalTensor, name: str, *, is_new: bool = False) -> None:
         """Note a tensor to fill from the checkpoint's `name`."""
         saved = self._find(name, target.name)
         if saved.shape != target.shape:
@@ -279,7 +285,14 @@ class _Binder:
                 f"state[{target.name!r}] has the type {target.dtype}, but in the checkpoint it is "
                 f"{saved.dtype}. Build it with the checkpoint's type, load, and convert afterwards."
             )
-        self.targets.tensors.append(LocalTensor(name, *_rest(target)))
+        if any(
+            n > 1 and stride == 0 for n, stride in zip(target.data.shape, target.data.stride(), strict=True)
+        ):
+            raise StateError(
+                f"state[{target.name!r}] is an expanded tensor, several of whose elements share their memory, so "
+                "it cannot be loaded into. Pass a clone() of it."
+            )
+        self.targets.tensors.append(replace(target, name=name, is_new=is_new))
 
     def _find(self, name: str, path: str) -> Tensor:
         if name not in self._tensors:
@@ -307,10 +320,6 @@ class _Binder:
         )
 
 
-def _rest(target: LocalTensor) -> tuple[Any, ...]:
-    return target.dtype, target.shape, target.pieces, target.data
-
-
 def _fits(live: torch.Tensor, saved: Tensor) -> bool:
     return tuple(live.shape) == saved.shape and str(live.dtype) == f"torch.{saved.dtype}"
 
@@ -335,15 +344,6 @@ def _has_objects(held: Any) -> bool:
     return isinstance(held, (torch.Tensor, PerRank)) or (
         isinstance(held, Stateful) and not isinstance(held, type)
     )
-
-
-def _assign(parent: Any, key: Any, value: Any, path: str) -> None:
-    """Put a plain value where it belongs. A tuple cannot be changed, and must hold it already."""
-    if isinstance(parent, tuple):
-        if parent[key] != value:
-            raise TypeError(f"{path!r} is in a tuple, which cannot be changed; use a list")
-    else:
-        parent[key] = value
 
 
 def _dict_like(like: Any, value: dict[Any, Any]) -> Any:

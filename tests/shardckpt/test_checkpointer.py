@@ -361,6 +361,28 @@ def test_one_ranks_failure_is_everyones(tmp_path: Path) -> None:
     assert committed(open_storage(tmp_path)) == [2]
 
 
+@pytest.mark.parametrize("how", ["step", "save"])
+def test_waiting_for_what_retention_has_deleted(how: str, tmp_path: Path) -> None:
+    """A handle's `wait` returns on every rank once its save was durable, also when it is gone since."""
+
+    def run(ranks: ThreadRanks) -> None:
+        root = open_storage(tmp_path)
+        checkpointer = Checkpoints(root, ranks, every_steps=1, keep_last=1, commit_timeout=1)
+        handles = []
+        for step in (1, 2, 3):
+            tensor = {"t": torch.full((4,), step)}
+            handle = getattr(checkpointer, how)(step, tensor)
+            assert handle is not None
+            handle.join()
+            ranks.gather(b"")
+            handles.append(handle)
+        for handle in handles:
+            handle.wait()
+
+    run_threads(2, run)
+    assert committed(open_storage(tmp_path)) == [3]
+
+
 def test_parts_of_a_failed_save_do_not_count(tmp_path: Path) -> None:
     """The same step again after a failure: what a rank left of the first save is not taken for the second."""
     inner = open_storage(tmp_path)

@@ -765,6 +765,29 @@ def test_mismatches(held: Any, message: str, place: Storage) -> None:
     assert state["n"] == 0
 
 
+def test_values_in_tuples(place: Storage) -> None:
+    """A tuple cannot be changed: what it has must be what was saved, or nothing is loaded."""
+    shardckpt.save(place, {"a": (torch.ones(2), 5, "x"), "t": torch.ones(2)})
+    state = {"a": (torch.zeros(2), 5, "x"), "t": torch.zeros(2)}
+    shardckpt.load(place, state)
+    assert state["a"][0].all()
+    other = {"a": (torch.zeros(2), 6, "x"), "t": torch.zeros(2)}
+    with pytest.raises(StateError, match=r"'a/1'.* is 6 in a tuple.* 5 in the checkpoint"):
+        shardckpt.load(place, other)
+    assert not other["a"][0].any()
+    assert not other["t"].any()
+
+
+def test_expanded_tensors(place: Storage) -> None:
+    """They are stored as what they show; loading into one, whose elements share memory, is refused."""
+    shardckpt.save(place, {"a": torch.ones(1).expand(4), "t": torch.ones(2)})
+    assert shardckpt.open(place).read("a").tolist() == [1] * 4
+    state = {"t": torch.zeros(2), "a": torch.zeros(1).expand(4)}
+    with pytest.raises(StateError, match=r"'a'.*expanded.*clone"):
+        shardckpt.load(place, state)
+    assert not state["t"].any()
+
+
 def test_a_tensor_where_a_value_was(place: Storage) -> None:
     """A number in the checkpoint does not fill a tensor."""
     shardckpt.save(place, {"t": 5})
