@@ -1,8 +1,9 @@
 """Fetch and verify chunks. Free of torch.
 
-A local pack is read twice: once to verify, in pieces that stay in the processor's cache, and once,
-from the page cache, straight to where it belongs; so that nothing is applied before everything is
-verified, and no second copy of the state is held. Remote chunks are fetched once and held.
+What goes into memory that is not yet a part of the user's state is read in one pass (`fetch`). What goes
+into live tensors is verified first (`verify`) and applied later: a local chunk is read twice for that,
+once in pieces that stay in the processor's cache, and once, from the page cache, straight to where it
+belongs, so that no second copy of the state is held. Remote chunks are fetched once and held.
 """
 
 from __future__ import annotations
@@ -53,6 +54,48 @@ class Fetcher:
         for done in in_parallel(verify, work):
             if progress is not None:
                 progress(done)
+
+    def fetch(
+        self,
+        reads: Sequence[Read],
+        memory: Callable[[Read], memoryview | None],
+        take: Callable[[Read], object],
+    ) -> None:
+        """Read and verify chunks in one pass, and hand each one over.
+
+        A local chunk is read straight into `memory(read)`, if that is not None; content that fails
+        verification may be in there afterwards. For any other chunk `take(read)` is called, which may
+        use `chunk` and `read_into`; then it is released. Both are called from several threads. Raises as
+        `verify` does.
+        """
+        self._check_sizes(reads)
+
+        def fetch_local(group: Sequence[Read]) -> None:
+            (read,) = group
+            straight = memory(read)
+            content = np.empty(read.nbytes, dtype=np.uint8).data if straight is None else straight
+            path = self._place.pack(self._manifest.packs[read.pack])
+            stored = bytearray(CRC_BYTES)
+            self._place.root.read_into(path, read.offset, content)
+            self._place.root.read_into(path, read.offset + read.nbytes, memoryview(stored))
+            self._compare(read, crc32c.crc32c(content), bytes(stored))
+            if straight is None:
+                self._held[read.row] = np.frombuffer(content, dtype=np.uint8)
+                hand_over(group)
+
+        def fetch_remote(group: Sequence[Read]) -> None:
+            self._verify_remote(group)
+            hand_over(group)
+
+        def hand_over(group: Sequence[Read]) -> None:
+            for read in group:
+                take(read)
+                self.release(read)
+
+        if self._twice:
+            in_parallel(fetch_local, [[read] for read in reads])
+        else:
+            in_parallel(fetch_remote, _coalesced(reads))
 
     def read_into(self, read: Read, start: int, target: memoryview) -> None:
         """Fill `target` with the verified chunk's bytes from `start` on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class LocalTensor:
         pieces: the boxes that this rank holds, with their place in `data`.
         data: this rank's memory, detached: writing to it changes the state.
         first_holder: see Layout.
+        is_new: whether `data` is memory made for a load, of which the state knows nothing yet.
     """
 
     name: str
@@ -36,6 +38,7 @@ class LocalTensor:
     pieces: tuple[Piece, ...]
     data: torch.Tensor
     first_holder: bool = False
+    is_new: bool = False
 
     def layout(self, alias: str | None) -> Layout:
         """What the plan needs to know of it."""
@@ -99,13 +102,13 @@ def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False)
 
 
 def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | None) -> torch.Tensor:
-    """Zeros of this type and global shape to load into: laid out as `like` is if it has that shape.
+    """New memory of this type and global shape to load into: laid out as `like` is if it has that shape.
 
     Where it has not, or there is none, a plain tensor in the memory of the CPU.
     """
     if like is not None and tuple(like.shape) == shape and not like.is_meta:
-        return torch.zeros_like(like, dtype=torch_dtype(dtype), requires_grad=False)
-    return torch.zeros(shape, dtype=torch_dtype(dtype), device="cpu")
+        return torch.empty_like(like, dtype=torch_dtype(dtype), requires_grad=False)
+    return torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
 
 
 def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
@@ -118,7 +121,7 @@ def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank is not in the tensor's mesh
         return ()
-    runs: list[Runs] = [((0, n),) for n in tensor.shape]
+    splits: list[tuple[int, int, int, int]] = []
     for mesh_dim, split_factor in _splits(tensor):
         placement = tensor.placements[mesh_dim]
         parts, index = mesh.size(mesh_dim), coordinate[mesh_dim]
@@ -126,7 +129,7 @@ def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
             continue
         if isinstance(placement, Shard) or hasattr(placement, "split_factor"):
             dim = placement.dim  # type: ignore[attr-defined]  # the private _StridedShard
-            runs[dim] = split_strided(runs[dim], parts, index, split_factor)
+            splits.append((dim, parts, index, split_factor))
         else:
             remedy = (
                 "call redistribute() first" if isinstance(placement, Partial) else "replicate or shard it"
@@ -135,6 +138,15 @@ def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
                 f"state[{name!r}] is a DTensor with the placement {placement!r}, which is not a part of the "
                 f"tensor; {remedy}."
             )
+    return _pieces(tuple(tensor.shape), tuple(splits))
+
+
+@lru_cache(maxsize=1 << 16)
+def _pieces(shape: tuple[int, ...], splits: tuple[tuple[int, int, int, int], ...]) -> tuple[Piece, ...]:
+    """The boxes that are left of a shape after splits of (dimension, parts, own part, split factor)."""
+    runs: list[Runs] = [((0, n),) for n in shape]
+    for dim, parts, index, split_factor in splits:
+        runs[dim] = split_strided(runs[dim], parts, index, split_factor)
     return pieces_of_runs(runs)
 
 

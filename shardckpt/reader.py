@@ -21,31 +21,41 @@ __all__ = ["fill"]
 def fill(place: Place, manifest: Manifest, targets: Sequence[LocalTensor], ranks: Ranks) -> int:
     """Fill this rank's memory of `targets` from a checkpoint, whatever layout it was saved in.
 
-    Every rank calls it. Nothing is written to any target before all ranks have verified every chunk
-    that they need: CorruptError is raised on all ranks, and all targets are as they were. A storage that
+    Every rank calls it. Nothing is written to a tensor of the state before all ranks have verified every
+    chunk that they need: CorruptError is raised on all ranks, and the state is as it was. A storage that
     fails after that leaves the targets partly filled, and raises StorageError on all ranks. Returns the
     bytes that this rank read.
     """
-    views = [
-        (target.name, piece.box, target.data[piece.local_slices])
-        for target in targets
-        for piece in target.pieces
-        if piece.box.volume
-    ]
-    reads = plan_reads(manifest, [(name, box) for name, box, _ in views])
+    pieces = [(target, piece) for target in targets for piece in target.pieces if piece.box.volume]
+    views = [target.data[piece.local_slices] for target, piece in pieces]
+    reads = plan_reads(manifest, [(target.name, piece.box) for target, piece in pieces])
+    into_new = [all(pieces[copy.wanted][0].is_new for copy in read.copies) for read in reads]
+    live = [read for read, new in zip(reads, into_new, strict=True) if not new]
     fetcher = Fetcher(place, manifest)
+    apply = partial(_apply, fetcher, views)
     error: Exception | None = None
     try:
-        fetcher.verify(reads)
+        fetcher.verify(live)
+        new = [read for read, new in zip(reads, into_new, strict=True) if new]
+        fetcher.fetch(new, memory=partial(_whole_target, views), take=apply)
     except Exception as failure:
         error = failure
     agree(ranks, error)
     try:
-        in_parallel(partial(_apply, fetcher, [view for _, _, view in views]), reads)
+        in_parallel(apply, live)
     except Exception as failure:
         error = failure
     agree(ranks, error)
     return sum(read.nbytes for read in reads)
+
+
+def _whole_target(views: Sequence[torch.Tensor], read: Read) -> memoryview | None:
+    """The memory that a chunk fills just as it is stored, if there is such."""
+    if len(read.copies) != 1:
+        return None
+    (copy,) = read.copies
+    target = views[copy.wanted][copy.target]
+    return _memory(target) if tuple(target.shape) == read.chunk and _is_plain(target) else None
 
 
 def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: Read) -> None:

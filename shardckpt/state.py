@@ -81,7 +81,8 @@ def flatten(state: dict[str, Any], rank: int) -> FlatState:
     """
     check_state(state)
     walk = _Walk(rank, parameter_names(dict(iter_modules(state))))
-    values = encode(state, "", walk.leaf)
+    with torch.no_grad():  # local parts of DTensors are taken without a graph
+        values = encode(state, "", walk.leaf)
     return FlatState(walk.tensors, values, walk.per_rank)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -70,7 +71,11 @@ def segment(key: object) -> str:
     Slashes, control characters and what Zarr reserves are percent-encoded, so different keys of one
     dict have different segments.
     """
-    text = _plain(key) if isinstance(key, str) else str(key)
+    return _segment_of_text(_plain(key) if isinstance(key, str) else str(key))
+
+
+@lru_cache(maxsize=1 << 16)
+def _segment_of_text(text: str) -> str:
     encoded = quote(text, safe=" !$&'()*+,;=:@[]{}<>|^`\"#?~", encoding="utf-8", errors="surrogatepass")
     if not encoded.strip(".") or encoded.startswith("__"):
         encoded = "".join(f"%{byte:02X}" for byte in text[:1].encode() or b"\0") + encoded[1:]
