@@ -20,10 +20,11 @@ from shardckpt.errors import ShardckptError
 from shardckpt.version import __version__
 
 if TYPE_CHECKING:
-    from shardckpt.checkpointer import Checkpointer, Loaded, load, save, save_async
+    from shardckpt.checkpointer import Checkpointer
     from shardckpt.export import merge
+    from shardckpt.loading import Loaded, load
     from shardckpt.resharding import reshard
-    from shardckpt.saving import SaveHandle
+    from shardckpt.saving import SaveHandle, save, save_async
     from shardckpt.state import PerRank
     from shardckpt.transfer import copy
 
@@ -46,15 +47,15 @@ __all__ = [
 
 _LATER = {
     "Checkpointer": "checkpointer",
-    "Loaded": "checkpointer",
+    "Loaded": "loading",
     "PerRank": "state",
     "SaveHandle": "saving",
     "copy": "transfer",
-    "load": "checkpointer",
+    "load": "loading",
     "merge": "export",
     "reshard": "resharding",
-    "save": "checkpointer",
-    "save_async": "checkpointer",
+    "save": "saving",
+    "save_async": "saving",
 }
 
 

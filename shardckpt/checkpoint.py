@@ -15,7 +15,7 @@ from shardckpt.dtypes import numpy_dtype
 from shardckpt.errors import MissingKeysError
 from shardckpt.fetch import Fetcher, in_parallel
 from shardckpt.manifest import Manifest, Tensor
-from shardckpt.plan import ChunkIndex, Read, index_chunks, plan_reads
+from shardckpt.reads import ChunkIndex, Read, index_chunks, plan_reads
 from shardckpt.runs import Place, find_place, read_manifest
 from shardckpt.storage import Storage
 from shardckpt.values import decode

@@ -1,4 +1,4 @@
-"""Checkpointer: when to save, where to resume from, and what to keep. And the one-off save and load."""
+"""Checkpointer: when to save, where to resume from, and what to keep."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,126 +15,26 @@ from shardckpt.errors import (
     CorruptError,
     FormatError,
     NotACheckpointError,
-    ShardckptError,
     UnknownVersionError,
 )
-from shardckpt.manifest import MANIFEST, Manifest, decode_manifest
-from shardckpt.ranks import Ranks, agree, current_ranks
-from shardckpt.reader import fill
+from shardckpt.loading import Loaded, load_place
+from shardckpt.progress import ProgressFile
+from shardckpt.ranks import agree, current_ranks
 from shardckpt.retention import prune
 from shardckpt.runs import (
     BAD,
     Place,
     attempt_number,
     claim_attempt,
-    exact_place,
-    find_place,
     iter_good,
     step_path,
 )
-from shardckpt.saving import SaveHandle, SaveSession
+from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
 from shardckpt.storage import Storage, open_storage
-from shardckpt.targets import Targets, bind
 
-__all__ = ["Checkpointer", "Loaded", "load", "save", "save_async"]
+__all__ = ["Checkpointer"]
 
 _log = logging.getLogger("shardckpt")
-
-_COMMIT_TIMEOUT = 600.0
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a load did.
-
-    Attributes:
-        url: the checkpoint's URL.
-        step: optimizer steps done when it was saved.
-        attempt: number of the attempt that saved it; 0 outside a run.
-        world_size: number of ranks that saved it.
-        metrics: the metrics given when it was saved.
-        nbytes: bytes that this rank read.
-        seconds: how long it took.
-        missing: with strict=False, names of the state that the checkpoint lacks; they are unchanged.
-        unexpected: with strict=False, names of the checkpoint that the state's objects lack.
-        unused: top-level entries of the checkpoint that the state did not ask for.
-        kept: paths of PerRank values that this rank keeps, since the checkpoint's world was smaller.
-    """
-
-    url: str
-    step: int
-    attempt: int
-    world_size: int
-    metrics: dict[str, float]
-    nbytes: int
-    seconds: float
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-
-
-def save_async(
-    url: str | os.PathLike[str] | Storage,
-    state: dict[str, Any],
-    *,
-    step: int = 0,
-    metrics: Mapping[str, float] | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-) -> SaveHandle:
-    """Save `state` as one checkpoint at `url`, in the background. Collective.
-
-    When it returns, the state has been copied and may change; `handle.wait()` returns when the
-    checkpoint is durable. Raises StateError or CheckpointExistsError on all ranks, with nothing written.
-    """
-    session = SaveSession(current_ranks(), _COMMIT_TIMEOUT)
-    place = Place(open_storage(url, storage_options))
-    return session.start(place, state, step=step, attempt=0, metrics=metrics)
-
-
-def save(
-    url: str | os.PathLike[str] | Storage,
-    state: dict[str, Any],
-    *,
-    step: int = 0,
-    metrics: Mapping[str, float] | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-) -> None:
-    """Save `state` as one checkpoint at `url`; it is durable when this returns. Collective.
-
-    Raises what `save_async` raises, and SaveError if it did not become durable.
-    """
-    save_async(url, state, step=step, metrics=metrics, storage_options=storage_options).wait()
-
-
-def load(
-    url: str | os.PathLike[str] | Storage,
-    state: dict[str, Any],
-    *,
-    strict: bool = True,
-    storage_options: Mapping[str, Any] | None = None,
-) -> Loaded:
-    """Load a checkpoint into `state`, in place, on any world size and in any layout. Collective.
-
-    `url` is a checkpoint, or a run, of which the newest good checkpoint is taken. Only the top-level entries
-    that `state` has are loaded; below these the names must agree, unless `strict` is False. Tensors,
-    modules and optimizers are filled, plain values in dicts and lists replaced. Raises, with nothing
-    changed: NotACheckpointError, FormatError, CorruptError, StorageError, MissingKeysError,
-    ShapeMismatchError, StateError.
-    """
-    ranks = current_ranks()
-    started = time.monotonic()
-    error: Exception | None = None
-    path = ""
-    try:
-        if ranks.rank == 0:
-            path = find_place(url, storage_options).url
-    except Exception as failure:
-        error = failure
-    agree(ranks, error)
-    found = ranks.broadcast(path.encode()).decode()
-    place = find_place(url) if isinstance(url, Storage) else exact_place(found, storage_options)
-    return _load(place, state, ranks, strict=strict, started=started)
 
 
 class Checkpointer:
@@ -152,7 +51,7 @@ class Checkpointer:
         every_steps: int | None = None,
         keep_last: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
-        commit_timeout: float = _COMMIT_TIMEOUT,
+        commit_timeout: float = COMMIT_TIMEOUT,
     ) -> None:
         """Nothing is read or written yet.
 
@@ -186,7 +85,7 @@ class Checkpointer:
         self._is_prepared = False
         self._last: SaveHandle | None = None
         self._failed: list[SaveHandle] = []
-        self._progress = _ProgressFile.of_worker()
+        self._progress = ProgressFile.of_worker()
         self.url = self._root.url
 
     def __enter__(self) -> Self:
@@ -211,7 +110,7 @@ class Checkpointer:
         failure: CheckpointError | None = None
         for place in self._candidates():
             try:
-                loaded = _load(place, state, self._ranks, strict=strict, started=started)
+                loaded = load_place(place, state, self._ranks, strict=strict, started=started)
             except UnknownVersionError:
                 raise  # nothing is wrong with it, and going back silently would lose work
             except NotACheckpointError:
@@ -346,78 +245,6 @@ class Checkpointer:
             prune(self._root, self._keep, newest)
         except OSError as error:
             _log.warning("old checkpoints of %s could not be deleted: %s", self.url, error)
-
-
-@dataclass
-class _ProgressFile:
-    """Tells the launcher how far this rank is; see docs/worker-contract.md."""
-
-    path: str
-    _descriptor: int | None = field(default=None, repr=False)
-
-    @classmethod
-    def of_worker(cls) -> _ProgressFile | None:
-        path = os.environ.get("LAUNCH_PROGRESS_FILE")
-        return cls(path) if path else None
-
-    def write(self, step: int) -> None:
-        """Best effort: progress is information, and training does not stop for it."""
-        try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.pwrite(self._descriptor, f"{step:20d} {time.time():20.6f}\n".encode(), 0)
-        except OSError as error:
-            _log.debug("%s cannot be written: %s", self.path, error)
-
-
-def _load(place: Place, state: dict[str, Any], ranks: Ranks, *, strict: bool, started: float) -> Loaded:
-    """Manifest, plan, fetch, verify, assemble, apply; on every rank or on none."""
-    manifest = _shared_manifest(place, ranks)
-    error: Exception | None = None
-    targets = Targets()
-    try:
-        targets = bind(state, manifest, ranks.rank, strict=strict)
-    except Exception as failure:  # of the state's own objects, too
-        error = failure
-    agree(ranks, error)
-    nbytes = fill(place, manifest, targets.tensors, ranks)
-    try:
-        targets.apply()
-    except ShardckptError as failure:
-        error = failure
-    agree(ranks, error)
-    return Loaded(
-        url=place.url,
-        step=manifest.step,
-        attempt=manifest.attempt,
-        world_size=manifest.world_size,
-        metrics=manifest.metric_values,
-        nbytes=nbytes,
-        seconds=time.monotonic() - started,
-        missing=tuple(targets.missing),
-        unexpected=tuple(targets.unexpected),
-        unused=tuple(targets.unused),
-        kept=tuple(targets.kept),
-    )
-
-
-def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
-    """The manifest as rank 0 reads it, so that all ranks have the same and it is fetched once."""
-    error: Exception | None = None
-    data = b""
-    try:
-        if ranks.rank == 0:
-            data = place.storage.read(MANIFEST)
-            decode_manifest(data, place.url)
-    except FileNotFoundError as failure:
-        error = NotACheckpointError(
-            f"{place.url} has no {MANIFEST}: no checkpoint is there, or it was deleted just now"
-        )
-        error.__cause__ = failure
-    except Exception as failure:
-        error = failure
-    agree(ranks, error)
-    return decode_manifest(ranks.broadcast(data), place.url)
 
 
 def _mark_bad(place: Place, error: Exception) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from shardckpt.dtypes import numpy_dtype
 from shardckpt.errors import CorruptError
 from shardckpt.manifest import CRC_BYTES, Manifest
-from shardckpt.plan import Read
+from shardckpt.reads import Read
 from shardckpt.runs import Place
 from shardckpt.storage import LocalStorage
 

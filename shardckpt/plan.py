@@ -1,4 +1,4 @@
-"""Who writes what, and who reads what: pure functions from layouts to plans.
+"""Who writes what: a pure function from the layouts of all ranks to a plan.
 
 Every rank computes the same save plan from the same gathered layouts, so the plan itself never travels.
 No I/O, no clock, no torch.
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -20,18 +20,13 @@ import msgspec
 from shardckpt.box import Box, tiles
 from shardckpt.dtypes import itemsize
 from shardckpt.errors import RankMismatchError
-from shardckpt.manifest import CRC_BYTES, Array, Manifest, Tensor, chunk_bytes
+from shardckpt.manifest import CRC_BYTES, Array, Tensor, chunk_bytes
 
 __all__ = [
     "MAX_CHUNK",
-    "ChunkIndex",
     "ChunkWrite",
-    "Copy",
     "Layout",
-    "Read",
     "SavePlan",
-    "index_chunks",
-    "plan_reads",
     "plan_save",
 ]
 
@@ -152,89 +147,6 @@ def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:
         replicas=tuple((ranks, tuple(boxes)) for ranks, boxes in shared.items()),
         _writes=tuple(map(tuple, writes)),
     )
-
-
-class Copy(NamedTuple):
-    """A part of a chunk, and the part of a wanted box that it fills; slices in their own coordinates."""
-
-    wanted: int
-    source: tuple[slice, ...]
-    target: tuple[slice, ...]
-
-
-class Read(NamedTuple):
-    """One chunk to fetch and verify, and where its content goes."""
-
-    row: int
-    tensor: Tensor
-    cell: Box
-    chunk: tuple[int, ...]
-    pack: int
-    offset: int
-    crc32c: int
-    copies: tuple[Copy, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the chunk's elements, padding included; its checksum follows them."""
-        return math.prod(self.chunk) * itemsize(self.tensor.dtype)
-
-    def describe(self, manifest: Manifest) -> str:
-        """The chunk in words: tensor, box, pack and place."""
-        return (
-            f"the chunk of {self.tensor.name!r} at {list(self.cell.offsets)}, shape "
-            f"{list(self.cell.shape)} (pack {manifest.packs[self.pack].path}, byte {self.offset})"
-        )
-
-
-ChunkIndex = Mapping[str, tuple[Tensor, Sequence[int]]]
-"""Tensor name -> the tensor, and for each of its arrays the number of its first chunk."""
-
-
-def index_chunks(manifest: Manifest) -> ChunkIndex:
-    """Where each tensor's chunks are in the chunk table. For many small reads, make it once."""
-    first = manifest.first_chunks().tolist()
-    index: dict[str, tuple[Tensor, Sequence[int]]] = {}
-    arrays = 0
-    for tensor in manifest.tensors:
-        index[tensor.name] = (tensor, first[arrays : arrays + len(tensor.arrays)])
-        arrays += len(tensor.arrays)
-    return index
-
-
-def plan_reads(
-    manifest: Manifest, wanted: Sequence[tuple[str, Box]], index: ChunkIndex | None = None
-) -> list[Read]:
-    """The chunks that cover the wanted boxes, each once, in the order of packs and places.
-
-    Raises KeyError for a name that the checkpoint does not have; boxes must lie inside their tensors.
-    """
-    index = index_chunks(manifest) if index is None else index
-    copies: dict[int, list[Copy]] = defaultdict(list)
-    chunks: dict[int, tuple[Tensor, Box, tuple[int, ...]]] = {}
-    for number, (name, box) in enumerate(wanted):
-        tensor, starts = index[name]
-        for array, start in zip(tensor.arrays, starts, strict=True):
-            if (part := box.intersect(array.box)) is None:
-                continue
-            for cell_number, cell in _cells_over(array, part):
-                overlap = cell.intersect(box)
-                assert overlap is not None
-                row = start + cell_number
-                chunks[row] = (tensor, cell, array.chunk)
-                copies[row].append(
-                    Copy(
-                        number,
-                        overlap.relative_to(cell.offsets).slices,
-                        overlap.relative_to(box.offsets).slices,
-                    )
-                )
-    table = manifest.chunks
-    reads = [
-        Read(row, *chunks[row], table.pack[row], table.offset[row], table.crc32c[row], tuple(copies[row]))
-        for row in chunks
-    ]
-    return sorted(reads, key=lambda read: (read.pack, read.offset, read.row))
 
 
 @dataclass
@@ -408,22 +320,3 @@ def _pack(
     for number, source in same_as.items():
         offset[number] = offset[source]
     return offset, sizes, writes
-
-
-def _cells_over(array: Array, part: Box) -> Iterable[tuple[int, Box]]:
-    """The array's cells that intersect `part`, with their numbers in C order."""
-    axes = [
-        range((o - z) // c, (o - z + n - 1) // c + 1)
-        for o, n, z, c in zip(part.offsets, part.shape, array.offset, array.chunk, strict=True)
-    ]
-    grid = array.grid
-    for index in itertools.product(*axes):
-        number = 0
-        for i, n in zip(index, grid, strict=True):
-            number = number * n + i
-        offsets = tuple(z + i * c for z, i, c in zip(array.offset, index, array.chunk, strict=True))
-        shape = tuple(
-            min(c, z + n - o)
-            for o, c, z, n in zip(offsets, array.chunk, array.offset, array.shape, strict=True)
-        )
-        yield number, Box(offsets, shape)

@@ -11,8 +11,8 @@ import torch
 from shardckpt.fetch import Fetcher, in_parallel
 from shardckpt.local import LocalTensor, torch_dtype
 from shardckpt.manifest import Manifest
-from shardckpt.plan import Read, plan_reads
 from shardckpt.ranks import Ranks, agree
+from shardckpt.reads import Read, plan_reads
 from shardckpt.runs import Place
 
 __all__ = ["fill"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,16 +24,20 @@ from shardckpt.commit import Proposal, commit, wait_committed
 from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaveError, StateError
 from shardckpt.manifest import Manifest
 from shardckpt.plan import Layout, SavePlan, plan_save
-from shardckpt.ranks import Ranks, agree
+from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.replicas import check_replicas
 from shardckpt.runs import Place
 from shardckpt.staging import StagingBuffer
 from shardckpt.state import FlatState, flatten
+from shardckpt.storage import Storage, open_storage
 from shardckpt.writer import persist, report_failure
 
-__all__ = ["SaveHandle", "SaveSession"]
+__all__ = ["COMMIT_TIMEOUT", "SaveHandle", "SaveSession", "save", "save_async"]
 
 _log = logging.getLogger("shardckpt")
+
+COMMIT_TIMEOUT = 600.0
+"""Seconds without any progress of another rank after which a save has failed."""
 
 
 class SaveHandle:
@@ -260,6 +265,39 @@ def _check_free(place: Place) -> None:
             f"{place.url} has a checkpoint already, which is never overwritten. Save under "
             "another URL, or delete that folder first."
         )
+
+
+def save_async(
+    url: str | os.PathLike[str] | Storage,
+    state: dict[str, Any],
+    *,
+    step: int = 0,
+    metrics: Mapping[str, float] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> SaveHandle:
+    """Save `state` as one checkpoint at `url`, in the background. Collective.
+
+    When it returns, the state has been copied and may change; `handle.wait()` returns when the
+    checkpoint is durable. Raises StateError or CheckpointExistsError on all ranks, with nothing written.
+    """
+    session = SaveSession(current_ranks(), COMMIT_TIMEOUT)
+    place = Place(open_storage(url, storage_options))
+    return session.start(place, state, step=step, attempt=0, metrics=metrics)
+
+
+def save(
+    url: str | os.PathLike[str] | Storage,
+    state: dict[str, Any],
+    *,
+    step: int = 0,
+    metrics: Mapping[str, float] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Save `state` as one checkpoint at `url`; it is durable when this returns. Collective.
+
+    Raises what `save_async` raises, and SaveError if it did not become durable.
+    """
+    save_async(url, state, step=step, metrics=metrics, storage_options=storage_options).wait()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from shardckpt.box import Box
 from shardckpt.dtypes import itemsize, numpy_dtype
 from shardckpt.fetch import Fetcher, in_parallel
 from shardckpt.manifest import Manifest, Tensor
-from shardckpt.plan import Read, plan_reads
+from shardckpt.reads import Read, plan_reads
 from shardckpt.runs import Place
 
 __all__ = ["iter_boxes", "slabs", "tied_names"]

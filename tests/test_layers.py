@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "shardckpt": [
-        ["errors", "dtypes", "version"],
+        ["errors", "dtypes", "progress", "version"],
         ["box", "values", "storage", "ranks", "zarr_dtypes"],
         ["manifest", "objects"],
-        ["plan", "zarr_view"],
+        ["plan", "reads", "zarr_view"],
         ["runs", "local"],
         ["state", "fetch", "staging"],
         ["targets", "replicas", "writer", "reader", "commit", "retention"],
-        ["saving", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],
+        ["saving", "loading", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],
         ["checkpointer", "export", "resharding"],
         ["cli"],
         ["__init__", "__main__"],

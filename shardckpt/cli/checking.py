@@ -14,7 +14,7 @@ from shardckpt.cli.output import Progress, count, print_json, printable, size
 from shardckpt.errors import CorruptError
 from shardckpt.fetch import Fetcher
 from shardckpt.manifest import REFS, Manifest
-from shardckpt.plan import Read, plan_reads
+from shardckpt.reads import Read, plan_reads
 from shardckpt.runs import Place, find_place, read_manifest
 from shardckpt.zarr_view import encode_refs
 

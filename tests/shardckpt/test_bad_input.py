@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import shardckpt
-from shardckpt.checkpointer import _load
 from shardckpt.errors import (
     CorruptError,
     CredentialsError,
@@ -36,6 +35,7 @@ from shardckpt.errors import (
     UnknownVersionError,
     UnsupportedValueError,
 )
+from shardckpt.loading import load_place
 from shardckpt.runs import Place
 from shardckpt.saving import SaveSession
 from shardckpt.storage import Storage, open_storage
@@ -52,7 +52,7 @@ def start(root: Storage, ranks: ThreadRanks, state: State) -> None:
 
 def load(root: Storage, ranks: ThreadRanks, state: State) -> None:
     """`shardckpt.load` among ranks that are threads."""
-    _load(Place(root), state, ranks, strict=True, started=0.0)
+    load_place(Place(root), state, ranks, strict=True, started=0.0)
 
 
 def training() -> State:

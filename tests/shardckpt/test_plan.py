@@ -25,7 +25,8 @@ from shardckpt.manifest import (
     encode_record,
     pack_path,
 )
-from shardckpt.plan import MAX_CHUNK, Layout, SavePlan, plan_reads, plan_save
+from shardckpt.plan import MAX_CHUNK, Layout, SavePlan, plan_save
+from shardckpt.reads import plan_reads
 
 _settings = settings(deadline=None, max_examples=100)
 _MIB = 1 << 20

@@ -632,7 +632,7 @@ def test_per_rank_values(size: int, place: Storage) -> None:
         own["t"].fill_(-1)
         own.update(rank=-1, sampler=Sampler(-1), list=[])
         state["shared"].zero_()
-        loaded = _load(place, state, ranks)
+        loaded = load_place(place, state, ranks)
         kept = ranks.rank >= 3
         assert loaded.kept == (("rng", "own") if kept else ())
         assert torch.equal(state["shared"], torch.arange(10))
@@ -649,11 +649,11 @@ def test_per_rank_values(size: int, place: Storage) -> None:
     run_threads(size, load)
 
 
-def _load(place: Storage, state: dict[str, Any], ranks: Any, **options: Any) -> shardckpt.Loaded:
+def load_place(place: Storage, state: dict[str, Any], ranks: Any, **options: Any) -> shardckpt.Loaded:
     """`shardckpt.load`, among ranks that are threads."""
-    from shardckpt.checkpointer import _load
+    from shardckpt.loading import load_place
 
-    return _load(Place(place), state, ranks, strict=options.get("strict", True), started=0.0)
+    return load_place(Place(place), state, ranks, strict=options.get("strict", True), started=0.0)
 
 
 def test_one_generator_per_rank_goes_on(place: Storage) -> None:

@@ -1,0 +1,132 @@
+"""Load: manifest, plan, fetch, verify, assemble, apply; on every rank or on none."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardckpt.errors import NotACheckpointError, ShardckptError
+from shardckpt.manifest import MANIFEST, Manifest, decode_manifest
+from shardckpt.ranks import Ranks, agree, current_ranks
+from shardckpt.reader import fill
+from shardckpt.runs import Place, exact_place, find_place
+from shardckpt.storage import Storage
+from shardckpt.targets import Targets, bind
+
+__all__ = ["Loaded", "load", "load_place"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a load did.
+
+    Attributes:
+        url: the checkpoint's URL.
+        step: optimizer steps done when it was saved.
+        attempt: number of the attempt that saved it; 0 outside a run.
+        world_size: number of ranks that saved it.
+        metrics: the metrics given when it was saved.
+        nbytes: bytes that this rank read.
+        seconds: how long it took.
+        missing: with strict=False, names of the state that the checkpoint lacks; they are unchanged.
+        unexpected: with strict=False, names of the checkpoint that the state's objects lack.
+        unused: top-level entries of the checkpoint that the state did not ask for.
+        kept: paths of PerRank values that this rank keeps, since the checkpoint's world was smaller.
+    """
+
+    url: str
+    step: int
+    attempt: int
+    world_size: int
+    metrics: dict[str, float]
+    nbytes: int
+    seconds: float
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+def load(
+    url: str | os.PathLike[str] | Storage,
+    state: dict[str, Any],
+    *,
+    strict: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Load a checkpoint into `state`, in place, on any world size and in any layout. Collective.
+
+    `url` is a checkpoint, or a run, of which the newest good checkpoint is taken. Only the top-level entries
+    that `state` has are loaded; below these the names must agree, unless `strict` is False. Tensors,
+    modules and optimizers are filled, plain values in dicts and lists replaced. Raises, with nothing
+    changed: NotACheckpointError, FormatError, CorruptError, StorageError, MissingKeysError,
+    ShapeMismatchError, StateError.
+    """
+    ranks = current_ranks()
+    started = time.monotonic()
+    error: Exception | None = None
+    path = ""
+    try:
+        if ranks.rank == 0:
+            path = find_place(url, storage_options).url
+    except Exception as failure:
+        error = failure
+    agree(ranks, error)
+    found = ranks.broadcast(path.encode()).decode()
+    place = find_place(url) if isinstance(url, Storage) else exact_place(found, storage_options)
+    return load_place(place, state, ranks, strict=strict, started=started)
+
+
+def load_place(
+    place: Place, state: dict[str, Any], ranks: Ranks, *, strict: bool, started: float
+) -> Loaded:
+    """Load the checkpoint at `place`, as `load` does. Collective; `started` is when, by time.monotonic."""
+    manifest = _shared_manifest(place, ranks)
+    error: Exception | None = None
+    targets = Targets()
+    try:
+        targets = bind(state, manifest, ranks.rank, strict=strict)
+    except Exception as failure:  # of the state's own objects, too
+        error = failure
+    agree(ranks, error)
+    nbytes = fill(place, manifest, targets.tensors, ranks)
+    try:
+        targets.apply()
+    except ShardckptError as failure:
+        error = failure
+    agree(ranks, error)
+    return Loaded(
+        url=place.url,
+        step=manifest.step,
+        attempt=manifest.attempt,
+        world_size=manifest.world_size,
+        metrics=manifest.metric_values,
+        nbytes=nbytes,
+        seconds=time.monotonic() - started,
+        missing=tuple(targets.missing),
+        unexpected=tuple(targets.unexpected),
+        unused=tuple(targets.unused),
+        kept=tuple(targets.kept),
+    )
+
+
+def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
+    """The manifest as rank 0 reads it, so that all ranks have the same and it is fetched once."""
+    error: Exception | None = None
+    data = b""
+    try:
+        if ranks.rank == 0:
+            data = place.storage.read(MANIFEST)
+            decode_manifest(data, place.url)
+    except FileNotFoundError as failure:
+        error = NotACheckpointError(
+            f"{place.url} has no {MANIFEST}: no checkpoint is there, or it was deleted just now"
+        )
+        error.__cause__ = failure
+    except Exception as failure:
+        error = failure
+    agree(ranks, error)
+    return decode_manifest(ranks.broadcast(data), place.url)
