@@ -15,7 +15,7 @@ from shardckpt.dtypes import DTYPES
 from shardckpt.errors import UnsupportedValueError
 from shardckpt.plan import Layout
 
-__all__ = ["LocalTensor", "dtype_name", "empty_like_saved", "local_tensor", "torch_dtype"]
+__all__ = ["LocalTensor", "dtype_name", "empty_like_saved", "flat_bytes", "local_tensor", "torch_dtype"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,12 @@ def torch_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise UnsupportedValueError(f"torch {torch.__version__} has no element type {name!r}")
     return dtype
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, in the same memory."""
+    # view(-1) would keep the stride of a single element, which may be any
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False) -> LocalTensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from shardckpt.fetch import Fetcher, in_parallel
-from shardckpt.local import LocalTensor, torch_dtype
+from shardckpt.local import LocalTensor, flat_bytes, torch_dtype
 from shardckpt.manifest import Manifest
 from shardckpt.ranks import Ranks, agree
 from shardckpt.reads import Read, plan_reads
@@ -92,9 +92,10 @@ def _contiguous_start(read: Read, source: tuple[slice, ...]) -> int | None:
 
 
 def _is_plain(target: torch.Tensor) -> bool:
-    return target.device.type == "cpu" and target.is_contiguous() and not target.is_conj()
+    plain = target.device.type == "cpu" and target.is_contiguous()
+    return plain and not target.is_conj() and not target.is_neg()
 
 
 def _memory(target: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable."""
-    return target.view(-1).view(torch.uint8).numpy().data
+    return flat_bytes(target).numpy().data

@@ -10,11 +10,10 @@ from collections.abc import Mapping
 
 import crc32c
 import msgspec
-import torch
 
 from shardckpt.box import Box
 from shardckpt.errors import RankMismatchError
-from shardckpt.local import LocalTensor
+from shardckpt.local import LocalTensor, flat_bytes
 from shardckpt.plan import SavePlan
 from shardckpt.ranks import Ranks
 from shardckpt.staging import local_slices
@@ -71,7 +70,7 @@ def _digest(tensor: LocalTensor, box: Box, *, whole: bool) -> int:
         return 0
     if not data.is_contiguous() or data.device.type != "cpu":
         data = data.contiguous().cpu()
-    content = data.resolve_conj().resolve_neg().view(-1).view(torch.uint8).numpy()
+    content = flat_bytes(data.resolve_conj().resolve_neg()).numpy()
     if whole or content.nbytes <= _WHOLE:
         return int(crc32c.crc32c(content.data))
     middle = content.nbytes // 2

@@ -23,10 +23,12 @@ import shardckpt
 from shardckpt.box import Runs, pieces_of_runs, split_evenly
 from shardckpt.dtypes import DTYPES, numpy_dtype
 from shardckpt.local import LocalTensor, torch_dtype
+from shardckpt.runs import Place
+from shardckpt.saving import SaveSession
 from shardckpt.storage import open_storage
 from tests.parallel import Training
 from tests.shardckpt.test_zarr_view import plain, random_content, read
-from tests.worlds import load_local, run_processes, save_local
+from tests.worlds import ThreadRanks, load_local, run_processes, run_threads, save_local
 
 Content = np.ndarray[Any, Any]
 World = list[list[Runs]]
@@ -255,6 +257,24 @@ def test_replicas_write_together(tmp_path: Path) -> None:
     plan, _ = save_local(open_storage(tmp_path), world_of("ddp 3", state))
     assert set(plan.writer) == {0, 1, 2}
     assert shardckpt.open(tmp_path).read("t").tobytes() == state["t"][0].tobytes()
+
+
+def test_strides_that_mean_nothing(tmp_path: Path) -> None:
+    """A single element may have any stride, also as a replica: it is stored and loaded like any other."""
+
+    def make(value: float) -> torch.Tensor:
+        return torch.full((2, 3), value, dtype=torch.bfloat16).t()[:1, :1]
+
+    def run(ranks: ThreadRanks) -> None:
+        SaveSession(ranks, 60).start(Place(root), {"t": make(2)}, step=1, attempt=0).wait()
+
+    assert make(1).is_contiguous()
+    assert make(1).stride() == (1, 3)
+    root = open_storage(tmp_path)
+    run_threads(2, run)
+    held = {"t": make(0)}
+    shardckpt.load(tmp_path, held)
+    assert held["t"].item() == 2
 
 
 def test_conjugate_and_negative_views(tmp_path: Path) -> None:
