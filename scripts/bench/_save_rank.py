@@ -67,6 +67,7 @@ class Bench:
         self.world = world
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=240))
         self.state: State = build_state(world.gigabytes, world.layout)
+        self._timed = False
 
     def run(self) -> None:
         """All jobs. Ends the process's work at the first that fails, having reported it."""
@@ -89,9 +90,11 @@ class Bench:
             self.report(event="end", round=number, candidate=word, results=results)
 
     def _job(self, number: int, word: str) -> dict[str, float]:
+        self._timed = number > 0
         if word == "limits":
             return self._limits()
         if word == "profile":
+            self._timed = True
             return self._profile()
         kind = CANDIDATES[word]
         last = self.world.keep_round if self.world.only_load else number
@@ -232,7 +235,8 @@ class Bench:
         self.barrier()
 
     def _touch_free_memory(self) -> None:
-        touch_free_memory(2 * self.state.stored // self.world.ranks)
+        if self._timed:  # else it would be taken for the candidate's
+            touch_free_memory(2 * self.state.stored // self.world.ranks)
 
     def _remove(self, folder: Path) -> None:
         self.barrier()
