@@ -138,10 +138,8 @@ class Bench:
         self._remove(folder)
         everyone: list[dict[str, float]] = [{}] * self.world.ranks
         dist.all_gather_object(everyone, profile.results, group=self.control)
-        return {  # rank 0 has what the others have, and the commit
-            key: statistics.mean(results[key] for results in everyone if key in results)
-            for key in everyone[0]
-        }
+        keys = dict.fromkeys(key for results in everyone for key in results)  # rank 0 alone commits
+        return {key: statistics.mean(of[key] for of in everyone if key in of) for key in keys}
 
     def _saves(self, candidate: Candidate, *, memory: bool) -> dict[str, float]:
         self._memory("save", begin=True, wanted=memory)
