@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,16 +64,15 @@ class Training:
         if layout == "ddp":
             model = DistributedDataParallel(model)
         elif layout == "fsdp":
-            fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+            fully_shard(model, mesh=_mesh(size))
         elif layout == "hsdp":
-            mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
-            fully_shard(model, mesh=mesh)
+            fully_shard(model, mesh=_mesh(2, size // 2))
         elif layout == "tp":
-            _split_linears(model, init_device_mesh("cpu", (size,)))
+            _split_linears(model, _mesh(size))
         elif layout == "fsdp_tp":
-            mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("fsdp", "tp"))
-            _split_linears(model, mesh["tp"])
-            fully_shard(model, mesh=mesh["fsdp"])
+            mesh = _mesh(size // 2, 2)
+            _split_linears(model, mesh["inner"])
+            fully_shard(model, mesh=mesh["outer"])
         else:
             assert layout == "plain"
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -125,6 +125,12 @@ class Training:
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters under the plain model's names."""
         return {name.removeprefix("module."): p for name, p in self.model.named_parameters()}
+
+
+@cache
+def _mesh(*sizes: int) -> DeviceMesh:
+    """Made once, since every process group takes time to connect."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("outer", "inner")[: len(sizes)])
 
 
 def _split_linears(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -168,7 +168,8 @@ def load_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> None:
 
 context = multiprocessing.get_context("forkserver")
 """Starts processes quickly: they are forked from a server that has imported torch."""
-context.set_forkserver_preload(["tests.worlds", "tests.parallel"])
+# torch._dynamo is what parallel modules import when they are first used
+context.set_forkserver_preload(["tests.worlds", "tests.parallel", "torch._dynamo"])
 
 
 def run_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
