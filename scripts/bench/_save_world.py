@@ -23,6 +23,7 @@ Results = dict[Job, dict[str, float | str]]
 _RANK = Path(__file__).with_name("_save_rank.py")
 _MARK = "SHARDCKPT_BENCH_WORLD"
 _SILENCE = 240.0
+_FAREWELL = 10.0
 _LOG_LINES = 40
 _TICK = 0.01
 _RESCAN = 0.1
@@ -141,19 +142,18 @@ def _one_world(
             if event["event"] == "failed":
                 print("\n".join(log.read_text().splitlines()[-_LOG_LINES:]), file=sys.stderr)
             yield event
+        deadline = time.monotonic() + _FAREWELL
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(_TICK)
     finally:
         os.close(reader)
-        for process in processes:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
         for pid in sampler.pids():
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
+        for process in processes:
+            process.wait()
         store.unlink(missing_ok=True)
         log.unlink()
 
