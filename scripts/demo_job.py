@@ -25,8 +25,10 @@ LIMIT = 120.0  # seconds that any one thing may take
 def main() -> None:
     """The story, with a line for each thing that happened."""
     times: list[tuple[str, float]] = []
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # more ranks than a machine has GPUs, for a small model
     with tempfile.TemporaryDirectory(prefix="shardckpt-demo-") as folder:
-        run = Path(folder) / "run"
+        os.chdir(folder)
+        run = Path("run")
         victim, at_step = random.randrange(8), random.randrange(33, 39)
 
         say(f"launch --nproc 8 scripts/train.py      and kill -9 rank {victim} after step {at_step}")
