@@ -103,6 +103,8 @@ class Agent:
         if not self._zygote.is_ready:
             self._zygote.kill()  # nothing is forked yet
         elif round_.phase is Phase.STOPPING:
+            if round_.stop_signal is None:
+                self._console.mute_victims([exit_.rank for exit_ in round_.exits])
             self._zygote.signal(signal.SIGTERM)
             self._monitor.set_deadline(self.config.grace)
         else:

@@ -12,7 +12,7 @@ import re
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -76,6 +76,11 @@ class _Say:
     style: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Mute:
+    spared: Collection[int]
+
+
 class _Order(Enum):
     UNFOLLOW = auto()
     CLOSE = auto()
@@ -85,6 +90,7 @@ class _Order(Enum):
 class _Stream:
     """One followed file."""
 
+    rank: int
     tail: Tail
     sink: Sink
     prefix: bytes
@@ -100,7 +106,7 @@ class Console:
     def __init__(self, out: Sink, err: Sink) -> None:
         self._out = out
         self._err = err
-        self._orders: queue.SimpleQueue[_Follow | _Say | _Order] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_Follow | _Mute | _Say | _Order] = queue.SimpleQueue()
         # Counts the orders that are not carried out.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._streams: list[_Stream] = []
@@ -112,6 +118,13 @@ class Console:
     def follow(self, files: Sequence[RankFiles], shown: Shown) -> None:
         """Print what a new round writes to `files`."""
         self._put(_Follow(files, shown))
+
+    def mute_victims(self, failed: Collection[int]) -> None:
+        """Leave what ranks other than `failed` have to say on stderr to their log files from now on.
+
+        Once a rank is dead, the others report that they have lost their connection to it.
+        """
+        self._put(_Mute(failed))
 
     def unfollow(self) -> None:
         """Print the rest of the present round; its workers are dead."""
@@ -127,14 +140,16 @@ class Console:
         self._thread.join()
         os.close(self._wake)
 
-    def _put(self, order: _Follow | _Say | _Order) -> None:
+    def _put(self, order: _Follow | _Mute | _Say | _Order) -> None:
         self._orders.put(order)
         os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
-        order: _Follow | _Say | _Order | None = None
+        order: _Follow | _Mute | _Say | _Order | None = None
         while order is not _Order.CLOSE:
             order = self._wait_for_order()
+            if isinstance(order, _Mute):
+                self._mute(order)
             self._print_new()
             match order:
                 case _Follow():
@@ -144,7 +159,7 @@ class Console:
                 case _Order():
                     self._print_rest()
 
-    def _wait_for_order(self) -> _Follow | _Say | _Order | None:
+    def _wait_for_order(self) -> _Follow | _Mute | _Say | _Order | None:
         """Wait for an order, or until there is something to print (None)."""
         timeout = None
         if any(stream.tail.lines.drawn for stream in self._streams):
@@ -169,7 +184,7 @@ class Console:
                 if order.shown.shows(files.rank, stderr=sink is self._err):
                     colour = _RANK_COLOURS[files.rank % len(_RANK_COLOURS)]
                     prefix = sink.paint(f"[{files.rank:>{width}}]", colour).encode() + b" "
-                    self._streams.append(_Stream(Tail(path), sink, prefix))
+                    self._streams.append(_Stream(files.rank, Tail(path), sink, prefix))
         self._logs = str(order.files[0].out.parent)
         try:
             self._watch = DirectoryWatch(order.files[0].out.parent)
@@ -193,6 +208,13 @@ class Console:
             name = "stderr" if stream.sink is self._err else "stdout"
             text = f"{name} has no reader any more; the job goes on, and its output to {self._logs}"
             self._print_message(_Say([text], 33))
+
+    def _mute(self, order: _Mute) -> None:
+        kept = [s for s in self._streams if s.sink is self._out or s.rank in order.spared]
+        for stream in self._streams:
+            if stream not in kept:
+                stream.tail.close()
+        self._streams = kept
 
     def _print_rest(self) -> None:
         for stream in self._streams:
