@@ -13,10 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .command import Command, Kind
-    from .config import Config
-    from .errors import ExitCode, LaunchError
-    from .progress import report
+    from launcher.command import Command, Kind
+    from launcher.config import Config
+    from launcher.errors import ExitCode, LaunchError
+    from launcher.progress import report
 
 __all__ = ["Command", "Config", "ExitCode", "Kind", "LaunchError", "report", "run"]
 
@@ -36,10 +36,10 @@ def run(config: Config) -> int:
     Call it from the main thread: it handles signals. Children that this process has already are left
     alone, all that come while it runs are not. Raises `LaunchError` if the job cannot run at all.
     """
-    from .zygote import Zygote
+    from launcher.zygote import Zygote
 
     zygote = Zygote(config)  # imports torch while this process imports the rest
-    from .agent import Agent
+    from launcher.agent import Agent
 
     with Agent(config, zygote) as agent:
         return agent.run()

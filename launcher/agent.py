@@ -7,17 +7,17 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from .config import Config
-from .console import Console, Sink
-from .errors import UsageError
-from .events import ZygoteLost, ZygoteReady
-from .monitor import Monitor
-from .rendezvous import Meeting, meet
-from .restart import Decision, Finish, History, Phase, Restart, Round, decide
-from .run_dir import RankFiles, RunDir
-from .verdict import find_culprit, gather, judge
-from .worker import worker_orders
-from .zygote import Zygote
+from launcher.config import Config
+from launcher.console import Console, Sink
+from launcher.errors import UsageError
+from launcher.events import ZygoteLost, ZygoteReady
+from launcher.monitor import Monitor
+from launcher.rendezvous import Meeting, meet
+from launcher.restart import Decision, Finish, History, Phase, Restart, Round, decide
+from launcher.run_dir import RankFiles, RunDir
+from launcher.verdict import find_culprit, gather, judge
+from launcher.worker import worker_orders
+from launcher.zygote import Zygote
 
 __all__ = ["Agent"]
 

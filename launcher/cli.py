@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import run
-from .config import Config, config_from_settings, settings_from_environ, settings_from_file
-from .errors import ExitCode, LaunchError, UsageError
-from .options import OPTIONS, Option, Setting, find
+from launcher import run
+from launcher.config import Config, config_from_settings, settings_from_environ, settings_from_file
+from launcher.errors import ExitCode, LaunchError, UsageError
+from launcher.options import OPTIONS, Option, Setting, find
 
 __all__ = ["main", "parse"]
 

@@ -9,7 +9,7 @@ from enum import Enum
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from .errors import ExitCode, NotFoundError, UsageError
+from launcher.errors import ExitCode, NotFoundError, UsageError
 
 __all__ = ["Command", "Kind", "module_is_missing"]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .command import Command, Kind, module_is_missing
-from .devices import count_gpus
-from .errors import UsageError
-from .options import OPTIONS, Setting, find, read
+from launcher.command import Command, Kind, module_is_missing
+from launcher.devices import count_gpus
+from launcher.errors import UsageError
+from launcher.options import OPTIONS, Setting, find, read
 
 __all__ = ["Config", "Shown", "config_from_settings", "settings_from_environ", "settings_from_file"]
 

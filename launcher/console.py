@@ -16,9 +16,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from .config import Shown
-from .logs import DirectoryWatch, Tail
-from .run_dir import RankFiles
+from launcher.config import Shown
+from launcher.logs import DirectoryWatch, Tail
+from launcher.run_dir import RankFiles
 
 __all__ = ["Console", "Sink"]
 

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 
-from .events import Event, GraceExpired, StopRequested, ZygoteLost
-from .zygote import Zygote
+from launcher.events import Event, GraceExpired, StopRequested, ZygoteLost
+from launcher.zygote import Zygote
 
 __all__ = ["Monitor"]
 

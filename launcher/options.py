@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import parsers
-from .errors import UsageError
+from launcher import parsers
+from launcher.errors import UsageError
 
 __all__ = ["OPTIONS", "Option", "Setting", "find", "read"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from .devices import count_cpus, count_gpus
+from launcher.devices import count_cpus, count_gpus
 
 __all__ = [
     "endpoint",

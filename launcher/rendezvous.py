@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .errors import BusyError, UsageError
+from launcher.errors import BusyError, UsageError
 
 __all__ = ["Meeting", "meet"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from .errors import ExitCode, shell_code
-from .events import (
+from launcher.errors import ExitCode, shell_code
+from launcher.events import (
     Event,
     GraceExpired,
     RoundDrained,

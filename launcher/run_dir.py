@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BusyError, RunDirError
+from launcher.errors import BusyError, RunDirError
 
 __all__ = ["RankFiles", "RunDir"]
 

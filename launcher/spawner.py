@@ -20,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import foresight, processes
+from launcher import foresight, processes
 
 __all__ = ["serve"]
 

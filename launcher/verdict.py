@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .events import GraceExpired, SpawnFailed, WorkerExited, ZygoteLost
-from .progress import read_step
-from .restart import Decision, Finish, GiveUp, Restart, Round
-from .run_dir import RankFiles
+from launcher.events import GraceExpired, SpawnFailed, WorkerExited, ZygoteLost
+from launcher.progress import read_step
+from launcher.restart import Decision, Finish, GiveUp, Restart, Round
+from launcher.run_dir import RankFiles
 
 __all__ = ["Evidence", "Verdict", "describe_exit", "find_culprit", "gather", "judge"]
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .config import Config
+from launcher.config import Config
 
 if TYPE_CHECKING:  # the zygote needs this module first of all, and these not at all
-    from .rendezvous import Meeting
-    from .restart import History
-    from .run_dir import RankFiles
+    from launcher.rendezvous import Meeting
+    from launcher.restart import History
+    from launcher.run_dir import RankFiles
 
 __all__ = ["WorkerOrder", "shared_environment", "worker_orders"]
 

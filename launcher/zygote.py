@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from . import processes
-from .command import Kind
-from .config import Config
-from .errors import InternalError
-from .events import (
+from launcher import processes
+from launcher.command import Kind
+from launcher.config import Config
+from launcher.errors import InternalError
+from launcher.events import (
     Event,
     RoundDrained,
     SpawnFailed,
@@ -25,7 +25,7 @@ from .events import (
     ZygoteLost,
     ZygoteReady,
 )
-from .worker import WorkerOrder, shared_environment
+from launcher.worker import WorkerOrder, shared_environment
 
 __all__ = ["Zygote"]
 

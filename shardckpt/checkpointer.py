@@ -149,24 +149,37 @@ class Checkpointer:
                 self._is_prepared = True
             return None
         last = self._last
-        busy, failed = self._ranks.maximum([last.busy, last.failed]) if last else (0, 0)
-        if busy and last:
-            if self._ranks.rank == 0:
+        busy, failed = self._ranks.maximum(
+            [last is not None and last.busy, last is not None and last.failed]
+        )
+        if busy:
+            if self._ranks.rank == 0 and last is not None:
                 _log.warning(
                     "no checkpoint at step %d: the one of step %d is still being written", step, last.step
                 )
             return None
-        if last:
+        if last is not None:
             last.settle(failed=bool(failed))
         return self._start(step, state, metrics)
 
     def save(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> SaveHandle:
-        """Save now, whatever the step. Collective. Waits first for a save that is still under way."""
-        if self._last is not None:
-            self._last.join()
-            self._last.settle(failed=any(self._ranks.maximum([self._last.failed])))
+        """Save now, whatever the step. Collective. Waits first for a save that is still under way.
+
+        Where this step has just been saved, its handle is returned, so that a last save at the end of
+        training needs no condition.
+        """
+        last = self._last
+        if last is not None:
+            last.join()
+        failed, other = self._ranks.maximum(
+            [last is not None and last.failed, last is None or last.step != step]
+        )
+        if last is not None:
+            last.settle(failed=bool(failed))
+            if not failed and not other:
+                return last
         return self._start(step, state, metrics)
 
     def wait(self) -> None:
@@ -174,7 +187,7 @@ class Checkpointer:
 
         Raises SaveError, the first since the last `wait`, if something did not become durable.
         """
-        saves = [*self._failed, self._last]
+        last, saves = self._last, [*self._failed, self._last]
         self._failed, self._last = [], None
         for handle in saves:
             if handle is not None:
@@ -182,6 +195,7 @@ class Checkpointer:
         for handle in saves:
             if handle is not None:
                 handle.wait()
+        self._last = last
 
     def close(self) -> None:
         """`wait`, and be done. Call it when training ends; `with` does."""

@@ -282,6 +282,27 @@ def test_a_failure_stops_the_families_of_the_others(job: Job) -> None:
         wait_for_death(pid)
 
 
+def test_victims_speak_to_their_logs_only(job: Job) -> None:
+    """After a failure the terminal shows it and its verdict, not what the other ranks say about it."""
+    fifo = job.fifo()
+    source = """
+        import os, signal, sys
+        if os.environ["RANK"] == "1":
+            open(sys.argv[1]).read()
+            raise ValueError("the cause")
+        def end(*_):
+            sys.stderr.write("lost my peer\\n")
+            sys.exit(1)
+        signal.signal(signal.SIGTERM, end)
+        open(sys.argv[1], "w").close()
+        signal.pause()
+        """
+    done = job.run("--nproc=2", "--max-restarts=0", job.script(source), str(fifo))
+    assert "the cause" in done.err
+    assert "lost my peer" not in done.err
+    assert job.log(0, "err") == "lost my peer\n"
+
+
 def test_what_finished_workers_leave_behind_is_ended(job: Job) -> None:
     """Also if it holds on to the worker's stdout."""
     script = job.script("import subprocess; subprocess.Popen(['setsid', 'sleep', '1000']); print('done')")

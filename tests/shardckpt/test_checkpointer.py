@@ -162,12 +162,13 @@ def test_save_waits_for_the_one_under_way(slow: SlowStorage, tmp_path: Path) -> 
 
 
 def test_a_step_is_saved_once(tmp_path: Path) -> None:
-    """A checkpoint is never overwritten: the same step again in one attempt is an error, also for save(url)."""
-    checkpointer = saved(tmp_path, 1)
+    """A checkpoint is never overwritten: an earlier step again in one attempt is an error, as for save(url)."""
+    checkpointer = saved(tmp_path, 1, 2)
     with pytest.raises(CheckpointExistsError, match="has a checkpoint already"):
         checkpointer.save(1, state_at(5))
     checkpointer.close()
-    assert restored(tmp_path) == 1
+    assert restored(tmp_path) == 2
+    assert shardckpt.open(tmp_path / "attempt-0001/step-00000001").read("t")[0] == 1
     shardckpt.save(tmp_path / "one", state_at(1))
     with pytest.raises(CheckpointExistsError, match="has a checkpoint already"):
         shardckpt.save(tmp_path / "one", state_at(2))
@@ -597,3 +598,16 @@ def test_an_invalid_manifest_is_named(tmp_path: Path) -> None:
     manifest.write_bytes(b"[]")
     with pytest.raises(FormatError, match="step-00000002"):
         shardckpt.load(manifest.parent, state_at(0))
+
+
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path: Path) -> None:
+    """A last `save` needs no condition: it gives back the handle of what has just been saved."""
+    checkpointer = shardckpt.Checkpointer(tmp_path, every_steps=5)
+    handle = checkpointer.step(5, state_at(5))
+    assert handle is not None
+    assert checkpointer.save(5, state_at(5)) is handle
+    checkpointer.wait()
+    assert checkpointer.save(5, state_at(5)) is handle
+    assert checkpointer.save(6, state_at(6)) is not handle
+    checkpointer.close()
+    assert committed(open_storage(tmp_path)) == [6, 5]
