@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def _no_cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         # What is not given an endpoint finds a port that nobody listens on, not a cloud.
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_clients() -> None:
+    """No test gets a client that an earlier one made with other credentials or settings in its environment.
+
+    s3fs keeps its clients by their arguments alone.
+    """
+    if "s3fs" in sys.modules:
+        sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")
