@@ -47,24 +47,16 @@ def encode_refs(manifest: Manifest, url: str) -> bytes:
     level of a reference store; unless there are very many, or of types that need an extension of Zarr,
     with which a root that lists them could not be opened at all by those who lack it.
     """
+    global _last_body
     templates, packs = _pack_urls(manifest, url)
-    heads = [f"[{json.dumps(pack)}," for pack in packs]
-    nodes = dict(_nodes(manifest))
-    if len(nodes) <= _MAX_CONSOLIDATED and not any(t.dtype in EXTENDED for t in manifest.tensors):
-        nodes[""] = {**nodes[""], "consolidated_metadata": _consolidated(nodes)}
-    entries = [f"{json.dumps(_key(path))}:{json.dumps(_text(node))}" for path, node in nodes.items()]
-    table = manifest.chunks
-    for array in _arrays(manifest):
-        start = f'"{json.dumps(array.path)[1:-1]}/c'
-        rows = slice(array.first, array.first + array.rows)
-        entries += [
-            f'{start}{key}":{heads[pack]}{offset},{array.nbytes}]'
-            for key, pack, offset in zip(
-                _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
-            )
-        ]
-    head = f'{{"version":1,"templates":{json.dumps(templates)},"refs":{{\n'
-    return (head + ",\n".join(entries) + "\n}}\n").encode()
+    body = _last_body
+    if body is None or not body.belongs_to(manifest, packs):
+        body = _last_body = _encode_body(manifest, packs)
+    root = json.dumps(_text(_root(manifest)))
+    if body.consolidated is not None:
+        root = f'{root[:-2]},{body.consolidated}}}"'
+    head = f'{{"version":1,"templates":{json.dumps(templates)},"refs":{{\n"zarr.json":{root}'
+    return b"".join([head.encode(), body.entries, b"\n}}\n"])
 
 
 def open_group(
@@ -100,11 +92,58 @@ def open_group(
     return open_store(FsspecStore(references, read_only=True, path=_ROOT), mode="r")
 
 
+class _Body(NamedTuple):
+    """What refs.json says beside its templates and its root: all but a few hundred bytes of it.
+
+    It follows from the plan of a save, so that it is the same in every save of a training. `consolidated`
+    is the root's list of nodes, as a part of the string that holds the root; None if it has none.
+    """
+
+    tensors: tuple[Tensor, ...]
+    packs: list[str]
+    pack: list[int]
+    offset: list[int]
+    consolidated: str | None
+    entries: bytes
+
+    def belongs_to(self, manifest: Manifest, packs: list[str]) -> bool:
+        """Whether it is what the refs.json of this manifest needs."""
+        chunks = manifest.chunks
+        described = (manifest.tensors, packs, chunks.pack, chunks.offset)
+        return described == (self.tensors, self.packs, self.pack, self.offset)
+
+
+_last_body: _Body | None = None
+"""Encoding it takes most of a commit's time, and the next commit of this process needs the same."""
+
+
+def _encode_body(manifest: Manifest, packs: list[str]) -> _Body:
+    nodes = dict(_nodes(manifest.tensors))
+    consolidated = None
+    if len(nodes) <= _MAX_CONSOLIDATED and not any(t.dtype in EXTENDED for t in manifest.tensors):
+        consolidated = json.dumps(f'"consolidated_metadata":{_text(_consolidated(nodes))}')[1:-1]
+    entries = [f",\n{json.dumps(_key(path))}:{json.dumps(_text(node))}" for path, node in nodes.items()]
+    heads = [f"[{json.dumps(pack)}," for pack in packs]
+    table = manifest.chunks
+    for array in _arrays(manifest):
+        start = f',\n"{json.dumps(array.path)[1:-1]}/c'
+        rows = slice(array.first, array.first + array.rows)
+        entries += [
+            f'{start}{key}":{heads[pack]}{offset},{array.nbytes}]'
+            for key, pack, offset in zip(
+                _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
+            )
+        ]
+    text = "".join(entries).encode()
+    return _Body(manifest.tensors, packs, list(table.pack), list(table.offset), consolidated, text)
+
+
 def _references(manifest: Manifest, folder: str) -> dict[str, Any]:
     """What refs.json says, as fsspec holds it: key -> text, or [path, offset, length]."""
     packs = [posixpath.normpath(posixpath.join(folder, pack.path)) for pack in manifest.packs]
     table = manifest.chunks
-    references: dict[str, Any] = {f"{_ROOT}/{_key(path)}": _text(node) for path, node in _nodes(manifest)}
+    nodes = itertools.chain([("", _root(manifest))], _nodes(manifest.tensors))
+    references: dict[str, Any] = {f"{_ROOT}/{_key(path)}": _text(node) for path, node in nodes}
     for array in _arrays(manifest):
         rows = slice(array.first, array.first + array.rows)
         for key, pack, offset in zip(
@@ -147,8 +186,8 @@ def _chunk_keys(grid: Sequence[int]) -> Iterable[str]:
     return axes[0] if len(axes) == 1 else map("".join, itertools.product(*axes))
 
 
-def _nodes(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The path and the metadata of every node, groups before what is in them."""
+def _root(manifest: Manifest) -> dict[str, Any]:
+    """The metadata of the root group: what the checkpoint is."""
     about: dict[str, Any] = {
         "format": manifest.format,
         "id": manifest.id,
@@ -159,9 +198,13 @@ def _nodes(manifest: Manifest) -> Iterator[tuple[str, dict[str, Any]]]:
         "writer": manifest.writer,
         "metrics": manifest.metrics,
     }
-    yield "", _group(about)
+    return _group(about)
+
+
+def _nodes(tensors: Iterable[Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The path and the metadata of every node below the root, groups before what is in them."""
     groups = {""}
-    for tensor in manifest.tensors:
+    for tensor in tensors:
         folder = posixpath.dirname(tensor.name)
         missing = []
         while folder not in groups:
@@ -201,8 +244,8 @@ def _array(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[s
 
 
 def _consolidated(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All nodes but the root, by depth and then by name: Zarr 3.1 loses siblings that are apart."""
-    paths = sorted(filter(None, nodes), key=lambda path: (path.count("/"), path))
+    """The nodes by depth and then by name: Zarr 3.1 loses siblings that are apart."""
+    paths = sorted(nodes, key=lambda path: (path.count("/"), path))
     inner = {path: nodes[path] for path in paths}
     return {"kind": "inline", "must_understand": False, "metadata": inner}
 

@@ -17,6 +17,7 @@ from typing import Any
 import crc32c
 import fsspec
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 import zarr
@@ -338,6 +339,36 @@ def test_packs_of_older_steps(tmp_path: Path, up: str) -> None:
     assert_holds(plain(here), tensors)
     run.rename(tmp_path / "moved")
     assert_holds(open_group(str(tmp_path / "moved/attempt-0002/step-00000002")), tensors)
+
+
+@pytest.mark.parametrize("change", ["nothing", "offset", "pack", "packs", "tensors", "url"])
+def test_each_save_has_references_of_its_own(change: str) -> None:
+    """What an earlier call left to be used again does not show in a later one."""
+    tensors = of_every_kind(["float32"])
+    first, _ = write_pack(tensors, writers=2)
+    record = json.loads(encode_record(first)) | {"step": 8, "id": "1" * 32}
+    url = "/other" if change == "url" else "/run"
+    if change == "offset":
+        record["chunks"]["offset"][0] += 64
+    elif change == "pack":
+        record["chunks"]["pack"][0] = 1
+    elif change == "packs":
+        record["packs"][1]["path"] = f"../step-00000007/{pack_path(1)}"
+    elif change == "tensors":
+        record["tensors"][0]["name"] = "renamed"
+    second = msgspec.json.decode(json.dumps(record), type=Manifest)
+    alone = encode_refs(second, url)
+    before = encode_refs(first, "/run")
+    after = encode_refs(second, url)
+    assert after == alone
+    assert encode_refs(first, "/run") == before
+    ours, theirs = (json.loads(refs)["refs"] for refs in (before, after))
+    changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert json.loads(theirs["zarr.json"])["attributes"]["step"] == 8
+    assert (len(changed) > 1) is (change not in ("nothing", "url"))
+    assert (json.loads(before)["templates"] == json.loads(after)["templates"]) is (
+        change not in ("packs", "url")
+    )
 
 
 def test_odd_folders(tmp_path: Path) -> None:
