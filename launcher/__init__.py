@@ -34,14 +34,17 @@ def run(config: Config) -> int:
     """Run a job to its end, and return the exit code that `launch` would end with.
 
     Call it from the main thread: it handles signals. Children that this process has already are left
-    alone, all that come while it runs are not. Raises `LaunchError` if the job cannot run at all.
+    alone, all that come while it runs are not, but for a saver that still persists when it is not waited
+    for any longer. Raises `LaunchError` if the job cannot run at all.
     """
+    from launcher.processes import Subreaper
     from launcher.zygote import Zygote
 
-    zygote = Zygote(config)  # imports torch while this process imports the rest
+    reaper = Subreaper()
+    zygote = Zygote(config, reaper)  # imports torch while this process imports the rest
     from launcher.agent import Agent
 
-    with Agent(config, zygote) as agent:
+    with Agent(config, zygote, reaper) as agent:
         return agent.run()
 
 

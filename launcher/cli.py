@@ -27,7 +27,8 @@ torchrun's PET_* environment variables, which beat the file. Underscores do for 
 
 Exit codes: that of the first failed worker (128 + signal if it was killed), 128 + signal if launch
 was told to stop (130 for Ctrl-C), 2 bad usage, 69 run directory or port in use, 70 the launcher
-failed, 73 run directory not writable, 126 and 127 command not executable or not found.
+failed, 73 run directory not writable, 74 the workers finished but a checkpoint did not become
+durable, 126 and 127 command not executable or not found.
 """
 
 

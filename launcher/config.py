@@ -47,6 +47,7 @@ class Config:
     nproc: int = 1
     max_restarts: int = 3
     grace: float = 15.0
+    drain_timeout: float = 300.0
     run_dir: Path | None = None
     log_dir: Path | None = None
     ckpt: str | None = None
@@ -65,6 +66,8 @@ class Config:
             raise UsageError(f"max_restarts: expected 0 or more, found {self.max_restarts}")
         if self.grace < 0:
             raise UsageError(f"grace: expected 0 seconds or more, found {self.grace}")
+        if self.drain_timeout < 0:
+            raise UsageError(f"drain_timeout: expected 0 seconds or more, found {self.drain_timeout}")
         gpus = 0 if self.command.kind is Kind.PROGRAM else count_gpus()
         if 0 < gpus < self.nproc:
             raise UsageError(

@@ -25,6 +25,9 @@ __all__ = ["Console", "Sink"]
 _REDRAW_SECONDS = 1.0
 _POLL_SECONDS = 0.1  # only where inotify is not available
 _RANK_COLOURS = (36, 33, 35, 32, 34, 96, 93, 95, 92, 94)
+_STATUS_SECONDS = 5.0  # between lines that say how far something is
+_COLUMNS = 80  # of a terminal that does not tell
+_ERASE = b"\r\x1b[K"
 _CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]")
 
 
@@ -35,11 +38,25 @@ class Sink:
         self._fd = fd
         self.is_gone = False
         self.is_terminal = os.isatty(fd)
-        self.is_coloured = (
-            self.is_terminal and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-        )
+        self.can_redraw = self.is_terminal and os.environ.get("TERM") != "dumb"
+        self.is_coloured = self.can_redraw and not os.environ.get("NO_COLOR")
+        self._is_drawn = False
+
+    def draw(self, text: str) -> None:
+        """Write a line that whatever is written next takes the place of. For terminals only."""
+        self.write(text[: self._columns() - 1].encode(errors="replace"))
+        self._is_drawn = True
+
+    def _columns(self) -> int:
+        try:
+            return os.get_terminal_size(self._fd).columns or _COLUMNS
+        except OSError:
+            return _COLUMNS
 
     def write(self, data: bytes) -> None:
+        if self._is_drawn:
+            self._is_drawn = False
+            data = _ERASE + data
         while data and not self.is_gone:
             try:
                 data = data[os.write(self._fd, data) :]
@@ -77,6 +94,11 @@ class _Say:
 
 
 @dataclass(frozen=True, slots=True)
+class _Show:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Mute:
     spared: Collection[int]
 
@@ -84,6 +106,9 @@ class _Mute:
 class _Order(Enum):
     UNFOLLOW = auto()
     CLOSE = auto()
+
+
+_AnyOrder = _Follow | _Mute | _Say | _Show | _Order
 
 
 @dataclass(slots=True)
@@ -106,12 +131,13 @@ class Console:
     def __init__(self, out: Sink, err: Sink) -> None:
         self._out = out
         self._err = err
-        self._orders: queue.SimpleQueue[_Follow | _Mute | _Say | _Order] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[_AnyOrder] = queue.SimpleQueue()
         # Counts the orders that are not carried out.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._streams: list[_Stream] = []
         self._watch: DirectoryWatch | None = None
         self._logs = ""
+        self._shown_at = float("-inf")  # when a status was printed last
         self._thread = threading.Thread(target=self._run, name="console", daemon=True)
         self._thread.start()
 
@@ -134,18 +160,22 @@ class Console:
         """Print the launcher's own message on stderr, its first line in an ANSI `style`."""
         self._put(_Say(lines, style))
 
+    def show(self, text: str) -> None:
+        """Say how far something is: on a terminal in place of the last time, elsewhere now and then."""
+        self._put(_Show(text))
+
     def close(self) -> None:
         """Print everything to the end. Waits as long as the reader takes."""
         self._put(_Order.CLOSE)
         self._thread.join()
         os.close(self._wake)
 
-    def _put(self, order: _Follow | _Mute | _Say | _Order) -> None:
+    def _put(self, order: _AnyOrder) -> None:
         self._orders.put(order)
         os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
-        order: _Follow | _Mute | _Say | _Order | None = None
+        order: _AnyOrder | None = None
         while order is not _Order.CLOSE:
             order = self._wait_for_order()
             if isinstance(order, _Mute):
@@ -156,10 +186,13 @@ class Console:
                     self._open(order)
                 case _Say():
                     self._print_message(order)
+                case _Show():
+                    self._print_status(order.text)
                 case _Order():
                     self._print_rest()
+        self._err.write(b"")  # in the place of a status that nothing was said after
 
-    def _wait_for_order(self) -> _Follow | _Mute | _Say | _Order | None:
+    def _wait_for_order(self) -> _AnyOrder | None:
         """Wait for an order, or until there is something to print (None)."""
         timeout = None
         if any(stream.tail.lines.drawn for stream in self._streams):
@@ -229,3 +262,10 @@ class Console:
         first, *rest = message.lines
         lines = [self._err.paint(f"launch: {first}", message.style), *rest]
         self._err.write("".join(f"{line}\n" for line in lines).encode(errors="replace"))
+
+    def _print_status(self, text: str) -> None:
+        if self._err.can_redraw:
+            self._err.draw(f"launch: {text}")
+        elif time.monotonic() - self._shown_at >= _STATUS_SECONDS:
+            self._shown_at = time.monotonic()
+            self._print_message(_Say([text], 0))

@@ -36,6 +36,7 @@ class ExitCode(IntEnum):
     UNAVAILABLE = 69
     INTERNAL = 70
     CANNOT_WRITE = 73
+    NOT_PERSISTED = 74
     NOT_EXECUTABLE = 126
     NOT_FOUND = 127
 

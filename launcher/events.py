@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "DeadlinePassed",
     "Event",
-    "GraceExpired",
     "RoundDrained",
+    "SaveFailed",
+    "SavePersisted",
+    "SavePersisting",
+    "SaverEnded",
+    "SaverWanted",
     "SpawnFailed",
     "StopRequested",
     "WorkerExited",
@@ -69,6 +74,48 @@ class ZygoteLost:
 
 
 @dataclass(frozen=True, slots=True)
+class SaverWanted:
+    """A worker has connected to the saver's address, and no saver runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class SavePersisting:
+    """`done` of `total` bytes of a checkpoint are in a tier: "local" or "remote"."""
+
+    step: int
+    tier: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavePersisted:
+    """A checkpoint is committed in a tier, at `url`."""
+
+    step: int
+    tier: str
+    url: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SaveFailed:
+    """A checkpoint will never be committed in a tier."""
+
+    step: int
+    tier: str
+    url: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaverEnded:
+    """The saver is dead. `code` is as in `WorkerExited`; 0: all that it was given is durable."""
+
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """Someone wants the job to end: Ctrl-C, SIGTERM, a closed terminal."""
 
@@ -76,7 +123,7 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
-class GraceExpired:
+class DeadlinePassed:
     """The deadline set with `Monitor.set_deadline` has passed."""
 
 
@@ -87,6 +134,11 @@ Event = (
     | SpawnFailed
     | RoundDrained
     | ZygoteLost
+    | SaverWanted
+    | SavePersisting
+    | SavePersisted
+    | SaveFailed
+    | SaverEnded
     | StopRequested
-    | GraceExpired
+    | DeadlinePassed
 )

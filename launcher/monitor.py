@@ -9,30 +9,40 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Protocol
 
-from launcher.events import Event, GraceExpired, StopRequested, ZygoteLost
-from launcher.zygote import Zygote
+from launcher.events import DeadlinePassed, Event, StopRequested
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "Source"]
 
+_LONGEST_POLL = 86400.0  # seconds; the kernel counts milliseconds in 31 bits
 _STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _HARMLESS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
+class Source(Protocol):
+    """Something that events come from."""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """File descriptors that become readable when `receive` has something to tell; none: never again."""
+
+    def receive(self) -> list[Event]:
+        """What has happened since the last call; does not wait."""
+
+
 class Monitor:
-    """Waits for the zygote, for signals and for one deadline at a time, without polling.
+    """Waits for its sources, for signals and for one deadline at a time, without polling.
 
     Entered as a context: it handles the signals that stop a job, and ignores SIGUSR1 and SIGUSR2.
     Signals that were ignored before (SIGHUP under nohup) stay so.
     """
 
     def __init__(self) -> None:
-        self._poll = select.poll()
-        self._zygote: Zygote | None = None
+        self._sources: tuple[Source, ...] = ()
         self._deadline: float | None = None
         self._pending: deque[Event] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poll.register(self._wake_read, select.POLLIN)
         self._former: dict[int, object] = {}
 
     def __enter__(self) -> Monitor:
@@ -54,14 +64,12 @@ class Monitor:
         os.close(self._wake_read)
         os.close(self._wake_write)
 
-    def watch(self, zygote: Zygote) -> None:
-        """Tell of `zygote` from now on. `ZygoteLost` ends it."""
-        self._zygote = zygote
-        for fd in zygote.descriptors:
-            self._poll.register(fd, select.POLLIN)
+    def watch(self, *sources: Source) -> None:
+        """Tell of these from now on, and of no others."""
+        self._sources = sources
 
     def set_deadline(self, seconds: float | None) -> None:
-        """Yield `GraceExpired` in `seconds` from now, or not at all; replaces the one before."""
+        """Yield `DeadlinePassed` in `seconds` from now, or not at all; replaces the one before."""
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
     def events(self) -> Iterator[Event]:
@@ -74,18 +82,17 @@ class Monitor:
     def _wait(self) -> None:
         timeout = None
         if self._deadline is not None:
-            timeout = max(0.0, self._deadline - time.monotonic()) * 1000
-        ready = {fd for fd, _ in self._poll.poll(timeout)}
+            timeout = min(max(0.0, self._deadline - time.monotonic()), _LONGEST_POLL) * 1000
+        poll = select.poll()
+        for fd in (self._wake_read, *(fd for source in self._sources for fd in source.descriptors)):
+            poll.register(fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(timeout)}
         if self._wake_read in ready:
             signums = os.read(self._wake_read, 1 << 10)
             self._pending += [StopRequested(s) for s in signums if signal.Signals(s) in _STOP]
-        if self._zygote is not None and ready.intersection(self._zygote.descriptors):
-            events = self._zygote.receive()
-            self._pending += events
-            if any(isinstance(event, ZygoteLost) for event in events):
-                for fd in self._zygote.descriptors:
-                    self._poll.unregister(fd)
-                self._zygote = None
+        for source in self._sources:
+            if ready.intersection(source.descriptors):
+                self._pending += source.receive()
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
-            self._pending.append(GraceExpired())
+            self._pending.append(DeadlinePassed())

@@ -99,6 +99,13 @@ OPTIONS: tuple[Option, ...] = (
         torchrun=True,
     ),
     Option(
+        "drain-timeout",
+        parsers.seconds,
+        "time that saves get to become durable once the workers are gone (default 300); 0: no wait",
+        "SECONDS",
+        _JOB,
+    ),
+    Option(
         "run-dir",
         parsers.text,
         "logs, per-rank directories, verdicts (default runs/<script>); starting again in it resumes",

@@ -6,14 +6,14 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 __all__ = [
+    "Subreaper",
     "adopt_orphans",
     "children",
     "descendants",
     "die_with_parent",
-    "end_children",
     "kill_all",
     "outlive_parent",
 ]
@@ -81,19 +81,6 @@ def descendants(roots: Iterable[int]) -> list[int]:
     return found
 
 
-def end_children(spare: Collection[int], patience: float) -> None:
-    """Kill and reap all children of this process but `spare`, and everything below them.
-
-    Gives up after `patience` seconds, on processes that even SIGKILL does not end.
-    """
-    deadline = time.monotonic() + patience
-    while (doomed := children(os.getpid()).difference(spare)) and time.monotonic() < deadline:
-        kill_all([*doomed, *descendants(doomed)], signal.SIGKILL)
-        for pid in doomed:
-            os.waitpid(pid, os.WNOHANG)
-        time.sleep(0.001)
-
-
 def kill_all(pids: Iterable[int], signum: int) -> None:
     """Send `signum` to each of `pids` that still exists."""
     for pid in pids:
@@ -101,3 +88,34 @@ def kill_all(pids: Iterable[int], signum: int) -> None:
             os.kill(pid, signum)
         except (ProcessLookupError, PermissionError):
             pass
+
+
+class Subreaper:
+    """This process as the one that adopts what its children leave behind, and ends it.
+
+    Children that it has already when this is made are not its business, nor are those it is to spare.
+    """
+
+    def __init__(self) -> None:
+        adopt_orphans()
+        self._spared = children(os.getpid())
+
+    def spare(self, pid: int) -> None:
+        """Let the child `pid` live until it ends by itself."""
+        self._spared.add(pid)
+
+    def forget(self, pid: int) -> None:
+        """The child `pid` has been reaped: another process may get its number."""
+        self._spared.discard(pid)
+
+    def end_children(self, patience: float) -> None:
+        """Kill and reap all children of this process that are not spared, and everything below them.
+
+        Gives up after `patience` seconds, on processes that even SIGKILL does not end.
+        """
+        deadline = time.monotonic() + patience
+        while (doomed := children(os.getpid()) - self._spared) and time.monotonic() < deadline:
+            kill_all([*doomed, *descendants(doomed)], signal.SIGKILL)
+            for pid in doomed:
+                os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.001)

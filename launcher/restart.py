@@ -7,8 +7,8 @@ from enum import Enum, auto
 
 from launcher.errors import ExitCode, shell_code
 from launcher.events import (
+    DeadlinePassed,
     Event,
-    GraceExpired,
     RoundDrained,
     SpawnFailed,
     StopRequested,
@@ -37,7 +37,7 @@ class Round:
     started: float
     phase: Phase = Phase.RUNNING
     exits: tuple[WorkerExited, ...] = ()  # in order of death
-    trouble: SpawnFailed | ZygoteLost | GraceExpired | None = None  # not a worker's own failure
+    trouble: SpawnFailed | ZygoteLost | DeadlinePassed | None = None  # not a worker's own failure
     stop_signal: int | None = None  # someone wants the job to end
 
     def after(self, event: Event) -> Round:
@@ -54,7 +54,7 @@ class Round:
                 insists = self.stop_signal is not None
                 after = replace(self, stop_signal=event.signum)
                 return after._at_least(Phase.KILLING if insists else Phase.STOPPING)
-            case GraceExpired():
+            case DeadlinePassed():
                 if self.phase is Phase.STOPPING:
                     return self._at_least(Phase.KILLING)
                 return replace(self, trouble=event)._at_least(Phase.OVER)
@@ -119,7 +119,7 @@ def decide(round_: Round, culprit: int | None, history: History) -> Decision:
         return Finish(128 + round_.stop_signal)
     if round_.succeeded:
         return Finish(ExitCode.OK)
-    is_stuck = isinstance(round_.trouble, GraceExpired)
+    is_stuck = isinstance(round_.trouble, DeadlinePassed)
     if history.restarts < history.max_restarts and not is_stuck:
         return Restart(history.restarts + 1, history.max_restarts)
     code = ExitCode.INTERNAL if culprit is None or is_stuck else shell_code(culprit)

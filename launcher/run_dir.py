@@ -5,6 +5,7 @@ RUN_DIR/round                    number of the last round
 RUN_DIR/verdicts.jsonl           one verdict per failure
 RUN_DIR/ranks/rank-00000/        a rank's own directory, with its progress file
 RUN_DIR/logs/round-0001/         rank-00000.out, rank-00000.err, rank-00000.error.json
+RUN_DIR/logs/saver.log           what the saver of each start has to say
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ class RunDir:
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    @property
+    def saver_log(self) -> Path:
+        """Where the output of every saver goes."""
+        return self.logs / "saver.log"
 
     def begin_round(self, ranks: int) -> tuple[int, list[RankFiles]]:
         """Number of a new round, and its empty log files. No earlier round's files are touched."""

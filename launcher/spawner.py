@@ -99,7 +99,6 @@ def _count_threads() -> int:
 class _Zygote:
     def __init__(self, orders: dict[str, Any], handlers: dict[str, Any], *, forks_warm: bool) -> None:
         self._socket: int = orders["socket"]
-        self._agent: int = orders["agent"]
         self._command: list[str] = orders["command"]
         self._handlers = handlers
         self._forks_warm = forks_warm

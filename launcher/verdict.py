@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher.events import GraceExpired, SpawnFailed, WorkerExited, ZygoteLost
+from launcher.events import DeadlinePassed, SpawnFailed, WorkerExited, ZygoteLost
 from launcher.progress import read_step
 from launcher.restart import Decision, Finish, GiveUp, Restart, Round
 from launcher.run_dir import RankFiles
@@ -222,7 +222,7 @@ def _cause(round_: Round, culprit: WorkerExited | None, left: Evidence) -> str:
             return f"rank {rank} could not be started: {reason}"
         case ZygoteLost(code=code):
             return f"the zygote was lost, and all workers with it: {describe_exit(code)}"
-        case GraceExpired():
+        case DeadlinePassed():
             return "processes are left that do not die of SIGKILL (stuck in a driver or file system)"
     if culprit is None:
         return "no worker failed, but the round ended"

@@ -39,9 +39,14 @@ def shared_environment(config: Config, environ: Mapping[str, str] = os.environ) 
 
 
 def worker_orders(
-    config: Config, meeting: Meeting, number: int, history: History, files: list[RankFiles]
+    config: Config,
+    meeting: Meeting,
+    number: int,
+    history: History,
+    files: list[RankFiles],
+    saver: str,
 ) -> list[WorkerOrder]:
-    """The workers of round `number`, as docs/worker-contract.md promises."""
+    """The workers of round `number`, as docs/worker-contract.md promises. `saver` is its address."""
     world = str(config.nproc)
     shared = {
         "WORLD_SIZE": world,
@@ -59,6 +64,7 @@ def worker_orders(
         "LAUNCH_RUN_DIR": str(config.directory),
         "LAUNCH_ROUND": str(number),
         "LAUNCH_CKPT_URL": config.checkpoints,
+        "LAUNCH_SAVER": saver,
     }
     return [
         WorkerOrder(

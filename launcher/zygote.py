@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from launcher import processes
 from launcher.command import Kind
 from launcher.config import Config
 from launcher.errors import InternalError
@@ -25,6 +24,7 @@ from launcher.events import (
     ZygoteLost,
     ZygoteReady,
 )
+from launcher.processes import Subreaper
 from launcher.worker import WorkerOrder, shared_environment
 
 __all__ = ["Zygote"]
@@ -45,9 +45,8 @@ class Zygote:
     The constructor returns at once; the zygote imports torch meanwhile, and obeys after that.
     """
 
-    def __init__(self, config: Config) -> None:
-        processes.adopt_orphans()  # what a zygote leaves behind when it is killed
-        self._spare = processes.children(os.getpid())
+    def __init__(self, config: Config, reaper: Subreaper) -> None:
+        self._reaper = reaper  # of what a zygote leaves behind when it is killed
         ours, theirs = socket.socketpair()
         command = config.command
         orders = {
@@ -72,12 +71,13 @@ class Zygote:
         self._socket = ours
         self._pidfd = os.pidfd_open(self._process.pid)
         self._unread = b""
+        self._is_lost = False
         self.is_ready = False  # with its imports; until then it does not obey
 
     @property
-    def descriptors(self) -> tuple[int, int]:
+    def descriptors(self) -> tuple[int, ...]:
         """File descriptors that become readable when `receive` has something to tell."""
-        return self._socket.fileno(), self._pidfd
+        return () if self._is_lost else (self._socket.fileno(), self._pidfd)
 
     @property
     def pid(self) -> int:
@@ -106,7 +106,8 @@ class Zygote:
         events = [_decode(line) for line in lines]
         self.is_ready = self.is_ready or any(isinstance(event, ZygoteReady) for event in events)
         if not received and self._process.poll() is not None:
-            processes.end_children(self._spare, _KILL_PATIENCE)
+            self._is_lost = True
+            self._reaper.end_children(_KILL_PATIENCE)
             events.append(ZygoteLost(self._process.returncode, time.monotonic()))
         return events
 
@@ -124,7 +125,7 @@ class Zygote:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        processes.end_children(self._spare, _KILL_PATIENCE)
+        self._reaper.end_children(_KILL_PATIENCE)
         os.close(self._pidfd)
 
     def _send(self, **order: object) -> None:

@@ -25,9 +25,9 @@ LAYERS = {
     ],
     "launcher": [
         ["errors", "events", "processes", "progress", "devices", "logs", "foresight"],
-        ["parsers", "command", "restart", "rendezvous", "run_dir", "spawner"],
+        ["parsers", "command", "restart", "rendezvous", "run_dir", "spawner", "saver"],
         ["options", "verdict"],
-        ["config"],
+        ["config", "backlog"],
         ["worker", "console"],
         ["zygote"],
         ["monitor"],

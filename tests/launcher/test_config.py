@@ -31,6 +31,7 @@ def test_defaults(folder: Path) -> None:
     config = parse(["train.py", "--lr", "1"])
     assert config.command == Command(Kind.SCRIPT, "train.py", ("--lr", "1"))
     assert (config.nproc, config.max_restarts, config.grace) == (1, 3, 15.0)
+    assert config.drain_timeout == 300.0
     assert config.directory == folder / "runs/train"
     assert config.logs == folder / "runs/train/logs"
     assert config.checkpoints == str(folder / "runs/train/checkpoints")
@@ -48,6 +49,7 @@ def test_defaults(folder: Path) -> None:
         (["--max_restarts=0"], "max_restarts", 0),
         (["--shutdown-timeout", "7"], "grace", 7.0),
         (["--grace", "0.5"], "grace", 0.5),
+        (["--drain_timeout=0"], "drain_timeout", 0.0),
         (["--rdzv_id=abc"], "run_id", "abc"),
         (["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:1234"], "master_port", 1234),
         (["--rdzv-endpoint", "[::1]:1234"], "master_addr", "::1"),
@@ -260,7 +262,7 @@ def test_names_and_helps_are_complete() -> None:
 
 def test_a_config_validates_itself() -> None:
     command = Command(Kind.SCRIPT, "train.py")
-    for wrong in ({"nproc": 0}, {"max_restarts": -1}, {"grace": -1.0}):
+    for wrong in ({"nproc": 0}, {"max_restarts": -1}, {"grace": -1.0}, {"drain_timeout": -1.0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Config(command=command, **wrong)
 

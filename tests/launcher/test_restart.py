@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from launcher.errors import ExitCode
 from launcher.events import (
+    DeadlinePassed,
     Event,
-    GraceExpired,
     RoundDrained,
     SpawnFailed,
     StopRequested,
@@ -69,7 +69,7 @@ def test_insisting_kills() -> None:
     round_ = play(StopRequested(signal.SIGINT))
     assert round_.phase is Phase.STOPPING
     assert round_.after(StopRequested(signal.SIGINT)).phase is Phase.KILLING
-    assert round_.after(GraceExpired()).phase is Phase.KILLING
+    assert round_.after(DeadlinePassed()).phase is Phase.KILLING
 
 
 def test_the_first_stop_during_a_restart_leaves_the_grace() -> None:
@@ -78,7 +78,7 @@ def test_the_first_stop_during_a_restart_leaves_the_grace() -> None:
 
 
 def test_what_survives_sigkill_ends_the_job() -> None:
-    round_ = play(exited(0, 1), GraceExpired(), GraceExpired())
+    round_ = play(exited(0, 1), DeadlinePassed(), DeadlinePassed())
     assert round_.phase is Phase.OVER
     assert decide(round_, 1, History(3)) == GiveUp(ExitCode.INTERNAL, 0)
 
@@ -99,7 +99,7 @@ EVENTS = st.one_of(
     st.just(RoundDrained()),
     st.builds(ZygoteLost, st.just(-9), st.just(1.0)),
     st.builds(StopRequested, st.sampled_from([2, 15])),
-    st.just(GraceExpired()),
+    st.just(DeadlinePassed()),
 )
 
 

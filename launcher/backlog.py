@@ -1,0 +1,131 @@
+"""What the saver has not made durable yet, and how waiting for it ends. Pure: no clock, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from signal import Signals
+
+from launcher.errors import ExitCode
+from launcher.events import (
+    DeadlinePassed,
+    Event,
+    SaveFailed,
+    SavePersisted,
+    SavePersisting,
+    SaverEnded,
+    StopRequested,
+)
+from launcher.verdict import describe_exit
+
+__all__ = ["Backlog", "Drain"]
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """The saves that one saver process works on, as its events so far tell it."""
+
+    pending: Mapping[tuple[int, str], SavePersisting] = field(default_factory=dict)
+    """By step and tier."""
+
+    def after(self, event: Event) -> Backlog:
+        """The backlog after `event`."""
+        match event:
+            case SavePersisting(step=step, tier=tier):
+                return Backlog({**self.pending, (step, tier): event})
+            case SavePersisted(step=step, tier=tier) | SaveFailed(step=step, tier=tier):
+                others = {key: value for key, value in self.pending.items() if key != (step, tier)}
+                return Backlog(others)
+            case _:
+                return self
+
+    def __str__(self) -> str:
+        """`step 120: 1.2 of 2.0 GB (remote)`, and so on; empty if nothing is known to be pending."""
+        return ", ".join(
+            f"step {save.step}: {_amount(save.done, save.total)} ({save.tier})"
+            for save in self.pending.values()
+        )
+
+    def obituary(self, ended: SaverEnded, log: str) -> str:
+        """What it means that the saver has ended unasked, in one line."""
+        lost = f", and of {self} what is missing" if self.pending else ""
+        return (
+            f"the saver was lost: {describe_exit(ended.code)}; the snapshots in memory are gone{lost}, "
+            f"but no committed checkpoint; log: {log}"
+        )
+
+
+def _amount(done: int, total: int) -> str:
+    """`1.2 of 2.0 GB`"""
+    power = 0
+    while total >= 1000 ** (power + 1) and power < len(_UNITS) - 1:
+        power += 1
+    digits = 1 if power else 0
+    scale = 1000**power
+    return f"{done / scale:.{digits}f} of {total / scale:.{digits}f} {_UNITS[power]}"
+
+
+@dataclass(frozen=True)
+class Drain:
+    """The wait for the saver after the last worker's end, as the events so far tell it."""
+
+    backlog: Backlog
+    timeout: float  # seconds; 0: nobody wants to wait
+    persisted: tuple[SavePersisted, ...] = ()
+    ending: SaverEnded | DeadlinePassed | StopRequested | None = None
+
+    def after(self, event: Event) -> Drain:
+        """The wait after `event`."""
+        match event:
+            case SavePersisted():
+                persisted = (*self.persisted, event)
+                return replace(self, backlog=self.backlog.after(event), persisted=persisted)
+            case SaverEnded() | DeadlinePassed() | StopRequested():
+                return replace(self, ending=event)
+            case _:
+                return replace(self, backlog=self.backlog.after(event))
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the wait ended as it should: all is durable, or nobody wanted to know."""
+        match self.ending:
+            case SaverEnded(code=code):
+                return code == 0
+            case DeadlinePassed():
+                return self.timeout == 0
+            case _:
+                return False
+
+    def exit_code(self, of_job: int) -> int:
+        """What `launch` ends with, after a job that ended with `of_job`."""
+        if of_job != ExitCode.OK or self.succeeded:
+            return of_job
+        if isinstance(self.ending, StopRequested):
+            return 128 + self.ending.signum
+        return ExitCode.NOT_PERSISTED
+
+    def render(self, pid: int | None, log: str) -> str:
+        """How it ended, in one line; empty if there is nothing to tell. `pid` is that of a saver that goes on."""
+        left = f"; not persisted yet: {self.backlog}" if self.backlog.pending else ""
+        left += f"; it goes on in the background (pid {pid}) until that is done"
+        match self.ending:
+            case SaverEnded(code=0):
+                saves = [
+                    f"step {save.step} to {save.url} in {save.seconds:.1f} s" for save in self.persisted
+                ]
+                return f"persisted {', '.join(saves)}" if saves else ""
+            case SaverEnded() if self.ending.code > 0:
+                how = describe_exit(self.ending.code)
+                return f"not every checkpoint became durable: the saver ended with {how}; log: {log}"
+            case SaverEnded():
+                return self.backlog.obituary(self.ending, log)
+            case DeadlinePassed() if self.timeout == 0:
+                return f"not waiting for the saver, as --drain-timeout 0 says{left}"
+            case DeadlinePassed():
+                return f"the saver is not done after {self.timeout:g} s (--drain-timeout){left}"
+            case StopRequested(signum=signum):
+                return f"{Signals(signum).name}: not waiting for the saver any longer{left}"
+            case None:
+                return ""

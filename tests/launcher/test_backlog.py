@@ -1,0 +1,92 @@
+"""What is said and returned after recorded and invented ends of a saver, without a process or a clock."""
+
+from __future__ import annotations
+
+import pytest
+
+from launcher.backlog import Backlog, Drain
+from launcher.errors import ExitCode
+from launcher.events import (
+    DeadlinePassed,
+    Event,
+    SaveFailed,
+    SavePersisted,
+    SavePersisting,
+    SaverEnded,
+    StopRequested,
+    WorkerExited,
+)
+
+
+def backlog(*events: Event) -> Backlog:
+    result = Backlog()
+    for event in events:
+        result = result.after(event)
+    return result
+
+
+def drain(*events: Event, timeout: float = 300.0) -> Drain:
+    result = Drain(Backlog(), timeout)
+    for event in events:
+        assert result.ending is None
+        result = result.after(event)
+    return result
+
+
+def test_a_save_is_pending_in_each_tier_until_it_is_persisted_or_fails_there() -> None:
+    both = backlog(
+        SavePersisting(7, "local", 0, 999),
+        SavePersisting(7, "remote", 0, 999),
+        SavePersisting(7, "local", 999, 999),
+        WorkerExited(0, 1, 0, 0.0),
+    )
+    assert str(both) == "step 7: 999 of 999 B (local), step 7: 0 of 999 B (remote)"
+    assert str(both.after(SavePersisted(7, "local", "/x", 1.0))) == "step 7: 0 of 999 B (remote)"
+    assert str(both.after(SaveFailed(7, "remote", "s3://x", "e"))) == "step 7: 999 of 999 B (local)"
+    assert not backlog(SavePersisted(7, "local", "/x", 1.0)).pending
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "text"),
+    [
+        (0, 0, "0 of 0 B"),
+        (1, 1000, "0.0 of 1.0 kB"),
+        (999_999, 999_999, "1000.0 of 1000.0 kB"),
+        (1_234_567_890, 2_000_000_000, "1.2 of 2.0 GB"),
+        (5 * 10**15, 5 * 10**15, "5000.0 of 5000.0 TB"),
+    ],
+)
+def test_amounts(done: int, total: int, text: str) -> None:
+    assert str(backlog(SavePersisting(1, "local", done, total))) == f"step 1: {text} (local)"
+
+
+@pytest.mark.parametrize(
+    ("ending", "timeout", "code"),
+    [
+        (SaverEnded(0), 300.0, ExitCode.OK),
+        (SaverEnded(1), 300.0, ExitCode.NOT_PERSISTED),
+        (SaverEnded(-9), 300.0, ExitCode.NOT_PERSISTED),
+        (SaverEnded(1), 0.0, ExitCode.NOT_PERSISTED),
+        (DeadlinePassed(), 300.0, ExitCode.NOT_PERSISTED),
+        (DeadlinePassed(), 0.0, ExitCode.OK),  # nobody wanted to know
+        (StopRequested(2), 300.0, 130),
+    ],
+)
+def test_exit_codes(ending: Event, timeout: float, code: int) -> None:
+    """That of the job, unless it is 0 and something is not durable."""
+    ended = drain(ending, timeout=timeout)
+    assert ended.exit_code(of_job=0) == code
+    assert ended.exit_code(of_job=5) == 5
+    assert ended.succeeded == (code == 0)
+
+
+def test_what_is_told() -> None:
+    assert drain(SaverEnded(0)).render(None, "saver.log") == ""
+    saves = [SavePersisted(7, "local", "/x", 1.0), SavePersisted(7, "remote", "s3://x", 2.5)]
+    told = drain(*saves, SaverEnded(0)).render(None, "saver.log")
+    assert told == "persisted step 7 to /x in 1.0 s, step 7 to s3://x in 2.5 s"
+    told = drain(DeadlinePassed(), timeout=2.5).render(12, "saver.log")
+    assert told == (
+        "the saver is not done after 2.5 s (--drain-timeout); "
+        "it goes on in the background (pid 12) until that is done"
+    )

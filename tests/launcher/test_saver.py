@@ -1,0 +1,240 @@
+"""The agent and its saver: one that is started when it is needed, outlives workers, and is waited for."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.launcher.conftest import Job, wait_for_death
+
+PERSISTING = {"event": "persisting", "step": 7, "tier": "remote", "done": 1_200_000, "total": 2_000_000}
+PERSISTED = {"event": "persisted", "step": 7, "tier": "remote", "url": "s3://bucket/run", "seconds": 0.25}
+FAILED = {"event": "failed", "step": 7, "tier": "remote", "url": "s3://bucket/run", "error": "no space"}
+
+# A worker that gives the saver its first argument as an order, tells the saver's pid, and waits.
+WAIT = """
+    import json, os, shardckpt, signal, sys
+    pid = shardckpt.tell(**json.loads(sys.argv[1]))
+    open(sys.argv[2], "w").write(f"{pid} {os.getpid()} {os.getppid()}")
+    signal.pause()
+    """
+
+# ... and finishes.
+FINISH = "import json, shardckpt, sys; print(shardckpt.tell(**json.loads(sys.argv[1])))"
+
+
+def saver_log(job: Job) -> Path:
+    return job.path / "runs/train/logs/saver.log"
+
+
+def start_waiting(job: Job, *options: str, **order: object) -> tuple[subprocess.Popen[str], list[int]]:
+    """A job with a worker that waits, and the pids of its saver, its worker and its zygote."""
+    fifo = job.fifo("pids")
+    process = job.start(*options, job.script(WAIT), json.dumps(order), str(fifo))
+    return process, [int(pid) for pid in fifo.read_text().split()]
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    line = "-"
+    while line and text not in line:
+        line = process.stderr.readline()
+    assert text in line
+
+
+def test_a_job_that_does_not_ask_for_a_saver_has_none(job: Job) -> None:
+    script = job.script(
+        "import os; print(os.environ['LAUNCH_SAVER']); 1 // int(os.environ['TORCHELASTIC_RESTART_COUNT'])"
+    )
+    assert job.run("--nproc=2", script).code == 0
+    names = {job.log(rank, number=number) for rank in range(2) for number in (1, 2)}
+    assert re.fullmatch(r"launch-saver-[0-9a-f]{16}\n", names.pop())
+    assert not names  # one for the whole job
+    assert not saver_log(job).exists()
+
+
+def test_what_a_saver_is_given(job: Job) -> None:
+    """Two sockets, a log, a session of its own, and no signal that could end it before it ignores them."""
+    done = job.run(job.script(FINISH), "{}")
+    assert (done.code, done.err.count("launch:")) == (0, 1)
+    about = json.loads(saver_log(job).read_text())
+    assert about["descriptors"] == sorted(about["given"])
+    assert about["leads its session"]
+    assert about["stdin"] == "/dev/null"
+    assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} <= set(about["blocked"])
+
+
+def test_the_end_of_a_job_waits_for_what_is_not_durable(job: Job) -> None:
+    order = {"now": [PERSISTING], "then": [PERSISTING, PERSISTED]}
+    done = job.run(job.script(FINISH), json.dumps(order))
+    assert done.code == 0
+    assert done.err.splitlines()[1:] == [
+        "launch: persisting step 7: 1.2 of 2.0 MB (remote)",
+        "launch: persisted step 7 to s3://bucket/run in 0.2 s",
+    ]
+
+
+@pytest.mark.parametrize("victim", ["os.getpid()", "os.getppid()"], ids=["worker", "zygote"])
+def test_a_saver_outlives_workers_and_zygotes(job: Job, victim: str) -> None:
+    """Also when a new zygote clears away what the dead one has left."""
+    script = job.script(
+        f"""
+        import os, shardckpt, signal
+        print(shardckpt.tell(), flush=True)
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] < "2":
+            os.kill({victim}, 9)
+            signal.pause()
+        """
+    )
+    done = job.run(script)
+    assert done.code == 0, done.err
+    assert job.log(number=1) == job.log(number=2) == job.log(number=3) != ""
+    assert "saver was lost" not in done.err
+
+
+def test_kill_9_of_the_saver(job: Job) -> None:
+    """One line says what is lost; workers go on, and the next to connect finds a new saver."""
+    order = json.dumps({"now": [PERSISTING]})
+    script = job.script(
+        f"""
+        import os, shardckpt
+        pids = [shardckpt.tell(**{order!s})]
+        os.kill(pids[0], 9)
+        while len(pids) < 2:
+            try:
+                pids.append(shardckpt.tell())
+            except (EOFError, ConnectionError):  # it was not quite dead
+                pass
+        print(len(set(pids)))
+        """
+    )
+    done = job.run(script)
+    assert done.code == 0
+    assert done.out == "[0] 2\n"
+    said = done.err.splitlines()
+    assert len(said) == 2
+    assert re.fullmatch(
+        r"launch: the saver was lost: killed by SIGKILL \(.*\); the snapshots in memory are gone, and of "
+        r"step 7: 1\.2 of 2\.0 MB \(remote\) what is missing, but no committed checkpoint; "
+        r"log: runs/train/logs/saver\.log",
+        said[1],
+    )
+
+
+def test_a_saver_that_cannot_run_is_not_started_for_ever(job: Job) -> None:
+    job.environment["BROKEN_SAVER"] = "1"
+    script = job.script(
+        """
+        import shardckpt
+        try:
+            shardckpt.tell()
+        except (EOFError, ConnectionResetError):
+            print("gone")
+        try:
+            shardckpt.tell()
+        except ConnectionRefusedError:
+            print("refused")
+        """
+    )
+    done = job.run(script)
+    assert done.code == 0
+    assert done.out == "[0] gone\n[0] refused\n"
+    assert done.err.count("the saver was lost: exit code 1") == 3
+    assert done.err.count("it keeps ending: no saver is started for this job any more") == 1
+    assert saver_log(job).read_text() == "this saver is broken\n" * 3
+
+
+@pytest.mark.parametrize(
+    ("order", "worker", "code", "message"),
+    [
+        (
+            {"then": [FAILED], "code": 1},
+            0,
+            74,
+            "the saver ended with exit code 1; log: runs/train/logs/saver.log",
+        ),
+        ({"then": [FAILED], "code": -9}, 0, 74, "the saver was lost: killed by SIGKILL"),
+        (
+            {"then": [FAILED], "code": 1},
+            5,
+            5,
+            "the saver ended with exit code 1; log: runs/train/logs/saver.log",
+        ),
+    ],
+)
+def test_a_drain_that_fails(
+    job: Job, order: dict[str, object], worker: int, code: int, message: str
+) -> None:
+    """Is seen in the exit code, unless the workers' own failure is."""
+    script = job.script(FINISH + f"; sys.exit({worker})")
+    done = job.run("--max-restarts=0", script, json.dumps(order))
+    assert done.code == code
+    assert "launch: step 7 did not become durable in s3://bucket/run: no space\n" in done.err
+    assert message in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("timeout", "code", "message"),
+    [
+        ("0.1", 74, "the saver is not done after 0.1 s (--drain-timeout); not persisted yet: step 7: "),
+        ("0", 0, "not waiting for the saver, as --drain-timeout 0 says; not persisted yet: step 7: "),
+    ],
+)
+def test_waiting_is_bounded(job: Job, timeout: str, code: int, message: str) -> None:
+    """The saver goes on, and ends by itself."""
+    fifo = job.fifo()
+    order = {"now": [PERSISTING], "then": [PERSISTING], "before": str(fifo)}
+    done = job.run(f"--drain-timeout={timeout}", job.script(FINISH), json.dumps(order))
+    assert done.code == code
+    assert message in done.err
+    pid = int(done.out.removeprefix("[0] "))
+    assert f"it goes on in the background (pid {pid})" in done.err
+    fifo.write_text("")  # blocks unless the saver is there and reads
+    wait_for_death(pid)
+
+
+def test_a_stop_ends_the_workers_and_then_waits(job: Job) -> None:
+    process, _ = start_waiting(job, then=[PERSISTED])
+    process.send_signal(signal.SIGTERM)
+    done = job.end(process)
+    assert done.code == 143
+    assert done.err.splitlines()[-2:] == [
+        "launch: stopped by SIGTERM; no worker is left running",
+        "launch: persisted step 7 to s3://bucket/run in 0.2 s",
+    ]
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_stop_ends_the_wait(job: Job, is_stopped: bool) -> None:
+    """Whether it is the first that the job gets or the second."""
+    fifo = job.fifo()
+    order: dict[str, object] = {"then": [PERSISTING], "before": str(fifo)}
+    if is_stopped:
+        process, _ = start_waiting(job, **order)
+        process.send_signal(signal.SIGINT)
+    else:
+        process = job.start(job.script(FINISH), json.dumps(order))
+    read_until(process, "persisting step 7")
+    process.send_signal(signal.SIGINT)
+    done = job.end(process)
+    assert done.code == 130
+    assert "SIGINT: not waiting for the saver any longer; not persisted yet: step 7: 1.2 of 2.0" in done.err
+    pid = int(re.findall(r"\(pid (\d+)\)", done.err)[0])
+    fifo.write_text("")
+    wait_for_death(pid)
+
+
+def test_kill_9_of_the_agent(job: Job) -> None:
+    """The saver does not die with it: it hears of it, and ends by itself when it is done."""
+    fifo = job.fifo()
+    process, pids = start_waiting(job, then=[PERSISTING], before=str(fifo))
+    process.kill()
+    process.wait()
+    fifo.write_text("")
+    for pid in pids:
+        wait_for_death(pid)
