@@ -87,9 +87,11 @@ def launched(ranks: int, run: Path, steps: int) -> Iterator[subprocess.Popen[byt
 
 
 def workers(job: subprocess.Popen[bytes]) -> list[int]:
-    """The ranks' process numbers: `launch` has a zygote, and its children are the ranks in order."""
-    (zygote,) = children(job.pid)
-    return children(zygote)
+    """The ranks' process numbers: `launch` has a zygote, and its children are the ranks in order.
+
+    The saver, the other child that it may have, has none.
+    """
+    return [rank for child in children(job.pid) for rank in children(child)]
 
 
 def children(pid: int) -> list[int]:

@@ -53,9 +53,11 @@ def wait_until(condition: Callable[[], bool], job: subprocess.Popen[str]) -> Non
 
 
 def workers(job: subprocess.Popen[str]) -> list[int]:
-    """The ranks' process numbers, by rank: the zygote's children, in the order of their start."""
-    (zygote,) = _children(job.pid)
-    return _children(zygote)
+    """The ranks' process numbers, by rank: the zygote's children, in the order of their start.
+
+    The saver, the other child that `launch` may have, has none.
+    """
+    return [worker for child in _children(job.pid) for worker in _children(child)]
 
 
 def steps_done(run_dir: Path, rank: int = 0) -> int:
