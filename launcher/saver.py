@@ -22,8 +22,9 @@ from launcher.processes import Subreaper
 
 __all__ = ["Saver"]
 
-# Not what happens to lie in the current directory: -P.
+# -P: not what happens to lie in the current directory, but what lies beside this package.
 _COMMAND = (sys.executable, "-P", "-m", "shardckpt.saver")
+_HOME = str(Path(__file__).parents[1])
 _SILENT_ENDS = 3  # in a row, after which no more savers are started
 _SCHEDULERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -122,6 +123,7 @@ class _Process:
     def __init__(self, command: Sequence[str], listener: socket.socket, log: Path) -> None:
         ours, theirs = socket.socketpair()
         inherited = (listener.fileno(), theirs.fileno())
+        path = (os.environ.get("PYTHONPATH"), _HOME)
         with theirs, open(log, "ab") as output:
             # Schedulers send signals to every process of a job; they wait until it ignores them.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULERS)
@@ -131,6 +133,7 @@ class _Process:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
                     pass_fds=inherited,
                     start_new_session=True,
                 )
