@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 
 from shardckpt.storage import Storage
+from shardckpt.storage.protocol import Before
 
 __all__ = ["FailingOnce", "FaultyStorage", "Killed"]
 
@@ -80,9 +81,9 @@ class FaultyStorage:
         self._enter("create", path, mutates=True)
         self._inner.create(path, data)
 
-    def write_pack(self, path: str, buffer: memoryview) -> None:
+    def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         self._enter("write_pack", path, mutates=True)
-        self._inner.write_pack(path, buffer)
+        self._inner.write_pack(path, buffer, before)
 
     def list(self, path: str = "") -> list[str]:
         self._enter("list", path)

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import mmap
 import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from shardckpt.storage.protocol import Before
+
 __all__ = ["write_file"]
 
-_BLOCK = 4096
-_CHUNK = 16 << 20  # one write at a time fills the disk's queue; a second thread gained nothing
+_PAGE = 4096
+_BLOCK = 16 << 20  # one write at a time fills the disk's queue; a second one gained nothing
 
 
-def write_file(path: str, view: memoryview) -> None:
+def write_file(path: str, view: memoryview, before: Before | None = None) -> None:
     """Create `path` with the bytes of `view`; its content is durable on return.
 
     Space for all of it is reserved first, so that a full disk is found at once. Goes past the page
     cache (O_DIRECT) where the file system permits, straight from the buffer where its address is a
-    multiple of 4096, else through a small aligned buffer. Raises OSError as the system does; what
+    multiple of 4096, else through an aligned buffer of one block. `before` runs for a block while
+    the one or two ahead of it are written. Raises OSError as the system does, and what `before` raises; what
     was written until then stays.
     """
-    size = len(view)
     fd = _open(path)
     try:
-        _reserve(fd, size)
-        direct = size // _BLOCK * _BLOCK if _address(view) % _BLOCK == 0 else 0
-        _write_all(fd, view[:direct], 0)
-        if direct < size:
-            _write_bounced(fd, view[direct:], direct)
-        os.ftruncate(fd, size)
+        _reserve(fd, len(view))
+        _write_blocks(fd, view, before)
+        os.ftruncate(fd, len(view))
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -66,34 +69,82 @@ def _reserve(fd: int, size: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _write_bounced(fd: int, view: memoryview, offset: int) -> None:
-    """Write through an aligned buffer. Zeros follow, up to the end of the last block."""
-    with mmap.mmap(-1, min(_CHUNK, _round_up(len(view)))) as memory, memoryview(memory) as bounce:
-        for start in range(0, len(view), _CHUNK):
-            piece = view[start : start + _CHUNK]
-            end = _round_up(len(piece))
-            bounce[: len(piece)] = piece
-            bounce[len(piece) : end] = bytes(end - len(piece))
-            with bounce[:end] as blocks:
-                _write_all(fd, blocks, offset + start)
+def _write_blocks(fd: int, view: memoryview, before: Before | None) -> None:
+    blocks = [(start, min(start + _BLOCK, len(view))) for start in range(0, len(view), _BLOCK)]
+    is_aligned = _address(view) % _PAGE == 0
+    with mmap.mmap(-1, _PAGE if is_aligned else _BLOCK) as memory, memoryview(memory) as bounce:
+
+        def write(start: int, stop: int) -> None:
+            straight = start + (stop - start) // _PAGE * _PAGE if is_aligned else start
+            _write_block(fd, view[start:straight], view[straight:stop], start, bounce)
+
+        if before is None:
+            for block in blocks:
+                write(*block)
+            return
+        with _in_order_beside(write) as put:
+            for block in blocks:
+                before(*block)
+                put(*block)
+
+
+@contextlib.contextmanager
+def _in_order_beside(write: Callable[[int, int], None]) -> Iterator[Callable[[int, int], None]]:
+    """Yields what has `write` called, in order, in a thread of its own; at the end all is written.
+
+    An error of `write` ends its work, and is raised by the next call or at the end.
+    """
+    # No executor: those refuse work once the interpreter begins to exit, which waits for running saves.
+    waiting: queue.Queue[tuple[int, int] | None] = queue.Queue(1)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        while (block := waiting.get()) is not None:
+            try:
+                if not errors:
+                    write(*block)
+            except BaseException as error:
+                errors.append(error)
+
+    def put(start: int, stop: int) -> None:
+        if errors:
+            raise errors[0]
+        waiting.put((start, stop))
+
+    thread = threading.Thread(target=run, name="shardckpt-write")
+    thread.start()
+    try:
+        yield put
+    finally:
+        waiting.put(None)
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _write_block(fd: int, straight: memoryview, rest: memoryview, offset: int, bounce: memoryview) -> None:
+    """Write what is aligned, then the rest through `bounce`. Zeros follow, up to the end of the page."""
+    _write_all(fd, straight, offset)
+    if rest:
+        end = -(-len(rest) // _PAGE) * _PAGE
+        bounce[: len(rest)] = rest
+        bounce[len(rest) : end] = bytes(end - len(rest))
+        with bounce[:end] as pages:
+            _write_all(fd, pages, offset + len(straight))
 
 
 def _write_all(fd: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < len(view):
         try:
-            with view[done : done + _CHUNK] as piece:
-                done += os.pwrite(fd, piece, offset + done)
+            with view[done:] as left:
+                done += os.pwrite(fd, left, offset + done)
         except OSError as error:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
                 raise
             # This file system or device wants another alignment: go through the page cache.
             fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-
-
-def _round_up(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
 
 
 def _address(view: memoryview) -> int:

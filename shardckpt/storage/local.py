@@ -15,6 +15,7 @@ from shardckpt.errors import CorruptError, CredentialsError, StorageError, Stora
 from shardckpt.storage import direct
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join, temporary_name
+from shardckpt.storage.protocol import Before
 
 __all__ = ["LocalStorage"]
 
@@ -92,7 +93,7 @@ class LocalStorage:
                 _create_in_place(full, data)
             _sync_folder(os.path.dirname(full))
 
-    def write_pack(self, path: str, buffer: memoryview) -> None:
+    def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         full = join(self._path, path, self._path)
         folder = os.path.dirname(full)
         with _explained("write", full, buffer.nbytes):
@@ -101,7 +102,7 @@ class LocalStorage:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(full)
             try:
-                direct.write_file(full, as_bytes(buffer))
+                direct.write_file(full, as_bytes(buffer), before)
             except OSError as error:
                 if error.errno in _FULL:
                     with contextlib.suppress(FileNotFoundError):

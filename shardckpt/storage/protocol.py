@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Storage"]
+__all__ = ["Before", "Storage"]
+
+Before: TypeAlias = Callable[[int, int], object]
+"""Called with (start, stop) of a block of a buffer before its bytes are written; may still change them."""
 
 
 @runtime_checkable
@@ -53,11 +57,17 @@ class Storage(Protocol):
         Of several racers exactly one wins, if `exclusive()`.
         """
 
-    def write_pack(self, path: str, buffer: memoryview) -> None:
+    def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         """Put a large file there, in place of any earlier one, straight from `buffer`.
 
         Durable when it returns. After a failure some of it may remain on a local disk. One writer
-        per path at a time. The buffer must not change before it returns.
+        per path at a time.
+
+        `before(start, stop)` is called once for each block of the buffer's bytes, in ascending order and
+        one call at a time, from any thread: together the blocks are all of it, and an empty buffer has
+        none. It may change bytes from `start` on, as checksums are filled in. Meanwhile blocks before are
+        on their way. Apart from that the buffer must not change before `write_pack` returns. What
+        `before` raises is raised here.
         """
 
     def list(self, path: str = "") -> list[str]:

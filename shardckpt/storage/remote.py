@@ -14,6 +14,7 @@ from shardckpt.errors import CorruptError, CredentialsError, StorageError, Stora
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join
 from shardckpt.storage.probe import ExclusiveProbe
+from shardckpt.storage.protocol import Before
 from shardckpt.storage.s3 import S3Storage, open_s3
 
 __all__ = ["FsspecStorage", "open_remote"]
@@ -106,7 +107,9 @@ class FsspecStorage:
         with _CREATING:
             self._put("create", path, data, "create")
 
-    def write_pack(self, path: str, buffer: memoryview) -> None:
+    def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
+        if before is not None and buffer.nbytes:
+            before(0, buffer.nbytes)
         self.write(path, buffer)
 
     def list(self, path: str = "") -> list[str]:

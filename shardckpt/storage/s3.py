@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,7 +16,9 @@ from shardckpt.errors import CorruptError, StorageError
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join
 from shardckpt.storage.probe import ExclusiveProbe
-from shardckpt.storage.s3_errors import BeyondEndError, ConflictError, OutOfReachError, explain
+from shardckpt.storage.protocol import Before
+from shardckpt.storage.s3_body import Body
+from shardckpt.storage.s3_errors import BeyondEndError, TransientError, explain
 
 __all__ = ["S3Storage", "open_s3"]
 
@@ -26,14 +28,11 @@ _PART = 16 << 20  # of an upload: at 10,000 parts, larger ones for more than 156
 _MAX_PARTS = 10_000
 _RANGE = 8 << 20  # of one request, when a large range is read
 _PARALLEL = 8  # requests of one read or upload under way at a time; bounds its memory
-_ATTEMPTS = 4
+_ATTEMPTS = 8  # of a request, unless the options say otherwise
+_FIRST_PAUSE = 0.1  # seconds, at most; each later one is twice as long
 _WRITER = "shardckpt-writer"  # metadata of an object: which call wrote it
-_CONFIG = {
-    "retries": {"mode": "standard"},
-    "max_pool_connections": 32,
-    "connect_timeout": 5,
-    "read_timeout": 30,
-}
+_CONFIG = {"max_pool_connections": 32, "connect_timeout": 5, "read_timeout": 30}
+_ONE_ATTEMPT = {"mode": "standard", "total_max_attempts": 1}
 
 
 def open_s3(rest: str, options: dict[str, Any]) -> S3Storage:
@@ -42,13 +41,15 @@ def open_s3(rest: str, options: dict[str, Any]) -> S3Storage:
     if not bucket:
         raise StorageError(f"s3://{rest}: the bucket is missing: s3://bucket/folder")
     folder = join("", folder.strip("/"), f"s3://{bucket}")
-    ours = {**options, "use_listings_cache": False}
-    ours["config_kwargs"] = {**_CONFIG, **options.get("config_kwargs", {})}
+    # Repetition is in one place, here: on top of botocore's and s3fs's own, attempts would multiply.
+    config = {**_CONFIG, **options.get("config_kwargs", {}), "retries": _ONE_ATTEMPT}
     try:
-        system = fsspec.filesystem("s3", **ours)
+        system = fsspec.filesystem(
+            "s3", **{**options, "use_listings_cache": False, "config_kwargs": config}
+        )
     except Exception as error:
         raise StorageError(f"s3://{rest}: cannot be opened: {error}") from error
-    system.retries = 2  # botocore retries each of these: together they stay below a minute or two
+    system.retries = 1
     return S3Storage(bucket, folder, options, system)
 
 
@@ -64,6 +65,7 @@ class S3Storage:
         self._folder = folder
         self._options = options
         self._system = system
+        self._attempts = _attempts(options)
         self._probe = ExclusiveProbe()
 
     @property
@@ -114,13 +116,15 @@ class S3Storage:
     def create(self, path: str, data: bytes) -> None:
         self._wait(self._create(self._key(path), data))
 
-    def write_pack(self, path: str, buffer: memoryview) -> None:
+    def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         view = as_bytes(buffer)
         key = self._key(path)
-        if len(view) <= _PART:
-            self._wait(self._call("put_object", key, Body=bytes(view)))
-        else:
-            self._wait(self._upload(key, view))
+        if len(view) > _PART:
+            self._wait(self._upload(key, view, before))
+            return
+        if before is not None and view:
+            before(0, len(view))
+        self._wait(self._request("put_object", key, Body=view))
 
     def list(self, path: str = "") -> list[str]:
         prefix = self._prefix(path)
@@ -133,7 +137,7 @@ class S3Storage:
 
     def delete(self, path: str) -> None:
         try:
-            self._wait(self._call("delete_object", self._key(path)))
+            self._wait(self._request("delete_object", self._key(path)))
         except FileNotFoundError:
             pass
 
@@ -162,59 +166,81 @@ class S3Storage:
             future.cancel()
             raise
 
+    async def _request(self, method: str, key: str = "", **arguments: Any) -> Any:
+        """The answer to one of the client's methods, tried until the server gives one."""
+        return await self._persist(partial(self._call, method, key, **arguments))
+
+    async def _persist(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The result of `work`, repeated after ever longer pauses while its failure may pass."""
+        attempt = 1
+        while True:
+            try:
+                return await work()
+            except TransientError as error:
+                if attempt == self._attempts:
+                    raise type(error)(f"{error}. Gave up after {attempt} attempts") from error
+            await asyncio.sleep(random.uniform(0.5, 1) * _FIRST_PAUSE * 2 ** (attempt - 1))
+            attempt += 1
+
     async def _call(self, method: str, key: str = "", **arguments: Any) -> Any:
+        """One request."""
         if key:
             arguments["Key"] = key
-        try:
+        if "Body" in arguments:  # its position moves: every attempt needs one of its own
+            arguments["Body"] = Body(arguments["Body"])
+        with self._explained(key or arguments.get("Prefix", self._folder)):
+            await self._system.set_session()
+            client = await self._system.get_s3(self._bucket)
+            client.meta.events.register("before-sign.s3", _expect_nothing, unique_id="shardckpt")
             # What s3fs's own `call_s3` waits for; its other methods remember listings, or lack options.
             return await self._system._call_s3(method, Bucket=self._bucket, **arguments)
+
+    @contextlib.contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        """Errors about `key`, as this library's or the storage's contract's."""
+        try:
+            yield
+        except StorageError:
+            raise
         except Exception as error:
-            about = key or arguments.get("Prefix", self._folder)
-            raise explain(error, self._name(about)) from error
+            raise explain(error, self._name(key)) from error
 
     async def _head(self, key: str) -> Any:
         try:
-            return await self._call("head_object", key)
+            return await self._request("head_object", key)
         except FileNotFoundError:
             # The answer to HEAD does not say what is missing: this one does, if it is the bucket.
-            await self._call("list_objects_v2", Prefix=self._folder, MaxKeys=1)
+            await self._request("list_objects_v2", Prefix=self._folder, MaxKeys=1)
             raise
 
     async def _get(self, key: str) -> bytes:
-        for attempt in range(_ATTEMPTS):
+        async def get() -> bytes:
             answer = await self._call("get_object", key)
-            try:
+            with self._explained(key):
                 async with answer["Body"] as body:
                     return bytes(await body.read())
-            except Exception as error:
-                await self._pause(attempt, error, key)
-        raise AssertionError
+
+        return await self._persist(get)
 
     async def _get_ranges(self, key: str, offset: int, view: memoryview) -> int:
         """Fill `view`, by parallel requests, as far as the object goes; how far that is."""
         starts = range(0, len(view), _RANGE)
-        return sum(
-            await _gather(
-                partial(self._get_range, key, offset + start, view[start : start + _RANGE])
-                for start in starts
-            )
-        )
+        pieces = (partial(self._get_range, key, offset + s, view[s : s + _RANGE]) for s in starts)
+        return sum(await _gather(pieces, _PARALLEL))
 
     async def _get_range(self, key: str, offset: int, view: memoryview) -> int:
         """Fill `view` as far as the object goes; the number of bytes that there were."""
         span = f"bytes={offset}-{offset + len(view) - 1}"
-        for attempt in range(_ATTEMPTS):
-            try:
-                answer = await self._call("get_object", key, Range=span)
-            except BeyondEndError:
-                return 0
-            try:
+
+        async def get() -> int:
+            answer = await self._call("get_object", key, Range=span)
+            with self._explained(key):
                 return await self._receive(answer, key, view)
-            except StorageError:
-                raise
-            except Exception as error:
-                await self._pause(attempt, error, key)
-        raise AssertionError
+
+        try:
+            return await self._persist(get)
+        except BeyondEndError:
+            return 0
 
     async def _receive(self, answer: Any, key: str, view: memoryview) -> int:
         """Fill `view` with the body of an answer; the body's length."""
@@ -233,71 +259,66 @@ class S3Storage:
                 done += len(data)
         return done
 
-    async def _pause(self, attempt: int, error: Exception, key: str) -> None:
-        """Wait a little longer each time, before the next attempt; raise if that was the last."""
-        if attempt == _ATTEMPTS - 1:
-            if isinstance(error, StorageError):
-                raise error
-            raise explain(error, self._name(key)) from error
-        await asyncio.sleep(random.uniform(0.5, 1) * 0.1 * 2**attempt)
-
     async def _create(self, key: str, data: bytes) -> None:
         writer = uuid.uuid4().hex
-        for attempt in range(_ATTEMPTS):
-            try:
-                await self._call("put_object", key, Body=data, IfNoneMatch="*", Metadata={_WRITER: writer})
-            except ConflictError as error:
-                await self._pause(attempt, error, key)
-            except (FileExistsError, OutOfReachError):
-                # The answer to a put that succeeded may be lost, and its repetition is refused.
-                if await self._wrote(key, writer):
-                    return
+        body = memoryview(data)
+        try:
+            await self._request("put_object", key, Body=body, IfNoneMatch="*", Metadata={_WRITER: writer})
+        except (FileExistsError, TransientError):
+            # The answer to a put that succeeded may be lost, and its repetition is refused.
+            if not await self._wrote(key, writer):
                 raise
-            else:
-                return
 
     async def _wrote(self, key: str, writer: str) -> bool:
         """Whether the object there comes from the call that calls itself `writer`."""
         try:
-            found = await self._call("head_object", key)
+            found = await self._request("head_object", key)
         except FileNotFoundError:
             return False
         return bool(found.get("Metadata", {}).get(_WRITER) == writer)
 
-    async def _upload(self, key: str, view: memoryview) -> None:
+    async def _upload(self, key: str, view: memoryview, before: Before | None) -> None:
         """Upload in parts; without a trace if it fails."""
-        size = max(_PART, -(-len(view) // _MAX_PARTS))
         writer = uuid.uuid4().hex
-        begun = await self._call("create_multipart_upload", key, Metadata={_WRITER: writer})
+        begun = await self._request("create_multipart_upload", key, Metadata={_WRITER: writer})
         upload = begun["UploadId"]
-
-        async def send(number: int, start: int) -> dict[str, Any]:
-            body = bytes(view[start : start + size])
-            sent = await self._call("upload_part", key, UploadId=upload, PartNumber=number, Body=body)
-            return {"PartNumber": number, "ETag": sent["ETag"]}
-
         try:
-            starts = range(0, len(view), size)
-            parts = await _gather(partial(send, i, start) for i, start in enumerate(starts, 1))
-            await self._call(
+            parts = await _gather(self._parts(key, upload, view, before), _PARALLEL)
+            await self._request(
                 "complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts}
             )
         except BaseException as error:
-            lost = isinstance(error, FileNotFoundError | OutOfReachError)
+            lost = isinstance(error, FileNotFoundError | TransientError)
             with contextlib.suppress(StorageError):
                 if lost and await self._wrote(key, writer):
                     return  # it is complete, but the answer that said so was lost
             with contextlib.suppress(StorageError, FileNotFoundError):
-                await self._call("abort_multipart_upload", key, UploadId=upload)
+                await self._request("abort_multipart_upload", key, UploadId=upload)
             if isinstance(error, FileNotFoundError):
                 raise StorageError(f"{self._name(key)}: the upload vanished: {error}") from error
             raise
+
+    def _parts(
+        self, key: str, upload: str, view: memoryview, before: Before | None
+    ) -> Iterator[Callable[[], Coroutine[Any, Any, dict[str, Any]]]]:
+        """The requests that send the parts of `view`; the next one is due once it can be sent."""
+        size = max(_PART, -(-len(view) // _MAX_PARTS))
+
+        async def send(number: int, piece: memoryview) -> dict[str, Any]:
+            sent = await self._request("upload_part", key, UploadId=upload, PartNumber=number, Body=piece)
+            return {"PartNumber": number, "ETag": sent["ETag"]}
+
+        for number, start in enumerate(range(0, len(view), size), 1):
+            piece = view[start : start + size]
+            if before is not None:
+                before(start, start + len(piece))
+            yield partial(send, number, piece)
 
     async def _pages(self, prefix: str, **arguments: Any) -> Sequence[Any]:
         pages = []
         token: dict[str, str] = {}
         while True:
-            page = await self._call("list_objects_v2", Prefix=prefix, **arguments, **token)
+            page = await self._request("list_objects_v2", Prefix=prefix, **arguments, **token)
             pages.append(page)
             if not page.get("IsTruncated"):
                 return pages
@@ -308,7 +329,7 @@ class S3Storage:
             keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
             if not keys:
                 continue
-            answer = await self._call("delete_objects", Delete={"Objects": keys, "Quiet": True})
+            answer = await self._request("delete_objects", Delete={"Objects": keys, "Quiet": True})
             for refused in answer.get("Errors", []):
                 raise StorageError(
                     f"cannot delete {self._name(refused['Key'])}: {refused.get('Code')} "
@@ -316,18 +337,34 @@ class S3Storage:
                 )
 
 
-async def _gather(work: Iterable[Callable[[], Coroutine[Any, Any, T]]]) -> list[T]:
-    """The results, in order, with a bounded number under way; the first failure stops the rest."""
-    places = asyncio.Semaphore(_PARALLEL)
+async def _gather(work: Iterable[Callable[[], Coroutine[Any, Any, T]]], parallel: int) -> list[T]:
+    """The results, in order, with at most `parallel` under way; the first failure stops the rest.
 
-    async def take_turn(one: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        async with places:
-            return await one()
-
+    The next piece of work is asked for when there is a place for it.
+    """
+    places = asyncio.Semaphore(parallel - 1)
+    running: list[asyncio.Task[T]] = []
     try:
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(take_turn(one)) for one in work]
+            for one in work:
+                task = tasks.create_task(one())
+                task.add_done_callback(lambda _: places.release())
+                running.append(task)
+                await places.acquire()
     except BaseExceptionGroup as group:
         first = group.exceptions[0]
         raise first from first.__cause__
     return [task.result() for task in running]
+
+
+def _attempts(options: Mapping[str, Any]) -> int:
+    """How often a request is tried: as botocore's `retries` has it, which may be in the options."""
+    retries = options.get("config_kwargs", {}).get("retries") or {}
+    if "max_attempts" in retries:  # does not count the first
+        return int(retries["max_attempts"]) + 1
+    return int(retries.get("total_max_attempts", _ATTEMPTS))
+
+
+def _expect_nothing(request: Any, **_: Any) -> None:
+    """Send bodies at once: not every server tells that it is ready for one, and aiohttp waits for that."""
+    del request.headers["Expect"]  # no error if there is none

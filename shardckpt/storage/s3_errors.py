@@ -6,11 +6,12 @@ import errno
 import os
 from typing import Any
 
+import aiohttp
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
 
 from shardckpt.errors import CredentialsError, StorageError, StorageFullError
 
-__all__ = ["BeyondEndError", "ConflictError", "OutOfReachError", "explain"]
+__all__ = ["BeyondEndError", "TransientError", "explain"]
 
 _CONVENTIONS = (
     "Credentials come from storage_options (key, secret, token; profile; anon=True for a public "
@@ -25,22 +26,42 @@ _NO_CREDENTIALS = (
     botocore.TokenRetrievalError,
     botocore.ProfileNotFound,
 )
-_OUT_OF_REACH = (botocore.HTTPClientError, botocore.ConnectionError, ConnectionError, TimeoutError)
+_UNREACHABLE = (
+    botocore.EndpointConnectionError,
+    botocore.ConnectTimeoutError,
+    botocore.ProxyConnectionError,
+)
+_BROKEN = (
+    botocore.HTTPClientError,
+    botocore.ConnectionError,
+    botocore.IncompleteReadError,
+    botocore.FlexibleChecksumError,  # of an answer: damaged on its way
+    aiohttp.ClientError,
+    ConnectionError,
+    TimeoutError,
+)
 _FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "EntityTooLarge"}
 _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
+_PASSING = {
+    "SlowDown",
+    "Throttling",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    # The request was damaged on its way:
+    "BadDigest",
+    "IncompleteBody",
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
+}
 
 
 class BeyondEndError(StorageError):
     """A range begins behind the end of its object (416)."""
 
 
-class ConflictError(StorageError):
-    """Another request on the same object was under way (409): try again."""
-
-
-class OutOfReachError(StorageError):
-    """No answer came: whether the request was carried out is not known."""
+class TransientError(StorageError):
+    """It may pass: try again. Whether the request was carried out is not known."""
 
 
 def explain(error: Exception, url: str) -> Exception:
@@ -49,11 +70,13 @@ def explain(error: Exception, url: str) -> Exception:
         return CredentialsError(f"{url}: {error}. {_CONVENTIONS}")
     response = _response(error)
     if response is None:
-        if isinstance(error, _OUT_OF_REACH):
-            return OutOfReachError(
-                f"{url}: the endpoint cannot be reached: {error or type(error).__name__}. Check "
-                "the network, and endpoint_url in storage_options or AWS_ENDPOINT_URL"
+        if isinstance(error, _UNREACHABLE):
+            return TransientError(
+                f"{url}: the endpoint cannot be reached: {error}. Check the network, and endpoint_url "
+                "in storage_options or AWS_ENDPOINT_URL"
             )
+        if isinstance(error, _BROKEN):
+            return TransientError(f"{url}: the connection failed: {error or type(error).__name__}")
         return StorageError(f"{url}: {type(error).__name__}: {error}")
     return _explain_response(response, url)
 
@@ -81,7 +104,7 @@ def _explain_response(response: dict[str, Any], url: str) -> Exception:
     if status == 412:  # Ceph sends no more than the status
         return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url)
     if status == 409:
-        return ConflictError(f"{url}: other requests on it were under way: {said}")
+        return TransientError(f"{url}: other requests on it were under way: {said}")
     if status == 416 or code == "InvalidRange":
         return BeyondEndError(f"{url}: the range begins behind the end: {said}")
     if status == 507 or code in _FULL:
@@ -93,4 +116,7 @@ def _explain_response(response: dict[str, Any], url: str) -> Exception:
         )
     if status in (401, 403) or code in _REFUSED:
         return CredentialsError(f"{url}: access was refused: {said}. {_CONVENTIONS}")
-    return StorageError(f"{url}: the server answered {status} {said}")
+    answered = f"{url}: the server answered {status} {said}"
+    if status == 429 or (status >= 500 and status != 501) or code in _PASSING:
+        return TransientError(answered)
+    return StorageError(answered)

@@ -25,6 +25,7 @@ from shardckpt.errors import (
 )
 from shardckpt.runs import BAD, iter_places
 from shardckpt.storage import Storage, open_storage
+from shardckpt.storage.protocol import Before
 from tests.faults import FailingOnce, FaultyStorage
 from tests.servers import S3Server
 from tests.worlds import Checkpoints, ThreadRanks, run_processes, run_threads
@@ -64,9 +65,9 @@ class SlowStorage(FaultyStorage):
 
     gate = threading.Event()
 
-    def write_pack(self, path: str, buffer: memoryview) -> None:
+    def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         assert self.gate.wait(60)
-        super().write_pack(path, buffer)
+        super().write_pack(path, buffer, before)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from shardckpt.errors import SaveError, ShardckptError
 from shardckpt.retention import prune
 from shardckpt.runs import Place, iter_places
 from shardckpt.storage import Storage, open_storage
+from shardckpt.storage.protocol import Before
 from tests.faults import FaultyStorage, Killed
 from tests.worlds import Checkpoints, PeerGoneError, ThreadRanks, context, outcomes, run_threads
 
@@ -30,10 +31,10 @@ _numbers = itertools.count()
 class TornStorage(FaultyStorage):
     """The process ends in the middle of a call: half a pack is there, or half a folder is gone."""
 
-    def write_pack(self, path: str, buffer: memoryview) -> None:
+    def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         alive = not self._log.dead
         try:
-            super().write_pack(path, buffer)
+            super().write_pack(path, buffer, before)
         except Killed:
             if alive:
                 self._inner.write_pack(path, buffer[: len(buffer) // 2])

@@ -1,0 +1,44 @@
+"""What an upload carries."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+__all__ = ["Body"]
+
+_PIECE = 256 << 10
+
+
+class Body:
+    """Bytes of a buffer as the body of a request, without a copy.
+
+    botocore signs it as a file; aiohttp sends it as an asynchronous iterable, piece by piece as the
+    connection takes them, where it would copy bytes whole into the connection's own buffer.
+    """
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._position = 0
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def __bool__(self) -> bool:
+        return True  # empty, it still is a body
+
+    def read(self, size: int = -1) -> bytes:
+        start = self._position
+        stop = len(self._view) if size is None or size < 0 else min(start + size, len(self._view))
+        self._position = max(start, stop)
+        return bytes(self._view[start:stop])
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (0, self._position, len(self._view))[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for start in range(0, len(self._view), _PIECE):
+            yield self._view[start : start + _PIECE]
