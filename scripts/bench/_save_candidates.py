@@ -1,10 +1,10 @@
-"""What scripts/bench/save compares: ways to save and to load one state."""
+"""What scripts/bench/save compares: ways to save and to load one state, with what is installed anyway."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +20,11 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 
 import shardckpt
 
-__all__ = ["CANDIDATES", "Candidate"]
+__all__ = ["OWN", "Candidate", "PerRank"]
 
 Wait = Callable[[], object]
+
+_NEVER = 10**9  # steps
 
 
 class Candidate:
@@ -34,6 +36,10 @@ class Candidate:
         own_format: False if it writes what another candidate writes, which loads alike.
         reshards: whether it loads on another world size.
         syncs: whether what it has written is on the disk, not only in the page cache, when it says so.
+        overlaps: whether training goes on while it writes.
+        recalls: whether a job can load from memory what it has saved; `recall` does.
+        prepares: whether it prepares its first save in the background of the first steps of training.
+        needs: the environment of `scripts/bench/peers` that it needs.
     """
 
     name: ClassVar[str]
@@ -41,6 +47,10 @@ class Candidate:
     own_format: ClassVar[bool] = True
     reshards: ClassVar[bool] = False
     syncs: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
+    recalls: ClassVar[bool] = False
+    prepares: ClassVar[bool] = False
+    needs: ClassVar[str] = ""
 
     def __init__(self, state: State, folder: Path, layout: str) -> None:
         self.state = state
@@ -55,10 +65,21 @@ class Candidate:
         raise NotImplementedError
 
     def sync(self) -> None:
-        """Put on the disk what this rank wrote, for a candidate that does not."""
+        """Put on the disk what was written, for a candidate that does not: each rank its share of the files."""
+        if not self.syncs:
+            dist.barrier()  # a rank may still have to put things in their places
+            paths = sorted(self.folder.rglob("*"))
+            for path in [*paths[dist.get_rank() :: dist.get_world_size()], self.folder]:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
 
     def load(self) -> None:
         """Load the newest."""
+        raise NotImplementedError
+
+    def recall(self) -> str:
+        """Load the newest from where it is nearest, in the job that has saved it; tells the tier."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -67,21 +88,27 @@ class Candidate:
 
 class Shardckpt(Candidate):
     name = "shardckpt"
-    again = reshards = syncs = True
+    again = reshards = syncs = overlaps = recalls = prepares = True
 
     @property
     def _objects(self) -> dict[str, Any]:
         return {"model": self.state.model, "optimizer": self.state.optimizer}
 
     def prepare(self) -> None:
-        self._manager = shardckpt.Checkpointer(self.folder)
+        self._manager = shardckpt.Checkpointer(self.folder, every_steps=_NEVER)
         self._manager.restore(self._objects)
+        self._manager.step(1, self._objects)
 
     def save(self, step: int) -> Wait:
         return self._manager.save(step, self._objects).wait
 
     def load(self) -> None:
         shardckpt.load(self.folder, self._objects)
+
+    def recall(self) -> str:
+        loaded = shardckpt.Checkpointer(self.folder).restore(self._objects)
+        assert loaded is not None
+        return getattr(loaded, "tier", "")
 
     def close(self) -> None:
         self._manager.close()
@@ -121,7 +148,7 @@ class DcpThread(Dcp):
     """Its best mode: a stager that keeps its buffers, and a process group of its own."""
 
     name = "DCP async thread"
-    again = True
+    again = overlaps = True
     own_format = False
     kind = AsyncCheckpointerType.THREAD
     shared_memory = False
@@ -157,37 +184,39 @@ class DcpProcess(DcpThread):
         gc.collect()
 
 
-class PerRankFile(Candidate):
-    """Each rank its own file; under DDP rank 0 alone. No resharding, no checksums, no commit."""
+class PerRank(Candidate):
+    """Each rank its own files; under DDP rank 0 alone. No resharding."""
 
-    suffix: ClassVar[str]
+    @property
+    def writes(self) -> bool:
+        """Whether this rank has something to save."""
+        return self.layout == "fsdp" or dist.get_rank() == 0
 
-    def save(self, step: int) -> Wait:
-        self._written = self._path(step)
-        if self.layout == "fsdp" or dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(self._written)
-        return lambda: None
+    @property
+    def source(self) -> int:
+        """The rank whose files this one loads."""
+        return dist.get_rank() if self.layout == "fsdp" else 0
 
-    def sync(self) -> None:
-        for path in (self._written, self.folder):
-            if path.exists():
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-
-    def load(self) -> None:
-        loaded = self._read(max(self.folder.glob(f"*.{self._rank}.{self.suffix}")))
+    def apply(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        """Copy into the live tensors."""
         with torch.no_grad():
             for name, tensor in self.state.tensors.items():
                 tensor.copy_(loaded[name])
 
-    @property
-    def _rank(self) -> int:
-        return dist.get_rank() if self.layout == "fsdp" else 0
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}.{self._rank}.{self.suffix}"
+class OneFile(PerRank):
+    """No checksums, no commit."""
+
+    suffix: ClassVar[str]
+
+    def save(self, step: int) -> Wait:
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write(self.folder / f"step-{step:08d}.{self.source}.{self.suffix}")
+        return lambda: None
+
+    def load(self) -> None:
+        self.apply(self._read(max(self.folder.glob(f"*.{self.source}.{self.suffix}"))))
 
     def _write(self, path: Path) -> None:
         raise NotImplementedError
@@ -196,7 +225,7 @@ class PerRankFile(Candidate):
         raise NotImplementedError
 
 
-class TorchSave(PerRankFile):
+class TorchSave(OneFile):
     name = "torch.save per rank"
     suffix = "pt"
 
@@ -208,7 +237,7 @@ class TorchSave(PerRankFile):
         return loaded
 
 
-class Safetensors(PerRankFile):
+class Safetensors(OneFile):
     name = "safetensors per rank"
     suffix = "safetensors"
 
@@ -223,7 +252,7 @@ class Safetensors(PerRankFile):
         return load_file(path)
 
 
-CANDIDATES: dict[str, type[Candidate]] = {
+OWN: dict[str, type[Candidate]] = {
     "shardckpt": Shardckpt,
     "dcp": Dcp,
     "dcp-thread": DcpThread,
@@ -231,4 +260,4 @@ CANDIDATES: dict[str, type[Candidate]] = {
     "torch": TorchSave,
     "safetensors": Safetensors,
 }
-"""By the word that --only takes."""
+"""By the word that --only takes; "Own" as they need no environment of their own."""

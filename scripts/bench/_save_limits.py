@@ -52,12 +52,11 @@ class Limits:
         self, seconds: Callable[[Callable[[], object]], float], forget: Callable[[Path], object]
     ) -> dict[str, float]:
         """Seconds of each; `seconds` runs a function on all ranks together, `forget` empties caches."""
-        with mmap.mmap(-1, self._size, mmap.MAP_PRIVATE) as memory:
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        with self.buffer() as memory:
             view = memoryview(memory)
             touch_free_memory(self._size)
-            times = {"copy_fresh": seconds(lambda: self._copy(memory))}
-            times["copy"] = seconds(lambda: self._copy(memory))
+            times = {"copy_fresh": seconds(lambda: self.copy(memory))}
+            times["copy"] = seconds(lambda: self.copy(memory))
             times["write"] = seconds(lambda: self._write(view))
             times["read_direct"] = seconds(lambda: self._read(view, _PIECE, os.O_DIRECT))
             forget(self._path)
@@ -68,7 +67,14 @@ class Limits:
         self._path.unlink()
         return times
 
-    def _copy(self, memory: mmap.mmap) -> None:
+    def buffer(self) -> mmap.mmap:
+        """Memory for a copy, which nothing has touched yet."""
+        memory = mmap.mmap(-1, self._size, mmap.MAP_PRIVATE)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+
+    def copy(self, memory: mmap.mmap) -> None:
+        """A bare copy of this rank's share of the bytes."""
         target = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         for address, nbytes in self._sources:
             ctypes.memmove(target, address, nbytes)

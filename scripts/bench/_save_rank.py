@@ -20,16 +20,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _peers
 import torch
 import torch.distributed as dist
-from _save_candidates import CANDIDATES, Candidate
+from _save_candidates import Candidate
 from _save_limits import Limits, touch_free_memory
+from _save_peers import CANDIDATES
 from _save_profile import Profile
 from _save_state import State, build_state
+from _save_training import measure_stalls, measure_training
 
 __all__ = ["Bench", "World"]
 
 _PAUSE = 0.05  # for the sampler of memory to see a state of rest
+_FIRST_STEPS = 2.0  # seconds of training before a first save, given to who can use them
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class World:
     """What a world of ranks is to do.
 
     Attributes:
-        jobs: pairs of a round's number and a candidate's word, or "limits", or "profile". Round 0 is not timed;
-            memory is measured in it.
+        jobs: pairs of a round's number and a candidate's word, or "limits", "profile", "stalls", or
+            "training:" and a candidate's word. Round 0 is not timed; memory is measured in it.
         only_load: whether to load what another world has saved, again and again, and to save nothing.
         keep_round: the round whose checkpoints are left for another world; None: no round's.
         report: where rank 0 writes.
@@ -53,6 +57,9 @@ class World:
     jobs: list[tuple[int, str]]
     only_load: bool
     keep_round: int | None
+    stalls: int
+    window: float
+    peers: str
     report: int
 
 
@@ -96,7 +103,13 @@ class Bench:
         if word == "profile":
             self._timed = True
             return self._profile()
+        if word == "stalls":
+            return self._stalls()
+        if word.startswith("training:"):
+            return self._training(word.removeprefix("training:"))
         kind = CANDIDATES[word]
+        if kind.needs:
+            _peers.use(Path(self.world.peers), kind.needs)
         last = self.world.keep_round if self.world.only_load else number
         folder = Path(self.world.folder, f"{word}-{last}")
         candidate = kind(self.state, folder, self.world.layout)
@@ -111,18 +124,42 @@ class Bench:
         return times
 
     def _limits(self) -> dict[str, float]:
+        times = self._bare().measure(self.seconds, forget)
+        self._settle()
+        return times
+
+    def _bare(self) -> Limits:
         path = Path(self.world.folder, f"limit-{self.world.rank}")
         share = -(-self.state.stored // self.world.ranks)
-        limits = Limits(list(self.state.tensors.values()), share, path)
-        times = limits.measure(self.seconds, forget)
+        return Limits(list(self.state.tensors.values()), share, path)
+
+    def _stalls(self) -> dict[str, float]:
+        folder = Path(self.world.folder, "stalls")
+        candidate = CANDIDATES["shardckpt"](self.state, folder, self.world.layout)
+        self._prepare(candidate)
+        bare = self._bare()
+        with bare.buffer() as memory:
+            times = measure_stalls(self, candidate, lambda: bare.copy(memory), self.world.stalls)
+        candidate.close()
+        self._remove(folder)
+        return times
+
+    def _training(self, word: str) -> dict[str, float]:
+        folder = Path(self.world.folder, f"training-{word}")
+        candidate = CANDIDATES[word](self.state, folder, self.world.layout)
+        self._prepare(candidate)
+        save_and_wait(candidate, 1)
         self._settle()
+        times = measure_training(self, candidate, self.world.window)
+        candidate.close()
+        self._remove(folder)
         return times
 
     def _profile(self) -> dict[str, float]:
         """Two saves and two loads of shardckpt; the mean over the ranks that did a thing."""
         folder = Path(self.world.folder, "profile")
         candidate = CANDIDATES["shardckpt"](self.state, folder, self.world.layout)
-        candidate.prepare()
+        self._prepare(candidate)
         profile = Profile()
         for step, name in enumerate(("first save", "steady save"), start=1):
             self._settle()
@@ -143,21 +180,42 @@ class Bench:
 
     def _saves(self, candidate: Candidate, *, memory: bool) -> dict[str, float]:
         self._memory("save", begin=True, wanted=memory)
-        candidate.prepare()
-        times = self._save(candidate, 1, "first_")
+        self._prepare(candidate)
+        last = 2 if candidate.again else 1
+        times = self._save(candidate, 1, "first_", spoil=memory and last == 1)
         if candidate.again:
-            times |= self._save(candidate, 2, "")
+            times |= self._save(candidate, 2, "", spoil=memory)
         self._memory("save", begin=False, wanted=memory)
+        if candidate.recalls:
+            times |= self._recall(candidate)
         candidate.close()
         gc.collect()
         return times
 
-    def _save(self, candidate: Candidate, step: int, prefix: str) -> dict[str, float]:
+    def _prepare(self, candidate: Candidate) -> None:
+        candidate.prepare()
+        if candidate.prepares:
+            time.sleep(_FIRST_STEPS)
+        self._settle()
+
+    def _recall(self, candidate: Candidate) -> dict[str, float]:
+        """Load from memory what this job has saved."""
+        tiers: list[str] = []
+        self.state.wipe()
+        seconds = self.seconds(lambda: tiers.append(candidate.recall()))
+        self.state.check()
+        return {"recall": seconds} if tiers == ["memory"] else {}
+
+    def _save(self, candidate: Candidate, step: int, prefix: str, *, spoil: bool) -> dict[str, float]:
+        """A save; with `spoil` the state is destroyed as soon as it may change, for a load to show the truth."""
         self._settle()
         self.barrier()
         cpu, started = time.process_time(), time.perf_counter()
         wait = candidate.save(step)
         stalled = time.perf_counter()
+        if spoil:
+            self.barrier()
+            self.state.wipe()
         wait()
         written = time.perf_counter()
         candidate.sync()
@@ -195,9 +253,13 @@ class Bench:
 
     def _cpu_since(self, before: float) -> float:
         """The CPU time of all ranks' processes; `before` is what this one had used at the start."""
-        tensor = torch.tensor([time.process_time() - before], dtype=torch.float64)
+        return self.total([time.process_time() - before])[0]
+
+    def total(self, numbers: list[float]) -> list[float]:
+        """The sum over all ranks, of each."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.control)
-        return float(tensor)
+        return [float(value) for value in tensor]
 
     def barrier(self) -> None:
         """Return when all ranks are here."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from _save_candidates import CANDIDATES
 from _save_limits import LIMITS
+from _save_peers import CANDIDATES
 from _save_world import Results
 
 __all__ = ["medians", "tables"]
@@ -28,17 +28,23 @@ def medians(results: Results) -> dict[str, Values]:
     }
 
 
-def tables(same: Results, other: Results, stored: int, words: Sequence[str], other_ranks: int) -> str:
-    """Limits, saves and loads, with failures."""
+def tables(
+    same: Results, other: Results, stored: int, words: Sequence[str], other_ranks: int, window: float
+) -> str:
+    """Limits, saves, loads, stalls and training, with failures."""
     times = medians(same)
     resharded = medians(other)
     limits = times.pop("limits", {})
+    stalls = times.pop("stalls", {})
+    training = {word: times.pop(f"training:{word}", {}) for word in words}
     errors = {word: v["error"] for (_, word), v in [*same.items(), *other.items()] if "error" in v}
     rows = [word for word in words if word in times]
     parts = [
         _limits(limits, stored),
         _saves(rows, times, limits, stored),
         _loads(rows, times, resharded, limits, stored, other_ranks),
+        _stalls(stalls),
+        _training({word: of for word, of in training.items() if of}, window),
         *(f"FAILED {CANDIDATES[w].name if w in CANDIDATES else w}: {e}" for w, e in errors.items()),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -53,11 +59,13 @@ def _limits(limits: Values, stored: int) -> str:
 
 def _saves(rows: Sequence[str], times: dict[str, Values], limits: Values, stored: int) -> str:
     head = [
-        *("SAVE", "stall s", "x memcpy", "x peer", "first s", "x memcpy"),
-        *("durable s", "GB/s", "of disk", "x peer", "syncs", "CPU s", "memory GB"),
+        *("SAVE", "stall s", "x memcpy", "x DCP", "x peer", "first s", "x memcpy"),
+        *("durable s", "GB/s", "of disk", "x DCP", "x peer", "syncs", "CPU s", "memory GB", "private"),
     ]
 
     peers = [_last(of) for word, of in times.items() if word != _OURS]
+    dcp = [_last(times[word]) for word in ("dcp-thread", "dcp-process") if word in times]
+    dcp_durable = times.get("dcp", {}).get("first_durable")
     lines = []
     for word in rows:
         of = times[word]
@@ -67,16 +75,19 @@ def _saves(rows: Sequence[str], times: dict[str, Values], limits: Values, stored
                 CANDIDATES[word].name,
                 _seconds(stall),
                 _ratio(stall, limits.get("copy")),
+                _ratio(_best(dcp, "stall"), stall) if word == _OURS else "",
                 _ratio(_best(peers, "stall"), stall) if word == _OURS else "",
                 _seconds(of.get("first_stall")) if CANDIDATES[word].again else "",
                 _ratio(of.get("first_stall"), limits.get("copy")) if CANDIDATES[word].again else "",
                 _seconds(durable),
                 _rate(stored, durable),
                 _ratio(limits.get("write"), durable),
+                _ratio(dcp_durable, durable) if word == _OURS else "",
                 _ratio(_best(peers, "durable"), durable) if word == _OURS else "",
                 "itself" if CANDIDATES[word].syncs else "by us",
                 _seconds(_last(of).get("cpu")),
                 _gigabytes(of.get("save_memory")),
+                _gigabytes(of.get("save_private_memory")),
             ]
         )
     return _table(head, lines)
@@ -93,7 +104,8 @@ def _loads(
     on = f"on {other_ranks}"
     head = [
         *("LOAD", "cold s", "GB/s", "of disk", "x peer", "warm s", "GB/s", "of memcpy", "x peer", "CPU s"),
-        *(f"cold {on}", "x same", "x peer", f"warm {on}", "x same", "x peer", "memory GB"),
+        *(f"cold {on}", "x same", "x peer", f"warm {on}", "x same", "x peer"),
+        *("recall s", "of memcpy", "memory GB"),
     ]
     disk = min((limits[k] for k in ("read_direct", "read_cold") if k in limits), default=None)
     same = [of for word, of in times.items() if word != _OURS]
@@ -109,8 +121,60 @@ def _loads(
         for what in ("cold", "warm"):
             line += [_seconds(there.get(what)), _ratio(there.get(what), of.get(what))]
             line.append(_ratio(_best(other, what), there.get(what)) if word == _OURS else "")
-        lines.append([*line, _gigabytes(of.get("load_memory"))])
+        recall = of.get("recall")
+        line += [_seconds(recall), _ratio(limits.get("copy"), recall), _gigabytes(of.get("load_memory"))]
+        lines.append(line)
     return _table(head, lines)
+
+
+def _stalls(times: Values) -> str:
+    """The stalls of saves in a row, and the copies before them."""
+    by_what = {
+        name: [times[key] for key in sorted(times) if key.startswith(key_prefix)]
+        for name, key_prefix in (("memcpy", "copy_"), ("shardckpt", "stall_"))
+    }
+    if not by_what["shardckpt"]:
+        return ""
+    found = {
+        name: [values[0], statistics.median(values), _percentile(values, 99), max(values)]
+        for name, values in by_what.items()
+    }
+    rows = [[name, *map(_seconds, numbers)] for name, numbers in found.items()]
+    rows.append(["x memcpy", *map(_ratio, found["shardckpt"], found["memcpy"])])
+    middle = found["memcpy"][1]
+    rows.append(["x median memcpy", *(_ratio(number, middle) for number in found["shardckpt"])])
+    return _table([f"STALLS OF {len(by_what['shardckpt'])} SAVES", "first", "median", "p99", "max"], rows)
+
+
+def _percentile(values: Sequence[float], percent: float) -> float:
+    """Interpolated between the two nearest."""
+    ordered = sorted(values)
+    place = (len(ordered) - 1) * percent / 100
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def _training(times: dict[str, Values], window: float) -> str:
+    if not times:
+        return ""
+    head = ["TRAINING, iterations/s", "alone", "while saving", "of alone", "for s"]
+    head += [f"in {window:g} s", "of alone"]
+    rows = []
+    for word, of in times.items():
+        alone = of["alone_rate"]
+        row = [CANDIDATES[word].name, f"{alone:.0f}", f"{of['persist_rate']:.0f}"]
+        row += [_percent(of["persist_rate"] / alone), _seconds(of["persist"])]
+        if "window_rate" in of:
+            row += [f"{of['window_rate']:.0f}", _percent(of["window_rate"] / alone)]
+        else:
+            row += ["", "longer"]
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
 
 
 def _last(of: Values) -> Values:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,33 +15,36 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Job", "Results", "run_world"]
+__all__ = ["MARK", "Job", "Results", "remove_leftovers", "run_world"]
 
 Job = tuple[int, str]
 Results = dict[Job, dict[str, float | str]]
 """By round and candidate: seconds and bytes by name, or the reason of a failure as "error"."""
 
+MARK = "SHARDCKPT_BENCH_WORLD"
+"""The variable that holds a text of the world's own, in its ranks and whatever they start."""
+
 _RANK = Path(__file__).with_name("_save_rank.py")
-_MARK = "SHARDCKPT_BENCH_WORLD"
+_SHARED = (Path("/dev/shm"), Path("/tmp/ckpt_sock"))
 _SILENCE = 240.0
 _FAREWELL = 10.0
 _LOG_LINES = 40
-_TICK = 0.01
+_TICK = 0.02
 _RESCAN = 0.1
 
 
 class Sampler:
-    """The peak of the memory of all processes that have a mark in their environment, and of shared memory.
+    """The peak of the memory of all processes that have a mark in their environment, by which it finds them.
 
-    Shared memory (memfds, /dev/shm) is the whole machine's, so that it is counted once, and survives
-    whoever made it; other programs should be quiet. The page cache is not counted.
+    Those that a candidate starts are among them. Every page counts once, by its proportional share (PSS) in each
+    process that has it mapped: private memory, and shared memory such as memfds, but not the page cache.
     """
 
     def __init__(self, mark: str) -> None:
-        self._mark = f"{_MARK}={mark}".encode()
+        self._mark = f"{MARK}={mark}".encode()
         self._pids: list[int] = []
         self._scanned = 0.0
-        self._base = self._peak = 0
+        self._base = self._peak = (0, 0)
         self.active = False
 
     def begin(self) -> None:
@@ -48,12 +52,13 @@ class Sampler:
         self.active = True
 
     def sample(self) -> None:
-        self._peak = max(self._peak, self._now())
+        total, private = self._now()
+        self._peak = (max(self._peak[0], total), max(self._peak[1], private))
 
-    def end(self) -> int:
-        """Bytes above what there was when it began."""
+    def end(self) -> tuple[int, int]:
+        """Bytes above what there was when it began: in all, and of private memory; each at its own peak."""
         self.active = False
-        return self._peak - self._base
+        return self._peak[0] - self._base[0], self._peak[1] - self._base[1]
 
     def pids(self) -> list[int]:
         found = []
@@ -65,11 +70,15 @@ class Sampler:
                 pass
         return found
 
-    def _now(self) -> int:
+    def _now(self) -> tuple[int, int]:
         if time.monotonic() - self._scanned > _RESCAN:
             self._pids, self._scanned = self.pids(), time.monotonic()
-        total = _field("/proc/meminfo", "Shmem:")
-        return total + sum(_field(f"/proc/{pid}/status", "RssAnon:") for pid in self._pids)
+        private = shared = 0
+        for pid in self._pids:
+            fields = _fields(f"/proc/{pid}/smaps_rollup")
+            private += fields.get("Pss_Anon:", 0)
+            shared += fields.get("Pss_Shmem:", 0)
+        return private + shared, private
 
 
 def run_world(
@@ -92,7 +101,9 @@ def run_world(
                 current = (event["round"], event["candidate"])
                 print(f"{ranks} ranks, round {current[0]}: {current[1]}", file=sys.stderr)
             elif event["event"] == "memory":
-                results.setdefault(current or left[0], {})[f"{event['what']}_memory"] = event["bytes"]
+                total, private = event["bytes"]
+                of = results.setdefault(current or left[0], {})
+                of |= {f"{event['what']}_memory": total, f"{event['what']}_private_memory": private}
             elif event["event"] == "end" and current is not None:
                 results.setdefault(current, {}).update(event["results"])
                 left.remove(current)
@@ -114,7 +125,7 @@ def _one_world(
     reader, writer = os.pipe()
     environment = {
         **os.environ,
-        _MARK: mark,
+        MARK: mark,
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": str(threads),
@@ -154,6 +165,7 @@ def _one_world(
                 pass
         for process in processes:
             process.wait()
+        remove_leftovers(mark)
         store.unlink(missing_ok=True)
         log.unlink()
 
@@ -190,13 +202,18 @@ def _events(reader: int, sampler: Sampler) -> Iterator[dict[str, Any]]:
             return
 
 
-def _field(path: str, name: str) -> int:
-    """Bytes in a line like "RssAnon:  12 kB"; 0 if the process has gone."""
+def remove_leftovers(mark: str) -> None:
+    """Delete shared memory and sockets that a candidate has named after the world, and has left behind."""
+    for folder in _SHARED:
+        for path in folder.glob(f"*{mark}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _fields(path: str) -> dict[str, int]:
+    """Bytes by name, from lines like "Pss_Anon:  12 kB"; none if the process has gone."""
     try:
         with open(path) as file:
-            for line in file:
-                if line.startswith(name):
-                    return int(line.split()[1]) * 1024
+            lines = [line.split() for line in file]
     except OSError:
-        pass
-    return 0
+        return {}
+    return {words[0]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
