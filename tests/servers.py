@@ -10,6 +10,8 @@ import os
 import re
 import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -42,9 +44,9 @@ class S3Server:
 
 @contextlib.contextmanager
 def moto() -> Iterator[S3Server]:
-    """moto: strict about conditional puts, lax about signatures; keeps everything in memory."""
+    """moto: strict about conditional puts, lax about signatures and sizes; keeps everything in memory."""
     command = [str(_BIN / "moto_server"), "-H", "127.0.0.1", "-p", "0"]
-    with _started(command, r"http://127\.0\.0\.1:(\d+)") as port:
+    with _started(command, r"http://127\.0\.0\.1:(\d+)", S3_UPLOAD_PART_MIN_SIZE="1") as port:
         server = _server(port)
         _make_bucket(server)
         yield server
@@ -74,13 +76,14 @@ def _make_bucket(server: S3Server) -> None:
 
 
 @contextlib.contextmanager
-def _started(command: list[str], announcement: str) -> Iterator[int]:
+def _started(command: list[str], announcement: str, **environment: str) -> Iterator[int]:
     """Run a server on a port of its own choice; yields the port that it announces."""
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
         preexec_fn=_die_with_parent,
     )
     try:
@@ -122,14 +125,28 @@ class FaultyProxy:
     """A server in front of another one that spoils chosen requests.
 
     `faults` is consulted for every request with its method and path; it returns what to do with it:
-    None to pass it on, "lose" to pass it on and hang up instead of answering, "cut" to hang up in
-    the middle of the answer's body, or a number to answer with that status at once.
+
+    - None: pass it on.
+    - A number: answer with that status at once.
+    - "lose": pass it on, and hang up instead of answering.
+    - "cut": hang up in the middle of the answer's body.
+    - "reset": break the connection (RST) in the middle of the answer's body.
+    - "refuse": break the connection (RST) in the middle of the request's body, which is not passed on.
+    - "flip": change one bit in the middle of the answer's body.
+    - "slow": send the answer's body in ten pieces, with pauses of `pause` seconds.
+    - "ignore": never answer, until the proxy ends.
+
     `requests` records (method, path) of all.
     """
 
     endpoint: str = ""
     faults: Callable[[str, str], str | int | None] = lambda _method, _path: None
+    pause: float = 0.02
     requests: list[tuple[str, str]] = field(default_factory=list)
+
+    def count(self, method: str, part: str = "") -> int:
+        """How many requests of this method came whose path contains `part`."""
+        return sum(m == method and part in path for m, path in self.requests)
 
 
 @contextlib.contextmanager
@@ -137,27 +154,35 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
     """A FaultyProxy in front of `upstream`, an http:// endpoint."""
     proxy = FaultyProxy()
     host = upstream.removeprefix("http://")
+    over = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def handle_any(self) -> None:
             self.close_connection = True
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            with contextlib.suppress(ConnectionError):  # the client may have given up
+                self.handle_request()
+
+        def handle_request(self) -> None:
             proxy.requests.append((self.command, self.path))
             fault = proxy.faults(self.command, self.path)
+            length = int(self.headers.get("Content-Length") or 0)
+            if fault == "refuse":
+                self.rfile.read(length // 2)
+                self.break_off()
+                return
+            body = self.rfile.read(length)
+            if fault == "ignore":
+                over.wait()
+                return
             if isinstance(fault, int):
                 self.send_response(fault)
                 self.send_header("Content-Length", "0")
                 self.send_header("Connection", "close")
                 self.end_headers()
                 return
-            connection = http.client.HTTPConnection(host)
-            headers = {name: self.headers[name] for name in self.headers if name != "Expect"}
-            connection.request(self.command, self.path, body, headers)
-            answer = connection.getresponse()
-            content = answer.read()
-            connection.close()
+            answer, content = self.pass_on(body)
             if fault == "lose":
                 return
             self.send_response(answer.status)
@@ -166,7 +191,36 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
                     self.send_header(name, value)
             self.send_header("Connection", "close")
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
+            self.send_body(content, fault)
+
+        def pass_on(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+            connection = http.client.HTTPConnection(host)
+            headers = {name: self.headers[name] for name in self.headers if name != "Expect"}
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            return answer, content
+
+        def send_body(self, content: bytes, fault: str | None) -> None:
+            middle = len(content) // 2
+            if fault in ("cut", "reset"):
+                content = content[:middle]
+            elif fault == "flip" and content:
+                content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            size = len(content) if fault != "slow" else -(-len(content) // 10)
+            for start in range(0, len(content), size or 1):
+                self.wfile.write(content[start : start + size])
+                if fault == "slow":
+                    over.wait(proxy.pause)
+            if fault == "reset":
+                self.break_off()
+
+        def break_off(self) -> None:
+            linger = struct.pack("ii", 1, 0)  # none: closing sends a RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            # Not the server's own way, which says goodbye first.
+            os.close(self.connection.detach())
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any  # noqa: N815
 
@@ -181,6 +235,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
     try:
         yield proxy
     finally:
+        over.set()
         server.shutdown()
         thread.join()
         server.server_close()

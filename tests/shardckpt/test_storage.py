@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -13,22 +14,27 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shardckpt import load, save
 from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
 from shardckpt.storage import LocalStorage, Storage, open_storage
 from tests.faults import FaultyStorage, Killed
 from tests.servers import FaultyProxy, S3Server, faulty_proxy
 
 PART = 16 << 20
+SMALL_PART = 100_000
 RACERS = 8
 
 
@@ -212,6 +218,31 @@ class TestContract:
                 found = np.zeros_like(array)
                 store.read_into("pack", 0, found.data)
                 assert (found == array).all()
+
+    @pytest.mark.parametrize("size", [0, 5000, 2 * PART + 4097])
+    def test_before_each_block_of_a_pack(self, store: Storage, size: int) -> None:
+        """It sees every byte once, in order, and what it changes is what is stored."""
+        memory = mmap.mmap(-1, size + 4096)
+        view = memoryview(memory)[:size]
+        told: list[tuple[int, int]] = []
+
+        def before(start: int, stop: int) -> None:
+            told.append((start, stop))
+            view[start:stop] = _noise(size)[start:stop]
+
+        store.write_pack("pack", view, before)
+        ends = [0, *(stop for _, stop in told)]
+        assert told == list(itertools.pairwise(ends))
+        assert ends[-1] == size
+        assert ends == sorted(set(ends))
+        assert store.read("pack") == _noise(size)
+
+    def test_what_before_raises_is_raised(self, store: Storage) -> None:
+        def before(start: int, _stop: int) -> None:
+            raise ValueError(f"at {start}")
+
+        with pytest.raises(ValueError, match="at 0"):
+            store.write_pack("pack", memoryview(bytes(2 * PART)), before)
 
     def test_several_threads(self, store: Storage) -> None:
         def work(number: int) -> bytes:
@@ -440,12 +471,13 @@ class TestS3:
         with socket.socket() as held:  # bound, but not listening: connections are refused
             held.bind(("127.0.0.1", 0))
             endpoint = f"http://127.0.0.1:{held.getsockname()[1]}"
-            options = {"key": "k", "secret": "s", "endpoint_url": endpoint}
+            retries = {"retries": {"total_max_attempts": 4}}
+            options = {"key": "k", "secret": "s", "endpoint_url": endpoint, "config_kwargs": retries}
             storage = open_storage("s3://bucket/run", options)
             began = time.monotonic()
             with pytest.raises(StorageError, match="cannot be reached") as caught:
                 storage.list()
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < 10
         assert "s3://bucket/run" in str(caught.value)
         assert endpoint in str(caught.value)
 
@@ -551,12 +583,181 @@ class TestS3:
         storage.write_pack("data.pack", memoryview(bytes(PART + 1)))
         assert storage.size("data.pack") == PART + 1
 
-    @pytest.fixture
-    def proxied(self, moto_s3: S3Server) -> Iterator[tuple[Storage, FaultyProxy]]:
-        """A storage whose requests the test may spoil."""
+
+class TestTrouble:
+    """What passes is waited out; what does not is an error that says so, and leaves nothing."""
+
+    @pytest.fixture(autouse=True)
+    def _small_and_quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("shardckpt.storage.s3._PART", SMALL_PART)
+        monkeypatch.setattr("shardckpt.storage.s3._RANGE", SMALL_PART // 2)
+        monkeypatch.setattr("shardckpt.storage.s3._FIRST_PAUSE", 0.001)
+
+    @pytest.mark.parametrize("fault", [500, 503, 429, "lose", "refuse"])
+    def test_every_call_survives_a_storm(
+        self, proxied: tuple[Storage, FaultyProxy], fault: str | int
+    ) -> None:
+        storage, proxy = proxied
+        data = _noise(2 * SMALL_PART + 5)
+
+        def storm(lasts: int) -> None:
+            proxy.faults = _times(lasts, fault)
+
+        storm(3)
+        storage.write_pack("p/data.pack", memoryview(data))
+        storm(3)
+        storage.create("claim", b"mine")
+        storm(3)
+        assert storage.list() == ["claim", "p"]
+        storm(3)
+        assert storage.size("p/data.pack") == len(data)
+        storm(7)  # of eight attempts the last succeeds
+        assert storage.read("claim") == b"mine"
+        storm(3)
+        found = bytearray(len(data))
+        storage.read_into("p/data.pack", 0, memoryview(found))
+        assert found == data
+        storm(3)
+        storage.delete_tree("p")
+        storm(3)
+        storage.delete("claim")
+        assert storage.list() == []
+
+    @pytest.mark.parametrize("retries", [{"total_max_attempts": 3}, {"max_attempts": 2}])
+    def test_a_storm_that_does_not_end_is_an_error(
+        self, moto_s3: S3Server, retries: dict[str, int]
+    ) -> None:
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = _through(moto_s3, proxy, retries=retries)
+            proxy.faults = lambda _method, _path: 503
+            with pytest.raises(StorageError, match=r"claim: the server answered 503.*after 3 attempts"):
+                storage.read("claim")
+            assert proxy.count("GET", "claim") == len(proxy.requests) == 3
+            with pytest.raises(StorageError, match="503"):
+                storage.write("claim", b"")
+            assert proxy.count("PUT") == 3
+
+    def test_what_does_not_pass_is_not_tried_again(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        storage, proxy = proxied
+        for status in (400, 403, 501):
+            proxy.requests.clear()
+            proxy.faults = lambda _method, _path, status=status: status
+            with pytest.raises(StorageError):
+                storage.write("file", b"x")
+            assert len(proxy.requests) == 1
+
+    @pytest.mark.parametrize("fault", ["lose", "refuse", 503])
+    def test_one_part_of_an_upload_fails_once(
+        self, proxied: tuple[Storage, FaultyProxy], fault: str | int
+    ) -> None:
+        storage, proxy = proxied
+        data = _noise(3 * SMALL_PART)
+        proxy.faults = _once("PUT", fault, "partNumber=2")
+        told: list[tuple[int, int]] = []
+        storage.write_pack("data.pack", memoryview(data), lambda *block: told.append(block))
+        assert proxy.count("PUT", "partNumber=2") == 2
+        assert proxy.count("PUT") == 4
+        assert told == [(0, SMALL_PART), (SMALL_PART, 2 * SMALL_PART), (2 * SMALL_PART, 3 * SMALL_PART)]
+        assert storage.read("data.pack") == data
+
+    @pytest.mark.parametrize("fault", ["cut", "reset", "slow"])
+    def test_an_answer_breaks_off_or_is_slow(
+        self, proxied: tuple[Storage, FaultyProxy], fault: str
+    ) -> None:
+        storage, proxy = proxied
+        data = _noise(SMALL_PART)
+        storage.write("file", data)
+        proxy.faults = _once("GET", fault)
+        assert storage.read("file") == data
+        proxy.faults = _once("GET", fault)
+        found = bytearray(SMALL_PART - 1000)
+        storage.read_into("file", 1000, memoryview(found))
+        assert found == data[1000:]
+
+    def test_an_answer_that_always_breaks_off(self, moto_s3: S3Server) -> None:
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = _through(moto_s3, proxy, retries={"total_max_attempts": 2})
+            storage.write("file", _noise(10_000))
+            proxy.faults = lambda method, _path: "cut" if method == "GET" else None
+            for ask in (
+                lambda: storage.read("file"),
+                lambda: storage.read_into("file", 0, memoryview(bytearray(10_000))),
+            ):
+                with pytest.raises(StorageError, match=r"file: the connection failed.*after 2 attempts"):
+                    ask()
+
+    def test_a_server_that_does_not_answer(self, moto_s3: S3Server) -> None:
+        """Each attempt takes as long as the options say."""
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = _through(moto_s3, proxy, read_timeout=0.2, retries={"total_max_attempts": 2})
+            storage.write("file", b"x")
+            proxy.faults = _once("GET", "ignore")
+            assert storage.read("file") == b"x"
+            proxy.faults = lambda _method, _path: "ignore"
+            began = time.monotonic()
+            with pytest.raises(StorageError, match=r"file: the connection failed.*[Tt]imeout"):
+                storage.read("file")
+            assert 0.4 <= time.monotonic() - began < 10
+
+    def test_an_upload_that_fails_is_aborted(self, moto_s3: S3Server) -> None:
+        """Nothing is left that nobody sees, and everybody pays for."""
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = _through(moto_s3, proxy, retries={"total_max_attempts": 2})
+            proxy.faults = lambda method, path: 503 if method == "PUT" and "partNumber=3" in path else None
+            with pytest.raises(StorageError, match=r"data\.pack.*503"):
+                storage.write_pack("data.pack", memoryview(bytes(4 * SMALL_PART)))
+        files = fsspec.filesystem("s3", **moto_s3.options)
+        found = files.call_s3("list_multipart_uploads", Bucket=moto_s3.bucket)
+        assert not [
+            upload for upload in found.get("Uploads", []) if storage.url in f"s3://x/{upload['Key']}"
+        ]
+        assert open_storage(storage.url, moto_s3.options).list() == []
+
+    def test_what_before_raises_ends_an_upload(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        storage, proxy = proxied
+
+        def before(start: int, _stop: int) -> None:
+            if start:
+                raise ValueError("enough")
+
+        with pytest.raises(ValueError, match="enough"):
+            storage.write_pack("data.pack", memoryview(bytes(3 * SMALL_PART)), before)
+        assert proxy.count("DELETE", "uploadId=") == 1
+        assert storage.list() == []
+
+    def test_an_upload_copies_no_part(self, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Parts go from the buffer to the connection: however large the pack, little memory is needed."""
+        storage = open_storage(moto_s3.url(), moto_s3.options)
+        storage.write("ready", b"")
+        monkeypatch.setattr("shardckpt.storage.s3._PART", PART)
+        with mmap.mmap(-1, 5 * PART) as memory, memoryview(memory) as view:
+            tracemalloc.start()
+            try:
+                storage.write_pack("data.pack", view)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+        assert storage.size("data.pack") == 5 * PART
+        assert peak < PART
+
+    def test_a_bit_flipped_on_the_way_is_found(self, moto_s3: S3Server) -> None:
+        state = {"w": torch.arange(100_000)}
+        url = moto_s3.url("flipped")
+        save(url, state, storage_options=moto_s3.options)
         with faulty_proxy(moto_s3.endpoint) as proxy:
             options = {**moto_s3.options, "endpoint_url": proxy.endpoint}
-            yield open_storage(moto_s3.url("proxied"), options), proxy
+            proxy.faults = lambda method, path: "flip" if method == "GET" and "data.pack" in path else None
+            into = {"w": torch.zeros(100_000, dtype=torch.int64)}
+            with pytest.raises(CorruptError, match=r"data\.pack"):
+                load(url, into, storage_options=options)
+            assert not into["w"].any()
+
+
+@pytest.fixture
+def proxied(moto_s3: S3Server) -> Iterator[tuple[Storage, FaultyProxy]]:
+    """A storage whose requests the test may spoil."""
+    with faulty_proxy(moto_s3.endpoint) as proxy:
+        yield _through(moto_s3, proxy), proxy
 
 
 @pytest.fixture
@@ -624,6 +825,18 @@ def _noise(size: int) -> bytes:
     block = bytes(range(256)) * 16
     pieces = [n.to_bytes(8, "little") + block[8:] for n in range(-(-size // 4096))]
     return b"".join(pieces)[:size]
+
+
+def _through(server: S3Server, proxy: FaultyProxy, **config: Any) -> Storage:
+    """A storage behind the proxy, with this configuration of the client."""
+    options = {**server.options, "endpoint_url": proxy.endpoint, "config_kwargs": config}
+    return open_storage(server.url("proxied"), options)
+
+
+def _times(count: int, fault: str | int) -> Callable[[str, str], str | int | None]:
+    """Spoil the first `count` requests."""
+    left = itertools.count(count, -1)
+    return lambda _method, _path: fault if next(left) > 0 else None
 
 
 def _once(method: str, fault: str | int, part: str = "") -> Callable[[str, str], str | int | None]:
