@@ -13,7 +13,7 @@ import numpy.typing as npt
 from shardckpt.box import Box
 from shardckpt.dtypes import numpy_dtype
 from shardckpt.errors import MissingKeysError
-from shardckpt.fetch import Fetcher, in_parallel
+from shardckpt.fetch import Fetcher
 from shardckpt.manifest import Manifest, Tensor
 from shardckpt.reads import ChunkIndex, Read, index_chunks, plan_reads
 from shardckpt.runs import Place, find_place, read_manifest
@@ -90,14 +90,12 @@ class Checkpoint:
         result = np.zeros(box.shape, dtype=numpy_dtype(tensor.dtype))
         fetcher = Fetcher(self._place, self.manifest)
 
-        def fetch(read: Read) -> None:
-            fetcher.verify([read])
+        def take(read: Read) -> None:
             chunk = fetcher.chunk(read)
             for copy in read.copies:
                 result[copy.target] = chunk[copy.source]
-            fetcher.release(read)
 
-        in_parallel(fetch, plan_reads(self.manifest, [(name, box)], self._index))
+        fetcher.verify(plan_reads(self.manifest, [(name, box)], self._index), take)
         return np.asarray(result[rest])
 
     def tensor(self, name: str) -> Tensor:
@@ -120,12 +118,9 @@ class Checkpoint:
         Raises CorruptError, which names the first bad chunk. `progress` is called with bytes done.
         """
         boxes = [(tensor.name, Box.whole(tensor.shape)) for tensor in self.manifest.tensors]
-        checked = 0
-        for reads in _batches(plan_reads(self.manifest, [b for b in boxes if b[1].volume])):
-            fetcher = Fetcher(self._place, self.manifest)
-            fetcher.verify(reads, progress)
-            checked += sum(read.nbytes for read in reads)
-        return checked
+        reads = plan_reads(self.manifest, [b for b in boxes if b[1].volume])
+        Fetcher(self._place, self.manifest).verify(reads, take=lambda _: None, progress=progress)
+        return sum(read.nbytes for read in reads)
 
 
 def open_checkpoint(
@@ -171,16 +166,3 @@ def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[Box, tuple[Any, ...]]:
         else:
             raise IndexError(f"an index is made of integers, slices and an ellipsis, not of {item!r}")
     return Box(tuple(offsets), tuple(sizes)), tuple(rest)
-
-
-def _batches(reads: list[Read], limit: int = 256 << 20) -> list[list[Read]]:
-    """The reads in runs of about `limit` bytes, so that what is held stays bounded."""
-    batches: list[list[Read]] = [[]]
-    size = 0
-    for read in reads:
-        if size > limit:
-            batches.append([])
-            size = 0
-        batches[-1].append(read)
-        size += read.nbytes
-    return batches if reads else []

@@ -1,15 +1,15 @@
 """Fetch and verify chunks. Free of torch.
 
-What goes into memory that is not yet a part of the user's state is read in one pass (`fetch`). What goes
-into live tensors is verified first (`verify`) and applied later: a local chunk is read twice for that,
-once in pieces that stay in the processor's cache, and once, from the page cache, straight to where it
-belongs, so that no second copy of the state is held. Remote chunks are fetched once and held.
+What goes into memory that is not yet a part of the user's state is handed over as it is verified. What
+goes into live tensors is verified first and applied later: chunks that are near (mapped files, memory) are
+looked at twice for that, so that no second copy of the state is held; remote ones are fetched once and held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import crc32c
@@ -19,159 +19,150 @@ import numpy.typing as npt
 from shardckpt.dtypes import numpy_dtype
 from shardckpt.errors import CorruptError
 from shardckpt.manifest import CRC_BYTES, Manifest
-from shardckpt.reads import Read
-from shardckpt.runs import Place
-from shardckpt.storage import LocalStorage
+from shardckpt.packs import Source, open_packs
+from shardckpt.reads import Read, Stored, coalesced, describe
 
 __all__ = ["Fetcher", "in_parallel"]
 
-_PIECE = 1 << 20
-_REQUEST = 32 << 20
-_GAP = 64 << 10
 _THREADS = 4
 
 T = TypeVar("T")
 
 
 class Fetcher:
-    """Reads the chunks of one checkpoint."""
+    """Reads the chunks of one checkpoint. Safe to use from several threads.
 
-    def __init__(self, place: Place, manifest: Manifest) -> None:
-        self._place = place
+    Attributes:
+        url: what messages call the checkpoint.
+        is_near: whether verified chunks are read again rather than held.
+    """
+
+    def __init__(self, source: Source, manifest: Manifest) -> None:
+        self._packs = open_packs(source, manifest)
         self._manifest = manifest
-        self._twice = isinstance(place.root, LocalStorage)
-        self._held: dict[int, npt.NDArray[np.uint8]] = {}
+        self._held: dict[int, memoryview] = {}
+        self._sized: set[int] = set()
+        self.url = self._packs.url
+        self.is_near = self._packs.is_near
 
-    def verify(self, reads: Sequence[Read], progress: Callable[[int], object] | None = None) -> None:
-        """Check the bytes of all these chunks against their checksums.
+    def __contains__(self, pack: int) -> bool:
+        """Whether this process can read the pack of this number."""
+        return pack in self._packs
 
-        Raises CorruptError, which names the first bad chunk and its pack; FileNotFoundError cannot
-        happen, a missing pack is corruption. `progress` is called with the bytes done, from any thread.
-        """
-        self._check_sizes(reads)
-        work = [[read] for read in reads] if self._twice else list(_coalesced(reads))
-        verify = self._verify_local if self._twice else self._verify_remote
-        for done in in_parallel(verify, work):
-            if progress is not None:
-                progress(done)
-
-    def fetch(
+    def verify(
         self,
-        reads: Sequence[Read],
-        memory: Callable[[Read], memoryview | None],
-        take: Callable[[Read], object],
+        reads: Iterable[Read],
+        take: Callable[[Read], object] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Read and verify chunks in one pass, and hand each one over.
+        """Check the bytes of these chunks, in the order of packs and places, against their checksums.
 
-        A local chunk is read straight into `memory(read)`, if that is not None; content that fails
-        verification may be in there afterwards. For any other chunk `take(read)` is called, which may
-        use `chunk` and `read_into`; then it is released. Both are called from several threads. Raises as
-        `verify` does.
+        Each verified chunk is handed to `take`, if there is one, which may use `chunk`, and released.
+        Without it the chunks can be used until they are released. Both `take` and `progress`, which is
+        called with the bytes done, are called from several threads. Raises CorruptError, which names the
+        first bad chunk and its pack; a missing pack is corruption, too. Raises StorageError.
         """
-        self._check_sizes(reads)
 
-        def fetch_local(group: Sequence[Read]) -> None:
-            (read,) = group
-            straight = memory(read)
-            content = np.empty(read.nbytes, dtype=np.uint8).data if straight is None else straight
-            path = self._place.pack(self._manifest.packs[read.pack])
-            stored = bytearray(CRC_BYTES)
-            self._place.root.read_into(path, read.offset, content)
-            self._place.root.read_into(path, read.offset + read.nbytes, memoryview(stored))
-            self._compare(read, crc32c.crc32c(content), bytes(stored))
-            if straight is None:
-                self._held[read.row] = np.frombuffer(content, dtype=np.uint8)
-                hand_over(group)
+        def verify(group: list[Read]) -> None:
+            self._verify(group)
+            if take is not None:
+                self._hand_over(take, group)
+            if progress is not None:
+                progress(sum(read.nbytes for read in group))
 
-        def fetch_remote(group: Sequence[Read]) -> None:
-            self._verify_remote(group)
-            hand_over(group)
+        groups = list(coalesced(reads, self._packs.request))
+        self._check_sizes(groups)
+        in_parallel(verify, groups)
 
-        def hand_over(group: Sequence[Read]) -> None:
-            for read in group:
-                take(read)
-                self.release(read)
+    def hand_over(self, reads: Iterable[Read], take: Callable[[Read], object]) -> None:
+        """Hand verified chunks to `take`, and release them, as `verify` does."""
+        in_parallel(partial(self._hand_over, take), list(coalesced(reads, self._packs.request)))
 
-        if self._twice:
-            in_parallel(fetch_local, [[read] for read in reads])
-        else:
-            in_parallel(fetch_remote, _coalesced(reads))
+    def fetch(self, chunks: Sequence[Stored]) -> memoryview:
+        """The bytes from the first to the last of these neighbours in a pack, verified. Raises as `verify`."""
+        self._check_sizes([chunks])
+        content = self._read(chunks)
+        self._compare(chunks, content)
+        return content
 
-    def read_into(self, read: Read, start: int, target: memoryview) -> None:
-        """Fill `target` with the verified chunk's bytes from `start` on."""
-        if read.row in self._held:
-            source = self._held[read.row][start : start + len(target)]
-            np.frombuffer(target, dtype=np.uint8)[:] = source
-        else:
-            path = self._place.pack(self._manifest.packs[read.pack])
-            self._place.root.read_into(path, read.offset + start, target)
+    def hold(self, read: Read, content: memoryview) -> None:
+        """Take the bytes of a chunk, verified elsewhere, as they are."""
+        self._held[read.row] = content
 
     def chunk(self, read: Read) -> npt.NDArray[Any]:
-        """The verified chunk as an array of its full, padded shape."""
-        content = self._held.get(read.row)
-        if content is None:
-            content = np.empty(read.nbytes, dtype=np.uint8)
-            self.read_into(read, 0, content.data)
-        return content.view(numpy_dtype(read.tensor.dtype)).reshape(read.chunk)
+        """The verified chunk as an array of its full, padded shape, not to be written to."""
+        return self.content(read).view(numpy_dtype(read.tensor.dtype)).reshape(read.chunk)
+
+    def content(self, read: Read) -> npt.NDArray[np.uint8]:
+        """The bytes of the verified chunk, not to be written to."""
+        held = self._held.get(read.row)
+        if held is None:
+            held = self._packs.read(read.pack, read.offset, read.offset + read.nbytes)
+        return np.frombuffer(held, dtype=np.uint8)
 
     def release(self, read: Read) -> None:
         """Forget what is held of the chunk."""
         self._held.pop(read.row, None)
 
-    def _check_sizes(self, reads: Sequence[Read]) -> None:
-        for number in sorted({read.pack for read in reads}):
-            pack = self._manifest.packs[number]
-            try:
-                found = self._place.root.size(self._place.pack(pack))
-            except FileNotFoundError as error:
+    def _hand_over(self, take: Callable[[Read], object], group: Sequence[Read]) -> None:
+        for read in group:
+            take(read)
+            self.release(read)
+
+    def _verify(self, group: list[Read]) -> None:
+        """One request for neighbouring chunks, which are then held if they are far."""
+        content = self._read(group)
+        self._compare(group, content)
+        if not self.is_near:
+            for read in group:
+                start = read.offset - group[0].offset
+                self.hold(read, content[start : start + read.nbytes])
+
+    def _read(self, chunks: Sequence[Stored]) -> memoryview:
+        first, last = chunks[0], chunks[-1]
+        try:
+            return self._packs.read(first.pack, first.offset, last.offset + last.nbytes + CRC_BYTES)
+        except FileNotFoundError as error:
+            raise self._missing(first.pack) from error
+
+    def _compare(self, chunks: Sequence[Stored], content: memoryview) -> None:
+        if not self._packs.has_checksums:
+            return
+        for chunk in chunks:
+            begin = chunk.offset - chunks[0].offset
+            end = begin + chunk.nbytes
+            found = crc32c.crc32c(content[begin:end])
+            stored = int.from_bytes(content[end : end + CRC_BYTES], "little")
+            if not found == stored == chunk.crc32c:
                 raise CorruptError(
-                    f"{self._place.url}: the pack {pack.path} is missing; it should have {pack.size} bytes"
-                ) from error
-            if found != pack.size:
-                ends = ((r, r.offset + r.nbytes + CRC_BYTES) for r in reads if r.pack == number)
-                lost = next((r for r, end in ends if end > found), None)
-                chunk = f"; the first chunk that is lost is {lost.describe(self._manifest)}" if lost else ""
-                raise CorruptError(
-                    f"{self._place.url}: the pack {pack.path} has {found} bytes and should have "
-                    f"{pack.size}: it was changed after it was written{chunk}"
+                    f"{self._packs.url}: {describe(self._manifest, chunk.row)} is corrupt: its checksum is "
+                    f"{found:08x}, the one stored with it {stored:08x}, the manifest's {chunk.crc32c:08x}. "
+                    "Load another checkpoint of this run (shardckpt ls), and have the storage checked."
                 )
 
-    def _verify_local(self, reads: Sequence[Read]) -> int:
-        (read,) = reads
-        path = self._place.pack(self._manifest.packs[read.pack])
-        piece = memoryview(bytearray(min(_PIECE, read.nbytes + CRC_BYTES)))
-        checksum, done = 0, 0
-        while done < read.nbytes:
-            part = piece[: min(len(piece), read.nbytes - done)]
-            self._place.root.read_into(path, read.offset + done, part)
-            checksum = crc32c.crc32c(part, checksum)
-            done += len(part)
-        self._place.root.read_into(path, read.offset + done, piece[:CRC_BYTES])
-        self._compare(read, checksum, bytes(piece[:CRC_BYTES]))
-        return read.nbytes
+    def _check_sizes(self, groups: Sequence[Sequence[Stored]]) -> None:
+        """Compare each pack's size with the manifest's, once, which is quicker than to come upon its end."""
+        for number in sorted({group[0].pack for group in groups} - self._sized):
+            pack = self._manifest.packs[number]
+            try:
+                found = self._packs.size(number)
+            except FileNotFoundError as error:
+                raise self._missing(number) from error
+            if found != pack.size:
+                chunks = (chunk for group in groups for chunk in group if chunk.pack == number)
+                lost = next((c for c in chunks if c.offset + c.nbytes + CRC_BYTES > found), None)
+                names = describe(self._manifest, lost.row) if lost else ""
+                raise CorruptError(
+                    f"{self._packs.url}: the pack {pack.path} has {found} bytes and should have "
+                    f"{pack.size}: it was changed after it was written"
+                    + (f"; the first chunk that is lost is {names}" if lost else "")
+                )
+            self._sized.add(number)
 
-    def _verify_remote(self, reads: Sequence[Read]) -> int:
-        """One request for neighbouring chunks, which are then held."""
-        start = reads[0].offset
-        content = np.empty(reads[-1].offset + reads[-1].nbytes + CRC_BYTES - start, dtype=np.uint8)
-        path = self._place.pack(self._manifest.packs[reads[0].pack])
-        self._place.root.read_into(path, start, content.data)
-        for read in reads:
-            begin = read.offset - start
-            end = begin + read.nbytes
-            chunk = content[begin:end]
-            self._compare(read, crc32c.crc32c(chunk.data), bytes(content[end : end + CRC_BYTES]))
-            self._held[read.row] = chunk
-        return sum(read.nbytes for read in reads)
-
-    def _compare(self, read: Read, found: int, stored: bytes) -> None:
-        if found == read.crc32c and int.from_bytes(stored, "little") == found:
-            return
-        raise CorruptError(
-            f"{self._place.url}: {read.describe(self._manifest)} is corrupt: its checksum is {found:08x}, "
-            f"the one stored with it {int.from_bytes(stored, 'little'):08x}, the manifest's "
-            f"{read.crc32c:08x}. "
-            "Load another checkpoint of this run (shardckpt ls), and have the storage checked."
+    def _missing(self, number: int) -> CorruptError:
+        pack = self._manifest.packs[number]
+        return CorruptError(
+            f"{self._packs.url}: the pack {pack.path} is missing; it should have {pack.size} bytes"
         )
 
 
@@ -186,20 +177,3 @@ def in_parallel(function: Callable[[Any], T], work: Sequence[Any]) -> list[T]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _coalesced(reads: Sequence[Read]) -> list[list[Read]]:
-    """Reads grouped into requests: neighbours of one pack, up to the size of a request."""
-    groups: list[list[Read]] = []
-    for read in reads:
-        last = groups[-1] if groups else None
-        if (
-            last is not None
-            and last[-1].pack == read.pack
-            and read.offset - (last[-1].offset + last[-1].nbytes) <= _GAP
-            and read.offset + read.nbytes - last[0].offset <= _REQUEST
-        ):
-            last.append(read)
-        else:
-            groups.append([read])
-    return groups

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_strided
 from shardckpt.dtypes import DTYPES
 from shardckpt.errors import UnsupportedValueError
+from shardckpt.pages import prefer_huge_pages
 from shardckpt.plan import Layout
 
 __all__ = ["LocalTensor", "dtype_name", "empty_like_saved", "flat_bytes", "local_tensor", "torch_dtype"]
@@ -113,8 +114,13 @@ def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | No
     Where it has not, or there is none, a plain tensor in the memory of the CPU.
     """
     if like is not None and tuple(like.shape) == shape and not like.is_meta:
-        return torch.empty_like(like, dtype=torch_dtype(dtype), requires_grad=False)
-    return torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
+        made = torch.empty_like(like, dtype=torch_dtype(dtype), requires_grad=False)
+    else:
+        made = torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
+    held = made.to_local() if isinstance(made, DTensor) else made
+    if held.is_cpu and held.layout is torch.strided:
+        prefer_huge_pages(held.data_ptr(), held.nbytes)
+    return made
 
 
 def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:

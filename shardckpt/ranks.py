@@ -1,8 +1,9 @@
-"""What the ranks of a world tell each other: small messages, in the foreground only."""
+"""What the ranks of a world tell each other, in the foreground only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from shardckpt import errors
+from shardckpt.pages import writable
 
 __all__ = ["Alone", "Ranks", "TorchRanks", "agree", "current_ranks"]
 
@@ -29,6 +31,15 @@ class Ranks(Protocol):
     def maximum(self, values: Sequence[int]) -> list[int]:
         """The elementwise maximum over the ranks of equally many 64-bit integers."""
 
+    def exchange(
+        self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
+    ) -> None:
+        """Send bytes to other ranks, and fill buffers with what they send to this one.
+
+        Each is a rank and a buffer that is not empty. The i-th send from a to b fills the i-th receive at b
+        from a, which is as long. Collective, though a rank may have nothing to do.
+        """
+
 
 class Alone:
     """A world of one."""
@@ -47,6 +58,13 @@ class Alone:
     def maximum(self, values: Sequence[int]) -> list[int]:
         """See Ranks."""
         return list(values)
+
+    def exchange(
+        self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
+    ) -> None:
+        """See Ranks. There is no other rank."""
+        if sends or receives:
+            raise ValueError("a world of one has nobody to exchange anything with")
 
 
 class TorchRanks:
@@ -89,6 +107,30 @@ class TorchRanks:
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
         return [int(value) for value in tensor]
+
+    def exchange(
+        self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
+    ) -> None:
+        """See Ranks."""
+        operations = [
+            dist.P2POp(kind, _tensor(buffer), None, self._group, number, peer)
+            for kind, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for peer, number, buffer in _numbered(messages)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+
+
+def _tensor(buffer: memoryview) -> torch.Tensor:
+    return torch.from_numpy(writable(np.frombuffer(buffer, dtype=np.uint8)))
+
+
+def _numbered(messages: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, int, memoryview]]:
+    """Messages with the number of each among those of the same peer, by which they find each other."""
+    numbers: Counter[int] = Counter()
+    for peer, buffer in messages:
+        yield peer, numbers[peer], buffer
+        numbers[peer] += 1
 
 
 _groups: list[tuple[Any, TorchRanks]] = []

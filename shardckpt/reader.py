@@ -2,100 +2,183 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 
 import numpy as np
 import torch
 
 from shardckpt.fetch import Fetcher, in_parallel
-from shardckpt.local import LocalTensor, flat_bytes, torch_dtype
+from shardckpt.local import LocalTensor, torch_dtype
 from shardckpt.manifest import Manifest
+from shardckpt.packs import Source
+from shardckpt.pages import writable
 from shardckpt.ranks import Ranks, agree
 from shardckpt.reads import Read, plan_reads
-from shardckpt.runs import Place
+from shardckpt.sharing import Unit, Wants
 
 __all__ = ["fill"]
 
+_AHEAD = 48 << 20
+"""Bytes that a rank fetches for all, ahead of the exchange under way."""
+_THREADS = 6
+_WORDS: Mapping[int, tuple[torch.dtype, type[np.generic]]] = {
+    1: (torch.uint8, np.uint8),
+    2: (torch.int16, np.int16),
+    4: (torch.int32, np.int32),
+    8: (torch.int64, np.int64),
+    16: (torch.complex128, np.complex128),
+}
+"""Types that both torch and NumPy have, by their bytes: a copy does not care what the bits mean."""
 
-def fill(place: Place, manifest: Manifest, targets: Sequence[LocalTensor], ranks: Ranks) -> int:
+Passed = Mapping[int, Sequence[Read]]
+"""What this rank gets in exchanges: the reads of each stored chunk, by the row that stands for it."""
+
+
+def fill(source: Source, manifest: Manifest, targets: Sequence[LocalTensor], ranks: Ranks) -> int:
     """Fill this rank's memory of `targets` from a checkpoint, whatever layout it was saved in.
 
-    Every rank calls it. Nothing is written to a tensor of the state before all ranks have verified every
-    chunk that they need: CorruptError is raised on all ranks, and the state is as it was. A storage that
-    fails after that leaves the targets partly filled, and raises StorageError on all ranks. Returns the
-    bytes that this rank read.
+    Every rank calls it, with a source of the same kind. What several ranks need from remote storage is
+    fetched by one and passed on, as is what only other nodes have in memory. Nothing is written to a tensor
+    of the state before all ranks have verified every chunk that they need: CorruptError is raised on all
+    ranks, and the state is as it was. Until then what is remote is held for such tensors; beside that, about
+    64 MiB are under way. A storage that fails later leaves the targets partly filled, and raises StorageError
+    on all ranks. Returns the bytes that this rank loaded.
     """
     pieces = [(target, piece) for target in targets for piece in target.pieces if piece.box.volume]
     views = [target.data[piece.local_slices] for target, piece in pieces]
     reads = plan_reads(manifest, [(target.name, piece.box) for target, piece in pieces])
-    into_new = [all(pieces[copy.wanted][0].is_new for copy in read.copies) for read in reads]
-    live = [read for read, new in zip(reads, into_new, strict=True) if not new]
-    fetcher = Fetcher(place, manifest)
+    live = {read.row for read in reads if any(not pieces[copy.wanted][0].is_new for copy in read.copies)}
+    fetcher = Fetcher(source, manifest)
     apply = partial(_apply, fetcher, views)
+    batches, passed = _plan_exchange(fetcher, manifest, reads, ranks)
+    gets = {read.row for same in passed.values() for read in same}
+    own = [read for read in reads if read.row not in gets]
     error: Exception | None = None
     try:
-        fetcher.verify(live)
-        new = [read for read, new in zip(reads, into_new, strict=True) if new]
-        fetcher.fetch(new, memory=partial(_whole_target, views), take=apply)
+        fetcher.verify(read for read in own if read.row in live)
+        fetcher.verify((read for read in own if read.row not in live), take=apply)
     except Exception as failure:
         error = failure
+
+    def receive(read: Read, content: memoryview) -> None:
+        fetcher.hold(read, content)
+        if read.row not in live:
+            apply(read)
+            fetcher.release(read)
+
+    error = _exchange(fetcher, batches, passed, receive, ranks, error)
     agree(ranks, error)
     try:
-        in_parallel(apply, live)
+        fetcher.hand_over((read for read in reads if read.row in live), apply)
     except Exception as failure:
         error = failure
     agree(ranks, error)
     return sum(read.nbytes for read in reads)
 
 
-def _whole_target(views: Sequence[torch.Tensor], read: Read) -> memoryview | None:
-    """The memory that a chunk fills just as it is stored, if there is such."""
-    if len(read.copies) != 1:
-        return None
-    (copy,) = read.copies
-    target = views[copy.wanted][copy.target]
-    return _memory(target) if tuple(target.shape) == read.chunk and _is_plain(target) else None
+def _plan_exchange(
+    fetcher: Fetcher, manifest: Manifest, reads: Sequence[Read], ranks: Ranks
+) -> tuple[list[list[Unit]], Passed]:
+    """What is passed on among all ranks, in batches, and what of it this rank gets."""
+    far = [read for read in reads if not fetcher.is_near or read.pack not in fetcher]
+    if not any(ranks.maximum([bool(far)])):
+        return [], {}
+    wants = Wants(manifest)
+    packs = (number for number in range(len(manifest.packs)) if number in fetcher)
+    batches = wants.plan(ranks.gather(wants.encode((read.row for read in far), packs)), fetcher.url)
+    rows = {
+        chunk.row
+        for batch in batches
+        for unit in batch
+        if ranks.rank in unit.needers
+        for chunk in unit.chunks
+    }
+    passed: defaultdict[int, list[Read]] = defaultdict(list)
+    for read in far:
+        if (row := wants.first_row(read.row)) in rows:
+            passed[row].append(read)
+    return batches, passed
+
+
+def _exchange(
+    fetcher: Fetcher,
+    batches: Sequence[Sequence[Unit]],
+    passed: Passed,
+    receive: Callable[[Read, memoryview], object],
+    ranks: Ranks,
+    error: Exception | None,
+) -> Exception | None:
+    """Fetch this rank's units, send them to who needs them, and receive what others fetch for this rank.
+
+    `error` is what this rank has met with so far. All ranks agree before each batch, since none may wait for
+    one that has failed; raises as `agree` does. Returns this rank's error in handling the last batch.
+    """
+
+    def unpack(item: tuple[Unit, memoryview]) -> None:
+        unit, content = item
+        for chunk in unit.chunks:
+            start = chunk.offset - unit.chunks[0].offset
+            for read in passed[chunk.row]:
+                receive(read, content[start : start + chunk.nbytes])
+
+    own = [unit for batch in batches for unit in batch if unit.fetcher == ranks.rank]
+    with closing(_fetched_ahead(fetcher, own if error is None else [])) as fetched:
+        for batch in batches:
+            mine = [unit for unit in batch if unit.fetcher == ranks.rank]
+            ready: list[tuple[Unit, memoryview]] = []
+            try:
+                if error is None:
+                    ready = [(unit, next(fetched)) for unit in mine]
+            except Exception as failure:
+                error = failure
+            agree(ranks, error)
+            arriving = [
+                (unit, np.empty(unit.nbytes, dtype=np.uint8).data)
+                for unit in batch
+                if ranks.rank in unit.others
+            ]
+            ranks.exchange(
+                [(other, content) for unit, content in ready for other in unit.others],
+                [(unit.fetcher, content) for unit, content in arriving],
+            )
+            kept = [(unit, content) for unit, content in ready if ranks.rank in unit.needers]
+            try:
+                in_parallel(unpack, kept + arriving)
+            except Exception as failure:
+                error = failure
+    return error
+
+
+def _fetched_ahead(fetcher: Fetcher, units: Sequence[Unit]) -> Generator[memoryview]:
+    """The verified content of each unit, in order, fetched in the background some way ahead."""
+    waiting = deque(units)
+    running: deque[tuple[Unit, Future[memoryview]]] = deque()
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="shardckpt") as pool:
+        try:
+            while waiting or running:
+                ahead = sum(unit.nbytes for unit, _ in running)
+                while waiting and (not running or ahead + waiting[0].nbytes <= _AHEAD):
+                    unit = waiting.popleft()
+                    running.append((unit, pool.submit(fetcher.fetch, unit.chunks)))
+                    ahead += unit.nbytes
+                yield running.popleft()[1].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: Read) -> None:
     """Put one verified chunk where it belongs."""
-    chunk: torch.Tensor | None = None
+    dtype = torch_dtype(read.tensor.dtype)
+    word, plain = _WORDS[dtype.itemsize]
+    content = fetcher.content(read).view(plain).reshape(read.chunk)
     with torch.no_grad():  # the setting belongs to a thread
         for copy in read.copies:
-            target = views[copy.wanted][copy.target]
-            if (start := _contiguous_start(read, copy.source)) is not None and _is_plain(target):
-                fetcher.read_into(read, start, _memory(target))
-                continue
-            if chunk is None:
-                content = np.ascontiguousarray(fetcher.chunk(read)).reshape(-1).view(np.uint8)
-                chunk = torch.from_numpy(content).view(torch_dtype(read.tensor.dtype)).view(read.chunk)
-            target.copy_(chunk[copy.source])
-    fetcher.release(read)
-
-
-def _contiguous_start(read: Read, source: tuple[slice, ...]) -> int | None:
-    """The byte of the chunk at which `source` begins, if it is one run of bytes of the chunk."""
-    size = read.nbytes
-    start, whole = 0, True
-    stride = size
-    for part, n in zip(source, read.chunk, strict=True):
-        stride //= n
-        start += part.start * stride
-    # From the last dimension on: whole ones, then one range, then single indices.
-    for part, n in zip(reversed(source), reversed(read.chunk), strict=True):
-        length = part.stop - part.start
-        if not whole and length != 1:
-            return None
-        whole = whole and length == n
-    return start
-
-
-def _is_plain(target: torch.Tensor) -> bool:
-    plain = target.device.type == "cpu" and target.is_contiguous()
-    return plain and not target.is_conj() and not target.is_neg()
-
-
-def _memory(target: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable."""
-    return flat_bytes(target).numpy().data
+            target, part = views[copy.wanted][copy.target], content[copy.source]
+            if target.is_cpu and not target.is_conj() and not target.is_neg():
+                np.copyto(target.view(word).numpy(), part)  # torch's own copy takes half as long again
+            else:
+                target.copy_(torch.from_numpy(writable(part)).view(dtype))

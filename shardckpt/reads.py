@@ -8,14 +8,55 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
 
 from shardckpt.box import Box
 from shardckpt.dtypes import itemsize
 from shardckpt.manifest import Array, Manifest, Tensor
 
-__all__ = ["ChunkIndex", "Copy", "Read", "index_chunks", "plan_reads"]
+__all__ = [
+    "REQUEST_GAP",
+    "ChunkIndex",
+    "Copy",
+    "Read",
+    "Stored",
+    "coalesced",
+    "describe",
+    "index_chunks",
+    "plan_reads",
+]
+
+REQUEST_GAP = 64 << 10
+"""Bytes that are read for nothing rather than to begin another request."""
+
+
+class Stored(Protocol):
+    """Where the bytes of a chunk are.
+
+    Attributes:
+        row: its row in the chunk table.
+        pack: number of its pack.
+        offset: its first byte there.
+        nbytes: bytes of its elements, padding included; its checksum follows them.
+        crc32c: the checksum by the manifest.
+    """
+
+    @property
+    def row(self) -> int: ...
+    @property
+    def pack(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def crc32c(self) -> int: ...
+
+
+S = TypeVar("S", bound=Stored)
 
 
 class Copy(NamedTuple):
@@ -27,7 +68,7 @@ class Copy(NamedTuple):
 
 
 class Read(NamedTuple):
-    """One chunk to fetch and verify, and where its content goes."""
+    """One chunk to fetch and verify, and where its content goes. Is `Stored`."""
 
     row: int
     tensor: Tensor
@@ -42,13 +83,6 @@ class Read(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the chunk's elements, padding included; its checksum follows them."""
         return math.prod(self.chunk) * itemsize(self.tensor.dtype)
-
-    def describe(self, manifest: Manifest) -> str:
-        """The chunk in words: tensor, box, pack and place."""
-        return (
-            f"the chunk of {self.tensor.name!r} at {list(self.cell.offsets)}, shape "
-            f"{list(self.cell.shape)} (pack {manifest.packs[self.pack].path}, byte {self.offset})"
-        )
 
 
 ChunkIndex = Mapping[str, tuple[Tensor, Sequence[int]]]
@@ -118,3 +152,38 @@ def _cells_over(array: Array, part: Box) -> Iterable[tuple[int, Box]]:
             for o, c, z, n in zip(offsets, array.chunk, array.offset, array.shape, strict=True)
         )
         yield number, Box(offsets, shape)
+
+
+def coalesced(chunks: Iterable[S], limit: int) -> Iterator[list[S]]:
+    """Chunks, in the order of packs and places, grouped into requests of about `limit` bytes.
+
+    Neighbours of one pack are read together; a chunk that is larger than the limit is on its own.
+    """
+    group: list[S] = []
+    for chunk in chunks:
+        end = chunk.offset + chunk.nbytes
+        if group and not (
+            group[-1].pack == chunk.pack
+            and chunk.offset - (group[-1].offset + group[-1].nbytes) <= REQUEST_GAP
+            and end - group[0].offset <= limit
+        ):
+            yield group
+            group = []
+        group.append(chunk)
+    if group:
+        yield group
+
+
+def describe(manifest: Manifest, row: int) -> str:
+    """The chunk of this row in words: tensor, box, pack and place."""
+    first = manifest.first_chunks()
+    number = int(np.searchsorted(first, row, side="right")) - 1
+    tensor, array = next(
+        itertools.islice(((t, array) for t in manifest.tensors for array in t.arrays), number, None)
+    )
+    cell = next(itertools.islice(array.cells(), row - int(first[number]), None))
+    pack, offset = manifest.chunks.pack[row], manifest.chunks.offset[row]
+    return (
+        f"the chunk of {tensor.name!r} at {list(cell.offsets)}, shape {list(cell.shape)} "
+        f"(pack {manifest.packs[pack].path}, byte {offset})"
+    )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from shardckpt.box import Box
 from shardckpt.dtypes import itemsize, numpy_dtype
-from shardckpt.fetch import Fetcher, in_parallel
+from shardckpt.fetch import Fetcher
 from shardckpt.manifest import Manifest, Tensor
 from shardckpt.reads import Read, plan_reads
 from shardckpt.runs import Place
@@ -18,7 +18,7 @@ from shardckpt.runs import Place
 __all__ = ["iter_boxes", "slabs", "tied_names"]
 
 _BATCH = 32 << 20
-"""Bytes that are read, or held, together where less would do."""
+"""Bytes that are held together where less would do."""
 
 
 def iter_boxes(
@@ -36,16 +36,13 @@ def iter_boxes(
     for wanted, reads in _groups(boxes, plan_reads(manifest, boxes), dtypes):
         arrays = [np.empty(boxes[i][1].shape, numpy_dtype(dtypes[boxes[i][0]])) for i in wanted]
 
-        def copy(read: Read, arrays: list[npt.NDArray[Any]] = arrays, first: int = wanted.start) -> None:
+        def take(read: Read, arrays: list[npt.NDArray[Any]] = arrays, first: int = wanted.start) -> None:
             chunk = fetcher.chunk(read)
             for part in read.copies:
                 arrays[part.wanted - first][part.target] = chunk[part.source]
-            fetcher.release(read)
 
-        for batch in _batches(reads):
-            fetcher.verify(batch)
-            in_parallel(copy, batch)
-        del copy
+        fetcher.verify(reads, take)
+        del take
         arrays.reverse()
         while arrays:
             yield arrays.pop()
@@ -124,19 +121,6 @@ def _groups(
             reach = max(reach, max(part.wanted for part in read.copies))
     if boxes:
         yield range(start, len(boxes)), sorted(group, key=_place)
-
-
-def _batches(reads: Sequence[Read]) -> Iterator[list[Read]]:
-    batch: list[Read] = []
-    size = 0
-    for read in reads:
-        if batch and size + read.nbytes > _BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(read)
-        size += read.nbytes
-    if batch:
-        yield batch
 
 
 def _place(read: Read) -> tuple[int, int]:

@@ -11,11 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "shardckpt": [
-        ["errors", "dtypes", "progress", "version"],
+        ["errors", "dtypes", "pages", "progress", "version"],
         ["box", "values", "storage", "ranks", "zarr_dtypes"],
         ["manifest", "objects"],
         ["plan", "reads", "zarr_view"],
-        ["runs", "local"],
+        ["runs", "local", "sharing"],
+        ["packs"],
         ["state", "fetch", "staging"],
         ["targets", "replicas", "writer", "reader", "commit", "retention"],
         ["saving", "loading", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],

@@ -96,6 +96,17 @@ class ThreadRanks:
     def maximum(self, values: Sequence[int]) -> list[int]:
         return [max(column) for column in zip(*self._exchange("maximum", list(values)), strict=True)]
 
+    def exchange(
+        self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
+    ) -> None:
+        sent = self._exchange("exchange", [(peer, bytes(content)) for peer, content in sends])
+        arrived = [
+            iter([content for peer, content in messages if peer == self.rank]) for messages in sent
+        ]
+        for peer, buffer in receives:
+            buffer[:] = next(arrived[peer])
+        assert not any(list(left) for left in arrived), "something was sent that nobody takes"
+
     def _exchange(self, kind: str, value: Any) -> list[Any]:
         self._count += 1
         told = self._meeting.exchange(self._count, self.rank, (kind, value))

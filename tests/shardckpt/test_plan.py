@@ -26,7 +26,7 @@ from shardckpt.manifest import (
     pack_path,
 )
 from shardckpt.plan import MAX_CHUNK, Layout, SavePlan, plan_save
-from shardckpt.reads import plan_reads
+from shardckpt.reads import describe, plan_reads
 
 _settings = settings(deadline=None, max_examples=100)
 _MIB = 1 << 20
@@ -461,7 +461,7 @@ def test_reads_touch_only_what_is_wanted() -> None:
     (read,) = plan_reads(manifest, [("t", Box((5, 0), (1, 3)))])
     assert read.cell == Box((4, 0), (2, 3))
     assert read.copies[0].source == (slice(1, 2), slice(0, 3))
-    told = read.describe(manifest)
+    told = describe(manifest, read.row)
     assert all(part in told for part in ("'t'", "[4, 0]", "[2, 3]", "rank-00002/data.pack", "byte 0"))
     with pytest.raises(KeyError):
         plan_reads(manifest, [("u", Box((0,), (1,)))])

@@ -1,0 +1,68 @@
+"""Memory as the kernel provides it: read ahead, faulted in, in huge pages. Free of torch.
+
+Advice to the kernel goes through libc, since `mmap.madvise` holds up every other thread meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["populate", "prefer_huge_pages", "writable"]
+
+_HUGE_PAGE = 2 << 20
+_MADV_WILLNEED = 3
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22  # since Linux 5.14
+
+
+def populate(content: npt.NDArray[np.uint8]) -> bool:
+    """Have the pages of a mapped file read and mapped. Whether they can be read now.
+
+    Touching a mapped page that cannot be read ends the process (SIGBUS): the file was truncated, or the
+    disk fails. This finds it out instead. False, too, where the kernel cannot do it.
+    """
+    address = _address(content)
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    length = address + content.nbytes - start
+    _advise(start, length, _MADV_WILLNEED)  # one large request, whatever the device's read-ahead is
+    return _advise(start, length, _MADV_POPULATE_READ)
+
+
+def prefer_huge_pages(address: int, nbytes: int) -> None:
+    """Ask for huge pages where they fit: the first write to memory in small ones takes twice as long."""
+    start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
+    if length > 0:
+        _advise(start, length, _MADV_HUGEPAGE)
+
+
+def writable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same memory as an array that says it can be written to. Only for who does not: torch has no other."""
+    return array if array.flags.writeable else np.asarray(_Writable(array))
+
+
+class _Writable:
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._keeps = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (_address(array), False)}
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _advise(start: int, length: int, advice: int) -> bool:
+    return bool(_libc().madvise(start, length, advice) == 0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
