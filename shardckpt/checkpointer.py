@@ -5,36 +5,64 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import msgspec
 
 from shardckpt.errors import (
     CheckpointError,
     CorruptError,
     FormatError,
     NotACheckpointError,
+    SaverError,
+    StorageError,
     UnknownVersionError,
 )
-from shardckpt.loading import Loaded, load_place
+from shardckpt.handle import MEMORY
+from shardckpt.loading import Loaded, load_place, load_source
+from shardckpt.persisting import Destination, tier_of
 from shardckpt.progress import ProgressFile
-from shardckpt.ranks import agree, current_ranks
-from shardckpt.retention import prune
+from shardckpt.ranks import Ranks, agree, current_ranks
+from shardckpt.recall import find_snapshots, recall
 from shardckpt.runs import (
     BAD,
     Place,
     attempt_number,
+    checkpoint_order,
     claim_attempt,
     iter_good,
     step_path,
 )
+from shardckpt.saver.client import SaverClient
+from shardckpt.saver.wire import Snapshot, Tier
 from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
+from shardckpt.sinks import OwnThread, SaverSink, Sink
 from shardckpt.storage import Storage, open_storage
 
 __all__ = ["Checkpointer"]
 
 _log = logging.getLogger("shardckpt")
+
+_SNAPSHOTS = 2
+_LINGER = 60.0
+
+
+@dataclass(frozen=True)
+class _DurableTier:
+    """A tier of the run below memory."""
+
+    name: str
+    root: Storage
+    every: int | None
+
+    def is_due(self, step: int) -> bool:
+        return self.every is None or step % self.every == 0
 
 
 class Checkpointer:
@@ -42,6 +70,10 @@ class Checkpointer:
 
     Every rank makes one, with the same arguments, after `init_process_group` if there is one, and calls
     its methods together with the others. Saving does not hold up training for longer than a copy.
+
+    A save is staged in the memory of the node's saver, a process that outlives the trainers, and goes from
+    there to up to two durable tiers: `local`, a folder of this node, and `url`, the run. `restore` takes the
+    newest that it finds, in any tier, and of several equal ones the nearest.
     """
 
     def __init__(
@@ -49,7 +81,11 @@ class Checkpointer:
         url: str | os.PathLike[str] | Storage | None = None,
         *,
         every_steps: int | None = None,
+        url_every_steps: int | None = None,
+        local: str | os.PathLike[str] | None = None,
+        local_every_steps: int | None = None,
         keep_last: int | None = None,
+        snapshots: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
         commit_timeout: float = COMMIT_TIMEOUT,
     ) -> None:
@@ -60,8 +96,18 @@ class Checkpointer:
                 LAUNCH_CKPT_URL.
             every_steps: `step` saves when the number of steps done is a multiple of it. None: only
                 `save` saves.
-            keep_last: how many good checkpoints to keep; older ones are deleted. None: all.
-            storage_options: arguments of the fsspec file system, such as `endpoint_url`.
+            url_every_steps: of these saves, the ones that go to `url`: a multiple of `every_steps`. None: all.
+                A save that goes to no durable tier is a snapshot in memory; the last one of a job is
+                persisted when the trainers are gone.
+            local: a folder on this node's own disk, where saves are durable before they are at `url`. Only for
+                a job on one node.
+            local_every_steps: of the saves, the ones that go to `local`. None: all.
+            keep_last: how many good checkpoints to keep in each durable tier; older ones are deleted. None: all.
+            snapshots: how many saves this node's memory holds, each as large as what its ranks save. With 2, one
+                can be staged while the one before is being persisted, and a crash in the middle of a copy leaves
+                the one before. 0: no saver; saves are written by a thread of each trainer, and end with it.
+                None: SHARDCKPT_SNAPSHOTS in the environment, or else 2.
+            storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
             commit_timeout: seconds without any progress of another rank after which a save has failed.
 
         Raises ValueError for an argument that makes no sense.
@@ -73,18 +119,32 @@ class Checkpointer:
                     "Checkpointer needs a url: no url was given, and LAUNCH_CKPT_URL is not set, as it is "
                     "in a worker of `launch`"
                 )
-        for name, number in (("every_steps", every_steps), ("keep_last", keep_last)):
-            if number is not None and (not isinstance(number, int) or number < 1):
-                raise ValueError(f"{name} must be a whole number of 1 or more, or None; it is {number!r}")
+        _check_cadence(every_steps, url_every_steps, local_every_steps, keep_last)
+        if local is None and local_every_steps is not None:
+            raise ValueError("local_every_steps needs local, the folder that these saves go to")
+        held = _snapshots_from_environment() if snapshots is None else snapshots
+        if isinstance(held, bool) or held not in (0, 1, 2):
+            raise ValueError(f"snapshots must be 0, 1 or 2; it is {held!r}")
         self._root = open_storage(url, storage_options)
-        self._ranks = current_ranks()
+        name = tier_of(self._root) if local is None else "remote"
+        self._tiers = [_DurableTier(name, self._root, url_every_steps)]
+        if local is not None:
+            self._tiers.insert(0, _DurableTier("local", open_storage(local), local_every_steps))
+        self._ranks: Ranks = current_ranks()
         self._every = every_steps
         self._keep = keep_last
-        self._session = SaveSession(self._ranks, commit_timeout)
+        self._timeout = commit_timeout
+        sink: Sink = OwnThread(commit_timeout)
+        self._saver: SaverSink | None = None
+        if held and isinstance(url, str | os.PathLike):
+            self._saver = self._saver_sink(held, dict(storage_options or {}))
+            sink = self._saver or sink
+        self._session = SaveSession(self._ranks, commit_timeout, sink)
         self._attempt: str | None = None
         self._is_prepared = False
         self._last: SaveHandle | None = None
-        self._failed: list[SaveHandle] = []
+        self._saves: list[SaveHandle] = []  # that may be under way, the same ones on every rank
+        self._failed: SaveHandle | None = None  # the first, until `wait` tells of it
         self._progress = ProgressFile.of_worker()
         self.url = self._root.url
 
@@ -100,17 +160,19 @@ class Checkpointer:
     def restore(self, state: dict[str, Any], *, strict: bool = True) -> Loaded | None:
         """Load the newest good checkpoint of the run into `state`, as `load` does. Collective.
 
-        Returns None for a run without checkpoints. A checkpoint that fails verification is reported, marked
-        as bad and passed over; if there is no good one, its CorruptError is raised rather than starting
-        from nothing. Also makes the next attempt's folder this job's own: call it once, before the
-        first `step`.
+        It is taken from where it is nearest: a snapshot in the memory of this job's nodes, of which every rank
+        had staged its part; the local tier; the run's URL. Returns None for a run without checkpoints. A
+        checkpoint that fails verification is reported, marked as bad and passed over; if there is no good
+        one, its CorruptError is raised rather than starting from nothing. Also makes the next attempt's folder
+        this job's own: call it once, before the first `step`.
         """
         started = time.monotonic()
         self._claim()
+        client = self._client()
         failure: CheckpointError | None = None
-        for place in self._candidates():
+        for candidate in self._candidates(client):
             try:
-                loaded = load_place(place, state, self._ranks, strict=strict, started=started)
+                loaded = self._load(candidate, client, state, strict=strict, started=started)
             except UnknownVersionError:
                 raise  # nothing is wrong with it, and going back silently would lose work
             except NotACheckpointError:
@@ -119,10 +181,14 @@ class Checkpointer:
                 failure = error
                 if self._ranks.rank == 0:
                     _log.warning("%s; going on with the checkpoint before it", error)
-                    _mark_bad(place, error)
+                    if candidate.snapshot is None:
+                        _mark_bad(self._place(candidate), error)
                 continue
             if self._ranks.rank == 0:
-                _log.info("resumed from %s (step %d)", loaded.url, loaded.step)
+                _log.info("resumed from %s (step %d, %s)", loaded.url, loaded.step, loaded.tier)
+            if self._every is not None:
+                self._session.prepare(state)
+                self._is_prepared = True
             return loaded
         if failure is not None:
             raise failure
@@ -133,11 +199,12 @@ class Checkpointer:
     ) -> SaveHandle | None:
         """Tell that `step` optimizer steps are done; saves if it is time to. Collective.
 
-        The first call prepares: it plans, and gets memory in the background, so that no save has to.
+        The first call prepares, if `restore` has not: it plans, and gets memory in the background, so that no
+        save has to.
 
-        Returns the save's handle, or None if none was started: not now, or because the save before is
-        still being written, which is logged. Safe to change the state when it returns. A save that fails in
-        the background is logged, and raised by `wait` and `close`.
+        Returns the save's handle, or None if none was started: not now, or because those before take up all
+        the memory there is for saves, which is logged. Safe to change the state when it returns. A save that
+        fails in the background is logged, and raised by `wait` and `close`.
         """
         if self._progress is not None:
             self._progress.write(step)
@@ -148,78 +215,115 @@ class Checkpointer:
                 self._session.prepare(state)
                 self._is_prepared = True
             return None
-        last = self._last
-        busy, failed = self._ranks.maximum(
-            [last is not None and last.busy, last is not None and last.failed]
-        )
-        if busy:
-            if self._ranks.rank == 0 and last is not None:
-                _log.warning(
-                    "no checkpoint at step %d: the one of step %d is still being written", step, last.step
-                )
+        if not self._settle():
+            if self._ranks.rank == 0:
+                before = ", ".join(str(save.step) for save in self._saves)
+                _log.warning("no checkpoint at step %d: step %s is still being written", step, before)
             return None
-        if last is not None:
-            last.settle(failed=bool(failed))
-        return self._start(step, state, metrics)
+        return self._start(step, state, metrics, [tier for tier in self._tiers if tier.is_due(step)])
 
     def save(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> SaveHandle:
-        """Save now, whatever the step. Collective. Waits first for a save that is still under way.
+        """Save now, whatever the step, to every tier. Collective. Waits for memory, if saves take it all up.
 
         Where this step has just been saved, its handle is returned, so that a last save at the end of
         training needs no condition.
         """
         last = self._last
-        if last is not None:
+        tiers = len(self._tiers) + 1
+        is_same = last is not None and last.step == step and len(last.tiers) == tiers
+        if is_same and last is not None:
             last.join()
-        failed, other = self._ranks.maximum(
-            [last is not None and last.failed, last is None or last.step != step]
-        )
-        if last is not None:
-            last.settle(failed=bool(failed))
-            if not failed and not other:
-                return last
-        return self._start(step, state, metrics)
+        self._settle()
+        (is_new,) = self._ranks.maximum([not is_same or (last is not None and last.failed)])
+        if not is_new and last is not None:
+            return last
+        return self._start(step, state, metrics, self._tiers)
 
     def wait(self) -> None:
         """Return when everything asked for so far is durable.
 
         Raises SaveError, the first since the last `wait`, if something did not become durable.
         """
-        last, saves = self._last, [*self._failed, self._last]
-        self._failed, self._last = [], None
+        saves = [*([self._failed] if self._failed else []), *self._saves]
+        self._failed, self._saves = None, []
         for handle in saves:
-            if handle is not None:
-                handle.join()
+            handle.join()
         for handle in saves:
-            if handle is not None:
-                handle.wait()
-        self._last = last
+            handle.wait()
 
     def close(self) -> None:
         """`wait`, and be done. Call it when training ends; `with` does."""
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            self._session.close()
 
-    def _start(self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None) -> SaveHandle:
+    # -- saving
+
+    def _start(
+        self,
+        step: int,
+        state: dict[str, Any],
+        metrics: Mapping[str, float] | None,
+        tiers: Sequence[_DurableTier],
+    ) -> SaveHandle:
         attempt = self._claim()
-        place = Place(self._root, step_path(attempt, step))
+        path = step_path(attempt, step)
         handle = self._session.start(
-            place,
+            path,
+            [Destination(tier.name, Place(tier.root, path), self._keep) for tier in tiers],
             state,
             step=step,
             attempt=attempt_number(attempt),
             metrics=metrics,
-            after=lambda: self._prune(place),
         )
-        if self._last is not None and self._last.failed:
-            self._failed.append(self._last)
         self._last = handle
+        self._saves.append(handle)
         return handle
+
+    def _settle(self) -> bool:
+        """Have all ranks know what became of the saves under way; whether all could stage another now."""
+        told = [not self._session.is_ready]
+        for save in self._saves:
+            told += [save.busy, save.failed]
+        not_ready, *outcomes = self._ranks.maximum(told)
+        left = []
+        for save, busy, failed in zip(self._saves, outcomes[::2], outcomes[1::2], strict=True):
+            if busy:
+                left.append(save)
+                continue
+            save.settle(failed=bool(failed))
+            if failed and self._failed is None:
+                self._failed = save
+        self._saves = left
+        return not not_ready
+
+    def _saver_sink(self, snapshots: int, options: dict[str, Any]) -> SaverSink | None:
+        """Saves by the node's saver, unless another process cannot open the storage as this one does."""
+        if self._root.url.startswith("memory://"):
+            return None
+        tiers = [
+            Tier(tier.name, tier.root.url, options if tier.root is self._root else {}, self._keep)
+            for tier in self._tiers
+        ]
+        try:
+            msgspec.msgpack.encode(tiers)
+        except TypeError as error:
+            _log.warning(
+                "snapshots=0: storage_options cannot be told to the saver, so saves are written by the "
+                "trainers, and end with them: %s",
+                error,
+            )
+            return None
+        linger = float(os.environ.get("SHARDCKPT_LINGER", _LINGER))
+        return SaverSink(self._root.url, tiers, snapshots, self._timeout, linger)
 
     def _claim(self) -> str:
         """The attempt of this job; rank 0 claims it the first time."""
         if self._attempt is None:
+            self._check_one_node()
             error: Exception | None = None
             name = ""
             try:
@@ -231,34 +335,158 @@ class Checkpointer:
             self._attempt = self._ranks.broadcast(name.encode()).decode()
         return self._attempt
 
-    def _candidates(self) -> Iterator[Place]:
-        """The run's good checkpoints, newest first; the same on every rank.
+    def _check_one_node(self) -> None:
+        """What one node's disk has is no checkpoint if another's has the rest of it."""
+        if len(self._tiers) == 1:
+            return
+        nodes = self._ranks.gather(_node().encode())
+        if len(set(nodes)) > 1:
+            raise ValueError(
+                f"local={self._tiers[0].root.url!r} is for a job on one node, and this one is on "
+                f"{len(set(nodes))}: leave it out; snapshots in memory are kept on each node"
+            )
 
-        Rank 0 looks, one at a time, and tells the others. Raises CorruptError if all are marked as bad.
+    # -- restoring
+
+    def _client(self) -> SaverClient | None:
+        """The node's saver, if it can be reached."""
+        if self._saver is None:
+            return None
+        try:
+            return self._saver.connect()
+        except SaverError as error:
+            _log.warning("no snapshots in memory: %s", error)
+            return None
+
+    def _load(
+        self,
+        candidate: _Candidate,
+        client: SaverClient | None,
+        state: dict[str, Any],
+        *,
+        strict: bool,
+        started: float,
+    ) -> Loaded:
+        if candidate.snapshot is None:
+            place = self._place(candidate)
+            tier = self._tiers[candidate.tier].name
+            return load_place(place, state, self._ranks, strict=strict, started=started, tier=tier)
+        url = self._root.at(candidate.path).url
+        try:
+            recalled = recall(client, candidate.snapshot, url, self._ranks)
+            if recalled is None:
+                raise NotACheckpointError(f"the snapshot of {url} is in no memory any more")
+            manifest, packs = recalled
+            return load_source(
+                packs, manifest, state, self._ranks, strict=strict, started=started, tier=MEMORY
+            )
+        finally:
+            if client is not None:
+                client.release()
+
+    def _place(self, candidate: _Candidate) -> Place:
+        return Place(self._tiers[candidate.tier].root, candidate.path)
+
+    def _candidates(self, client: SaverClient | None) -> Iterator[_Candidate]:
+        """What may be resumed from, the newest first, and of equal ones the nearest; the same on every rank.
+
+        Rank 0 looks, one at a time, and tells the others. Raises CorruptError if there are only checkpoints that
+        are marked as bad.
         """
-        places = iter_good(self._root)
+        snapshots = find_snapshots(client, self._ranks) if self._saver is not None else []
+        candidates = self._merged(snapshots)
         while True:
             error: Exception | None = None
-            path = ""
+            found: _Candidate | None = None
             try:
                 if self._ranks.rank == 0:
-                    path = next((place.path for place in places), "")
+                    found = next(candidates, None)
             except Exception as failure:
                 error = failure
             agree(self._ranks, error)
-            path = self._ranks.broadcast(path.encode()).decode()
-            if not path:
+            told = self._ranks.broadcast(msgspec.msgpack.encode(found))
+            found = msgspec.msgpack.decode(told, type=_Candidate | None)
+            if found is None:
                 return
-            yield Place(self._root, path)
+            yield found
 
-    def _prune(self, newest: Place) -> None:
-        """Retention. A failure is logged only: the checkpoint is durable, and the next prune tries again."""
-        if self._keep is None:
-            return
-        try:
-            prune(self._root, self._keep, newest)
-        except OSError as error:
-            _log.warning("old checkpoints of %s could not be deleted: %s", self.url, error)
+    def _merged(self, snapshots: Sequence[Snapshot]) -> Iterator[_Candidate]:
+        sources = [iter([_Candidate(snapshot.path, snapshot=snapshot) for snapshot in snapshots])]
+        sources += [
+            (_Candidate(place.path, number) for place in iter_good(tier.root))
+            for number, tier in enumerate(self._tiers)
+        ]
+        heads: dict[int, _Candidate] = {}
+        found, failure = False, None
+        waiting = set(range(len(sources)))
+        while True:
+            for number in sorted(waiting):
+                try:
+                    head = next(sources[number], None)
+                except CorruptError as error:  # this tier has bad ones only
+                    failure = error
+                    continue
+                except StorageError as error:
+                    if number == len(sources) - 1:
+                        raise
+                    _log.warning("resuming without the local tier: %s", error)
+                    continue
+                if head is not None:
+                    heads[number] = head
+            if not heads:
+                break
+            number = max(heads, key=lambda n: (checkpoint_order(heads[n].path), -n))
+            found = True
+            yield heads.pop(number)
+            waiting = {number}
+        if failure is not None and not found:
+            raise failure
+
+
+class _Candidate(msgspec.Struct, frozen=True):
+    """Something that may be resumed from: a checkpoint in a durable tier, or a snapshot."""
+
+    path: str
+    tier: int = 0
+    """Its durable tier's number."""
+    snapshot: Snapshot | None = None
+
+
+def _check_cadence(
+    every: int | None, url_every: int | None, local_every: int | None, keep_last: int | None
+) -> None:
+    numbers = {
+        "every_steps": every,
+        "url_every_steps": url_every,
+        "local_every_steps": local_every,
+        "keep_last": keep_last,
+    }
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} must be a whole number of 1 or more, or None; it is {number!r}")
+    for name in ("url_every_steps", "local_every_steps"):
+        number = numbers[name]
+        if number is not None and (every is None or number % every):
+            raise ValueError(
+                f"{name} must be a multiple of every_steps, which is {every!r}; it is {number!r}: these saves "
+                "are some of those"
+            )
+
+
+def _snapshots_from_environment() -> int:
+    text = os.environ.get("SHARDCKPT_SNAPSHOTS", str(_SNAPSHOTS))
+    if text not in ("0", "1", "2"):
+        raise ValueError(f"SHARDCKPT_SNAPSHOTS must be 0, 1 or 2; it is {text!r}")
+    return int(text)
+
+
+def _node() -> str:
+    """Equal for two processes only if they are on the same machine."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
 
 
 def _mark_bad(place: Place, error: Exception) -> None:

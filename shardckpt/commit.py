@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardckpt.errors import FormatError, SaveError
+import msgspec
+
+from shardckpt.errors import FormatError, SaveError, ShardckptError
 from shardckpt.manifest import (
     MANIFEST,
     REFS,
@@ -32,7 +34,7 @@ from shardckpt.storage import Storage
 from shardckpt.version import __version__
 from shardckpt.zarr_view import encode_refs
 
-__all__ = ["Proposal", "commit", "wait_committed"]
+__all__ = ["Proposal", "commit", "wait_committed", "was_committed"]
 
 _FIRST_PAUSE = 0.002
 _LONGEST_PAUSE = 0.25
@@ -40,9 +42,8 @@ _LONGEST_PAUSE = 0.25
 
 @dataclass(frozen=True)
 class Proposal:
-    """A save that is on its way to be a checkpoint: what its manifest will say beside the chunks."""
+    """A save that is on its way to be a checkpoint: what its manifest will say beside the checksums."""
 
-    place: Place
     id: str
     step: int
     attempt: int
@@ -55,23 +56,68 @@ class Proposal:
         """The number of ranks that write."""
         return len(self.plan.pack_sizes)
 
+    def encode(self) -> bytes:
+        """All but the plan, for a committer in another process."""
+        return msgspec.json.encode(
+            _Head(
+                self.id,
+                self.step,
+                self.attempt,
+                self.metrics,
+                msgspec.Raw(msgspec.json.encode(self.values)),
+            )
+        )
 
-def commit(proposal: Proposal, timeout: float) -> Manifest:
+    @classmethod
+    def decode(cls, data: bytes, plan: SavePlan) -> Proposal:
+        """What `encode` made, with its plan."""
+        head = msgspec.json.decode(data, type=_Head)
+        values = msgspec.json.decode(head.values)
+        return cls(head.id, head.step, head.attempt, head.metrics, values, plan)
+
+    def manifest(self, per_rank: Sequence[dict[str, Any]], checksums: Sequence[int]) -> Manifest:
+        """The manifest, given every rank's own values and the CRC-32C of each row of the chunk table."""
+        plan = self.plan
+        return Manifest(
+            id=self.id,
+            step=self.step,
+            attempt=self.attempt,
+            world_size=self.world_size,
+            created=time.time(),
+            writer=f"shardckpt {__version__}",
+            metrics=self.metrics,
+            values=self.values,
+            per_rank=list(per_rank),
+            packs=tuple(Pack(pack_path(rank), size) for rank, size in enumerate(plan.pack_sizes)),
+            tensors=plan.tensors,
+            chunks=Chunks(pack=list(plan.writer), offset=list(plan.offset), crc32c=list(checksums)),
+        )
+
+
+class _Head(msgspec.Struct, frozen=True):
+    id: str
+    step: int
+    attempt: int
+    metrics: dict[str, float | str]
+    values: msgspec.Raw
+
+
+def commit(place: Place, proposal: Proposal, timeout: float) -> Manifest:
     """Wait for every rank's part, then make the checkpoint exist.
 
     Raises SaveError if a rank reports that it failed, if no further part appears for `timeout` seconds,
     or if what the ranks wrote is not what was planned. Then there is no checkpoint.
     """
-    storage = proposal.place.storage
+    storage = place.storage
     parts = _wait_for_parts(storage, proposal, timeout)
-    manifest = _assemble(proposal, parts)
+    manifest = _assemble(proposal, parts, place.url)
     _check_packs(storage, parts)
-    storage.write(REFS, encode_refs(manifest, proposal.place.url))
+    storage.write(REFS, encode_refs(manifest, place.url))
     try:
         storage.create(MANIFEST, encode_record(manifest))  # from here on the checkpoint exists
     except FileExistsError as error:
         raise SaveError(
-            f"{proposal.place.url} already has a checkpoint, made by another writer while this save was "
+            f"{place.url} already has a checkpoint, made by another writer while this save was "
             "under way; it was left as it is"
         ) from error
     return manifest
@@ -98,6 +144,14 @@ def wait_committed(place: Place, save_id: str, timeout: float) -> Manifest:
     )
 
 
+def was_committed(place: Place, save_id: str) -> bool:
+    """Whether this very save is a checkpoint, as far as can be seen now."""
+    try:
+        return decode_manifest(place.storage.read(MANIFEST), place.url).id == save_id
+    except (OSError, ShardckptError):
+        return False
+
+
 def _wait_for_parts(storage: Storage, proposal: Proposal, timeout: float) -> list[Part]:
     """The part of every rank, read from the storage."""
     parts: dict[int, Part] = {}
@@ -116,7 +170,7 @@ def _wait_for_parts(storage: Storage, proposal: Proposal, timeout: float) -> lis
             return [parts[rank] for rank in range(proposal.world_size)]
     missing = [str(rank) for rank in range(proposal.world_size) if rank not in parts]
     raise SaveError(
-        f"{proposal.place.url}: rank {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} of "
+        f"{storage.url}: rank {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} of "
         f"{proposal.world_size} did not finish writing: no further part appeared for {timeout:g} s. "
         "The checkpoint was not committed; the one before it stands."
     )
@@ -125,12 +179,12 @@ def _wait_for_parts(storage: Storage, proposal: Proposal, timeout: float) -> lis
 def _read_part(storage: Storage, rank: int, proposal: Proposal) -> Part | None:
     """The rank's part of this very save, or None if it is not there yet."""
     try:
-        part = decode_part(storage.read(part_path(rank)), proposal.place.url)
+        part = decode_part(storage.read(part_path(rank)), storage.url)
     except (FileNotFoundError, FormatError):  # not there, or what an earlier failed save left
         part = None
     if part is not None and part.id == proposal.id and part.rank == rank:
         return part
-    _raise_failure(storage, f"rank-{rank:05d}/", proposal.id, f"rank {rank} of {proposal.place.url}")
+    _raise_failure(storage, f"rank-{rank:05d}/", proposal.id, f"rank {rank} of {storage.url}")
     return None
 
 
@@ -144,41 +198,26 @@ def _raise_failure(storage: Storage, folder: str, save_id: str, who: str) -> Non
         raise SaveError(f"{who}: {report.get('error')}. The checkpoint before it stands.")
 
 
-def _assemble(proposal: Proposal, parts: Sequence[Part]) -> Manifest:
+def _assemble(proposal: Proposal, parts: Sequence[Part], where: str) -> Manifest:
     """The manifest, checked so far that every planned chunk was written where it was planned."""
     plan = proposal.plan
     checksums: list[int | None] = [None] * len(plan.writer)
     for part in parts:
         if part.size != plan.pack_sizes[part.rank]:
             raise SaveError(
-                f"{proposal.place.url}: rank {part.rank} wrote {part.size} bytes, planned were "
+                f"{where}: rank {part.rank} wrote {part.size} bytes, planned were "
                 f"{plan.pack_sizes[part.rank]}"
             )
         for row, offset, checksum in zip(part.chunk, part.offset, part.crc32c, strict=True):
             if row >= len(plan.writer) or (plan.writer[row], plan.offset[row]) != (part.rank, offset):
-                raise SaveError(f"{proposal.place.url}: rank {part.rank} wrote chunk {row} elsewhere")
+                raise SaveError(f"{where}: rank {part.rank} wrote chunk {row} elsewhere")
             checksums[row] = checksum
     for row, source in plan.same_as.items():
         checksums[row] = checksums[source]
     if None in checksums:
-        raise SaveError(f"{proposal.place.url}: chunk {checksums.index(None)} was written by no rank")
-    return Manifest(
-        id=proposal.id,
-        step=proposal.step,
-        attempt=proposal.attempt,
-        world_size=proposal.world_size,
-        created=time.time(),
-        writer=f"shardckpt {__version__}",
-        metrics=proposal.metrics,
-        values=proposal.values,
-        per_rank=[part.values for part in parts],
-        packs=tuple(Pack(pack_path(part.rank), part.size) for part in parts),
-        tensors=plan.tensors,
-        chunks=Chunks(
-            pack=list(plan.writer),
-            offset=list(plan.offset),
-            crc32c=[checksum for checksum in checksums if checksum is not None],
-        ),
+        raise SaveError(f"{where}: chunk {checksums.index(None)} was written by no rank")
+    return proposal.manifest(
+        [part.values for part in parts], [checksum for checksum in checksums if checksum is not None]
     )
 
 

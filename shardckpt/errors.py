@@ -16,6 +16,7 @@
     |   +-- StorageFullError        no space, or over quota
     |   +-- CredentialsError        no or wrong credentials, or no permission
     +-- SaveError               a save did not become durable: the checkpoint before it stands
+    +-- SaverError              this node's saver is gone: save again, with a new one
 
 Every message names the rank, the tensor or the path; what was expected; what was found; and the remedy.
 """
@@ -32,6 +33,7 @@ __all__ = [
     "NotACheckpointError",
     "RankMismatchError",
     "SaveError",
+    "SaverError",
     "ShapeMismatchError",
     "ShardckptError",
     "StateError",
@@ -103,6 +105,10 @@ class StorageFullError(StorageError):
 
 class CredentialsError(StorageError, PermissionError):
     """The storage wants credentials, or the ones given do not permit this."""
+
+
+class SaverError(ShardckptError):
+    """This node's saver cannot be reached: snapshots in its memory are lost, checkpoints are not."""
 
 
 class SaveError(ShardckptError):

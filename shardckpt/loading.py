@@ -10,13 +10,15 @@ from typing import Any
 
 from shardckpt.errors import NotACheckpointError, ShardckptError
 from shardckpt.manifest import MANIFEST, Manifest, decode_manifest
+from shardckpt.packs import Source
+from shardckpt.persisting import tier_of
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.reader import fill
 from shardckpt.runs import Place, exact_place, find_place
 from shardckpt.storage import Storage
 from shardckpt.targets import Targets, bind
 
-__all__ = ["Loaded", "load", "load_place"]
+__all__ = ["Loaded", "load", "load_place", "load_source"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Loaded:
 
     Attributes:
         url: the checkpoint's URL.
+        tier: where it was read from: "memory", "local" or "remote".
         step: optimizer steps done when it was saved.
         attempt: number of the attempt that saved it; 0 outside a run.
         world_size: number of ranks that saved it.
@@ -38,6 +41,7 @@ class Loaded:
     """
 
     url: str
+    tier: str
     step: int
     attempt: int
     world_size: int
@@ -81,10 +85,34 @@ def load(
 
 
 def load_place(
-    place: Place, state: dict[str, Any], ranks: Ranks, *, strict: bool, started: float
+    place: Place,
+    state: dict[str, Any],
+    ranks: Ranks,
+    *,
+    strict: bool,
+    started: float,
+    tier: str | None = None,
 ) -> Loaded:
-    """Load the checkpoint at `place`, as `load` does. Collective; `started` is when, by time.monotonic."""
+    """Load the checkpoint at `place`, as `load` does. Collective.
+
+    `started` is when, by time.monotonic; `tier` what the place is called, if not by its storage.
+    """
     manifest = _shared_manifest(place, ranks)
+    tier = tier_of(place.root) if tier is None else tier
+    return load_source(place, manifest, state, ranks, strict=strict, started=started, tier=tier)
+
+
+def load_source(
+    source: Source,
+    manifest: Manifest,
+    state: dict[str, Any],
+    ranks: Ranks,
+    *,
+    strict: bool,
+    started: float,
+    tier: str,
+) -> Loaded:
+    """Load what `manifest` describes from its packs, wherever these are. Collective. Raises as `load` does."""
     error: Exception | None = None
     targets = Targets()
     try:
@@ -92,14 +120,15 @@ def load_place(
     except Exception as failure:  # of the state's own objects, too
         error = failure
     agree(ranks, error)
-    nbytes = fill(place, manifest, targets.tensors, ranks)
+    nbytes = fill(source, manifest, targets.tensors, ranks)
     try:
         targets.apply()
     except ShardckptError as failure:
         error = failure
     agree(ranks, error)
     return Loaded(
-        url=place.url,
+        url=source.url,
+        tier=tier,
         step=manifest.step,
         attempt=manifest.attempt,
         world_size=manifest.world_size,

@@ -27,6 +27,8 @@ __all__ = [
     "ChunkWrite",
     "Layout",
     "SavePlan",
+    "decode_plan",
+    "encode_plan",
     "plan_save",
 ]
 
@@ -102,6 +104,29 @@ class SavePlan:
         """A 62-bit hash of the plan: equal on two ranks only if they have the same plan."""
         content = msgspec.msgpack.encode((self.tensors, self.writer, self.offset))
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 2
+
+
+class _Encoded(msgspec.Struct, frozen=True, array_like=True):
+    tensors: tuple[Tensor, ...]
+    writer: tuple[int, ...]
+    offset: tuple[int, ...]
+    pack_sizes: tuple[int, ...]
+    same_as: dict[int, int]
+
+
+def encode_plan(plan: SavePlan) -> bytes:
+    """What a committer in another process needs of a plan."""
+    return msgspec.msgpack.encode(
+        _Encoded(plan.tensors, plan.writer, plan.offset, plan.pack_sizes, dict(plan.same_as))
+    )
+
+
+def decode_plan(data: bytes) -> SavePlan:
+    """The plan, without its replicas and writes, which are the ranks' own affair."""
+    encoded = msgspec.msgpack.decode(data, type=_Encoded)
+    return SavePlan(
+        encoded.tensors, encoded.writer, encoded.offset, encoded.pack_sizes, encoded.same_as, (), ()
+    )
 
 
 def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:

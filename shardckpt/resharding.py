@@ -98,7 +98,6 @@ def reshard(
     _check_empty(target)
     plan = plan_save(_layouts(manifest, world_size))
     proposal = Proposal(
-        place=target,
         id=secrets.token_hex(16),
         step=manifest.step,
         attempt=attempt_number(target.path.partition("/")[0]),
@@ -107,8 +106,8 @@ def reshard(
         plan=plan,
     )
     try:
-        _persist(place, manifest, proposal, progress)
-        commit(proposal, _COMMIT_TIMEOUT)
+        _persist(place, manifest, target.storage, proposal, progress)
+        commit(target, proposal, _COMMIT_TIMEOUT)
     except BaseException:
         _clean(target)
         raise
@@ -142,10 +141,14 @@ def _clean(target: Place) -> None:
 
 
 def _persist(
-    place: Place, manifest: Manifest, proposal: Proposal, progress: Callable[[int, int], object] | None
+    place: Place,
+    manifest: Manifest,
+    storage: Storage,
+    proposal: Proposal,
+    progress: Callable[[int, int], object] | None,
 ) -> None:
-    """Write every rank's pack and part, some ranks at a time."""
-    plan, storage = proposal.plan, proposal.place.storage
+    """Write every rank's pack and part to `storage`, some ranks at a time."""
+    plan = proposal.plan
     ranks = range(proposal.world_size)
     total = sum(write.nbytes for rank in ranks for write in plan.writes(rank))
     done = 0

@@ -21,6 +21,7 @@ __all__ = [
     "FAILED",
     "Place",
     "attempt_number",
+    "checkpoint_order",
     "claim_attempt",
     "exact_place",
     "find_place",
@@ -61,8 +62,7 @@ class Place:
     @property
     def order(self) -> tuple[int, int, str]:
         """Sorts a run's checkpoints by attempt, then step: the last is the newest."""
-        attempt, _, step = self.path.partition("/")
-        return _number(_ATTEMPT, attempt), _number(_STEP, step), attempt
+        return checkpoint_order(self.path)
 
     def pack(self, pack: Pack) -> str:
         """The path of a pack below `root`. `decode_manifest` has checked that it stays there."""
@@ -182,6 +182,12 @@ def claim_attempt(root: Storage) -> str:
 def step_path(attempt: str, step: int) -> str:
     """Where `attempt` saves `step`, below the run."""
     return f"{attempt}/step-{step:08d}"
+
+
+def checkpoint_order(path: str) -> tuple[int, int, str]:
+    """The (attempt, step, attempt's name) of a checkpoint's path below its run; zeros if it is none."""
+    attempt, _, step = path.partition("/")
+    return _number(_ATTEMPT, attempt), _number(_STEP, step), attempt
 
 
 def attempt_number(attempt: str) -> int:

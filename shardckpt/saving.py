@@ -1,7 +1,7 @@
 """A save, from the state to a checkpoint: flatten, plan, stage; then, while training goes on, persist, commit.
 
-`SaveSession.start` is the first half and collective; the second half runs in a thread of each rank, and
-meets the other ranks in the storage only.
+`SaveSession.start` is the first half and collective; the second half is the sink's affair, and the ranks meet
+in the storage only.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import secrets
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +19,17 @@ from typing import Any
 import crc32c
 import msgspec
 
-from shardckpt.commit import Proposal, commit, wait_committed
-from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaveError, StateError
-from shardckpt.manifest import Manifest
+from shardckpt.commit import Proposal
+from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaverError, StateError
+from shardckpt.handle import SaveHandle
+from shardckpt.persisting import Destination, tier_of
 from shardckpt.plan import Layout, SavePlan, plan_save
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.replicas import check_replicas
 from shardckpt.runs import Place
-from shardckpt.staging import StagingBuffer
+from shardckpt.sinks import OwnThread, Save, Sink
 from shardckpt.state import FlatState, flatten
 from shardckpt.storage import Storage, open_storage
-from shardckpt.writer import persist, report_failure
 
 __all__ = ["COMMIT_TIMEOUT", "SaveHandle", "SaveSession", "save", "save_async"]
 
@@ -40,131 +39,99 @@ COMMIT_TIMEOUT = 600.0
 """Seconds without any progress of another rank after which a save has failed."""
 
 
-class SaveHandle:
-    """A save under way. Training may go on; `wait` tells when it is durable."""
-
-    def __init__(self, place: Place, step: int) -> None:
-        self.url = place.url
-        self.step = step
-        self._place = place
-        self._error: BaseException | None = None
-        self._is_committed = False
-        self._thread: threading.Thread | None = None
-        self._confirm: Callable[[], object] | None = None
-
-    def __repr__(self) -> str:
-        state = "failed" if self._error else "committed" if self._is_committed else "under way"
-        return f"SaveHandle({self.url!r}, step={self.step}, {state})"
-
-    @property
-    def busy(self) -> bool:
-        """Whether this process is still at work on it."""
-        return self._thread is not None and self._thread.is_alive()
-
-    @property
-    def failed(self) -> bool:
-        """Whether it is known here that the save has failed; `wait` raises why."""
-        return self._error is not None
-
-    def settle(self, *, failed: bool) -> None:
-        """Note what became of it, as all ranks know once none is at work on it any more.
-
-        From then on `wait` does not look at the storage, where retention may have deleted the checkpoint.
-        """
-        self._is_committed = not failed
-        if failed and self._error is None:
-            self._error = SaveError("another rank failed; its log says why")
-
-    def join(self) -> None:
-        """Return when this process is done with it, whatever the outcome."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def wait(self) -> None:
-        """Return when the checkpoint exists and is durable: every rank's data, and the commit.
-
-        May be called on any ranks, any number of times. Raises SaveError, from what went wrong, if the save
-        failed; then there is no checkpoint at its URL, and those before it are untouched.
-        """
-        self.join()
-        if self._error is None and not self._is_committed and self._confirm is not None:
-            try:
-                self._confirm()
-                self._is_committed = True
-            except Exception as error:
-                self._error = error
-        if self._error is not None:
-            raise SaveError(f"saving {self.url} failed: {self._error}") from self._error
-
-    def _run(self, work: Callable[[], Manifest | None]) -> None:
-        """Do the second half in a thread, which the interpreter's exit waits for."""
-
-        def target() -> None:
-            try:
-                self._is_committed = work() is not None
-            except BaseException as error:
-                self._error = error
-                _log.error("saving %s failed: %s", self.url, error)
-
-        self._thread = threading.Thread(target=target, name="shardckpt-save")
-        self._thread.start()
-
-
 @dataclass(frozen=True)
 class _Prepared:
     """What is kept from save to save as long as the state's structure does not change."""
 
     layouts: list[Layout]
     plan: SavePlan
-    buffer: StagingBuffer
+    local_ranks: int
 
 
 class SaveSession:
-    """Saves of one process. Keeps the plan and the buffer from one save to the next."""
+    """Saves of one process. Keeps the plan and the buffers from one save to the next."""
 
-    def __init__(self, ranks: Ranks, commit_timeout: float) -> None:
+    def __init__(self, ranks: Ranks, commit_timeout: float, sink: Sink | None = None) -> None:
+        """`sink`: where staged packs go; None: a thread of this process."""
         self._ranks = ranks
         self._timeout = commit_timeout
+        self._sink: Sink = sink if sink is not None else OwnThread(commit_timeout)
         self._prepared: _Prepared | None = None
         self._secret = ""
         self._count = 0
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether this rank could stage now, without waiting for an earlier save."""
+        return self._sink.is_ready
+
     def start(
         self,
-        place: Place,
+        path: str,
+        destinations: Sequence[Destination],
         state: dict[str, Any],
         *,
         step: int,
         attempt: int,
         metrics: Mapping[str, float] | None = None,
-        after: Callable[[], object] | None = None,
     ) -> SaveHandle:
-        """Copy the state, and write it in the background. Collective: every rank calls it.
+        """Copy the state; it is seen to in the background. Collective: every rank calls it.
 
-        When it returns, the state may change. `after` is called on rank 0 once the checkpoint exists. Raises
-        StateError or CheckpointExistsError, on all ranks, before anything is written.
+        When it returns, the state may change. `path` is the checkpoint's below its run, the same in each of the
+        durable tiers that it goes to. Raises StateError or CheckpointExistsError, on all ranks, before anything
+        is written.
         """
         with _no_garbage_collection():
-            flat, numbers, prepared = self._prepare(state, metrics, place)
-            prepared.buffer.copy_from({tensor.name: tensor for tensor in flat.tensors})
-        self._count += 1
-        save_id = f"{self._secret}-{self._count}"
-        proposal = Proposal(place, save_id, step, attempt, numbers, flat.values, prepared.plan)
-        handle = SaveHandle(place, step)
-        handle._confirm = lambda: wait_committed(place, save_id, self._timeout)
-        handle._run(lambda: self._finish(proposal, prepared, flat, after))
+            flat, numbers, prepared = self._prepare(state, metrics, destinations)
+            self._count += 1
+            save_id = f"{self._secret}-{self._count}"
+            handle = SaveHandle(save_id, step, destinations, self._timeout)
+            try:
+                buffer = self._sink.begin(save_id)
+                buffer.copy_from({tensor.name: tensor for tensor in flat.tensors})
+            except (SaverError, MemoryError) as error:  # this save is lost, and training is not
+                self._sink.abandon(save_id, error)
+                for tier in handle.tiers:
+                    handle.note(tier, error)
+                return handle
+            except BaseException as error:
+                self._sink.abandon(save_id, error)
+                raise
+        rank = self._ranks.rank
+        plan = prepared.plan
+        proposal = Proposal(save_id, step, attempt, numbers, flat.values, plan) if rank == 0 else None
+        self._sink.submit(
+            Save(
+                save_id,
+                path,
+                step,
+                rank,
+                self._ranks.size,
+                prepared.local_ranks,
+                destinations,
+                flat.per_rank,
+                proposal,
+            ),
+            handle,
+        )
         return handle
 
     def prepare(self, state: dict[str, Any]) -> None:
-        """Plan, and get the buffer's memory in the background, so that the first save need not. Collective.
+        """Plan, and get the buffers' memory in the background, so that the first save need not. Collective.
 
         Raises what `start` raises about the state.
         """
-        _, _, prepared = self._prepare(state, None, None)
-        threading.Thread(target=prepared.buffer.touch, name="shardckpt-touch", daemon=True).start()
+        self._prepare(state, None, ())
+
+    def close(self) -> None:
+        """No more saves will come."""
+        self._sink.close()
 
     def _prepare(
-        self, state: dict[str, Any], metrics: Mapping[str, float] | None, place: Place | None
+        self,
+        state: dict[str, Any],
+        metrics: Mapping[str, float] | None,
+        destinations: Sequence[Destination],
     ) -> tuple[FlatState, dict[str, float | str], _Prepared]:
         """Flatten, and plan if any rank's structure has changed; all ranks checked to agree."""
         error: Exception | None = None
@@ -175,12 +142,13 @@ class SaveSession:
             numbers = _checked_metrics(metrics)
             flat = flatten(state, self._ranks.rank)
             layouts = flat.layouts()
-            if self._ranks.rank == 0 and place is not None:
-                _check_free(place)
+            if self._ranks.rank == 0:
+                for destination in destinations:
+                    _check_free(destination.place)
         except Exception as failure:  # of the state's own objects, too
             error = failure
         values = crc32c.crc32c(msgspec.json.encode(flat.values))
-        stale = self._prepared is None or self._prepared.layouts != layouts
+        stale = self._prepared is None or self._prepared.layouts != layouts or self._sink.is_lost
         known = 0 if self._prepared is None else self._prepared.plan.fingerprint
         failed, changed, *differ = self._ranks.maximum(
             [error is not None, stale, values, -values, known, -known]
@@ -201,15 +169,35 @@ class SaveSession:
         plan = plan_save([msgspec.msgpack.decode(data, type=list[Layout]) for data in encoded])
         if not self._secret:  # what makes the names of this session's saves unique
             self._secret = self._ranks.broadcast(secrets.token_hex(16).encode()).decode()
+        self._prepared = None
+        local_ranks = self._prepare_sink(plan)
+        return _Prepared(layouts, plan, local_ranks)
+
+    def _prepare_sink(self, plan: SavePlan) -> int:
+        """Have the sink get buffers; the number of ranks that have the same sink.
+
+        Where a rank's saver cannot be reached, all ranks go on without.
+        """
         rank = self._ranks.rank
-        self._prepared = None  # free the old buffer first
         error: Exception | None = None
+        unreachable: SaverError | None = None
         try:
-            buffer = StagingBuffer(plan.writes(rank), plan.pack_sizes[rank])
+            self._sink.prepare(plan, rank)
+        except SaverError as failure:
+            unreachable = failure
         except (OSError, MemoryError) as failure:
             error = StateError(f"no memory for a copy of {plan.pack_sizes[rank]} bytes: {failure}")
         agree(self._ranks, error)
-        return _Prepared(layouts, plan, buffer)
+        if any(self._ranks.maximum([unreachable is not None])):
+            if unreachable is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+                _log.warning(
+                    "%s; from now on saves are written by the trainers, and end with them", unreachable
+                )
+            self._sink.close()
+            self._sink = OwnThread(self._timeout)
+            return self._prepare_sink(plan)
+        sinks = self._ranks.gather(self._sink.id.encode())
+        return sinks.count(sinks[rank])
 
     def _raise_values_differ(self, flat: FlatState) -> None:
         everyone = [msgspec.json.decode(v) for v in self._ranks.gather(msgspec.json.encode(flat.values))]
@@ -221,42 +209,6 @@ class SaveSession:
                     "stored once, so they must be equal on all ranks; wrap what every rank has its own of in "
                     "shardckpt.PerRank."
                 )
-
-    def _finish(
-        self,
-        proposal: Proposal,
-        prepared: _Prepared,
-        flat: FlatState,
-        after: Callable[[], object] | None,
-    ) -> Manifest | None:
-        """Persist this rank's pack; on rank 0 also commit. Runs in the background."""
-        rank = self._ranks.rank
-        storage = proposal.place.storage
-        try:
-            writes = prepared.plan.writes(rank)
-            persist(
-                storage,
-                prepared.buffer.content,
-                writes,
-                save_id=proposal.id,
-                rank=rank,
-                per_rank=flat.per_rank,
-            )
-        except Exception as error:
-            report_failure(storage, f"rank-{rank:05d}", proposal.id, error)
-            if rank == 0:
-                report_failure(storage, "", proposal.id, error)
-            raise
-        if rank != 0:
-            return None
-        try:
-            manifest = commit(proposal, self._timeout)
-        except Exception as error:
-            report_failure(storage, "", proposal.id, error)
-            raise
-        if after is not None:
-            after()
-        return manifest
 
 
 def _check_free(place: Place) -> None:
@@ -278,11 +230,13 @@ def save_async(
     """Save `state` as one checkpoint at `url`, in the background. Collective.
 
     When it returns, the state has been copied and may change; `handle.wait()` returns when the
-    checkpoint is durable. Raises StateError or CheckpointExistsError on all ranks, with nothing written.
+    checkpoint is durable. It is written by this process, whose end waits for it. Raises StateError or
+    CheckpointExistsError on all ranks, with nothing written.
     """
     session = SaveSession(current_ranks(), COMMIT_TIMEOUT)
-    place = Place(open_storage(url, storage_options))
-    return session.start(place, state, step=step, attempt=0, metrics=metrics)
+    storage = open_storage(url, storage_options)
+    destination = Destination(tier_of(storage), Place(storage))
+    return session.start("", [destination], state, step=step, attempt=0, metrics=metrics)
 
 
 def save(

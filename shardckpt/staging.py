@@ -5,6 +5,7 @@ This copy is all that training waits for. The buffer is reused from save to save
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,26 +23,22 @@ _PAGE = 4096
 
 
 class StagingBuffer:
-    """Memory for one rank's pack, page-aligned, and the chunks' places in it as tensors."""
+    """Memory for one rank's pack, and the chunks' places in it as tensors."""
 
-    def __init__(self, writes: Sequence[ChunkWrite], size: int) -> None:
-        """Room for a pack of `size` bytes with these chunks. Padding and gaps are zero."""
+    def __init__(self, writes: Sequence[ChunkWrite], size: int, memory: mmap.mmap | None = None) -> None:
+        """Room for a pack of `size` bytes with these chunks: in `memory`, or in new memory of this process."""
         self.size = size
-        self._map = mmap.mmap(-1, max(_PAGE, -(-size // _PAGE) * _PAGE), mmap.MAP_PRIVATE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults in the first save
-            try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel built without them
-                pass
+        self._is_own = memory is None
+        self._map = _own_memory(size) if memory is None else memory
         self._lock = threading.Lock()
-        self._is_touched = False
+        self._is_clean = False
+        self._is_touched = not self._is_own
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._writes = tuple(writes)
+        self._whole = [chunk_view(self._bytes, write.offset, write.dtype, write.chunk) for write in writes]
         self._views = [
-            chunk_view(self._bytes, write.offset, write.dtype, write.chunk)[
-                tuple(slice(0, n) for n in write.box.shape)
-            ]
-            for write in writes
+            view[tuple(slice(0, n) for n in write.box.shape)]
+            for write, view in zip(writes, self._whole, strict=True)
         ]
 
     @property
@@ -67,10 +64,35 @@ class StagingBuffer:
             sources.append(source)
         with self._lock, torch.no_grad():
             self._is_touched = True
+            self._clean()
             for device, (targets, sources) in by_device.items():
                 torch._foreach_copy_(targets, sources)
                 if device.type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
+
+    def _clean(self) -> None:
+        """Zero what lies between and behind the chunks' elements, where another pack may have been."""
+        if self._is_clean:
+            return
+        self._is_clean = True
+        if self._is_own:
+            return
+        end = 0
+        for write, whole, view in zip(self._writes, self._whole, self._views, strict=True):
+            self._bytes[end : write.offset].zero_()
+            if view.shape != whole.shape:
+                whole.zero_()
+            end = write.offset + write.nbytes
+        self._bytes[end : self.size].zero_()
+
+
+def _own_memory(size: int) -> mmap.mmap:
+    """Zeroed memory of this process, page-aligned."""
+    memory = mmap.mmap(-1, max(_PAGE, -(-size // _PAGE) * _PAGE), mmap.MAP_PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults in the first save
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def local_slices(tensor: LocalTensor, box: Box) -> tuple[slice, ...]:

@@ -20,11 +20,12 @@ from shardckpt.checkpointer import Checkpointer
 from shardckpt.commit import Proposal, commit
 from shardckpt.local import LocalTensor
 from shardckpt.manifest import Manifest
+from shardckpt.persisting import Destination
 from shardckpt.plan import SavePlan, plan_save
 from shardckpt.ranks import Alone, Ranks
 from shardckpt.reader import fill
 from shardckpt.runs import Place, read_manifest
-from shardckpt.saving import SaveSession
+from shardckpt.saving import SaveHandle, SaveSession
 from shardckpt.staging import StagingBuffer
 from shardckpt.state import FlatState
 from shardckpt.storage import Storage
@@ -40,6 +41,7 @@ __all__ = [
     "run_processes",
     "run_threads",
     "save_local",
+    "start_save",
 ]
 
 LIMIT = 60.0
@@ -100,9 +102,7 @@ class ThreadRanks:
         self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
     ) -> None:
         sent = self._exchange("exchange", [(peer, bytes(content)) for peer, content in sends])
-        arrived = [
-            iter([content for peer, content in messages if peer == self.rank]) for messages in sent
-        ]
+        arrived = [iter([content for peer, content in messages if peer == self.rank]) for messages in sent]
         for peer, buffer in receives:
             buffer[:] = next(arrived[peer])
         assert not any(list(left) for left in arrived), "something was sent that nobody takes"
@@ -153,6 +153,12 @@ class Checkpoints(Checkpointer):
         self._session = SaveSession(ranks, commit_timeout)
 
 
+def start_save(session: SaveSession, storage: Storage, state: dict[str, Any], **options: Any) -> SaveHandle:
+    """Start one save right at a storage."""
+    options = {"step": 1, "attempt": 0, **options}
+    return session.start("", [Destination("local", Place(storage))], state, **options)
+
+
 def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[SavePlan, Manifest]:
     """Save tensors as the ranks of a world hold them, `world[rank]`, one rank after another.
 
@@ -165,7 +171,7 @@ def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[S
         buffer.copy_from({tensor.name: tensor for tensor in tensors})
         persist(root, buffer.content, plan.writes(rank), save_id="test", rank=rank, per_rank={})
     values = {tensor.name: {"$tensor": tensor.name} for tensor in plan.tensors}
-    return plan, commit(Proposal(place, "test", 1, 0, {}, values, plan), LIMIT)
+    return plan, commit(place, Proposal("test", 1, 0, {}, values, plan), LIMIT)
 
 
 def load_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> None:

@@ -40,14 +40,14 @@ from shardckpt.runs import Place
 from shardckpt.saving import SaveSession
 from shardckpt.storage import Storage, open_storage
 from tests.servers import S3Server
-from tests.worlds import PeerGoneError, ThreadRanks, outcomes, run_processes, run_threads
+from tests.worlds import PeerGoneError, ThreadRanks, outcomes, run_processes, run_threads, start_save
 
 State = dict[str, Any]
 
 
 def start(root: Storage, ranks: ThreadRanks, state: State) -> None:
     """`shardckpt.save` among ranks that are threads."""
-    SaveSession(ranks, 60).start(Place(root), state, step=1, attempt=0).wait()
+    start_save(SaveSession(ranks, 60), root, state).wait()
 
 
 def load(root: Storage, ranks: ThreadRanks, state: State) -> None:
@@ -437,7 +437,7 @@ def test_metrics_of_one_rank(tmp_path: Path) -> None:
 
     def save(ranks: ThreadRanks) -> None:
         metrics: Any = {"loss": "low" if ranks.rank else 1.0}
-        SaveSession(ranks, 60).start(Place(root), {}, step=1, attempt=0, metrics=metrics).wait()
+        start_save(SaveSession(ranks, 60), root, {}, metrics=metrics).wait()
 
     root = open_storage(tmp_path)
     for error in outcomes(2, save):

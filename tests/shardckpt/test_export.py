@@ -576,7 +576,7 @@ def write_checkpoint(
     plan = plan_save(layouts)
     place = Place(open_storage(url))
     tree = {name: {"$tensor": name} for name in arrays} if values is None else values
-    proposal = Proposal(place, uuid.uuid4().hex, 1, 0, {}, tree, plan)
+    proposal = Proposal(uuid.uuid4().hex, 1, 0, {}, tree, plan)
     for rank, nbytes in enumerate(plan.pack_sizes):
         content = memoryview(bytearray(nbytes))
         for write in plan.writes(rank):
@@ -591,7 +591,7 @@ def write_checkpoint(
             rank=rank,
             per_rank=per_rank[rank] if per_rank else {},
         )
-    commit(proposal, 5)
+    commit(place, proposal, 5)
     return decode_manifest(place.storage.read(MANIFEST), place.url)
 
 

@@ -24,12 +24,11 @@ import shardckpt
 from shardckpt.box import Runs, pieces_of_runs, split_evenly
 from shardckpt.dtypes import DTYPES, numpy_dtype
 from shardckpt.local import LocalTensor, torch_dtype
-from shardckpt.runs import Place
 from shardckpt.saving import SaveSession
 from shardckpt.storage import open_storage
 from tests.parallel import Training
 from tests.shardckpt.test_zarr_view import plain, random_content, read
-from tests.worlds import ThreadRanks, load_local, run_processes, run_threads, save_local
+from tests.worlds import ThreadRanks, load_local, run_processes, run_threads, save_local, start_save
 
 Content = np.ndarray[Any, Any]
 World = list[list[Runs]]
@@ -270,7 +269,7 @@ def test_strides_that_mean_nothing(tmp_path: Path) -> None:
         return torch.full((2, 3), value, dtype=torch.bfloat16).t()[:1, :1]
 
     def run(ranks: ThreadRanks) -> None:
-        SaveSession(ranks, 60).start(Place(root), {"t": make(2)}, step=1, attempt=0).wait()
+        start_save(SaveSession(ranks, 60), root, {"t": make(2)}).wait()
 
     assert make(1).is_contiguous()
     assert make(1).stride() == (1, 3)

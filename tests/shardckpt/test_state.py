@@ -31,7 +31,7 @@ from shardckpt.runs import Place
 from shardckpt.saving import SaveSession
 from shardckpt.state import flatten
 from shardckpt.storage import Storage, open_storage
-from tests.worlds import PeerGoneError, ThreadRanks, outcomes, run_threads
+from tests.worlds import PeerGoneError, ThreadRanks, outcomes, run_threads, start_save
 
 _numbers = itertools.count()
 
@@ -604,7 +604,7 @@ def test_what_was_saved_does_not_change_with_the_state(place: Storage) -> None:
 
 def _save_on(place: Storage, size: int, make: Callable[[int], dict[str, Any]]) -> None:
     def run(ranks: ThreadRanks) -> None:
-        SaveSession(ranks, 60).start(Place(place), make(ranks.rank), step=1, attempt=0).wait()
+        start_save(SaveSession(ranks, 60), place, make(ranks.rank)).wait()
 
     run_threads(size, run)
 
@@ -868,7 +868,7 @@ def test_a_state_that_changes_between_saves(place: Storage) -> None:
     ]  # fmt: skip
     for number, state in enumerate(states):
         folder = place.at(f"{number}")
-        session.start(Place(folder), state, step=number, attempt=0).wait()
+        start_save(session, folder, state, step=number).wait()
         loaded = {k: torch.zeros_like(v) if isinstance(v, torch.Tensor) else None for k, v in state.items()}
         shardckpt.load(folder, loaded)
         assert_equal(loaded, state)
@@ -882,7 +882,7 @@ def test_one_rank_changes_its_structure(place: Storage) -> None:
         for number in range(3):
             own = torch.full((1 + number * ranks.rank,), number)
             state = {"own": shardckpt.PerRank(own), "t": torch.full((5,), number)}
-            session.start(Place(place.at(f"{number}")), state, step=1, attempt=0).wait()
+            start_save(session, place.at(f"{number}"), state).wait()
 
     run_threads(2, run)
     for number in range(3):
@@ -901,7 +901,7 @@ def test_a_mismatch_found_once_is_found_again(place: Storage) -> None:
         tensor[1 << 18] = ranks.rank
         for number in range(2):
             with pytest.raises(RankMismatchError, match=r"'t'.*rank 0.*rank 1"):
-                session.start(Place(place.at(f"{number}")), {"t": tensor}, step=1, attempt=0)
+                start_save(session, place.at(f"{number}"), {"t": tensor})
 
     run_threads(2, run)
     assert place.list() == []

@@ -1,0 +1,123 @@
+"""A save under way, as the trainer sees it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardckpt.commit import wait_committed
+from shardckpt.errors import SaveError
+from shardckpt.persisting import Destination
+
+__all__ = ["MEMORY", "SaveHandle"]
+
+_log = logging.getLogger("shardckpt")
+
+MEMORY = "memory"
+"""The tier that every save reaches first."""
+
+
+@dataclass
+class _State:
+    """What is known here of a save in one tier."""
+
+    is_over: bool = False
+    is_committed: bool = False
+    error: BaseException | None = None
+
+
+class SaveHandle:
+    """A save under way. Training may go on; `wait` tells when it is durable.
+
+    Attributes:
+        url: where it becomes a checkpoint, in the last of its tiers.
+        step: optimizer steps done.
+        tiers: what it goes to: "memory", and "local" and "remote" as they are due.
+    """
+
+    def __init__(
+        self, save_id: str, step: int, destinations: Sequence[Destination], commit_timeout: float
+    ) -> None:
+        self.step = step
+        self.tiers = (MEMORY, *(destination.tier for destination in destinations))
+        self.url = destinations[-1].place.url if destinations else MEMORY
+        self._id = save_id
+        self._places = {destination.tier: destination.place for destination in destinations}
+        self._timeout = commit_timeout
+        self._states = {tier: _State() for tier in self.tiers}
+        self._changed = threading.Condition()
+
+    def __repr__(self) -> str:
+        state = "failed" if self.failed else "under way" if self.busy else "committed"
+        return f"SaveHandle({self.url!r}, step={self.step}, {state})"
+
+    @property
+    def busy(self) -> bool:
+        """Whether this node is still at work on it."""
+        with self._changed:
+            return not all(state.is_over for state in self._states.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known here that the save has failed in some tier; `wait` raises why."""
+        with self._changed:
+            return any(state.error is not None for state in self._states.values())
+
+    def note(self, tier: str, error: BaseException | None = None, *, committed: bool = False) -> None:
+        """Note what became of this rank's part in a tier. Later word about the same tier is ignored."""
+        with self._changed:
+            state = self._states[tier]
+            if state.is_over:
+                return
+            state.is_over, state.error, state.is_committed = True, error, committed or tier == MEMORY
+            self._changed.notify_all()
+        if error is not None:
+            where = self._places[tier].url if tier in self._places else f"step {self.step} in memory"
+            _log.error("saving %s failed: %s", where, error)
+
+    def settle(self, *, failed: bool) -> None:
+        """Note what became of it, as all ranks know once none is at work on it any more.
+
+        From then on `wait` does not look at the storage, where retention may have deleted the checkpoint.
+        """
+        with self._changed:
+            if failed and all(state.error is None for state in self._states.values()):
+                self._states[self.tiers[-1]].error = SaveError("another rank failed; its log says why")
+            for state in self._states.values():
+                state.is_committed = state.error is None
+
+    def join(self) -> None:
+        """Return when this node is done with it, whatever the outcome."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(state.is_over for state in self._states.values()))
+
+    def wait(self, tier: str | None = None) -> None:
+        """Return when the save is safe in `tier`; None: in all of its tiers.
+
+        In "memory" it is safe from the death of trainers, once all ranks of this node have staged their part;
+        in "local" and "remote" it is a checkpoint: every rank's data is durable there, and the commit.
+
+        May be called on any ranks, any number of times. Raises ValueError for a tier that this save does not
+        go to; SaveError, from what went wrong, if it failed there: then there is no checkpoint of it, and those
+        before it are untouched.
+        """
+        if tier is not None and tier not in self.tiers:
+            raise ValueError(f"this save goes to {', '.join(self.tiers)}, and not to {tier!r}")
+        for name in self.tiers if tier is None else (tier,):
+            self._wait_for(name)
+
+    def _wait_for(self, tier: str) -> None:
+        state = self._states[tier]
+        with self._changed:
+            self._changed.wait_for(lambda: state.is_over)
+        if state.error is None and not state.is_committed:  # another node commits
+            try:
+                wait_committed(self._places[tier], self._id, self._timeout)
+                state.is_committed = True
+            except Exception as error:
+                state.error = error
+        if state.error is not None:
+            where = self._places[tier].url if tier in self._places else f"step {self.step} in memory"
+            raise SaveError(f"saving {where} failed: {state.error}") from state.error

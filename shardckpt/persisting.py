@@ -1,0 +1,118 @@
+"""Persist: from staged packs to a checkpoint in one tier. Free of torch, and of the trainers.
+
+Every process that has staged packs of a save does this on its own; they meet in the storage only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from shardckpt.commit import Proposal, commit
+from shardckpt.manifest import Manifest
+from shardckpt.retention import prune
+from shardckpt.runs import Place
+from shardckpt.storage import LocalStorage, Storage
+from shardckpt.writer import Placed, persist, report_failure
+
+__all__ = ["Destination", "StagedPack", "persist_save", "tier_of"]
+
+_log = logging.getLogger("shardckpt")
+
+_PARALLEL = 2  # one pack's checksums are computed while another's bytes are on their way
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a save is to be durable: a tier ("local" or "remote"), the place there, what retention keeps."""
+
+    tier: str
+    place: Place
+    keep_last: int | None = None
+
+
+def tier_of(storage: Storage) -> str:
+    """The name of the tier that a storage is, unless a nearer one stands before it."""
+    return "local" if isinstance(storage, LocalStorage) else "remote"
+
+
+@dataclass
+class StagedPack:
+    """One rank's pack, staged in memory.
+
+    Attributes:
+        rank: whose it is.
+        content: the pack's bytes, writable: the checksums are put into it.
+        writes: where its chunks lie.
+        values: the rank's PerRank values by path.
+        checksums: the chunks' CRC-32C once they are known, which `persist_save` sees to.
+    """
+
+    rank: int
+    content: memoryview
+    writes: Sequence[Placed]
+    values: dict[str, Any]
+    checksums: list[int] | None = None
+
+
+def persist_save(
+    destination: Destination,
+    save_id: str,
+    packs: Sequence[StagedPack],
+    proposal: Proposal | None,
+    timeout: float,
+    progress: Callable[[int], object] | None = None,
+) -> Manifest | None:
+    """Make the packs durable; with a proposal (rank 0's) also commit the save, and prune. The manifest, if so.
+
+    What goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
+    `progress` is called with the bytes written, from several threads.
+    """
+    place = destination.place
+
+    def persist_one(pack: StagedPack) -> None:
+        try:
+            part = persist(
+                place.storage,
+                pack.content,
+                pack.writes,
+                save_id=save_id,
+                rank=pack.rank,
+                per_rank=pack.values,
+                checksums=pack.checksums,
+                progress=progress,
+            )
+        except Exception as error:
+            report_failure(place.storage, f"rank-{pack.rank:05d}", save_id, error)
+            raise
+        pack.checksums = part.crc32c
+
+    try:
+        if len(packs) == 1:
+            persist_one(packs[0])
+        else:
+            with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="shardckpt-persist") as pool:
+                list(pool.map(persist_one, packs))
+        if proposal is None:
+            return None
+        manifest = commit(place, proposal, timeout)
+    except Exception as error:
+        if proposal is not None:
+            report_failure(place.storage, "", save_id, error)
+        raise
+    _prune(destination)
+    return manifest
+
+
+def _prune(destination: Destination) -> None:
+    """Retention. A failure is logged only: the checkpoint is durable, and the next prune tries again."""
+    if destination.keep_last is None:
+        return
+    place = destination.place
+    try:
+        prune(place.root, destination.keep_last, place)
+    except OSError as error:
+        _log.warning("old checkpoints of %s could not be deleted: %s", place.root.url, error)

@@ -1,0 +1,331 @@
+"""A trainer's end: buffers to stage into, word of what became of saves, and snapshots to restore from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from shardckpt.errors import SaverError
+from shardckpt.saver.memory import map_buffer
+from shardckpt.saver.wire import (
+    Abandon,
+    Answer,
+    Attach,
+    Attached,
+    Begin,
+    Bye,
+    Channel,
+    Contents,
+    Detach,
+    Find,
+    Found,
+    Hello,
+    Outcome,
+    Plan,
+    Request,
+    Reserve,
+    Reserved,
+    Snapshot,
+    Stage,
+    Tier,
+    Welcome,
+    address_of,
+    connect,
+)
+
+__all__ = ["Memory", "Recalled", "SaverClient"]
+
+_log = logging.getLogger("shardckpt")
+
+_PATIENCE = 30.0  # seconds for a saver to start and to answer
+_PAUSE = 0.02
+_GONE = "the saver of this node is gone"
+
+A = TypeVar("A", bound=Answer)
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """A snapshot buffer, mapped into this process."""
+
+    number: int
+    content: mmap.mmap
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """A snapshot's packs in this node's memory, by rank, and what else this node knows of it."""
+
+    contents: Contents
+    packs: Mapping[int, memoryview]
+
+
+class SaverClient:
+    """A connection to this node's saver. Raises SaverError from any method once the saver is gone.
+
+    Methods are for one thread; word of outcomes comes from another.
+    """
+
+    def __init__(
+        self, run: str, tiers: Sequence[Tier], snapshots: int, commit_timeout: float, *, linger: float
+    ) -> None:
+        """Connect to the saver of LAUNCH_SAVER; without a launcher, to the run's own, started if need be.
+
+        Raises SaverError if there is none, and none can be started.
+        """
+        named = os.environ.get("LAUNCH_SAVER")
+        address = named or address_of(run)
+        self._channel = Channel(_connected(address, linger, may_start=named is None))
+        self._changed = threading.Condition()
+        self._granted: deque[Memory] = deque()
+        self._mapped: dict[int, mmap.mmap] = {}
+        self._plan = Plan(0, [], [], [], 0, b"")
+        self._refused = ""
+        self._is_lost = False
+        self._answers: queue.SimpleQueue[tuple[Any, list[int]]] = queue.SimpleQueue()
+        self._waiting: dict[tuple[str, str], Callable[[Outcome], object]] = {}
+        threading.Thread(target=self._listen, name="shardckpt-saver", daemon=True).start()
+        self.id = self._ask(Hello(run, list(tiers), snapshots, commit_timeout), Welcome)[0].saver
+        """Equal for two ranks only if they have the same saver."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the saver is gone, and with it all that was in memory only."""
+        return self._is_lost
+
+    # -- saving
+
+    def plan(self, plan: Plan, count: int) -> None:
+        """Say where the chunks of the next packs lie, and ask for `count` buffers for them.
+
+        Buffers of the plan before are given back.
+        """
+        with self._changed:
+            self._plan = plan
+            self._granted.clear()
+            self._mapped.clear()
+            self._refused = ""
+        self._send(plan)
+        for _ in range(count):
+            self._send(Reserve(plan.size))
+
+    @property
+    def has_buffer(self) -> bool:
+        """Whether `take` need not wait."""
+        with self._changed:
+            return bool(self._granted)
+
+    @property
+    def had_buffer(self) -> bool:
+        """Whether there ever was a buffer for the present plan."""
+        with self._changed:
+            return bool(self._mapped)
+
+    def take(self) -> Memory:
+        """A buffer to stage a pack in. Waits until there is one.
+
+        Raises MemoryError if there is no memory for it.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._granted or self._is_lost or self._refused)
+            if self._is_lost:
+                raise SaverError(_GONE)
+            if not self._granted:
+                raise MemoryError(self._refused)
+            return self._granted.popleft()
+
+    def begin(self, memory: Memory, save_id: str) -> None:
+        """Say that the buffer is about to be written to."""
+        self._send(Begin(memory.number, save_id))
+
+    def stage(self, stage: Stage, done: Callable[[Outcome], object]) -> None:
+        """Hand a staged pack over, and ask for the next buffer. From here on the saver answers for it.
+
+        `done` is called, by another thread, for "memory" and for each tier; with an error if the saver is lost.
+        """
+        with self._changed:
+            for tier in ("memory", *stage.tiers):
+                self._waiting[stage.id, tier] = done
+            size = self._plan.size
+        try:
+            self._send(stage)  # the kernel keeps it for the saver, should this process end now
+            self._send(Reserve(size))
+        except SaverError:
+            self._lose()
+
+    def abandon(self, save_id: str, error: BaseException) -> None:
+        """Say that this rank will not stage its part of a save."""
+        with contextlib.suppress(SaverError):
+            self._send(Abandon(save_id, f"{type(error).__name__}: {error}"))
+
+    # -- restoring
+
+    def snapshots(self) -> list[Snapshot]:
+        """The run's snapshots that this node holds parts of."""
+        return self._ask(Find(), Found)[0].snapshots
+
+    def recall(self, save_id: str) -> Recalled | None:
+        """Map a snapshot's packs, which stay until `release`. None if it is not there any more."""
+        packs: dict[int, memoryview] = {}
+        contents: Contents | None = None
+        answer, descriptors = self._ask(Attach(save_id), Attached)
+        while True:
+            if not descriptors:
+                return None
+            first, *others = descriptors
+            with os.fdopen(first, "rb") as file:
+                file.seek(0)
+                contents = contents or msgspec.msgpack.decode(file.read(), type=Contents)
+            for rank, size, descriptor in zip(answer.ranks, answer.sizes, others, strict=True):
+                packs[rank] = _readable(descriptor, size)
+            if not answer.more:
+                return Recalled(contents, packs)
+            answer, descriptors = self._next(Attached)
+
+    def release(self) -> None:
+        """Say that recalled packs are not read any more."""
+        with contextlib.suppress(SaverError):
+            self._send(Detach())
+
+    def close(self) -> None:
+        """Say goodbye: this trainer is done, and will not be restarted."""
+        with contextlib.suppress(SaverError):
+            self._send(Bye())
+        self._channel.shut()
+
+    # -- details
+
+    def _listen(self) -> None:
+        """Take what the saver says, until its end."""
+        try:
+            while (received := self._channel.receive()) is not None:
+                self._take_in(*received)
+        except (OSError, EOFError, ValueError) as error:
+            _log.warning("the connection to the saver is lost: %s", error)
+        finally:
+            self._lose()
+            self._channel.close()
+
+    def _take_in(self, message: Any, descriptors: list[int]) -> None:
+        if isinstance(message, Reserved):
+            self._take_buffer(message, descriptors)
+        elif isinstance(message, Outcome):
+            with self._changed:
+                done = self._waiting.pop((message.id, message.tier), None)
+            if done is not None:
+                done(message)
+        else:
+            self._answers.put((message, descriptors))
+
+    def _take_buffer(self, reserved: Reserved, descriptors: list[int]) -> None:
+        with self._changed:
+            is_current = reserved.plan == self._plan.number
+            mapping = self._mapped.get(reserved.buffer)
+        if mapping is None and is_current and descriptors:
+            mapping = map_buffer(descriptors[0], reserved.size)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        with self._changed:
+            if reserved.plan != self._plan.number:
+                return
+            if mapping is None:
+                self._refused = reserved.error
+            else:
+                self._mapped[reserved.buffer] = mapping
+                self._granted.append(Memory(reserved.buffer, mapping))
+            self._changed.notify_all()
+
+    def _lose(self) -> None:
+        """The saver is gone: what waits for it has failed."""
+        with self._changed:
+            self._is_lost = True
+            self._granted.clear()
+            self._mapped.clear()
+            waiting, self._waiting = self._waiting, {}
+            self._changed.notify_all()
+        self._answers.put((None, []))
+        for (save_id, tier), done in waiting.items():
+            done(Outcome(save_id, tier, _GONE))
+
+    def _send(self, request: Request) -> None:
+        try:
+            self._channel.send(request)
+        except OSError as error:
+            raise SaverError(f"{_GONE}: {error}") from error
+
+    def _ask(self, request: Request, kind: type[A]) -> tuple[A, list[int]]:
+        self._send(request)
+        return self._next(kind)
+
+    def _next(self, kind: type[A]) -> tuple[A, list[int]]:
+        try:
+            answer, descriptors = self._answers.get(timeout=_PATIENCE)
+        except queue.Empty:
+            raise SaverError(f"the saver of this node has not answered for {_PATIENCE:g} s") from None
+        if not isinstance(answer, kind):
+            raise SaverError(_GONE if answer is None else f"the saver answered {type(answer).__name__}")
+        return answer, descriptors
+
+
+def _readable(descriptor: int, size: int) -> memoryview:
+    """The memory behind a descriptor, mapped for reading; the descriptor is closed."""
+    try:
+        return (
+            memoryview(mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ))
+            if size
+            else memoryview(b"")
+        )
+    finally:
+        os.close(descriptor)
+
+
+def _connected(address: str, linger: float, *, may_start: bool) -> socket.socket:
+    """A connection to the saver at `address`, which is started if there is none, and if it may be."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return connect(address)
+        except OSError as error:
+            if not may_start or time.monotonic() > deadline:
+                raise SaverError(f"no saver answers at {address!r}: {error}") from error
+        # The local ranks want one at the same time, so all but the first leave it to that one for a while.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or time.monotonic() > deadline - _PATIENCE / 2:
+            _start(address, linger)
+        else:
+            time.sleep(_PAUSE)
+
+
+def _start(address: str, linger: float) -> None:
+    """Start a saver that outlives this process. Returns when it listens, or another one does."""
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-P", "-m", "shardckpt.saver", "--address", address, "--linger", str(linger)]
+    try:
+        # Not this process's streams: whoever waits for their end would wait for the saver.
+        subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            check=True,
+            timeout=_PATIENCE,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SaverError(f"the saver could not be started: {error}") from error

@@ -1,0 +1,534 @@
+"""The saver's loop: it serves trainers, and has what they staged persisted whether they live or not.
+
+One thread serves; what takes long (allocating, persisting) is done by others, which come back to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import mmap
+import os
+import secrets
+import select
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from shardckpt.commit import Proposal
+from shardckpt.persisting import Destination, StagedPack, persist_save
+from shardckpt.runs import Place
+from shardckpt.saver.lanes import Lanes, Progress, Task
+from shardckpt.saver.memory import allocate, map_buffer
+from shardckpt.saver.shelf import Held, PackPlan, Part, Shelf, Trainer
+from shardckpt.saver.wire import (
+    Abandon,
+    Answer,
+    Attach,
+    Attached,
+    Begin,
+    Bye,
+    Channel,
+    Contents,
+    Detach,
+    Find,
+    Found,
+    Hello,
+    Outcome,
+    Plan,
+    Reserve,
+    Reserved,
+    Snapshot,
+    Stage,
+    Tier,
+    Welcome,
+    peer,
+)
+from shardckpt.storage import Storage, open_storage
+from shardckpt.writer import Placed, report_failure
+
+__all__ = ["Saver"]
+
+_log = logging.getLogger("shardckpt.saver")
+
+_SEND_TIMEOUT = 10.0  # seconds; messages are small, so only a stopped trainer does not take them
+_PACKS_AT_ONCE = 64  # descriptors in a message
+_TELL_EVERY = 0.2  # seconds between two lines of progress
+_LOST = "a rank ended before it had staged its part"
+
+
+@dataclass(eq=False)
+class _Client(Trainer):
+    """A connected trainer."""
+
+    channel: Channel = field(kw_only=True)
+    pidfd: int = field(kw_only=True)
+    tiers: dict[str, Tier] = field(default_factory=dict)
+    commit_timeout: float = 0.0
+    plan: PackPlan | None = None
+    requests: deque[int] = field(default_factory=deque)
+    """Sizes of the buffers that it waits for."""
+    is_allocating: bool = False
+    has_left: bool = False
+
+
+class Saver:
+    """Serves until it is told to drain, or until the last trainer is gone, and everything is durable.
+
+    Args:
+        listener: a listening unix socket. Connections of other users are closed at once.
+        control: a connection to who started it, to whom it tells in lines of JSON what it persists, and whose
+            end means: drain. None: it ends by itself, `linger` seconds after the last trainer.
+        linger: seconds that it waits for a restarted job. Not after all trainers said goodbye.
+        opener: how to open a tier's URL.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        control: socket.socket | None = None,
+        *,
+        linger: float = 60.0,
+        opener: Callable[[str, dict[str, Any] | None], Storage] = open_storage,
+    ) -> None:
+        self._listener = listener
+        self._control = control
+        self._linger = linger
+        self._open = opener
+        self._id = secrets.token_hex(8)
+        self._shelf = Shelf()
+        self._lanes = Lanes()
+        self._clients: set[_Client] = set()
+        self._roots: dict[bytes, Storage] = {}
+        self._opening = threading.Lock()
+        self._tasks = 0
+        self._finished: set[str] = set()  # runs whose trainers said goodbye
+        self._failed = False
+        self._is_draining = False
+        self._may_linger = True
+        self._empty_since = time.monotonic()
+        self._told = 0.0
+        self._selector = selectors.DefaultSelector()
+        self._returned: deque[Callable[[], None]] = deque()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def run(self) -> int:
+        """Serve. Returns the exit code: 0 if everything became durable, 1 if something did not."""
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._wake)
+        if self._control is not None:
+            self._control.setblocking(False)
+            self._selector.register(self._control, selectors.EVENT_READ, self._hear_control)
+        while not self._is_over():
+            for key, _ in self._selector.select(self._patience()):
+                key.data()
+            while self._returned:
+                self._returned.popleft()()
+            self._tidy()
+            self._tell_progress()
+        self._tell(event="drained")
+        self._shelf.close()
+        return int(self._failed)
+
+    # -- the loop
+
+    def _is_over(self) -> bool:
+        if self._tasks or self._returned:
+            return False
+        if self._is_draining:
+            return True
+        if self._clients or self._control is not None:
+            return False
+        return not self._may_linger or time.monotonic() >= self._empty_since + self._linger
+
+    def _patience(self) -> float | None:
+        if self._control is not None and self._tasks:
+            return _TELL_EVERY
+        if self._control is None and not self._clients:
+            return max(0.0, self._empty_since + self._linger - time.monotonic())
+        return None
+
+    def _later(self, function: Callable[[], None]) -> None:
+        """Have `function` called by the serving thread. Safe from any thread."""
+        self._returned.append(function)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"\0")
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 1 << 12)
+
+    def _hear_control(self) -> None:
+        assert self._control is not None
+        with contextlib.suppress(BlockingIOError):
+            try:
+                if self._control.recv(1 << 12):
+                    return
+            except ConnectionError:
+                pass
+            self._selector.unregister(self._control)
+            self._drain()
+
+    def _drain(self) -> None:
+        """Nobody is to come any more: have what is in memory only persisted, and end after that."""
+        self._is_draining = True
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        for run in {held.run for held in self._shelf.snapshots.values()}:
+            self._persist_newest(run)
+
+    def _persist_newest(self, run: str) -> None:
+        """Have the newest snapshot persisted in all tiers, if it was to be in memory only."""
+        newest = self._shelf.newest(run)
+        if newest is not None and not newest.tasks and not newest.is_persisted:
+            self._persist(newest, list(_client_of(newest).tiers))
+
+    def _tell(self, **line: object) -> None:
+        """A line to who started this process, who may be dead."""
+        if self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.send(json.dumps(line).encode() + b"\n")
+
+    def _tell_progress(self) -> None:
+        now = time.monotonic()
+        if self._control is None or now < self._told + _TELL_EVERY:
+            return
+        for task in self._lanes.under_way():
+            done, total = task.progress.done, task.progress.total
+            self._tell(event="persisting", step=task.step, tier=task.tier, done=done, total=total)
+            self._told = now
+
+    def _tidy(self) -> None:
+        """Hand out what buffers there are, and give up what nobody will ask for."""
+        for client in self._clients:
+            self._serve_requests(client)
+        for run in {buffer.run for buffer in self._shelf.buffers.values()}:
+            clients = [client for client in self._clients if client.run == run]
+            served = bool(clients) and all(self._has_its_buffers(client) for client in clients)
+            self._shelf.tidy(run, everyone_is_served=served)
+        for run in self._finished:
+            self._shelf.release(run)
+
+    # -- clients
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        pid, uid = peer(connection)
+        if uid != os.getuid():
+            connection.close()
+            return
+        connection.settimeout(_SEND_TIMEOUT)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # dead already, or in another process namespace: the connection's end must do
+            pidfd = -1
+        client = _Client(channel=Channel(connection), pidfd=pidfd)
+        self._clients.add(client)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(client))
+        if pidfd >= 0:
+            # Its forked children may keep the connection open after its death.
+            self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._hear_last(client))
+
+    def _hear(self, client: _Client) -> None:
+        """Take in what has arrived from a trainer, and act on it."""
+        if client not in self._clients:
+            return
+        try:
+            is_open = client.channel.read_some(wait=False)
+            while (message := client.channel.next_message()) is not None:
+                self._obey(client, message[0])
+        except BlockingIOError:
+            is_open = not _is_dead(client)
+        except (EOFError, LookupError, OSError) as error:
+            _log.warning("a trainer is let go: %s", error)
+            is_open = False
+        if not is_open:
+            self._let_go(client)
+
+    def _hear_last(self, client: _Client) -> None:
+        """A trainer is dead, whoever else has its connection open: act on what it still sent."""
+        while client in self._clients:
+            self._hear(client)
+
+    def _let_go(self, client: _Client) -> None:
+        self._clients.discard(client)
+        self._selector.unregister(client.channel)
+        client.channel.close()
+        if client.pidfd >= 0:
+            self._selector.unregister(client.pidfd)
+            os.close(client.pidfd)
+        for lost in self._shelf.forget(client):
+            self._report_lost(lost, _LOST)
+        if client.has_left and all(other.run != client.run for other in self._clients):
+            self._finished.add(client.run)
+            self._persist_newest(client.run)
+        if not self._clients:
+            self._empty_since = time.monotonic()
+            self._may_linger = not client.has_left
+
+    def _send(self, client: _Client, answer: Answer, descriptors: Sequence[int] = ()) -> None:
+        if client not in self._clients:
+            return
+        try:
+            client.channel.send(answer, descriptors)
+        except OSError:  # it is dead, which the loop is about to hear, or stopped for too long
+            client.channel.shut()
+
+    def _obey(self, client: _Client, message: Any) -> None:
+        match message:
+            case Hello():
+                client.run, client.snapshots = message.run, message.snapshots
+                client.tiers = {tier.name: tier for tier in message.tiers}
+                client.commit_timeout = message.commit_timeout
+                self._finished.discard(client.run)
+                self._send(client, Welcome(self._id))
+            case Plan():
+                writes = list(map(Placed, message.row, message.offset, message.nbytes))
+                client.plan = PackPlan(message.number, writes, message.size, message.whole)
+                client.requests.clear()
+                self._shelf.take_back(client)
+            case Reserve():
+                client.wanted = message.size
+                client.requests.append(message.size)
+            case Begin():
+                self._shelf.begin(client, message.buffer, message.id)
+            case Stage():
+                self._take(client, message)
+            case Abandon():
+                if (lost := self._shelf.abandon(message.id)) is not None:
+                    self._report_lost(lost, message.error)
+            case Find():
+                self._send(client, Found(self._usable(client.run)))
+            case Attach():
+                self._attach(client, message.id)
+            case Detach():
+                for held in self._shelf.snapshots.values():
+                    held.readers.discard(client)
+            case Bye():
+                client.has_left = True
+            case _:
+                raise EOFError(f"a trainer does not send {type(message).__name__}")
+
+    # -- buffers
+
+    def _has_its_buffers(self, client: _Client) -> bool:
+        own = sum(buffer.owner is client for buffer in self._shelf.buffers.values())
+        return own >= client.snapshots and not client.is_allocating
+
+    def _serve_requests(self, client: _Client) -> None:
+        while client.requests and not client.is_allocating:
+            size = client.requests[0]
+            if (buffer := self._shelf.grant(client, size)) is not None:
+                client.requests.popleft()
+                answer = Reserved(_number(client), buffer.number, buffer.size)
+                self._send(client, answer, [buffer.descriptor])
+            elif self._shelf.may_allocate(client, size):
+                self._allocate(client, size)
+            else:
+                return
+
+    def _allocate(self, client: _Client, size: int) -> None:
+        """Get new memory, which takes the kernel a second per GiB, so by another thread."""
+        self._shelf.make_room(client.run, size)
+        client.is_allocating = True
+
+        def work() -> None:
+            try:
+                descriptor, found = allocate(size)
+                content = map_buffer(descriptor, found)
+            except (OSError, ValueError) as error:
+                reason = f"no memory for a snapshot of {size} bytes: {error}"
+                self._later(lambda: refuse(reason))
+            else:
+                self._later(lambda: take(descriptor, found, content))
+
+        def refuse(reason: str) -> None:
+            client.is_allocating = False
+            client.requests.clear()
+            self._send(client, Reserved(_number(client), error=reason))
+
+        def take(descriptor: int, found: int, content: mmap.mmap) -> None:
+            client.is_allocating = False
+            self._shelf.add(client.run, descriptor, found, content)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    # -- snapshots
+
+    def _take(self, client: _Client, stage: Stage) -> None:
+        if client.plan is None:
+            raise LookupError("it staged a pack without a plan")
+        held = self._shelf.stage(client, stage, client.plan)
+        if held is None:
+            for tier in ("memory", *stage.tiers):
+                self._send(client, Outcome(stage.id, tier, _LOST))
+        elif held.is_whole:
+            self._tell_trainers(held, Outcome(held.id, "memory"))
+            self._persist(held, stage.tiers)
+
+    def _persist(self, held: Held, tiers: Sequence[str]) -> None:
+        """Have a snapshot persisted in these tiers."""
+        client = _client_of(held)
+        packs = [_staged_pack(part) for part in held.parts.values()]
+        for name in tiers:
+            tier = client.tiers[name]
+            held.tasks += 1
+            self._tasks += 1
+            self._lanes.submit(self._task(held, tier, packs, client.commit_timeout))
+
+    def _task(self, held: Held, tier: Tier, packs: list[StagedPack], timeout: float) -> Task:
+        url = f"{tier.url.rstrip('/')}/{held.path}"
+        started = time.monotonic()
+
+        def work(progress: Progress) -> None:
+            destination = Destination(tier.name, Place(self._root(tier), held.path), tier.keep_last)
+            persist_save(destination, held.id, packs, _proposal(held), timeout, progress.add)
+
+        def note(error: BaseException | None) -> None:
+            held.tasks -= 1
+            self._tasks -= 1
+            for pack in packs:
+                held.parts[pack.rank].checksums = pack.checksums
+            if error is None:
+                held.is_persisted = True
+                seconds = time.monotonic() - started
+                self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
+                self._tell_trainers(held, Outcome(held.id, tier.name, committed=0 in held.parts))
+            else:
+                self._failed = True
+                text = f"{type(error).__name__}: {error}"
+                self._tell(event="failed", step=held.step, tier=tier.name, url=url, error=text)
+                self._tell_trainers(held, Outcome(held.id, tier.name, text))
+
+        total = sum(len(pack.content) for pack in packs)
+        return Task(
+            tier.name, held.step, url, work, lambda error: self._later(lambda: note(error)), Progress(total)
+        )
+
+    def _root(self, tier: Tier) -> Storage:
+        """The tier's storage. Opening may import a good deal, so it is for the threads that persist."""
+        key = msgspec.msgpack.encode((tier.url, tier.options))
+        with self._opening:
+            if key not in self._roots:
+                self._roots[key] = self._open(tier.url, tier.options or None)
+            return self._roots[key]
+
+    def _report_lost(self, lost: Held, reason: str) -> None:
+        """Tell the ranks that have staged their part; and, in the storage, whoever waits for it there."""
+        tiers = [_client_of(lost).tiers[name] for name in next(iter(lost.parts.values())).stage.tiers]
+        for name in ("memory", *(tier.name for tier in tiers)):
+            self._tell_trainers(lost, Outcome(lost.id, name, reason))
+
+        def report(tier: Tier, ranks: list[int]) -> None:
+            for rank in ranks:
+                storage = self._root(tier).at(lost.path)
+                report_failure(storage, f"rank-{rank:05d}", lost.id, RuntimeError(reason))
+
+        if lost.world_size > lost.local_ranks:
+            for tier in tiers:
+                threading.Thread(target=report, args=(tier, list(lost.parts)), daemon=True).start()
+
+    def _tell_trainers(self, held: Held, outcome: Outcome) -> None:
+        for part in held.parts.values():
+            self._send(_client(part.trainer), outcome)
+
+    def _usable(self, run: str) -> list[Snapshot]:
+        """The run's whole snapshots that no trainer may write into."""
+        return [
+            Snapshot(held.id, held.path, held.step, held.world_size, sorted(held.parts))
+            for held in self._shelf.whole(run)
+            if not held.is_at_risk
+        ]
+
+    def _attach(self, client: _Client, save_id: str) -> None:
+        """Hand over what a snapshot is, and its packs' memory, a number of packs at a time."""
+        held = self._shelf.snapshots.get(save_id)
+        if held is None or not held.is_whole or held.is_at_risk:
+            self._send(client, Attached([], []))
+            return
+        held.readers.add(client)
+        contents = _sealed(msgspec.msgpack.encode(_contents(held)))
+        try:
+            parts = [held.parts[rank] for rank in sorted(held.parts)]
+            for start in range(0, len(parts), _PACKS_AT_ONCE):
+                batch = parts[start : start + _PACKS_AT_ONCE]
+                answer = Attached(
+                    [part.stage.rank for part in batch],
+                    [part.plan.size for part in batch],
+                    more=start + len(batch) < len(parts),
+                )
+                descriptors = [part.buffer.descriptor for part in batch]
+                self._send(client, answer, [contents, *descriptors])
+        finally:
+            os.close(contents)
+
+
+def _number(client: _Client) -> int:
+    """The number of the plan that a trainer goes by."""
+    return client.plan.number if client.plan else 0
+
+
+def _client(trainer: Trainer) -> _Client:
+    assert isinstance(trainer, _Client)
+    return trainer
+
+
+def _client_of(held: Held) -> _Client:
+    """Who says where a save is to be persisted: all of its ranks say the same."""
+    return _client(next(iter(held.parts.values())).trainer)
+
+
+def _staged_pack(part: Part) -> StagedPack:
+    return StagedPack(
+        part.stage.rank,
+        memoryview(part.buffer.content)[: part.plan.size],
+        part.plan.writes,
+        msgspec.json.decode(part.stage.values),
+        part.checksums,
+    )
+
+
+def _proposal(held: Held) -> Proposal | None:
+    """What rank 0 has said of the save, if it staged here."""
+    if (part := held.parts.get(0)) is None:
+        return None
+    return Proposal.decode(part.stage.proposal, part.plan.whole)
+
+
+def _contents(held: Held) -> Contents:
+    first = held.parts.get(0)
+    return Contents(
+        proposal=first.stage.proposal if first else b"",
+        plan=first.plan.encoded if first else b"",
+        values={rank: part.stage.values for rank, part in held.parts.items()},
+        checksums={rank: p.checksums for rank, p in held.parts.items() if p.checksums is not None},
+    )
+
+
+def _sealed(data: bytes) -> int:
+    """A descriptor of memory with this content."""
+    descriptor = os.memfd_create("shardckpt", os.MFD_CLOEXEC)
+    try:
+        with open(os.dup(descriptor), "wb") as file:
+            file.write(data)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _is_dead(client: _Client) -> bool:
+    """Whether a trainer has ended, as far as this process can see."""
+    return client.pidfd >= 0 and bool(select.select([client.pidfd], [], [], 0)[0])

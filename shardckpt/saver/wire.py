@@ -1,0 +1,334 @@
+"""What trainers and their node's saver tell each other: typed messages over a unix socket of one user.
+
+The socket's name is abstract, so that no file is left behind whatever dies, and whoever is at the other
+end must be of the same user. Memory travels as file descriptors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+__all__ = [
+    "Abandon",
+    "Attach",
+    "Attached",
+    "Begin",
+    "Bye",
+    "Channel",
+    "Contents",
+    "Detach",
+    "Find",
+    "Found",
+    "Hello",
+    "Outcome",
+    "Plan",
+    "Request",
+    "Reserve",
+    "Reserved",
+    "Snapshot",
+    "Stage",
+    "Tier",
+    "Welcome",
+    "address_of",
+    "connect",
+    "listen",
+    "peer",
+]
+
+_LENGTH = struct.Struct("<Q")
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_MAX_FDS = 250  # of one message; the kernel's limit is 253
+_READ = 1 << 18
+
+
+class Tier(msgspec.Struct, frozen=True, array_like=True):
+    """A durable tier of a run: its name ("local" or "remote"), the run's URL there, how to open it."""
+
+    name: str
+    url: str
+    options: dict[str, Any]
+    keep_last: int | None
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True):
+    """A save of which this saver holds the packs of `ranks`."""
+
+    id: str
+    path: str
+    step: int
+    world_size: int
+    ranks: list[int]
+
+
+# -- from a trainer
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """The first message: which run, where it is durable, how many snapshots may be held. -> Welcome."""
+
+    run: str
+    tiers: list[Tier]
+    snapshots: int
+    commit_timeout: float
+
+
+class Plan(msgspec.Struct, tag=True, frozen=True):
+    """Where the chunks of this rank's next packs lie. Rank 0 sends the whole plan along, for the commit.
+
+    The buffers that the trainer has from the plan before are given back by this.
+    """
+
+    number: int
+    row: list[int]
+    offset: list[int]
+    nbytes: list[int]
+    size: int
+    whole: bytes
+
+
+class Reserve(msgspec.Struct, tag=True, frozen=True):
+    """Ask for a buffer of at least `size` bytes, now or as soon as there is one. -> Reserved."""
+
+    size: int
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """A part of save `id` is about to be written into the buffer: what it held is no more."""
+
+    buffer: int
+    id: str
+
+
+class Stage(msgspec.Struct, tag=True, frozen=True):
+    """The buffer holds a rank's pack, by the last Plan. -> Outcome, for each tier and "memory".
+
+    `proposal` is what the manifest is to say beside the chunks, from rank 0, and empty from the others.
+    `local_ranks` is the number of ranks of this save that stage with this saver.
+    """
+
+    buffer: int
+    id: str
+    path: str
+    step: int
+    rank: int
+    world_size: int
+    local_ranks: int
+    tiers: list[str]
+    values: bytes
+    proposal: bytes
+
+
+class Abandon(msgspec.Struct, tag=True, frozen=True):
+    """This rank will not stage this save: its copy failed."""
+
+    id: str
+    error: str
+
+
+class Find(msgspec.Struct, tag=True, frozen=True):
+    """Ask for the run's snapshots. -> Found."""
+
+
+class Attach(msgspec.Struct, tag=True, frozen=True):
+    """Ask for a snapshot's packs, which stay until Detach. -> Attached."""
+
+    id: str
+
+
+class Detach(msgspec.Struct, tag=True, frozen=True):
+    """The packs are not read any more."""
+
+
+class Bye(msgspec.Struct, tag=True, frozen=True):
+    """This trainer is done, not dead: nobody will come to fetch its snapshots."""
+
+
+# -- from the saver
+
+
+class Welcome(msgspec.Struct, tag=True, frozen=True):
+    """Who this saver is: equal for two ranks only if they share it."""
+
+    saver: str
+
+
+class Reserved(msgspec.Struct, tag=True, frozen=True):
+    """A buffer for this trainer alone, for packs of this plan; its descriptor comes along.
+
+    With `error` there is none.
+    """
+
+    plan: int
+    buffer: int = -1
+    size: int = 0
+    error: str = ""
+
+
+class Outcome(msgspec.Struct, tag=True, frozen=True):
+    """What became of a save in a tier. `committed`: this saver has seen the commit."""
+
+    id: str
+    tier: str
+    error: str = ""
+    committed: bool = False
+
+
+class Found(msgspec.Struct, tag=True, frozen=True):
+    """The run's snapshots of which every local rank has staged its part."""
+
+    snapshots: list[Snapshot]
+
+
+class Attached(msgspec.Struct, tag=True, frozen=True):
+    """A snapshot's packs by rank. Descriptors come along: first one with `Contents`, then the packs'.
+
+    `more` packs may follow in another message. Without descriptors: it is not there any more.
+    """
+
+    ranks: list[int]
+    sizes: list[int]
+    more: bool = False
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What a snapshot is beside its packs: of rank 0 the proposal and the plan, else empty; by rank the PerRank
+    values, and the chunks' checksums where they are known already."""
+
+    proposal: bytes = b""
+    plan: bytes = b""
+    values: dict[int, bytes] = {}
+    checksums: dict[int, list[int]] = {}
+
+
+Request = Hello | Plan | Reserve | Begin | Stage | Abandon | Find | Attach | Detach | Bye
+Answer = Welcome | Reserved | Outcome | Found | Attached
+
+
+class Channel:
+    """One end of a connection. One thread may send and another receive at the same time."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._decoder = msgspec.msgpack.Decoder(Request | Answer)
+        self._data = bytearray()
+        self._consumed = 0  # bytes of the messages before those in `_data`
+        self._descriptors: deque[tuple[int, list[int]]] = deque()  # with the first byte they came with
+
+    def fileno(self) -> int:
+        """The connection's descriptor."""
+        return self._socket.fileno()
+
+    def send(self, message: Request | Answer, descriptors: Sequence[int] = ()) -> None:
+        """Send a message, and copies of at most 250 descriptors. Raises OSError if the other end is gone."""
+        data = msgspec.msgpack.encode(message)
+        header = _LENGTH.pack(len(data))
+        if descriptors:
+            socket.send_fds(self._socket, [header], list(descriptors))
+            self._socket.sendall(data)
+        else:
+            self._socket.sendall(header + data)
+
+    def receive(self) -> tuple[Any, list[int]] | None:
+        """The next message and the descriptors that came with it; None when the other end is gone."""
+        while (message := self.next_message()) is None:
+            if not self.read_some():
+                return None
+        return message
+
+    def read_some(self, *, wait: bool = True) -> bool:
+        """Take in what has arrived, or wait for something. False when the other end is gone.
+
+        Raises BlockingIOError if nothing is there and it shall not wait.
+        """
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, _READ, _MAX_FDS, flags)
+        except ConnectionError:
+            return False
+        self._data += data
+        if descriptors:
+            # The kernel hands over nothing beyond what was sent with descriptors: a message's header.
+            start = self._consumed + len(self._data) - _LENGTH.size
+            self._descriptors.append((start, descriptors))
+        return bool(data)
+
+    def next_message(self) -> tuple[Any, list[int]] | None:
+        """A message that has been taken in whole, with its descriptors, or None.
+
+        Raises EOFError for what is no message of this version.
+        """
+        if len(self._data) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._data)
+        end = _LENGTH.size + length
+        if len(self._data) < end:
+            return None
+        try:
+            message = self._decoder.decode(bytes(self._data[_LENGTH.size : end]))
+        except msgspec.MsgspecError as error:
+            raise EOFError(f"not a message of this version: {error}") from error
+        descriptors: list[int] = []
+        if self._descriptors and self._descriptors[0][0] == self._consumed:
+            _, descriptors = self._descriptors.popleft()
+        del self._data[:end]
+        self._consumed += end
+        return message, descriptors
+
+    def shut(self) -> None:
+        """Have both ends read the connection's end."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection."""
+        while self._descriptors:
+            for descriptor in self._descriptors.popleft()[1]:
+                os.close(descriptor)
+        self._socket.close()
+
+
+def address_of(run: str) -> str:
+    """The name under which this user's saver of a run is found, where no launcher names one."""
+    key = hashlib.blake2b(f"{os.getuid()} {run}".encode(), digest_size=12).hexdigest()
+    return f"shardckpt-saver-{key}"
+
+
+def listen(address: str) -> socket.socket:
+    """A socket that listens at the abstract `address`. Raises OSError (EADDRINUSE) if somebody does already."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(f"\0{address}")
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def connect(address: str) -> socket.socket:
+    """A connection to who listens at `address`. Raises ConnectionError if nobody of this user does."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(f"\0{address}")
+        if peer(connection)[1] != os.getuid():
+            raise ConnectionRefusedError("the saver's address is taken by another user")
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """(process id, user id) of who is at the other end, by the kernel's word."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(data)
+    return pid, uid

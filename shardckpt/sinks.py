@@ -1,0 +1,273 @@
+"""Where a staged pack goes: to the node's saver, which outlives this process, or to a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from shardckpt.commit import Proposal, was_committed
+from shardckpt.errors import SaveError
+from shardckpt.handle import MEMORY, SaveHandle
+from shardckpt.persisting import Destination, StagedPack, persist_save
+from shardckpt.plan import SavePlan, encode_plan
+from shardckpt.saver.client import Memory, SaverClient
+from shardckpt.saver.wire import Outcome, Plan, Stage, Tier
+from shardckpt.staging import StagingBuffer
+from shardckpt.writer import Placed
+
+__all__ = ["OwnThread", "Save", "SaverSink", "Sink"]
+
+_log = logging.getLogger("shardckpt")
+
+
+@dataclass(frozen=True)
+class Save:
+    """A save that this rank has staged its part of.
+
+    Attributes:
+        id: unique among all saves.
+        path: the checkpoint's path below its run.
+        step: optimizer steps done.
+        rank, world_size: this rank's part in it.
+        local_ranks: number of ranks that have the same sink.
+        destinations: the durable tiers that it goes to.
+        values: this rank's PerRank values by path.
+        proposal: of rank 0, what the manifest says; else None.
+    """
+
+    id: str
+    path: str
+    step: int
+    rank: int
+    world_size: int
+    local_ranks: int
+    destinations: Sequence[Destination]
+    values: dict[str, Any]
+    proposal: Proposal | None
+
+
+class Sink(Protocol):
+    """Gives out buffers to stage into, and sees to what is staged."""
+
+    @property
+    def id(self) -> str:
+        """Equal for two ranks only if the same process sees to what they stage."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `begin` need not wait for an earlier save."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it must be prepared again before it can be used."""
+
+    def prepare(self, plan: SavePlan, rank: int) -> None:
+        """Get buffers for the rank's packs by this plan, in the background if that takes long.
+
+        Raises SaverError if it cannot, MemoryError or OSError if there is no memory.
+        """
+
+    def begin(self, save_id: str, /) -> StagingBuffer:
+        """A buffer to stage the rank's part of a save in. Waits until there is one.
+
+        Raises SaverError or MemoryError; then nothing is to be submitted.
+        """
+
+    def submit(self, save: Save, handle: SaveHandle) -> None:
+        """See to what was staged in the buffer that `begin` gave last. Tells the handle what becomes of it."""
+
+    def abandon(self, save_id: str, error: BaseException, /) -> None:
+        """Nothing will be staged for this save after all."""
+
+    def close(self) -> None:
+        """No more saves will come. What was submitted is seen to."""
+
+
+class OwnThread:
+    """Persists in a thread of this process. One buffer: a save waits for the one before it."""
+
+    def __init__(self, commit_timeout: float) -> None:
+        self.id = f"{os.getpid()}-{id(self)}"
+        self.is_lost = False
+        self._timeout = commit_timeout
+        self._thread: threading.Thread | None = None
+        self._buffer: StagingBuffer | None = None
+        self._writes: list[Placed] = []
+
+    @property
+    def is_ready(self) -> bool:
+        """See Sink."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def prepare(self, plan: SavePlan, rank: int) -> None:
+        """See Sink."""
+        self._join()
+        self._buffer = None  # free the old one first
+        writes = plan.writes(rank)
+        self._writes = [Placed(write.row, write.offset, write.nbytes) for write in writes]
+        self._buffer = StagingBuffer(writes, plan.pack_sizes[rank])
+        threading.Thread(target=self._buffer.touch, name="shardckpt-touch", daemon=True).start()
+
+    def begin(self, _save_id: str, /) -> StagingBuffer:
+        """See Sink."""
+        self._join()
+        assert self._buffer is not None
+        return self._buffer
+
+    def submit(self, save: Save, handle: SaveHandle) -> None:
+        """See Sink. The interpreter's exit waits for the thread."""
+        assert self._buffer is not None
+        pack = StagedPack(save.rank, self._buffer.content, self._writes, save.values)
+        handle.note(MEMORY)
+
+        def work() -> None:
+            for destination in save.destinations:
+                try:
+                    persist_save(destination, save.id, [pack], save.proposal, self._timeout)
+                except BaseException as error:
+                    handle.note(destination.tier, error)
+                else:
+                    handle.note(destination.tier, committed=save.proposal is not None)
+
+        self._thread = threading.Thread(target=work, name="shardckpt-save")
+        self._thread.start()
+
+    def abandon(self, _save_id: str, _error: BaseException, /) -> None:
+        """See Sink."""
+
+    def close(self) -> None:
+        """See Sink."""
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
+@dataclass
+class SaverSink:
+    """Hands over to the node's saver.
+
+    Attributes:
+        run: the run's URL.
+        tiers: its durable tiers.
+        snapshots: how many snapshots may be held in memory.
+        commit_timeout: seconds without any progress of another rank after which a save has failed.
+        linger: seconds that a saver without launcher waits for a restarted job.
+    """
+
+    run: str
+    tiers: Sequence[Tier]
+    snapshots: int
+    commit_timeout: float
+    linger: float
+    _client: SaverClient | None = None
+    _staging: dict[int, StagingBuffer] = field(default_factory=dict)
+    _plan: SavePlan | None = None
+    _rank: int = 0
+    _plans: int = 0
+    _taken: Memory | None = None
+
+    @property
+    def id(self) -> str:
+        """See Sink."""
+        return self._client.id if self._client is not None else ""
+
+    @property
+    def is_ready(self) -> bool:
+        """See Sink. True also while the first buffers are made: waiting for these is better than no save."""
+        client = self._client
+        return client is None or client.is_lost or client.has_buffer or not client.had_buffer
+
+    @property
+    def is_lost(self) -> bool:
+        """See Sink."""
+        return self._plan is not None and (self._client is None or self._client.is_lost)
+
+    def connect(self) -> SaverClient:
+        """The saver, to which this connects if need be. Raises SaverError."""
+        if self._client is None or self._client.is_lost:
+            self._client = SaverClient(
+                self.run, self.tiers, self.snapshots, self.commit_timeout, linger=self.linger
+            )
+        return self._client
+
+    def prepare(self, plan: SavePlan, rank: int) -> None:
+        """See Sink."""
+        client = self.connect()
+        self._staging.clear()
+        self._plan, self._rank = plan, rank
+        self._plans += 1
+        writes = plan.writes(rank)
+        client.plan(
+            Plan(
+                self._plans,
+                [write.row for write in writes],
+                [write.offset for write in writes],
+                [write.nbytes for write in writes],
+                plan.pack_sizes[rank],
+                encode_plan(plan) if rank == 0 else b"",
+            ),
+            self.snapshots,
+        )
+
+    def begin(self, save_id: str, /) -> StagingBuffer:
+        """See Sink."""
+        client, plan, rank = self._client, self._plan, self._rank
+        assert client is not None
+        assert plan is not None
+        memory = client.take()
+        if memory.number not in self._staging:
+            self._staging[memory.number] = StagingBuffer(
+                plan.writes(rank), plan.pack_sizes[rank], memory.content
+            )
+        client.begin(memory, save_id)
+        self._taken = memory
+        return self._staging[memory.number]
+
+    def submit(self, save: Save, handle: SaveHandle) -> None:
+        """See Sink."""
+        assert self._taken is not None
+        assert self._client is not None
+        proposal = save.proposal.encode() if save.proposal is not None else b""
+        stage = Stage(
+            self._taken.number,
+            save.id,
+            save.path,
+            save.step,
+            save.rank,
+            save.world_size,
+            save.local_ranks,
+            [destination.tier for destination in save.destinations],
+            msgspec.json.encode(save.values),
+            proposal,
+        )
+        places = {destination.tier: destination.place for destination in save.destinations}
+
+        def done(outcome: Outcome) -> None:
+            error = SaveError(outcome.error) if outcome.error else None
+            if (
+                error is not None
+                and outcome.tier in places
+                and was_committed(places[outcome.tier], save.id)
+            ):
+                error = None  # the saver died after the commit, before it could tell
+            handle.note(outcome.tier, error, committed=outcome.committed)
+
+        self._client.stage(stage, done)
+
+    def abandon(self, save_id: str, error: BaseException, /) -> None:
+        """See Sink."""
+        if self._client is not None:
+            self._client.abandon(save_id, error)
+
+    def close(self) -> None:
+        """See Sink."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
