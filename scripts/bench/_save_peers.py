@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from _processes import MARK, remove_leftovers
 from _save_candidates import OWN, Candidate, PerRank, Wait
-from _save_world import MARK, remove_leftovers
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 __all__ = ["CANDIDATES"]

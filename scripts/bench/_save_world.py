@@ -6,8 +6,6 @@ import json
 import os
 import secrets
 import select
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,17 +13,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "Job", "Results", "remove_leftovers", "run_world"]
+from _processes import MARK, kill_marked, marked
+
+__all__ = ["Job", "Results", "run_world"]
 
 Job = tuple[int, str]
 Results = dict[Job, dict[str, float | str]]
 """By round and candidate: seconds and bytes by name, or the reason of a failure as "error"."""
 
-MARK = "SHARDCKPT_BENCH_WORLD"
-"""The variable that holds a text of the world's own, in its ranks and whatever they start."""
-
 _RANK = Path(__file__).with_name("_save_rank.py")
-_SHARED = (Path("/dev/shm"), Path("/tmp/ckpt_sock"))
 _SILENCE = 240.0
 _FAREWELL = 10.0
 _LOG_LINES = 40
@@ -41,7 +37,7 @@ class Sampler:
     """
 
     def __init__(self, mark: str) -> None:
-        self._mark = f"{MARK}={mark}".encode()
+        self._mark = mark
         self._pids: list[int] = []
         self._scanned = 0.0
         self._base = self._peak = (0, 0)
@@ -60,19 +56,9 @@ class Sampler:
         self.active = False
         return self._peak[0] - self._base[0], self._peak[1] - self._base[1]
 
-    def pids(self) -> list[int]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and self._mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:
-                pass
-        return found
-
     def _now(self) -> tuple[int, int]:
         if time.monotonic() - self._scanned > _RESCAN:
-            self._pids, self._scanned = self.pids(), time.monotonic()
+            self._pids, self._scanned = marked(self._mark), time.monotonic()
         private = shared = 0
         for pid in self._pids:
             fields = _fields(f"/proc/{pid}/smaps_rollup")
@@ -158,14 +144,9 @@ def _one_world(
             time.sleep(_TICK)
     finally:
         os.close(reader)
-        for pid in sampler.pids():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        kill_marked(mark)
         for process in processes:
             process.wait()
-        remove_leftovers(mark)
         store.unlink(missing_ok=True)
         log.unlink()
 
@@ -200,13 +181,6 @@ def _events(reader: int, sampler: Sampler) -> Iterator[dict[str, Any]]:
                 yield event
         if lines and not busy and event["event"] == "failed":
             return
-
-
-def remove_leftovers(mark: str) -> None:
-    """Delete shared memory and sockets that a candidate has named after the world, and has left behind."""
-    for folder in _SHARED:
-        for path in folder.glob(f"*{mark}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _fields(path: str) -> dict[str, int]:
