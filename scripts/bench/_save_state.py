@@ -1,4 +1,4 @@
-"""The state that scripts/bench/save saves: a sharded transformer and its optimizer, with known content."""
+"""The state that the benchmarks save: a sharded transformer and its optimizer, with known content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["State", "build_state"]
+__all__ = ["State", "build_objects", "build_state", "fill", "local_tensors", "make_optimizer_state"]
 
 _LAYERS = 24
 _VOCABULARY = 16384
@@ -77,6 +77,21 @@ class State:
 
 def build_state(gigabytes: float, layout: str) -> State:
     """A state of about this size (in units of 1e9 bytes), over all ranks of the default group."""
+    model, optimizer = build_objects(gigabytes, layout)
+    make_optimizer_state(optimizer)
+    tensors = {}
+    for name, (local, start) in local_tensors(model, optimizer).items():
+        fill(local, name, start)
+        tensors[name] = local
+    held = _tensors(model, optimizer).values()
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    expected = {name: _crc(tensor) for name, tensor in tensors.items()}
+    return State(model, optimizer, tensors, nbytes, stored, expected)
+
+
+def build_objects(gigabytes: float, layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model whose parameters hold anything, and its optimizer, which has no state yet."""
     model: nn.Module
     with torch.device("meta"):
         model = Transformer(_width(gigabytes * 1e9 / _BYTES_PER_PARAMETER))
@@ -85,29 +100,37 @@ def build_state(gigabytes: float, layout: str) -> State:
         for module in [*model.blocks, model]:
             fully_shard(module, mesh=mesh)
     model.to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    names = dict(model.named_parameters())
     if layout == "ddp":
         model = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(names.values(), lr=1e-4)
-    for parameter in names.values():
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have it make its state, as its first step does."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        with torch.no_grad():
+            parameter.zero_()
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes its state
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-    tensors, stored = {}, 0
-    for name, parameter in names.items():
+
+def local_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, tuple[torch.Tensor, int]]:
+    """By name: this rank's memory of each tensor, and the number of its first element in the whole."""
+    return {name: _local(tensor) for name, tensor in _tensors(model, optimizer).items()}
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters, and the optimizer's state of each."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("module.")
         held = {"": parameter, **{f".{key}": value for key, value in optimizer.state[parameter].items()}}
-        for suffix, tensor in held.items():
-            local, start = _local(tensor)
-            _fill(local, name + suffix, start)
-            tensors[name + suffix] = local
-            stored += tensor.numel() * tensor.element_size()
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    expected = {name: _crc(tensor) for name, tensor in tensors.items()}
-    return State(model, optimizer, tensors, nbytes, stored, expected)
+        tensors |= {name + suffix: tensor for suffix, tensor in held.items()}
+    return tensors
 
 
 def _width(parameters: float) -> int:
@@ -125,7 +148,7 @@ def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.to_local().detach(), offset[0] * math.prod(tensor.shape[1:])
 
 
-def _fill(tensor: torch.Tensor, name: str, start: int) -> None:
+def fill(tensor: torch.Tensor, name: str, start: int) -> None:
     """Content that depends on the name and the place alone, not on the world size; finite floats."""
     content = tensor.view(-1).view(torch.int32).numpy().view(np.uint32)
     seed = np.uint32(zlib.crc32(name.encode()))
