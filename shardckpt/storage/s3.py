@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ def open_s3(rest: str, options: dict[str, Any]) -> S3Storage:
         raise StorageError(f"s3://{rest}: the bucket is missing: s3://bucket/folder")
     folder = join("", folder.strip("/"), f"s3://{bucket}")
     # Repetition is in one place, here: on top of botocore's and s3fs's own, attempts would multiply.
-    config = {**_CONFIG, **options.get("config_kwargs", {}), "retries": _ONE_ATTEMPT}
+    config = {**_CONFIG, **(options.get("config_kwargs") or {}), "retries": _ONE_ATTEMPT}
     try:
         system = fsspec.filesystem(
             "s3", **{**options, "use_listings_cache": False, "config_kwargs": config}
@@ -168,19 +169,18 @@ class S3Storage:
 
     async def _request(self, method: str, key: str = "", **arguments: Any) -> Any:
         """The answer to one of the client's methods, tried until the server gives one."""
-        return await self._persist(partial(self._call, method, key, **arguments))
+        return await self._repeat(partial(self._call, method, key, **arguments))
 
-    async def _persist(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _repeat(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of `work`, repeated after ever longer pauses while its failure may pass."""
-        attempt = 1
-        while True:
+        for attempt in itertools.count(1):
             try:
                 return await work()
             except TransientError as error:
-                if attempt == self._attempts:
-                    raise type(error)(f"{error}. Gave up after {attempt} attempts") from error
+                if attempt >= self._attempts:
+                    raise TransientError(f"{error}. Gave up after {attempt} attempts") from error
             await asyncio.sleep(random.uniform(0.5, 1) * _FIRST_PAUSE * 2 ** (attempt - 1))
-            attempt += 1
+        raise AssertionError
 
     async def _call(self, method: str, key: str = "", **arguments: Any) -> Any:
         """One request."""
@@ -189,10 +189,10 @@ class S3Storage:
         if "Body" in arguments:  # its position moves: every attempt needs one of its own
             arguments["Body"] = Body(arguments["Body"])
         with self._explained(key or arguments.get("Prefix", self._folder)):
+            # As s3fs's own `call_s3` does; its other methods remember listings, or lack options.
             await self._system.set_session()
             client = await self._system.get_s3(self._bucket)
             client.meta.events.register("before-sign.s3", _expect_nothing, unique_id="shardckpt")
-            # What s3fs's own `call_s3` waits for; its other methods remember listings, or lack options.
             return await self._system._call_s3(method, Bucket=self._bucket, **arguments)
 
     @contextlib.contextmanager
@@ -220,7 +220,7 @@ class S3Storage:
                 async with answer["Body"] as body:
                     return bytes(await body.read())
 
-        return await self._persist(get)
+        return await self._repeat(get)
 
     async def _get_ranges(self, key: str, offset: int, view: memoryview) -> int:
         """Fill `view`, by parallel requests, as far as the object goes; how far that is."""
@@ -238,7 +238,7 @@ class S3Storage:
                 return await self._receive(answer, key, view)
 
         try:
-            return await self._persist(get)
+            return await self._repeat(get)
         except BeyondEndError:
             return 0
 
@@ -359,7 +359,7 @@ async def _gather(work: Iterable[Callable[[], Coroutine[Any, Any, T]]], parallel
 
 def _attempts(options: Mapping[str, Any]) -> int:
     """How often a request is tried: as botocore's `retries` has it, which may be in the options."""
-    retries = options.get("config_kwargs", {}).get("retries") or {}
+    retries = (options.get("config_kwargs") or {}).get("retries") or {}
     if "max_attempts" in retries:  # does not count the first
         return int(retries["max_attempts"]) + 1
     return int(retries.get("total_max_attempts", _ATTEMPTS))

@@ -111,7 +111,7 @@ def _explain_response(response: dict[str, Any], url: str) -> Exception:
         return StorageFullError(f"{url}: {said}. Delete something or raise the quota")
     if status in (301, 307) or code in _ELSEWHERE:
         return StorageError(
-            f"{url}: the bucket is in another region: {said}. Set AWS_REGION, or region_name in "
+            f"{url}: the bucket is in another region: {said}. Set AWS_DEFAULT_REGION, or region_name in "
             "the client_kwargs of storage_options"
         )
     if status in (401, 403) or code in _REFUSED:
