@@ -67,7 +67,7 @@ class Storage(Protocol):
         one call at a time, from any thread: together the blocks are all of it, and an empty buffer has
         none. It may change bytes from `start` on, as checksums are filled in. Meanwhile blocks before are
         on their way. Apart from that the buffer must not change before `write_pack` returns. What
-        `before` raises is raised here.
+        `before` raises is raised here. It must not wait for a storage itself.
         """
 
     def list(self, path: str = "") -> list[str]:
