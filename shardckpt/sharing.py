@@ -97,17 +97,18 @@ class Wants:
         """
         number, pack_number = len(self._ordered), len(self._manifest.packs)
         bits = np.frombuffer(b"".join(told), dtype=np.uint8).reshape(len(told), -1)
-        needs = np.unpackbits(bits[:, : -(-number // 8)], axis=1, count=number).astype(bool)
-        reaches = np.unpackbits(bits[:, -(-number // 8) :], axis=1, count=pack_number).astype(bool)
+        needs = np.unpackbits(bits[:, : -(-number // 8)], axis=1, count=number).view(bool)
+        reaches = np.unpackbits(bits[:, -(-number // 8) :], axis=1, count=pack_number).view(bool)
         size = self._nbytes[self._ordered]
         alone = (needs.sum(axis=0) == 1) & (needs & reaches[:, self._pack[self._ordered]]).any(axis=0)
         loads = (needs & alone).astype(np.int64) @ size
         shared = np.flatnonzero(needs.any(axis=0) & ~alone)
-        return _batches(
-            self._assign(self._split(shared, needs), needs, reaches, loads.tolist(), url), len(told)
-        )
+        parts = self._split(shared, needs)
+        return _batches(self._assign(parts, needs, reaches, loads.tolist(), url), len(told))
 
-    def _split(self, chunks: npt.NDArray[np.int64], needs: npt.NDArray[np.bool_]) -> list[list[int]]:
+    def _split(
+        self, chunks: npt.NDArray[np.int64], needs: npt.NDArray[np.bool_]
+    ) -> list[npt.NDArray[np.int64]]:
         """Chunks cut into neighbours of one pack that the same ranks need, of about 8 MiB."""
         if not len(chunks):
             return []
@@ -122,11 +123,11 @@ class Wants:
         )
         window = (offset - offset[cut][np.cumsum(cut) - 1]) // _UNIT
         cut[1:] |= window[1:] != window[:-1]
-        return [part.tolist() for part in np.split(chunks, np.flatnonzero(cut)[1:])]
+        return np.split(chunks, np.flatnonzero(cut)[1:])
 
     def _assign(
         self,
-        parts: list[list[int]],
+        parts: Sequence[npt.NDArray[np.int64]],
         needs: npt.NDArray[np.bool_],
         reaches: npt.NDArray[np.bool_],
         loads: list[int],
@@ -134,7 +135,9 @@ class Wants:
     ) -> list[Unit]:
         units = []
         for part in parts:
-            chunks = tuple(self._chunk(int(self._ordered[number])) for number in part)
+            rows = self._ordered[part]
+            columns = (rows, *(c[rows] for c in (self._pack, self._offset, self._nbytes, self._crc32c)))
+            chunks = tuple(map(Chunk, *(column.tolist() for column in columns)))
             pack = chunks[0].pack
             needers = tuple(np.flatnonzero(needs[:, part[0]]).tolist())
             able = [r for r in needers if reaches[r, pack]] or np.flatnonzero(reaches[:, pack]).tolist()
@@ -147,10 +150,6 @@ class Wants:
             units.append(Unit(fetcher, needers, chunks))
             loads[fetcher] += units[-1].nbytes
         return units
-
-    def _chunk(self, row: int) -> Chunk:
-        columns = (self._pack, self._offset, self._nbytes, self._crc32c)
-        return Chunk(row, *(int(column[row]) for column in columns))
 
 
 def _bits(numbers: Sequence[int] | npt.NDArray[np.int64], count: int) -> bytes:

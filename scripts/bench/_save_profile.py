@@ -62,7 +62,7 @@ SPANS: Mapping[str, tuple[Span, ...]] = {
         Span("fill", "shardckpt.loading:fill", 1),
         Span("plan reads", "shardckpt.reader:plan_reads", 2),
         Span("verify", "shardckpt.fetch:Fetcher.verify", 2),
-        Span("one chunk", "shardckpt.fetch:Fetcher._verify_local", 3),
+        Span("one request", "shardckpt.fetch:Fetcher._verify", 3),
         Span("crc32c", "shardckpt.fetch:crc32c.crc32c", 4),
         Span("apply a chunk", "shardckpt.reader:_apply", 2),
         Span("read (verify and apply)", "shardckpt.storage:LocalStorage.read_into", 2),
