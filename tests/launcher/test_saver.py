@@ -239,3 +239,106 @@ def test_kill_9_of_the_agent(job: Job) -> None:
     fifo.write_text("")
     for pid in pids:
         wait_for_death(pid)
+
+
+# Two ranks whose steps are snapshots in memory and nothing else; `then` is what happens after the first.
+TRAIN = """
+    import os, signal, sys
+    import torch, torch.distributed as dist
+    from shardckpt import Checkpointer
+
+    def children(pid):
+        return set(map(int, open(f"/proc/{pid}/task/{pid}/children").read().split()))
+
+    def saver():
+        zygote = os.getppid()
+        agent = int(open(f"/proc/{zygote}/stat").read().rpartition(")")[2].split()[1])
+        (pid,) = children(agent) - {zygote}
+        return pid
+
+    dist.init_process_group("gloo")
+    rank, then = dist.get_rank(), sys.argv[1]
+    state = {"x": torch.zeros(1000)}
+    checkpointer = Checkpointer(every_steps=1, url_every_steps=1000)
+    loaded = checkpointer.restore(state)
+    step = 1 if loaded is None else loaded.step + 1
+    checkpointer.step(step, state).wait("memory")
+    print(step, saver(), loaded and loaded.tier, flush=True)
+    dist.barrier()
+    if then == "wait":
+        with open(sys.argv[2], "w") as fifo:
+            fifo.write(f"{os.getpid()} {os.getppid()} {saver()} ")
+        signal.pause()
+    if then == "kill rank 1" and rank == 1 and loaded is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if then == "kill the saver":
+        old = os.pidfd_open(saver())
+        dist.barrier()
+        if rank == 0:
+            signal.pidfd_send_signal(old, signal.SIGKILL)
+        import select
+        select.select([old], [], [])
+        checkpointer.step(step + 1, state).wait("memory")
+        print(step + 1, saver(), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    """
+
+
+def train(job: Job, then: str, *options: str) -> subprocess.Popen[str]:
+    job.use_torch()
+    return job.start("--nproc=2", *options, job.script(TRAIN), then, str(job.path / "fifo"))
+
+
+def checkpoints(job: Job) -> list[int]:
+    """Steps of the checkpoints that exist."""
+    paths = (job.path / "runs/train/checkpoints").glob("attempt-*/step-*/manifest.json")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in paths)
+
+
+def test_snapshots_outlive_a_worker_and_are_durable_at_the_end(job: Job) -> None:
+    done = job.end(train(job, "kill rank 1"))
+    assert done.code == 0, done.err
+    first, second = job.log(0, number=1).split(), job.log(0, number=2).split()
+    assert first == ["1", first[1], "None"]
+    assert second == ["2", first[1], "memory"]  # the same saver
+    assert checkpoints(job) == [2]
+    assert re.fullmatch(
+        r"launch: persisted step 2 to \S*/runs/train/checkpoints/\S+ in \d+\.\d s",
+        done.err.splitlines()[-1],
+    )
+
+
+def test_trainers_go_on_with_another_saver(job: Job) -> None:
+    done = job.end(train(job, "kill the saver"))
+    assert done.code == 0, done.err
+    first, second = job.log(0).splitlines()
+    assert first.split()[1] != second.split()[1]
+    assert done.err.count("the saver was lost: killed by SIGKILL") == 1
+    assert "round 2" not in done.err
+    assert checkpoints(job) == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "signum", "code"),
+    [((), signal.SIGTERM, 143), (("--drain-timeout=0",), signal.SIGTERM, 143), ((), signal.SIGKILL, -9)],
+    ids=["stop", "stop and do not wait", "kill the agent"],
+)
+def test_what_is_in_memory_becomes_durable(
+    job: Job, options: tuple[str, ...], signum: int, code: int
+) -> None:
+    """However a job is ended; with `launch` or after it."""
+    fifo = job.fifo()
+    process = train(job, "wait", *options)
+    pids: list[int] = []
+    while len(pids) < 6:
+        pids += map(int, fifo.read_text().split())
+    process.send_signal(signum)
+    done = job.end(process)
+    assert done.code == code, done.err
+    if not options and code > 0:
+        assert checkpoints(job) == [1]
+        assert "launch: persisted step 1 to " in done.err, done.err + saver_log(job).read_text()
+    for pid in pids:
+        wait_for_death(pid)
+    assert checkpoints(job) == [1], done.err
