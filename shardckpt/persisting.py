@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from shardckpt.commit import Proposal, commit
@@ -69,9 +70,15 @@ def persist_save(
     """Make the packs durable; with a proposal (rank 0's) also commit the save, and prune. The manifest, if so.
 
     What goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
-    `progress` is called with the bytes written, from several threads.
+    `progress` is called with the bytes of all packs that the storage has taken so far, from several threads.
     """
     place = destination.place
+    taken = dict.fromkeys((pack.rank for pack in packs), 0)
+
+    def advance(rank: int, nbytes: int) -> None:
+        taken[rank] = nbytes
+        if progress is not None:
+            progress(sum(taken.values()))
 
     def persist_one(pack: StagedPack) -> None:
         try:
@@ -83,7 +90,7 @@ def persist_save(
                 rank=pack.rank,
                 per_rank=pack.values,
                 checksums=pack.checksums,
-                progress=progress,
+                progress=partial(advance, pack.rank),
             )
         except Exception as error:
             report_failure(place.storage, f"rank-{pack.rank:05d}", save_id, error)
