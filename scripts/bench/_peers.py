@@ -22,7 +22,6 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "torch_checkpointing": ("torch_checkpointing==0.1.1",),
     "dlrover": ("dlrover[torch]", "grpcio"),
     "s3torchconnector": ("s3torchconnector[dcp]==1.5.0",),
-    "localstack": ("localstack-core==4.4.0", "moto-ext[s3]"),
     "matplotlib": ("matplotlib",),
 }
 """By the environment's name: what pip is told."""

@@ -45,7 +45,7 @@ class Ours:
     def restore(self) -> tuple[int, str]:
         """The step and the tier; 0 if there is nothing."""
         loaded = self._manager.restore(self._objects)
-        return (loaded.step, getattr(loaded, "tier", "?")) if loaded else (0, "")
+        return (loaded.step, loaded.tier) if loaded else (0, "")
 
     def step(self, step: int) -> None:
         self._manager.step(step, self._objects)

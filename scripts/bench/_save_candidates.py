@@ -108,7 +108,7 @@ class Shardckpt(Candidate):
     def recall(self) -> str:
         loaded = shardckpt.Checkpointer(self.folder).restore(self._objects)
         assert loaded is not None
-        return getattr(loaded, "tier", "")
+        return loaded.tier
 
     def close(self) -> None:
         self._manager.close()
@@ -133,6 +133,9 @@ class Dcp(Candidate):
         loaded = self._state_dict()
         newest = max(path for path in self.folder.iterdir() if (path / ".metadata").exists())
         load(loaded, checkpoint_id=newest)
+        self._apply(loaded)
+
+    def _apply(self, loaded: dict[str, Any]) -> None:
         set_state_dict(
             self.state.model,
             self.state.optimizer,

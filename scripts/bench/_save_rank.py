@@ -29,6 +29,7 @@ from _save_peers import CANDIDATES
 from _save_profile import Profile
 from _save_state import State, build_state
 from _save_training import measure_stalls, measure_training
+from torch.distributed.checkpoint.api import CheckpointException
 
 __all__ = ["Bench", "World"]
 
@@ -85,7 +86,7 @@ class Bench:
             results: dict[str, float] = {}
             try:
                 results = self._job(number, word)
-            except Exception as failure:
+            except (Exception, CheckpointException) as failure:  # DCP's own is no Exception
                 error = f"{type(failure).__name__}: {failure}".strip()
                 traceback.print_exc()
             errors: list[str] = [""] * self.world.ranks
@@ -107,9 +108,10 @@ class Bench:
             return self._stalls()
         if word.startswith("training:"):
             return self._training(word.removeprefix("training:"))
+        if word.startswith("s3:"):
+            return self._remote(number, word)
         kind = CANDIDATES[word]
-        if kind.needs:
-            _peers.use(Path(self.world.peers), kind.needs)
+        self._use(kind)
         last = self.world.keep_round if self.world.only_load else number
         folder = Path(self.world.folder, f"{word}-{last}")
         candidate = kind(self.state, folder, self.world.layout)
@@ -121,6 +123,31 @@ class Bench:
         kept = number == self.world.keep_round and kind.reshards and kind.own_format
         if not self.world.only_load and not kept:
             self._remove(folder)
+        return times
+
+    def _use(self, kind: type[Candidate]) -> None:
+        if kind.needs:
+            _peers.use(Path(self.world.peers), kind.needs)
+
+    def _remote(self, number: int, word: str) -> dict[str, float]:
+        """To object storage, and back."""
+        from _save_s3 import REMOTE, BareClient, remove
+
+        if word == "s3:limits":
+            share = -(-self.state.stored // self.world.ranks)
+            times = BareClient(list(self.state.tensors.values()), share).measure(self.seconds)
+            name = "bare-"
+        else:
+            kind = REMOTE[word]
+            self._use(kind)
+            name = f"{word.removeprefix('s3:')}-{number}"
+            candidate = kind(self.state, Path(name), self.world.layout)
+            times = self._saves(candidate, memory=number == 0)
+            times |= self._load(candidate, "load", memory=number == 0)
+        self.barrier()
+        if self.world.rank == 0:
+            remove(name)
+        self._settle()
         return times
 
     def _limits(self) -> dict[str, float]:
@@ -228,14 +255,17 @@ class Bench:
         times = {}
         for name, cold in (("cold", True), ("warm", False)):
             self._cache(candidate.folder, cold=cold)
-            self.state.wipe()
-            self._memory("load", begin=True, wanted=memory and cold)
-            cpu = time.process_time()
-            times[name] = self.seconds(candidate.load)
-            times[f"{name}_cpu"] = self._cpu_since(cpu)
-            self._memory("load", begin=False, wanted=memory and cold)
-            self.state.check()
+            times |= self._load(candidate, name, memory=memory and cold)
         gc.collect()
+        return times
+
+    def _load(self, candidate: Candidate, name: str, *, memory: bool) -> dict[str, float]:
+        self.state.wipe()
+        self._memory("load", begin=True, wanted=memory)
+        cpu = time.process_time()
+        times = {name: self.seconds(candidate.load), f"{name}_cpu": self._cpu_since(cpu)}
+        self._memory("load", begin=False, wanted=memory)
+        self.state.check()
         return times
 
     def seconds(self, function: Callable[[], object]) -> float:

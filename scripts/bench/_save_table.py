@@ -9,7 +9,7 @@ from _save_limits import LIMITS
 from _save_peers import CANDIDATES
 from _save_world import Results
 
-__all__ = ["medians", "tables"]
+__all__ = ["medians", "remote_tables", "tables"]
 
 Values = dict[str, float]
 _OURS = "shardckpt"
@@ -144,6 +144,46 @@ def _stalls(times: Values) -> str:
     middle = found["memcpy"][1]
     rows.append(["x median memcpy", *(_ratio(number, middle) for number in found["shardckpt"])])
     return _table([f"STALLS OF {len(by_what['shardckpt'])} SAVES", "first", "median", "p99", "max"], rows)
+
+
+def remote_tables(results: Results, stored: int) -> str:
+    """What object storage costs, with failures."""
+    from _save_s3 import REMOTE
+
+    times = medians(results)
+    bare = times.pop("s3:limits", {})
+    peers = [of for word, of in times.items() if word != "s3:shardckpt"]
+    saved = [{"saved": _last(of)["durable"]} for of in peers if "durable" in _last(of)]
+    head = [
+        *("OBJECT STORAGE", "stall s", "saved s", "GB/s", "of bare", "x peer", "CPU s", "memory GB"),
+        *("load s", "GB/s", "of bare", "x peer", "CPU s", "memory GB"),
+    ]
+    rows = [["bare client", "", _seconds(bare.get("put")), _rate(stored, bare.get("put")), *[""] * 4]]
+    rows[0] += [_seconds(bare.get("get")), _rate(stored, bare.get("get")), *[""] * 4]
+    for word, of in times.items():
+        last, ours = _last(of), word == "s3:shardckpt"
+        durable, load = last.get("durable"), of.get("load")
+        rows.append(
+            [
+                REMOTE[word].name,
+                _seconds(last.get("stall")),
+                _seconds(durable),
+                _rate(stored, durable),
+                _ratio(bare.get("put"), durable),
+                _ratio(_best(saved, "saved"), durable) if ours else "",
+                _seconds(last.get("cpu")),
+                _gigabytes(of.get("save_memory")),
+                _seconds(load),
+                _rate(stored, load),
+                _ratio(bare.get("get"), load),
+                _ratio(_best(peers, "load"), load) if ours else "",
+                _seconds(of.get("load_cpu")),
+                _gigabytes(of.get("load_memory")),
+            ]
+        )
+    errors = {word: values["error"] for (_, word), values in results.items() if "error" in values}
+    failures = [f"FAILED {REMOTE[w].name if w in REMOTE else w}: {e}" for w, e in errors.items()]
+    return "\n\n".join([_table(head, rows), *failures])
 
 
 def _percentile(values: Sequence[float], percent: float) -> float:
