@@ -108,6 +108,7 @@ class Fetcher:
         for read in group:
             take(read)
             self.release(read)
+        self._packs.drop(group[0].pack, group[0].offset, group[-1].offset + group[-1].nbytes + CRC_BYTES)
 
     def _verify(self, group: list[Read]) -> None:
         """One request for neighbouring chunks, which are then held if they are far."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardckpt.manifest import Manifest
-from shardckpt.pages import populate
+from shardckpt.pages import drop, populate
 from shardckpt.runs import Place
 from shardckpt.storage import LocalStorage
 
@@ -69,6 +69,9 @@ class Packs(Protocol):
         Raises CorruptError if the pack ends earlier, FileNotFoundError, StorageError.
         """
 
+    def drop(self, number: int, start: int, stop: int) -> None:
+        """Tell that what was read there is not needed any more."""
+
 
 def open_packs(source: Source, manifest: Manifest) -> Packs:
     """The packs of the checkpoint at `source`. Touches nothing yet."""
@@ -101,6 +104,9 @@ class _Memory:
     def read(self, number: int, start: int, stop: int) -> memoryview:
         return self._packs[number][start:stop]
 
+    def drop(self, number: int, start: int, stop: int) -> None:
+        pass  # the memory is another's
+
 
 class _Files:
     """Files or objects that are read by requests."""
@@ -125,6 +131,9 @@ class _Files:
         self._root.read_into(self._paths[number], start, content)
         return content
 
+    def drop(self, number: int, start: int, stop: int) -> None:
+        pass  # what was read is gone with its last reference
+
 
 class _MappedFiles(_Files):
     """Local files. What the kernel does not map is read: that also says what is wrong with it."""
@@ -143,6 +152,11 @@ class _MappedFiles(_Files):
         if mapped is not None and populate(mapped[start:stop]):
             return mapped[start:stop].data
         return super().read(number, start, stop)
+
+    def drop(self, number: int, start: int, stop: int) -> None:
+        mapped = self._map(number)
+        if mapped is not None:
+            drop(mapped[start:stop])
 
     def _map(self, number: int) -> npt.NDArray[np.uint8] | None:
         """The mapped pack, or None where that is refused. It is unmapped when nobody refers to it."""

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["populate", "prefer_huge_pages", "writable"]
+__all__ = ["drop", "populate", "prefer_huge_pages", "writable"]
 
 _HUGE_PAGE = 2 << 20
 _MADV_WILLNEED = 3
+_MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # since Linux 5.14
 
@@ -32,6 +33,18 @@ def populate(content: npt.NDArray[np.uint8]) -> bool:
     length = address + content.nbytes - start
     _advise(start, length, _MADV_WILLNEED)  # one large request, whatever the device's read-ahead is
     return _advise(start, length, _MADV_POPULATE_READ)
+
+
+def drop(content: npt.NDArray[np.uint8]) -> None:
+    """Unmap the whole pages of a mapped file in here: they count as this process's memory no longer.
+
+    They stay in the page cache, and are mapped again when they are touched.
+    """
+    address = _address(content)
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + content.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        _advise(start, length, _MADV_DONTNEED)
 
 
 def prefer_huge_pages(address: int, nbytes: int) -> None:

@@ -151,6 +151,33 @@ def test_more_packs_than_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytes
     assert_loaded(state, 1, 0)
 
 
+@pytest.mark.parametrize("is_new", [False, True])
+def test_mapped_packs_are_not_this_process_s_memory(
+    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been applied is unmapped."""
+    wanted = torch.arange(1 << 20).view(64, -1)
+    root = open_storage(tmp_path)
+    _, manifest = save_local(root, [[local_tensor(wanted[i], f"t{i}") for i in range(64)]])
+    mapped: list[np.ndarray[Any, Any]] = []
+    map_file = packs._map_file
+
+    def keep(path: str, size: int) -> np.ndarray[Any, Any] | None:
+        mapped.append(np.asarray(map_file(path, size)))
+        return mapped[-1]
+
+    monkeypatch.setattr(packs, "_map_file", keep)
+    made = torch.zeros_like(wanted)
+    targets = [replace(local_tensor(made[i], f"t{i}"), is_new=is_new) for i in range(64)]
+    fill(Place(root), manifest, targets, Alone())
+    assert torch.equal(made, wanted)
+    (pack,) = mapped
+    start = pack.__array_interface__["data"][0]
+    smaps = Path("/proc/self/smaps").read_text().partition(f"{start:x}-")[2]
+    resident = int(smaps.partition("Rss:")[2].split()[0]) << 10
+    assert resident < wanted.nbytes / 100
+
+
 class Truncating(Alone):
     """Has a file cut short at the second thing that ranks agree on: between verifying and applying."""
 
