@@ -1,4 +1,7 @@
-"""Where shardckpt's own time goes in a save and a load: its functions, timed from outside."""
+"""Where shardckpt's own time goes in a save and a load: its functions, timed from outside.
+
+The background of a save is seen where it is a thread of the trainers: with SHARDCKPT_SNAPSHOTS=0.
+"""
 
 from __future__ import annotations
 
@@ -35,24 +38,25 @@ SPANS: Mapping[str, tuple[Span, ...]] = {
         Span("collectives", "shardckpt.ranks:TorchRanks.maximum", 1),
         Span("broadcast", "shardckpt.ranks:TorchRanks.broadcast", 1),
         Span("gather", "shardckpt.ranks:TorchRanks.gather", 1),
+        Span("get a buffer", "shardckpt.sinks:SaverSink.begin", 1),
         Span("staging copy", "shardckpt.staging:StagingBuffer.copy_from", 1),
         Span("find sources", "shardckpt.staging:local_slices", 2),
         Span("foreach copy", "torch:_foreach_copy_", 2),
-        Span("SAVE, background", "shardckpt.saving:SaveSession._finish"),
-        Span("persist", "shardckpt.saving:persist", 1),
+        Span("hand over", "shardckpt.sinks:SaverSink.submit", 1),
+        Span("SAVE, background", "shardckpt.sinks:persist_save"),
+        Span("persist", "shardckpt.persisting:persist", 1),
         Span("crc32c", "shardckpt.writer:crc32c.crc32c", 2),
         Span("write pack", "shardckpt.storage:LocalStorage.write_pack", 2),
         Span("reserve", "shardckpt.storage.direct:_reserve", 3),
         Span("O_DIRECT writes", "shardckpt.storage.direct:_write_all", 3),
         Span("fsync", "os:fsync", 3),
         Span("part and records", "shardckpt.storage:LocalStorage.write", 2),
-        Span("commit", "shardckpt.saving:commit", 1),
+        Span("commit", "shardckpt.persisting:commit", 1),
         Span("wait for parts", "shardckpt.commit:_wait_for_parts", 2),
         Span("assemble", "shardckpt.commit:_assemble", 2),
         Span("encode refs", "shardckpt.commit:encode_refs", 2),
         Span("encode records", "shardckpt.commit:encode_record", 2),
         Span("create manifest", "shardckpt.storage:LocalStorage.create", 2),
-        Span("wait for the commit", "shardckpt.saving:wait_committed"),
     ),
     "load": (
         Span("LOAD", "shardckpt.loading:load_place"),

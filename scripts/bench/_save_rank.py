@@ -87,7 +87,7 @@ class Bench:
             try:
                 results = self._job(number, word)
             except (Exception, CheckpointException) as failure:  # DCP's own is no Exception
-                error = f"{type(failure).__name__}: {failure}".strip()
+                error = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[-1]}"
                 traceback.print_exc()
             errors: list[str] = [""] * self.world.ranks
             dist.all_gather_object(errors, error, group=self.control)
