@@ -8,7 +8,7 @@ from pathlib import Path
 import crc32c
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardckpt.box import Box
@@ -70,6 +70,7 @@ def assert_written(storage: Storage, places: list[Placed], part: Part) -> None:
     assert decode_part(storage.read(part_path(3)), "") == part
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 40), max_size=12),
     align=st.sampled_from([1, 4, 16]),
