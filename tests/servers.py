@@ -46,7 +46,9 @@ class S3Server:
 def moto() -> Iterator[S3Server]:
     """moto: strict about conditional puts, lax about signatures and sizes; keeps everything in memory."""
     command = [str(_BIN / "moto_server"), "-H", "127.0.0.1", "-p", "0"]
-    with _started(command, r"http://127\.0\.0\.1:(\d+)", S3_UPLOAD_PART_MIN_SIZE="1") as port:
+    # It derives the second from the first, and would put every object in a file.
+    settings = {"S3_UPLOAD_PART_MIN_SIZE": "1", "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(16 << 20)}
+    with _started(command, r"http://127\.0\.0\.1:(\d+)", **settings) as port:
         server = _server(port)
         _make_bucket(server)
         yield server
