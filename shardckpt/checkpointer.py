@@ -130,6 +130,8 @@ class Checkpointer:
         self._tiers = [_DurableTier(name, self._root, url_every_steps)]
         if local is not None:
             self._tiers.insert(0, _DurableTier("local", open_storage(local), local_every_steps))
+            if self._tiers[0].root.url == self._root.url:
+                raise ValueError(f"local and url are the same folder, {self._root.url}: leave local out")
         self._ranks: Ranks = current_ranks()
         self._every = every_steps
         self._keep = keep_last
@@ -169,7 +171,7 @@ class Checkpointer:
         started = time.monotonic()
         self._claim()
         client = self._client()
-        failure: CheckpointError | None = None
+        failure: CheckpointError | StorageError | None = None
         for candidate in self._candidates(client):
             try:
                 loaded = self._load(candidate, client, state, strict=strict, started=started)
@@ -177,6 +179,13 @@ class Checkpointer:
                 raise  # nothing is wrong with it, and going back silently would lose work
             except NotACheckpointError:
                 continue  # pruned since it was listed
+            except StorageError as error:
+                if candidate.snapshot is not None or candidate.tier == len(self._tiers) - 1:
+                    raise
+                failure = error
+                if self._ranks.rank == 0:
+                    _log.warning("%s; going on without what the local tier has of it", error)
+                continue
             except (CorruptError, FormatError) as error:
                 failure = error
                 if self._ranks.rank == 0:
@@ -215,31 +224,32 @@ class Checkpointer:
                 self._session.prepare(state)
                 self._is_prepared = True
             return None
-        if not self._settle():
+        tiers = [tier for tier in self._tiers if tier.is_due(step)]
+        if not tiers and self._saver is None:
+            return None  # there is no memory that would keep it
+        if not self._settle() and self._saves:  # with none under way, memory is about to be there
             if self._ranks.rank == 0:
                 before = ", ".join(str(save.step) for save in self._saves)
                 _log.warning("no checkpoint at step %d: step %s is still being written", step, before)
             return None
-        return self._start(step, state, metrics, [tier for tier in self._tiers if tier.is_due(step)])
+        return self._start(step, state, metrics, tiers)
 
     def save(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> SaveHandle:
         """Save now, whatever the step, to every tier. Collective. Waits for memory, if saves take it all up.
 
-        Where this step has just been saved, its handle is returned, so that a last save at the end of
-        training needs no condition.
+        Where this step has just been saved, it goes only to the tiers that do not have it; if they all have, its
+        handle is returned. So a last save at the end of training needs no condition.
         """
-        last = self._last
-        tiers = len(self._tiers) + 1
-        is_same = last is not None and last.step == step and len(last.tiers) == tiers
-        if is_same and last is not None:
+        last = self._last if self._last is not None and self._last.step == step else None
+        if last is not None:
             last.join()
         self._settle()
-        (is_new,) = self._ranks.maximum([not is_same or (last is not None and last.failed)])
-        if not is_new and last is not None:
+        tiers = self._tiers if last is None else self._lacking(step)
+        if last is not None and not tiers:
             return last
-        return self._start(step, state, metrics, self._tiers)
+        return self._start(step, state, metrics, tiers)
 
     def wait(self) -> None:
         """Return when everything asked for so far is durable.
@@ -282,6 +292,16 @@ class Checkpointer:
         self._last = handle
         self._saves.append(handle)
         return handle
+
+    def _lacking(self, step: int) -> list[_DurableTier]:
+        """The tiers in which this attempt's `step` is no checkpoint, as rank 0, which commits, sees it."""
+        path = step_path(self._claim(), step)
+        lacks = [False] * len(self._tiers)
+        if self._ranks.rank == 0:
+            lacks = [not _is_there(Place(tier.root, path)) for tier in self._tiers]
+        return [
+            tier for tier, lacking in zip(self._tiers, self._ranks.maximum(lacks), strict=True) if lacking
+        ]
 
     def _settle(self) -> bool:
         """Have all ranks know what became of the saves under way; whether all could stage another now."""
@@ -412,12 +432,10 @@ class Checkpointer:
 
     def _merged(self, snapshots: Sequence[Snapshot]) -> Iterator[_Candidate]:
         sources = [iter([_Candidate(snapshot.path, snapshot=snapshot) for snapshot in snapshots])]
-        sources += [
-            (_Candidate(place.path, number) for place in iter_good(tier.root))
-            for number, tier in enumerate(self._tiers)
-        ]
+        sources += [self._durable(number) for number in range(len(self._tiers))]
         heads: dict[int, _Candidate] = {}
-        found, failure = False, None
+        found = False
+        failure: CorruptError | StorageError | None = None
         waiting = set(range(len(sources)))
         while True:
             for number in sorted(waiting):
@@ -430,6 +448,7 @@ class Checkpointer:
                     if number == len(sources) - 1:
                         raise
                     _log.warning("resuming without the local tier: %s", error)
+                    failure = error
                     continue
                 if head is not None:
                     heads[number] = head
@@ -441,6 +460,10 @@ class Checkpointer:
             waiting = {number}
         if failure is not None and not found:
             raise failure
+
+    def _durable(self, number: int) -> Iterator[_Candidate]:
+        for place in iter_good(self._tiers[number].root):
+            yield _Candidate(place.path, number)
 
 
 class _Candidate(msgspec.Struct, frozen=True):
@@ -478,6 +501,14 @@ def _snapshots_from_environment() -> int:
     if text not in ("0", "1", "2"):
         raise ValueError(f"SHARDCKPT_SNAPSHOTS must be 0, 1 or 2; it is {text!r}")
     return int(text)
+
+
+def _is_there(place: Place) -> bool:
+    """Whether a checkpoint is, as far as can be seen."""
+    try:
+        return place.is_committed()
+    except StorageError:
+        return False
 
 
 def _node() -> str:
