@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from shardckpt.commit import Proposal, was_committed
-from shardckpt.errors import SaveError
+from shardckpt.errors import SaveError, SaverError
 from shardckpt.handle import MEMORY, SaveHandle
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.plan import SavePlan, encode_plan
@@ -182,7 +182,7 @@ class SaverSink:
     def is_ready(self) -> bool:
         """See Sink. True also while the first buffers are made: waiting for these is better than no save."""
         client = self._client
-        return client is None or client.is_lost or client.has_buffer or not client.had_buffer
+        return client is None or client.is_lost or not client.is_full
 
     @property
     def is_lost(self) -> bool:
@@ -199,22 +199,26 @@ class SaverSink:
 
     def prepare(self, plan: SavePlan, rank: int) -> None:
         """See Sink."""
-        client = self.connect()
         self._staging.clear()
         self._plan, self._rank = plan, rank
         self._plans += 1
         writes = plan.writes(rank)
-        client.plan(
-            Plan(
-                self._plans,
-                [write.row for write in writes],
-                [write.offset for write in writes],
-                [write.nbytes for write in writes],
-                plan.pack_sizes[rank],
-                encode_plan(plan) if rank == 0 else b"",
-            ),
-            self.snapshots,
+        message = Plan(
+            self._plans,
+            [write.row for write in writes],
+            [write.offset for write in writes],
+            [write.nbytes for write in writes],
+            plan.pack_sizes[rank],
+            encode_plan(plan) if rank == 0 else b"",
         )
+        known = self._client
+        client = self.connect()
+        try:
+            client.plan(message, self.snapshots)
+        except SaverError:
+            if client is not known:
+                raise
+            self.connect().plan(message, self.snapshots)  # it has died since the last save
 
     def begin(self, save_id: str, /) -> StagingBuffer:
         """See Sink."""

@@ -8,6 +8,7 @@ import mmap
 import os
 import queue
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -88,20 +89,25 @@ class SaverClient:
 
         Raises SaverError if there is none, and none can be started.
         """
-        named = os.environ.get("LAUNCH_SAVER")
-        address = named or address_of(run)
-        self._channel = Channel(_connected(address, linger, may_start=named is None))
         self._changed = threading.Condition()
         self._granted: deque[Memory] = deque()
         self._mapped: dict[int, mmap.mmap] = {}
         self._plan = Plan(0, [], [], [], 0, b"")
+        self._unasked = 0  # buffers still to be asked for
+        self._is_full = False
         self._refused = ""
         self._is_lost = False
+        self._is_closed = False
         self._answers: queue.SimpleQueue[tuple[Any, list[int]]] = queue.SimpleQueue()
         self._waiting: dict[tuple[str, str], Callable[[Outcome], object]] = {}
-        threading.Thread(target=self._listen, name="shardckpt-saver", daemon=True).start()
-        self.id = self._ask(Hello(run, list(tiers), snapshots, commit_timeout), Welcome)[0].saver
+        self._sending = threading.Lock()
+        named = os.environ.get("LAUNCH_SAVER")
+        address = named or address_of(run)
+        hello = Hello(run, list(tiers), snapshots, commit_timeout)
+        self._channel, welcome = _greeted(address, hello, linger, may_start=named is None)
+        self.id = welcome.saver
         """Equal for two ranks only if they have the same saver."""
+        threading.Thread(target=self._listen, name="shardckpt-saver", daemon=True).start()
 
     @property
     def is_lost(self) -> bool:
@@ -120,34 +126,39 @@ class SaverClient:
             self._granted.clear()
             self._mapped.clear()
             self._refused = ""
+            self._is_full = False
+            self._unasked = count - 1  # every rank's first buffer comes before any second
         self._send(plan)
-        for _ in range(count):
-            self._send(Reserve(plan.size))
+        self._send(Reserve(plan.size))
 
     @property
-    def has_buffer(self) -> bool:
-        """Whether `take` need not wait."""
+    def is_full(self) -> bool:
+        """Whether `take` would wait for earlier saves, rather than for new memory, or not at all."""
         with self._changed:
-            return bool(self._granted)
-
-    @property
-    def had_buffer(self) -> bool:
-        """Whether there ever was a buffer for the present plan."""
-        with self._changed:
-            return bool(self._mapped)
+            return not self._granted and (bool(self._mapped) or self._is_full)
 
     def take(self) -> Memory:
-        """A buffer to stage a pack in. Waits until there is one.
+        """A buffer to stage a pack in. Waits until there is one, as long as the saver answers.
 
-        Raises MemoryError if there is no memory for it.
+        Raises MemoryError if there is no memory for it; the next call tries again.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._granted or self._is_lost or self._refused)
+            while not self._changed.wait_for(
+                lambda: self._granted or self._is_lost or self._refused, _PATIENCE
+            ):
+                self._changed.release()
+                try:
+                    self._ask(Find(), Found)
+                finally:
+                    self._changed.acquire()
             if self._is_lost:
                 raise SaverError(_GONE)
-            if not self._granted:
-                raise MemoryError(self._refused)
-            return self._granted.popleft()
+            if self._granted:
+                return self._granted.popleft()
+            refused, self._refused = self._refused, ""
+            size = self._plan.size
+        self._send(Reserve(size))
+        raise MemoryError(refused)
 
     def begin(self, memory: Memory, save_id: str) -> None:
         """Say that the buffer is about to be written to."""
@@ -158,15 +169,18 @@ class SaverClient:
 
         `done` is called, by another thread, for "memory" and for each tier; with an error if the saver is lost.
         """
+        tiers = ("memory", *stage.tiers)
         with self._changed:
-            for tier in ("memory", *stage.tiers):
-                self._waiting[stage.id, tier] = done
-            size = self._plan.size
-        try:
+            is_lost, size = self._is_lost, self._plan.size
+            if not is_lost:
+                self._waiting.update({(stage.id, tier): done for tier in tiers})
+        if is_lost:
+            for tier in tiers:
+                done(Outcome(stage.id, tier, _GONE))
+            return
+        with contextlib.suppress(SaverError):  # which is told to those that wait
             self._send(stage)  # the kernel keeps it for the saver, should this process end now
             self._send(Reserve(size))
-        except SaverError:
-            self._lose()
 
     def abandon(self, save_id: str, error: BaseException) -> None:
         """Say that this rank will not stage its part of a save."""
@@ -204,6 +218,7 @@ class SaverClient:
 
     def close(self) -> None:
         """Say goodbye: this trainer is done, and will not be restarted."""
+        self._is_closed = True
         with contextlib.suppress(SaverError):
             self._send(Bye())
         self._channel.shut()
@@ -219,7 +234,8 @@ class SaverClient:
             _log.warning("the connection to the saver is lost: %s", error)
         finally:
             self._lose()
-            self._channel.close()
+            with self._sending:
+                self._channel.close()
 
     def _take_in(self, message: Any, descriptors: list[int]) -> None:
         if isinstance(message, Reserved):
@@ -243,30 +259,50 @@ class SaverClient:
         with self._changed:
             if reserved.plan != self._plan.number:
                 return
+            is_next = False
             if mapping is None:
                 self._refused = reserved.error
+                self._is_full = not reserved.error
             else:
                 self._mapped[reserved.buffer] = mapping
                 self._granted.append(Memory(reserved.buffer, mapping))
+                is_next = self._unasked > 0
+                self._unasked -= is_next
             self._changed.notify_all()
+        if is_next:
+            self._send(Reserve(self._plan.size))
 
     def _lose(self) -> None:
         """The saver is gone: what waits for it has failed."""
         with self._changed:
+            is_news = not self._is_lost and not self._is_closed
             self._is_lost = True
             self._granted.clear()
             self._mapped.clear()
             waiting, self._waiting = self._waiting, {}
             self._changed.notify_all()
         self._answers.put((None, []))
+        if is_news and os.environ.get("LOCAL_RANK", "0") == "0":
+            _log.warning(
+                "%s, and with it the snapshots that were in memory only; checkpoints are untouched, and the "
+                "next save finds a new saver",
+                _GONE,
+            )
         for (save_id, tier), done in waiting.items():
             done(Outcome(save_id, tier, _GONE))
 
     def _send(self, request: Request) -> None:
         try:
-            self._channel.send(request)
+            with self._sending:
+                self._channel.send(request)
         except OSError as error:
+            self._give_up()
             raise SaverError(f"{_GONE}: {error}") from error
+
+    def _give_up(self) -> None:
+        """Reckon without this saver from now on, whatever it still does."""
+        self._channel.shut()
+        self._lose()
 
     def _ask(self, request: Request, kind: type[A]) -> tuple[A, list[int]]:
         self._send(request)
@@ -276,6 +312,7 @@ class SaverClient:
         try:
             answer, descriptors = self._answers.get(timeout=_PATIENCE)
         except queue.Empty:
+            self._give_up()
             raise SaverError(f"the saver of this node has not answered for {_PATIENCE:g} s") from None
         if not isinstance(answer, kind):
             raise SaverError(_GONE if answer is None else f"the saver answered {type(answer).__name__}")
@@ -294,12 +331,39 @@ def _readable(descriptor: int, size: int) -> memoryview:
         os.close(descriptor)
 
 
-def _connected(address: str, linger: float, *, may_start: bool) -> socket.socket:
+def _greeted(address: str, hello: Hello, linger: float, *, may_start: bool) -> tuple[Channel, Welcome]:
     """A connection to the saver at `address`, which is started if there is none, and if it may be."""
     deadline = time.monotonic() + _PATIENCE
     while True:
+        connection = _connected(address, linger, deadline, may_start=may_start)
+        connection.settimeout(_PATIENCE)
+        channel = Channel(connection)
+        try:
+            channel.send(hello)
+            answer = channel.receive()
+        except (OSError, EOFError) as error:
+            channel.close()
+            raise SaverError(f"the saver at {address!r} does not answer: {error}") from error
+        if answer is not None:
+            connection.settimeout(None)
+            # A stopped saver must not stop training; it takes in what is sent whatever else it does.
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(_PATIENCE), 0)
+            )
+            welcome = answer[0]
+            assert isinstance(welcome, Welcome)
+            return channel, welcome
+        channel.close()  # it was about to end: the next one will be a new one
+        if time.monotonic() > deadline:
+            raise SaverError(f"the saver at {address!r} ends at once")
+
+
+def _connected(address: str, linger: float, deadline: float, *, may_start: bool) -> socket.socket:
+    while True:
         try:
             return connect(address)
+        except PermissionError as error:
+            raise SaverError(str(error)) from error
         except OSError as error:
             if not may_start or time.monotonic() > deadline:
                 raise SaverError(f"no saver answers at {address!r}: {error}") from error

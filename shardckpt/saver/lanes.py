@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 __all__ = ["Lanes", "Progress", "Task", "lower_priority"]
 
@@ -26,12 +26,10 @@ class Progress:
 
     total: int = 0
     done: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, nbytes: int) -> None:
-        """Count bytes that are written. Safe from any thread."""
-        with self._lock:
-            self.done += nbytes
+    def reach(self, nbytes: int) -> None:
+        """Note how much is written. Safe from any thread."""
+        self.done = max(self.done, nbytes)
 
 
 @dataclass(eq=False)
@@ -42,8 +40,8 @@ class Task:
     step: int
     url: str
     work: Callable[[Progress], None]
-    done: Callable[[BaseException | None], None]
-    """Called by the working thread once the work is over."""
+    done: Callable[[str], None]
+    """Called by the working thread once the work is over, with what went wrong."""
     progress: Progress
 
 
@@ -77,15 +75,16 @@ class Lanes:
                     del self._queues[tier]
                     return
                 task = queue[0]
-            error: BaseException | None = None
+            error = ""  # not the exception, whose traceback would hold on to the packs
             try:
                 task.work(task.progress)
             except BaseException as failure:
-                error = failure
+                error = f"{type(failure).__name__}: {failure}"
                 _log.error("saving %s failed: %s", task.url, failure)
             with self._lock:
                 queue.popleft()
             task.done(error)
+            del task
 
 
 def lower_priority() -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 
-__all__ = ["allocate", "map_buffer"]
+__all__ = ["allocate", "map_buffer", "rounded"]
 
 _ROUND = 2 << 20  # a huge page; also leaves room for the pack to grow by a few bytes
+
+
+def rounded(size: int) -> int:
+    """Bytes of memory that a pack of `size` bytes takes, which is never nothing."""
+    return max(_ROUND, -(-size // _ROUND) * _ROUND)
 
 
 def allocate(size: int) -> tuple[int, int]:
@@ -16,7 +21,7 @@ def allocate(size: int) -> tuple[int, int]:
     It lives as long as somebody has the descriptor or a mapping: nothing is left in any file system, and
     the size of /dev/shm does not matter. Raises OSError (ENOSPC, ENOMEM) if there is not enough.
     """
-    size = max(_ROUND, -(-size // _ROUND) * _ROUND)
+    size = rounded(size)
     descriptor = os.memfd_create("shardckpt", os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(descriptor, 0, size)

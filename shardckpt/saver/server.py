@@ -27,7 +27,7 @@ from shardckpt.commit import Proposal
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.runs import Place
 from shardckpt.saver.lanes import Lanes, Progress, Task
-from shardckpt.saver.memory import allocate, map_buffer
+from shardckpt.saver.memory import allocate, map_buffer, rounded
 from shardckpt.saver.shelf import Held, PackPlan, Part, Shelf, Trainer
 from shardckpt.saver.wire import (
     Abandon,
@@ -62,6 +62,8 @@ _log = logging.getLogger("shardckpt.saver")
 _SEND_TIMEOUT = 10.0  # seconds; messages are small, so only a stopped trainer does not take them
 _PACKS_AT_ONCE = 64  # descriptors in a message
 _TELL_EVERY = 0.2  # seconds between two lines of progress
+_GRACE = 5.0  # seconds for trainers to end once a drain was asked for
+_FIRST = 30.0  # seconds for the first trainer to come
 _LOST = "a rank ended before it had staged its part"
 
 
@@ -76,7 +78,8 @@ class _Client(Trainer):
     plan: PackPlan | None = None
     requests: deque[int] = field(default_factory=deque)
     """Sizes of the buffers that it waits for."""
-    is_allocating: bool = False
+    is_told: bool = False
+    """Whether it knows that there is no buffer for this plan yet."""
     has_left: bool = False
 
 
@@ -114,8 +117,10 @@ class Saver:
         self._failed = False
         self._is_draining = False
         self._may_linger = True
-        self._empty_since = time.monotonic()
+        self._empty_since = time.monotonic() + max(0.0, _FIRST - linger)  # nobody has come yet
         self._told = 0.0
+        self._drain_until = 0.0
+        self._has_flushed = False
         self._selector = selectors.DefaultSelector()
         self._returned: deque[Callable[[], None]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -134,7 +139,10 @@ class Saver:
             while self._returned:
                 self._returned.popleft()()
             self._tidy()
+            if self._is_draining:
+                self._flush()
             self._tell_progress()
+        self._listener.close()
         self._tell(event="drained")
         self._shelf.close()
         return int(self._failed)
@@ -145,12 +153,14 @@ class Saver:
         if self._tasks or self._returned:
             return False
         if self._is_draining:
-            return True
+            return self._has_flushed
         if self._clients or self._control is not None:
             return False
         return not self._may_linger or time.monotonic() >= self._empty_since + self._linger
 
     def _patience(self) -> float | None:
+        if self._is_draining and not self._has_flushed:
+            return max(0.0, self._drain_until - time.monotonic())
         if self._control is not None and self._tasks:
             return _TELL_EVERY
         if self._control is None and not self._clients:
@@ -181,8 +191,13 @@ class Saver:
     def _drain(self) -> None:
         """Nobody is to come any more: have what is in memory only persisted, and end after that."""
         self._is_draining = True
-        self._selector.unregister(self._listener)
-        self._listener.close()
+        self._drain_until = time.monotonic() + _GRACE
+
+    def _flush(self) -> None:
+        """The rest of a drain, once the trainers are gone and all that they sent has been taken in."""
+        if self._has_flushed or (self._clients and time.monotonic() < self._drain_until):
+            return
+        self._has_flushed = True
         for run in {held.run for held in self._shelf.snapshots.values()}:
             self._persist_newest(run)
 
@@ -223,7 +238,9 @@ class Saver:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
+        except OSError as error:  # it has gone again, or there are too many
+            if not isinstance(error, BlockingIOError | ConnectionError):
+                _log.warning("a trainer could not connect: %s", error)
             return
         pid, uid = peer(connection)
         if uid != os.getuid():
@@ -247,8 +264,11 @@ class Saver:
             return
         try:
             is_open = client.channel.read_some(wait=False)
-            while (message := client.channel.next_message()) is not None:
-                self._obey(client, message[0])
+            while (received := client.channel.next_message()) is not None:
+                message, descriptors = received
+                for descriptor in descriptors:  # nobody sends any
+                    os.close(descriptor)
+                self._obey(client, message)
         except BlockingIOError:
             is_open = not _is_dead(client)
         except (EOFError, LookupError, OSError) as error:
@@ -293,15 +313,17 @@ class Saver:
                 client.tiers = {tier.name: tier for tier in message.tiers}
                 client.commit_timeout = message.commit_timeout
                 self._finished.discard(client.run)
+                self._shelf.join(client)
                 self._send(client, Welcome(self._id))
             case Plan():
                 writes = list(map(Placed, message.row, message.offset, message.nbytes))
                 client.plan = PackPlan(message.number, writes, message.size, message.whole)
                 client.requests.clear()
+                client.is_told = False
                 self._shelf.take_back(client)
             case Reserve():
-                client.wanted = message.size
-                client.requests.append(message.size)
+                client.wanted = rounded(message.size)
+                client.requests.append(client.wanted)
             case Begin():
                 self._shelf.begin(client, message.buffer, message.id)
             case Stage():
@@ -324,11 +346,10 @@ class Saver:
     # -- buffers
 
     def _has_its_buffers(self, client: _Client) -> bool:
-        own = sum(buffer.owner is client for buffer in self._shelf.buffers.values())
-        return own >= client.snapshots and not client.is_allocating
+        return len(self._shelf.owned(client)) >= client.snapshots and not client.allocating
 
     def _serve_requests(self, client: _Client) -> None:
-        while client.requests and not client.is_allocating:
+        while client.requests and not client.allocating:
             size = client.requests[0]
             if (buffer := self._shelf.grant(client, size)) is not None:
                 client.requests.popleft()
@@ -337,31 +358,39 @@ class Saver:
             elif self._shelf.may_allocate(client, size):
                 self._allocate(client, size)
             else:
+                if not client.is_told and not self._shelf.owned(client):
+                    client.is_told = True
+                    self._send(client, Reserved(_number(client)))
                 return
 
     def _allocate(self, client: _Client, size: int) -> None:
         """Get new memory, which takes the kernel a second per GiB, so by another thread."""
         self._shelf.make_room(client.run, size)
-        client.is_allocating = True
+        client.allocating = size
 
         def work() -> None:
             try:
                 descriptor, found = allocate(size)
                 content = map_buffer(descriptor, found)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # whatever it is, training goes on without
                 reason = f"no memory for a snapshot of {size} bytes: {error}"
                 self._later(lambda: refuse(reason))
             else:
                 self._later(lambda: take(descriptor, found, content))
 
         def refuse(reason: str) -> None:
-            client.is_allocating = False
-            client.requests.clear()
-            self._send(client, Reserved(_number(client), error=reason))
+            client.allocating = 0
+            if own := len(self._shelf.owned(client)):
+                client.snapshots = own
+                _log.warning("%s; going on with fewer snapshots", reason)
+            else:
+                client.requests.clear()
+                client.wanted = 0
+                self._send(client, Reserved(_number(client), error=reason))
 
         def take(descriptor: int, found: int, content: mmap.mmap) -> None:
-            client.is_allocating = False
-            self._shelf.add(client.run, descriptor, found, content)
+            client.allocating = 0
+            self._shelf.add(client, descriptor, found, content)
 
         threading.Thread(target=work, daemon=True).start()
 
@@ -394,23 +423,22 @@ class Saver:
 
         def work(progress: Progress) -> None:
             destination = Destination(tier.name, Place(self._root(tier), held.path), tier.keep_last)
-            persist_save(destination, held.id, packs, _proposal(held), timeout, progress.add)
+            persist_save(destination, held.id, packs, _proposal(held), timeout, progress.reach)
 
-        def note(error: BaseException | None) -> None:
+        def note(error: str) -> None:
             held.tasks -= 1
             self._tasks -= 1
             for pack in packs:
                 held.parts[pack.rank].checksums = pack.checksums
-            if error is None:
+            if not error:
                 held.is_persisted = True
                 seconds = time.monotonic() - started
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
                 self._tell_trainers(held, Outcome(held.id, tier.name, committed=0 in held.parts))
             else:
                 self._failed = True
-                text = f"{type(error).__name__}: {error}"
-                self._tell(event="failed", step=held.step, tier=tier.name, url=url, error=text)
-                self._tell_trainers(held, Outcome(held.id, tier.name, text))
+                self._tell(event="failed", step=held.step, tier=tier.name, url=url, error=error)
+                self._tell_trainers(held, Outcome(held.id, tier.name, error))
 
         total = sum(len(pack.content) for pack in packs)
         return Task(

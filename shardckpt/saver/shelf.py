@@ -3,13 +3,18 @@
 - A trainer writes only into a buffer that was granted to it, and what the buffer held is given up at the
   moment of `begin`, not before: between saves as many snapshots are held as there are buffers.
 - A snapshot is usable when each local rank has staged its part. It is never given up for a newer one that is
-  not, nor while it is being persisted or read.
+  not, unless it is durable already, nor while it is being persisted or read. So a slow tier that is at work on
+  one snapshot does not keep later ones out of a fast one.
 - The buffers of trainers that died are orphans: they are granted to those that come after, which spares
   these the seconds that new memory takes.
+- A trainer has at most `snapshots` buffers, each at most an eighth larger than its pack. What those before it
+  have left counts, as long as it is in use; so all in all a run takes up `snapshots` + 1 times what its
+  trainers save, and less than that once a save of theirs is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections import deque
@@ -24,7 +29,8 @@ from shardckpt.writer import Placed
 
 __all__ = ["Buffer", "Held", "PackPlan", "Part", "Shelf", "Trainer"]
 
-_REMEMBERED = 64  # lost saves of which a part may still arrive
+_REMEMBERED = 1024  # lost saves of which a part may still arrive
+_SLACK = 4 << 20
 
 
 @dataclass(eq=False)
@@ -50,6 +56,8 @@ class Trainer:
     snapshots: int = 1
     wanted: int = 0
     """Bytes of the buffers that it asks for."""
+    allocating: int = 0
+    """Bytes of new memory that is being made for it."""
     writing: str = ""
     """The save of which it may be writing its part."""
 
@@ -69,8 +77,9 @@ class Buffer:
 
     def close(self) -> None:
         """Give the memory back, as far as this process is concerned."""
-        self.content.close()
         os.close(self.descriptor)
+        with contextlib.suppress(BufferError):  # a thread has not forgotten it yet: then by its end
+            self.content.close()
 
 
 @dataclass(eq=False)
@@ -134,6 +143,7 @@ class Shelf:
     def __init__(self) -> None:
         self.buffers: dict[int, Buffer] = {}
         self.snapshots: dict[str, Held] = {}
+        self._trainers: set[Trainer] = set()
         self._count = 0
         self._lost: deque[str] = deque(maxlen=_REMEMBERED)
 
@@ -147,15 +157,24 @@ class Shelf:
 
     # -- buffers
 
+    def join(self, trainer: Trainer) -> None:
+        """Reckon with a trainer until `forget`."""
+        self._trainers.add(trainer)
+
+    def owned(self, trainer: Trainer) -> list[Buffer]:
+        """The buffers that nobody else may write into."""
+        return [buffer for buffer in self.buffers.values() if buffer.owner is trainer]
+
     def grant(self, trainer: Trainer, size: int) -> Buffer | None:
         """The buffer that the trainer shall have now, if there is one."""
+        owners = [trainer, None] if self._is_next(trainer) else [trainer]
         fitting = [
             buffer
             for buffer in self.buffers.values()
             if buffer.run == trainer.run
-            and buffer.owner in (None, trainer)
+            and buffer.owner in owners
             and not buffer.is_granted
-            and size <= buffer.size <= 2 * size + (4 << 20)
+            and size <= buffer.size <= _most(size)
             and self._may_go(buffer.snapshot, trainer)
         ]
         if not fitting:
@@ -165,41 +184,51 @@ class Shelf:
         return buffer
 
     def may_allocate(self, trainer: Trainer, size: int) -> bool:
-        """Whether new memory is within the bound: `snapshots` times what the run's trainers hold.
+        """Whether new memory is within the bound: `snapshots` times what the run's trainers save.
 
-        A trainer's first buffer always is: it cannot save without.
+        For a trainer's first buffer, what can be restored from until they have saved does not count.
         """
-        own = [buffer for buffer in self.buffers.values() if buffer.owner is trainer]
-        if not own:
-            return True
-        if len(own) >= trainer.snapshots:
+        if not self._is_next(trainer):
             return False
-        held = sum(buffer.size for buffer in self.buffers.values() if buffer.run == trainer.run)
-        trainers = {id(b.owner): b.owner for b in self.buffers.values() if b.owner and b.run == trainer.run}
-        bound = trainer.snapshots * sum(other.wanted for other in trainers.values())
-        return held + size <= bound + bound // 8 + (8 << 20)
+        spared = [] if self.owned(trainer) else [self.newest(trainer.run)]
+        spared += self._superseded(trainer.run)
+        others = [other for other in self._trainers if other.run == trainer.run]
+        in_use = sum(len(self.owned(other)) * other.wanted + other.allocating for other in others)
+        left = sum(
+            buffer.size
+            for buffer in self.buffers.values()
+            if buffer.run == trainer.run
+            and buffer.owner is None
+            and buffer.snapshot is not None
+            and buffer.snapshot not in spared
+        )
+        return left + in_use + size <= sum(other.snapshots * other.wanted for other in others)
 
-    def add(self, run: str, descriptor: int, size: int, content: mmap.mmap) -> None:
-        """Put new memory on the shelf, for whoever asks first."""
-        self.buffers[self._count] = Buffer(self._count, descriptor, size, content, run)
+    def add(self, trainer: Trainer, descriptor: int, size: int, content: mmap.mmap) -> None:
+        """Put new memory on the shelf, for the trainer that it was made for, if that still wants it."""
+        owner = trainer if trainer in self._trainers and trainer.wanted == size else None
+        self.buffers[self._count] = Buffer(self._count, descriptor, size, content, trainer.run, owner)
         self._count += 1
 
     def take_back(self, trainer: Trainer) -> None:
         """The trainer will not write into any buffer that it has had so far."""
+        trainer.wanted = 0
         for buffer in self.buffers.values():
             if buffer.owner is trainer:
                 buffer.owner, buffer.is_granted = None, False
 
     def make_room(self, run: str, size: int) -> None:
-        """Give up orphans that hold nothing, and old snapshots of orphans, before new memory is allocated."""
-        for held in self._of(run):
-            if held.is_orphaned and held.is_idle and held is not self.newest(run):
-                self._drop(held)
+        """Give up orphans that nobody needs, as much as new memory is to take."""
         freed = 0
-        for buffer in sorted(self._spare(run), key=lambda buffer: buffer.size):
+        spare = sorted(self._spare(run), key=lambda buffer: buffer.size)
+        for held in self._superseded(run):
+            spare += [part.buffer for part in held.parts.values() if part.buffer.owner is None]
+        for buffer in spare:
             if freed >= size:
                 return
             freed += buffer.size
+            if buffer.snapshot is not None:
+                self._drop(buffer.snapshot)
             self._close(buffer)
 
     # -- snapshots
@@ -257,14 +286,15 @@ class Shelf:
                 self.abandon(held.id)
                 lost.append(held)
         self.take_back(trainer)
+        self._trainers.discard(trainer)
         return lost
 
     def tidy(self, run: str, *, everyone_is_served: bool) -> None:
-        """Give up what nobody will ask for: snapshots of orphans before the newest whole one, and, once every
-        trainer of the run has its buffers, the orphans that are left."""
+        """Give up the snapshots of orphans that a newer one of living trainers replaces, and, once every trainer
+        of the run has its buffers, the orphans that are left."""
         newest = self.newest(run)
-        for held in self._of(run):
-            if held is not newest and held.is_orphaned and held.is_idle:
+        if everyone_is_served or (newest is not None and not newest.is_orphaned):
+            for held in self._superseded(run):
                 self._drop(held)
         if everyone_is_served:
             for buffer in list(self._spare(run)):
@@ -289,19 +319,36 @@ class Shelf:
     def _of(self, run: str) -> list[Held]:
         return [held for held in self.snapshots.values() if held.run == run]
 
+    def _superseded(self, run: str) -> list[Held]:
+        """Whole snapshots of orphans before the newest whole one that nobody reads, the oldest first.
+
+        Where other nodes lack a part of the newest, the one before it is what this job resumes from.
+        """
+        newest = self.newest(run)
+        found = [h for h in self.whole(run) if h.is_orphaned and h.is_idle and h is not newest]
+        return sorted(found, key=lambda held: held.order)
+
     def _spare(self, run: str) -> Iterator[Buffer]:
         """Orphans that hold nothing."""
         for buffer in list(self.buffers.values()):
             if buffer.run == run and buffer.owner is None and buffer.snapshot is None:
                 yield buffer
 
+    def _is_next(self, trainer: Trainer) -> bool:
+        """Whether the trainer may have another buffer: everyone's first comes before any second."""
+        own = len(self.owned(trainer))
+        if own == 0:
+            return True
+        return own < trainer.snapshots and all(
+            self.owned(other) or not other.wanted for other in self._trainers if other.run == trainer.run
+        )
+
     def _may_go(self, held: Held | None, trainer: Trainer) -> bool:
         """Whether a snapshot may be given up once this trainer begins its next save."""
         if held is None:
             return True
-        return (
-            held.is_idle and held.is_whole and (trainer.snapshots == 1 or held is not self.newest(held.run))
-        )
+        is_needed = trainer.snapshots > 1 and held is self.newest(held.run) and not held.is_persisted
+        return held.is_idle and held.is_whole and not is_needed
 
     def _granted(self, trainer: Trainer, number: int) -> Buffer:
         buffer = self.buffers.get(number)
@@ -317,3 +364,8 @@ class Shelf:
     def _close(self, buffer: Buffer) -> None:
         del self.buffers[buffer.number]
         buffer.close()
+
+
+def _most(size: int) -> int:
+    """The largest buffer that a pack of `size` bytes may take up."""
+    return size + size // 8 + _SLACK

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -44,7 +45,8 @@ __all__ = [
     "peer",
 ]
 
-_LENGTH = struct.Struct("<Q")
+_HEADER = struct.Struct("<QI")  # length of what follows, number of descriptors that come along
+_LONGEST = 1 << 32
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _MAX_FDS = 250  # of one message; the kernel's limit is 253
 _READ = 1 << 18
@@ -164,7 +166,7 @@ class Welcome(msgspec.Struct, tag=True, frozen=True):
 class Reserved(msgspec.Struct, tag=True, frozen=True):
     """A buffer for this trainer alone, for packs of this plan; its descriptor comes along.
 
-    With `error` there is none.
+    With `error` there is none. With neither it will come once those before this trainer can spare the memory.
     """
 
     plan: int
@@ -220,8 +222,7 @@ class Channel:
         self._socket = connection
         self._decoder = msgspec.msgpack.Decoder(Request | Answer)
         self._data = bytearray()
-        self._consumed = 0  # bytes of the messages before those in `_data`
-        self._descriptors: deque[tuple[int, list[int]]] = deque()  # with the first byte they came with
+        self._descriptors: deque[int] = deque()
 
     def fileno(self) -> int:
         """The connection's descriptor."""
@@ -230,15 +231,20 @@ class Channel:
     def send(self, message: Request | Answer, descriptors: Sequence[int] = ()) -> None:
         """Send a message, and copies of at most 250 descriptors. Raises OSError if the other end is gone."""
         data = msgspec.msgpack.encode(message)
-        header = _LENGTH.pack(len(data))
-        if descriptors:
+        header = _HEADER.pack(len(data), len(descriptors))
+        if (
+            descriptors
+        ):  # which the kernel hands over with the first byte that they were sent with, or before
             socket.send_fds(self._socket, [header], list(descriptors))
             self._socket.sendall(data)
         else:
             self._socket.sendall(header + data)
 
     def receive(self) -> tuple[Any, list[int]] | None:
-        """The next message and the descriptors that came with it; None when the other end is gone."""
+        """The next message and the descriptors that came with it; None when the other end is gone.
+
+        Raises EOFError for what is no message of this version.
+        """
         while (message := self.next_message()) is None:
             if not self.read_some():
                 return None
@@ -249,16 +255,16 @@ class Channel:
 
         Raises BlockingIOError if nothing is there and it shall not wait.
         """
-        flags = 0 if wait else socket.MSG_DONTWAIT
+        if not wait and not select.select([self._socket], [], [], 0)[0]:
+            raise BlockingIOError  # recvmsg with a timeout would wait first
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, _READ, _MAX_FDS, flags)
+            data, descriptors, _, _ = socket.recv_fds(
+                self._socket, _READ, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
         except ConnectionError:
             return False
         self._data += data
-        if descriptors:
-            # The kernel hands over nothing beyond what was sent with descriptors: a message's header.
-            start = self._consumed + len(self._data) - _LENGTH.size
-            self._descriptors.append((start, descriptors))
+        self._descriptors += descriptors
         return bool(data)
 
     def next_message(self) -> tuple[Any, list[int]] | None:
@@ -266,22 +272,20 @@ class Channel:
 
         Raises EOFError for what is no message of this version.
         """
-        if len(self._data) < _LENGTH.size:
+        if len(self._data) < _HEADER.size:
             return None
-        (length,) = _LENGTH.unpack_from(self._data)
-        end = _LENGTH.size + length
+        length, count = _HEADER.unpack_from(self._data)
+        if length > _LONGEST or count > len(self._descriptors):
+            raise EOFError("not a message of this version")
+        end = _HEADER.size + length
         if len(self._data) < end:
             return None
         try:
-            message = self._decoder.decode(bytes(self._data[_LENGTH.size : end]))
+            message = self._decoder.decode(bytes(self._data[_HEADER.size : end]))
         except msgspec.MsgspecError as error:
             raise EOFError(f"not a message of this version: {error}") from error
-        descriptors: list[int] = []
-        if self._descriptors and self._descriptors[0][0] == self._consumed:
-            _, descriptors = self._descriptors.popleft()
         del self._data[:end]
-        self._consumed += end
-        return message, descriptors
+        return message, [self._descriptors.popleft() for _ in range(count)]
 
     def shut(self) -> None:
         """Have both ends read the connection's end."""
@@ -291,8 +295,7 @@ class Channel:
     def close(self) -> None:
         """End the connection."""
         while self._descriptors:
-            for descriptor in self._descriptors.popleft()[1]:
-                os.close(descriptor)
+            os.close(self._descriptors.popleft())
         self._socket.close()
 
 
@@ -315,12 +318,15 @@ def listen(address: str) -> socket.socket:
 
 
 def connect(address: str) -> socket.socket:
-    """A connection to who listens at `address`. Raises ConnectionError if nobody of this user does."""
+    """A connection to who listens at `address`.
+
+    Raises ConnectionError if nobody does, PermissionError if it is another user.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(f"\0{address}")
         if peer(connection)[1] != os.getuid():
-            raise ConnectionRefusedError("the saver's address is taken by another user")
+            raise PermissionError(f"the saver's address {address!r} is taken by another user")
     except OSError:
         connection.close()
         raise
