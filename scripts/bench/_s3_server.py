@@ -14,8 +14,8 @@ from pathlib import Path
 __all__ = ["BUCKET", "SERVERS", "serve"]
 
 BUCKET = "bucket"
-SERVERS = ("rclone", "moto")
-"""rclone keeps objects as files and checks signatures; moto keeps them in memory."""
+SERVERS = ("moto", "rclone")
+"""moto keeps objects in memory; rclone as files, with which s3torchconnector cannot do."""
 
 _BIN = Path(sys.executable).parent
 _KEY, _SECRET = "bench-key", "bench-secret"

@@ -95,7 +95,7 @@ class Shardckpt(Candidate):
         return {"model": self.state.model, "optimizer": self.state.optimizer}
 
     def prepare(self) -> None:
-        self._manager = shardckpt.Checkpointer(self.folder, every_steps=_NEVER)
+        self._manager = shardckpt.Checkpointer(self.folder, every_steps=_NEVER, keep_last=2)
         self._manager.restore(self._objects)
         self._manager.step(1, self._objects)
 

@@ -76,12 +76,13 @@ def _draw(axis: Any, panel: Panel, medians: Mapping[str, Values]) -> None:
             name,
             (limit, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(3, -10),
+            xytext=(0, 2),
             textcoords="offset points",
             fontsize=8,
             color=_LIMIT_COLOR,
+            horizontalalignment="center",
         )
-    axis.set_title(panel.title, fontsize=10, loc="left")
+    axis.set_title(panel.title, fontsize=10, loc="left", pad=18)
     axis.set_xlim(0, 1.15 * max([*seconds, limit or 0, 1e-9]))
     axis.tick_params(labelsize=8)
     _bold_ours(axis.get_yticklabels())
