@@ -39,8 +39,8 @@ SPANS: Mapping[str, tuple[Span, ...]] = {
         Span("broadcast", "shardckpt.ranks:TorchRanks.broadcast", 1),
         Span("gather", "shardckpt.ranks:TorchRanks.gather", 1),
         Span("get a buffer", "shardckpt.sinks:SaverSink.begin", 1),
-        Span("staging copy", "shardckpt.staging:StagingBuffer.copy_from", 1),
-        Span("find sources", "shardckpt.staging:local_slices", 2),
+        Span("plan copies", "shardckpt.staging:StagingBuffer.copies_from", 1),
+        Span("staging copy", "shardckpt.staging:Copies.run", 1),
         Span("foreach copy", "torch:_foreach_copy_", 2),
         Span("hand over", "shardckpt.sinks:SaverSink.submit", 1),
         Span("SAVE, background", "shardckpt.sinks:persist_save"),
@@ -96,7 +96,12 @@ class Profile:
     def phase(self, phase: str, name: str) -> Iterator[None]:
         """Time the functions of `phase`, and note their times below `name`."""
         sums = {span.what: _Sum() for span in SPANS[phase]}
-        undo = [_patch(span.target, sums[span.what]) for span in SPANS[phase]]
+        undo = []
+        for span in SPANS[phase]:
+            try:
+                undo.append(_patch(span.target, sums[span.what]))
+            except LookupError:
+                self.results[f"{name}|{span.what}|missing"] = 1.0
         try:
             yield
         finally:
@@ -109,13 +114,16 @@ class Profile:
 
 
 def _patch(target: str, total: _Sum) -> Callable[[], None]:
-    """Time a function from now on. Returns what undoes it; AttributeError if there is no such function."""
+    """Time a function from now on. Returns what undoes it; LookupError if there is no such function."""
     module, _, path = target.partition(":")
-    holder: Any = importlib.import_module(module)
-    *parents, name = path.split(".")
-    for parent in parents:
-        holder = getattr(holder, parent)
-    original = holder.__dict__[name]
+    try:
+        holder: Any = importlib.import_module(module)
+        *parents, name = path.split(".")
+        for parent in parents:
+            holder = getattr(holder, parent)
+        original = holder.__dict__[name]
+    except (ImportError, AttributeError) as error:
+        raise LookupError(target) from error
 
     @functools.wraps(original)
     def timed(*arguments: Any, **named: Any) -> Any:
@@ -146,5 +154,7 @@ def profile_table(values: Mapping[str, float]) -> str:
                 cells = [f"{'  ' * (span.depth + 1) + span.what:32}{values[f'{key}calls']:8.0f}"]
                 cells += [f"{1e3 * values[key + what]:10.1f}" for what in ("span", "busy", "cpu")]
                 lines.append("".join(cells))
+            elif f"{key}missing" in values:
+                lines.append(f"{'  ' * (span.depth + 1) + span.what:32}  no function {span.target}")
         lines.append("")
     return "\n".join(lines)
