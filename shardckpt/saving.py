@@ -22,6 +22,7 @@ import msgspec
 from shardckpt.commit import Proposal
 from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaverError, StateError
 from shardckpt.handle import SaveHandle
+from shardckpt.memo import Memo
 from shardckpt.persisting import Destination, tier_of
 from shardckpt.plan import Layout, SavePlan, plan_save
 from shardckpt.ranks import Ranks, agree, current_ranks
@@ -56,6 +57,7 @@ class SaveSession:
         self._ranks = ranks
         self._timeout = commit_timeout
         self._sink: Sink = sink if sink is not None else OwnThread(commit_timeout)
+        self._memo = Memo()
         self._prepared: _Prepared | None = None
         self._secret = ""
         self._count = 0
@@ -88,7 +90,11 @@ class SaveSession:
             handle = SaveHandle(save_id, step, destinations, self._timeout)
             try:
                 buffer = self._sink.begin(save_id)
-                buffer.copy_from({tensor.name: tensor for tensor in flat.tensors})
+                self._memo.derived(
+                    f"copies into {id(buffer)}",
+                    [buffer, *flat.tensors],
+                    lambda: buffer.copies_from({tensor.name: tensor for tensor in flat.tensors}),
+                ).run()
             except (SaverError, MemoryError) as error:  # this save is lost, and training is not
                 self._sink.abandon(save_id, error)
                 for tier in handle.tiers:
@@ -125,6 +131,7 @@ class SaveSession:
 
     def close(self) -> None:
         """No more saves will come."""
+        self._memo.clear()
         self._sink.close()
 
     def _prepare(
@@ -140,8 +147,8 @@ class SaveSession:
         numbers: dict[str, float | str] = {}
         try:
             numbers = _checked_metrics(metrics)
-            flat = flatten(state, self._ranks.rank)
-            layouts = flat.layouts()
+            flat = flatten(state, self._ranks.rank, self._memo)
+            layouts = self._memo.derived("layouts", flat.tensors, flat.layouts)
             if self._ranks.rank == 0:
                 for destination in destinations:
                     _check_free(destination.place)
@@ -170,6 +177,7 @@ class SaveSession:
         if not self._secret:  # what makes the names of this session's saves unique
             self._secret = self._ranks.broadcast(secrets.token_hex(16).encode()).decode()
         self._prepared = None
+        self._memo.forget_derived()  # it holds the buffers
         local_ranks = self._prepare_sink(plan)
         return _Prepared(layouts, plan, local_ranks)
 

@@ -6,9 +6,10 @@ This copy is all that training waits for. The buffer is reused from save to save
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from shardckpt.box import Box
 from shardckpt.local import LocalTensor, torch_dtype
 from shardckpt.plan import ChunkWrite
 
-__all__ = ["StagingBuffer", "chunk_view", "local_slices"]
+__all__ = ["Copies", "StagingBuffer", "chunk_view", "local_slices"]
 
 _PAGE = 4096
 
@@ -53,22 +54,21 @@ class StagingBuffer:
                 self._bytes.zero_()
                 self._is_touched = True
 
-    def copy_from(self, tensors: Mapping[str, LocalTensor]) -> None:
-        """Copy every chunk from the live tensors; when it returns, these may change again."""
-        by_device: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    def copies_from(self, tensors: Mapping[str, LocalTensor]) -> Copies:
+        """What is to be copied to fill this buffer, worked out once for any number of times."""
+        copies = Copies(self)
         for write, view in zip(self._writes, self._views, strict=True):
             tensor = tensors[write.name]
-            source = tensor.data[local_slices(tensor, write.box)]
-            targets, sources = by_device.setdefault(source.device, ([], []))
-            targets.append(view)
-            sources.append(source)
-        with self._lock, torch.no_grad():
+            copies.add(tensor.data[local_slices(tensor, write.box)], view)
+        return copies
+
+    @contextlib.contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """While something is copied into this buffer."""
+        with self._lock:
             self._is_touched = True
             self._clean()
-            for device, (targets, sources) in by_device.items():
-                torch._foreach_copy_(targets, sources)
-                if device.type == "cuda":
-                    torch.cuda.current_stream(device).synchronize()
+            yield
 
     def _clean(self) -> None:
         """Zero what lies between and behind the chunks' elements, where another pack may have been."""
@@ -93,6 +93,42 @@ def _own_memory(size: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+class Copies:
+    """Live tensors and the places in a staging buffer that they are copied to."""
+
+    def __init__(self, buffer: StagingBuffer) -> None:
+        self._buffer = buffer
+        self._moves: list[tuple[int, int, int]] = []
+        self._kept: list[torch.Tensor] = []  # whose addresses are in _moves
+        self._others: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+
+    def add(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Note one more copy, between tensors of one shape and type."""
+        if _is_plain(source) and _is_plain(target):
+            self._moves.append((target.data_ptr(), source.data_ptr(), source.nbytes))
+            self._kept += [source, target]
+        else:
+            targets, sources = self._others.setdefault(source.device, ([], []))
+            targets.append(target)
+            sources.append(source)
+
+    def run(self) -> None:
+        """Copy. When it returns, the live tensors may change again."""
+        with self._buffer.exclusively(), torch.no_grad():
+            for target, source, nbytes in self._moves:
+                ctypes.memmove(target, source, nbytes)  # twice as fast as what torch does here
+            for device, (targets, sources) in self._others.items():
+                torch._foreach_copy_(targets, sources)
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's elements are its memory's bytes, one after another."""
+    plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return plain and not tensor.is_conj() and not tensor.is_neg()
 
 
 def local_slices(tensor: LocalTensor, box: Box) -> tuple[slice, ...]:

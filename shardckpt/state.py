@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.local import LocalTensor, local_tensor
+from shardckpt.memo import Memo
 from shardckpt.objects import (
     Stateful,
     iter_modules,
@@ -74,13 +76,17 @@ def check_state(state: object) -> None:
         )
 
 
-def flatten(state: dict[str, Any], rank: int) -> FlatState:
+def flatten(state: dict[str, Any], rank: int, memo: Memo | None = None) -> FlatState:
     """Named tensors and plain values of a state, without copying a tensor.
 
-    Raises UnsupportedValueError, which names the path, for what cannot be stored as data.
+    With a `memo`, modules and optimizers that are as they were are not walked again. Raises
+    UnsupportedValueError, which names the path, for what cannot be stored as data.
     """
     check_state(state)
-    walk = _Walk(rank, parameter_names(dict(iter_modules(state))))
+    modules = list(iter_modules(state))
+    if memo is not None:
+        memo.begin(modules)
+    walk = _Walk(rank, dict(modules), memo)
     with torch.no_grad():  # local parts of DTensors are taken without a graph
         values = encode(state, "", walk.leaf)
     return FlatState(walk.tensors, values, walk.per_rank)
@@ -96,10 +102,16 @@ class _Walk:
     """The leaves of one walk over a state."""
 
     rank: int
-    names: Mapping[int, tuple[str, str]]
+    modules: Mapping[str, nn.Module]
+    memo: Memo | None
     tensors: list[LocalTensor] = field(default_factory=list)
     per_rank: dict[str, Any] = field(default_factory=dict)
     unsynced: set[str] = field(default_factory=set)
+
+    @cached_property
+    def names(self) -> Mapping[int, tuple[str, str]]:
+        """Of parameters; see `parameter_names`."""
+        return parameter_names(self.modules)
 
     def leaf(self, value: Any, path: str) -> Any:
         """The JSON form of what is not plain data; tensors are noted on the way."""
@@ -114,14 +126,33 @@ class _Walk:
         if isinstance(value, PerRank):
             self.per_rank[path] = encode(value.value, per_rank_path(path, self.rank), self.leaf)
             return {"$per_rank": path}
-        if isinstance(value, nn.Module):
-            self.unsynced |= {join(path, name) for name in unsynced_buffers(value)}
-            return encode(module_tree(value, path), path, self.leaf)
-        if isinstance(value, torch.optim.Optimizer):
-            return encode(optimizer_tree(value, self.names), path, self.leaf)
+        if isinstance(value, (nn.Module, torch.optim.Optimizer)):
+            return self._walked(value, path)
         if isinstance(value, Stateful) and not isinstance(value, type):
             return encode(value.state_dict(), path, self.leaf)
         return NotImplemented
+
+    def _walked(self, value: nn.Module | torch.optim.Optimizer, path: str) -> Any:
+        """The JSON form of a module or an optimizer, whose tensors are noted: as they are known, if they are."""
+        known = self.memo.recall(path, value) if self.memo is not None else None
+        if known is not None:
+            self.tensors += known.tensors
+            if isinstance(value, nn.Module):
+                return known.encoded
+            groups = [
+                {**{k: v for k, v in group.items() if k != "params"}, "params": before["params"]}
+                for group, before in zip(value.param_groups, known.encoded["param_groups"], strict=True)
+            ]
+            return {**known.encoded, "param_groups": encode(groups, join(path, "param_groups"), self.leaf)}
+        first = len(self.tensors)
+        if isinstance(value, nn.Module):
+            self.unsynced |= {join(path, name) for name in unsynced_buffers(value)}
+            encoded = encode(module_tree(value, path), path, self.leaf)
+        else:
+            encoded = encode(optimizer_tree(value, self.names), path, self.leaf)
+        if self.memo is not None:
+            self.memo.remember(path, value, self.tensors[first:], encoded)
+        return encoded
 
 
 def _from_numpy(array: np.ndarray[Any, Any], path: str) -> torch.Tensor:

@@ -168,7 +168,7 @@ def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[S
     place = Place(root)
     for rank, tensors in enumerate(world):
         buffer = StagingBuffer(plan.writes(rank), plan.pack_sizes[rank])
-        buffer.copy_from({tensor.name: tensor for tensor in tensors})
+        buffer.copies_from({tensor.name: tensor for tensor in tensors}).run()
         persist(root, buffer.content, plan.writes(rank), save_id="test", rank=rank, per_rank={})
     values = {tensor.name: {"$tensor": tensor.name} for tensor in plan.tensors}
     return plan, commit(place, Proposal("test", 1, 0, {}, values, plan), LIMIT)
@@ -186,7 +186,7 @@ def load_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> None:
 context = multiprocessing.get_context("forkserver")
 """Starts processes quickly: they are forked from a server that has imported torch."""
 # torch._dynamo is what parallel modules import when they are first used
-context.set_forkserver_preload(["tests.worlds", "tests.parallel", "torch._dynamo"])
+context.set_forkserver_preload(["tests.worlds", "tests.parallel", "tests.faults", "torch._dynamo"])
 
 
 def run_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -1,0 +1,174 @@
+"""What of a state is as it was at the save before, so that it need not be walked again.
+
+A walk over a large model and its optimizer takes as long as copying hundreds of megabytes. Modules and
+optimizers that are built as usual are therefore walked once, and then compared: as long as all their dicts
+hold the very same objects, and all tensors the same memory, the walk would find the same.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardckpt.local import LocalTensor
+
+__all__ = ["Known", "Memo"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a walk over a module or an optimizer has found: its tensors, and its JSON form."""
+
+    tensors: Sequence[LocalTensor]
+    encoded: Any
+
+
+@dataclass(frozen=True)
+class _Entry:
+    owner: weakref.ref[Any]
+    looks: list[Any]
+    known: Known
+    guards: Sequence[weakref.ref[torch.Tensor]]
+
+
+class Memo:
+    """What the walks over one process's state have found.
+
+    It holds the memory of tensors, but only as long as all the tensors that it was told of live.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._modules: list[tuple[str, int]] = []
+        self._derived: dict[str, tuple[Sequence[object], Any]] = {}
+
+    def begin(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        """Begin a walk over a state that has these modules. The names of parameters depend on all of them."""
+        found = [(path, id(module)) for path, module in modules]
+        if found != self._modules or not all(self._holds(path, module) for path, module in modules):
+            self.clear()
+            self._modules = found
+
+    def recall(self, path: str, value: nn.Module | torch.optim.Optimizer) -> Known | None:
+        """What the walk over `value` at `path` would find, if that is known."""
+        if (path, id(value)) in self._modules and path in self._entries:  # `begin` has looked
+            return self._entries[path].known
+        return self._entries[path].known if self._holds(path, value) else None
+
+    def remember(
+        self,
+        path: str,
+        value: nn.Module | torch.optim.Optimizer,
+        tensors: Sequence[LocalTensor],
+        encoded: Any,
+    ) -> None:
+        """Note what a walk has found, if one can tell whether another one would find the same."""
+        if not _is_usual(value):
+            return
+        live = list(_tensors(value))
+        memory = {_storage(tensor) for tensor in live}
+        if all(not tensor.data.numel() or _storage(tensor.data) in memory for tensor in tensors):
+            guards = [weakref.ref(tensor, lambda _: self.clear()) for tensor in live]
+            known = Known(tuple(tensors), encoded)
+            self._entries[path] = _Entry(weakref.ref(value), _looks(value), known, guards)
+
+    def derived(self, name: str, inputs: Sequence[object], make: Callable[[], T]) -> T:
+        """What `make` makes of these very objects: made once, until others are given under this name."""
+        if (found := self._derived.get(name)) is not None:
+            former, made = found
+            if len(former) == len(inputs) and all(map(is_, former, inputs)):
+                return made  # type: ignore[no-any-return]
+        result = make()
+        self._derived[name] = (tuple(inputs), result)
+        return result
+
+    def _holds(self, path: str, value: nn.Module | torch.optim.Optimizer) -> bool:
+        entry = self._entries.get(path)
+        return entry is not None and entry.owner() is value and entry.looks == _looks(value)
+
+    def forget_derived(self) -> None:
+        """Have everything made anew that `derived` has made."""
+        self._derived.clear()
+
+    def clear(self) -> None:
+        """Know nothing, and hold nothing."""
+        self._entries.clear()
+        self.forget_derived()
+        self._modules = []
+
+
+def _is_usual(value: nn.Module | torch.optim.Optimizer) -> bool:
+    """Whether what state_dict() gives depends on nothing but what `_looks` looks at."""
+    if isinstance(value, torch.optim.Optimizer):
+        return (
+            type(value).state_dict is torch.optim.Optimizer.state_dict
+            and not value._optimizer_state_dict_pre_hooks
+            and not value._optimizer_state_dict_post_hooks
+            and all(isinstance(v, torch.Tensor) for state in value.state.values() for v in state.values())
+        )
+    return all(_is_usual_child(child) for child in value.modules())
+
+
+def _is_usual_child(module: nn.Module) -> bool:
+    kind = type(module)
+    own = (kind.state_dict, kind._save_to_state_dict, kind.get_extra_state)
+    hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+    return own == (
+        nn.Module.state_dict,
+        nn.Module._save_to_state_dict,
+        nn.Module.get_extra_state,
+    ) and all((getattr(hook, "__module__", None) or "").startswith("torch.") for hook in hooks)
+
+
+def _tensors(value: nn.Module | torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.optim.Optimizer):
+        for state in value.state.values():
+            yield from state.values()
+    else:
+        yield from value.parameters()
+        yield from value.buffers()
+
+
+def _looks(value: nn.Module | torch.optim.Optimizer) -> list[Any]:
+    """Plain data that is equal to what it was before only if a walk finds what it found before."""
+    looks: list[Any] = []
+    if isinstance(value, torch.optim.Optimizer):
+        for group in value.param_groups:
+            looks += [len(group["params"]), *map(id, group["params"])]
+        for parameter, state in value.state.items():
+            looks += [id(parameter), *state]
+            looks += map(_memory, state.values())
+        looks += [len(value._optimizer_state_dict_pre_hooks), len(value._optimizer_state_dict_post_hooks)]
+        return looks
+    for child in value.modules():
+        looks += [id(child), *child._modules, *child._non_persistent_buffers_set]
+        looks += [*child._state_dict_hooks, *child._state_dict_pre_hooks]
+        for held in (child._parameters, child._buffers):
+            looks += held
+            looks += map(_memory, held.values())
+    return looks
+
+
+def _memory(tensor: object) -> Any:
+    """Which object it is, and where and how its elements lie."""
+    if not isinstance(tensor, torch.Tensor):
+        return id(tensor)
+    if isinstance(tensor, DTensor):
+        local = tensor._local_tensor
+        layout: Any = id(tensor._spec)
+    else:
+        local, layout = tensor, tensor.device
+    return id(tensor), local.data_ptr(), local.shape, local.stride(), local.dtype, layout
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage().data_ptr()
