@@ -67,15 +67,14 @@ class SaveHandle:
 
     def note(self, tier: str, error: BaseException | None = None, *, committed: bool = False) -> None:
         """Note what became of this rank's part in a tier. Later word about the same tier is ignored."""
+        state = self._states[tier]
+        if state.is_over:
+            return
+        if error is not None:
+            _log.error("saving %s failed: %s", self._where(tier), error)
         with self._changed:
-            state = self._states[tier]
-            if state.is_over:
-                return
             state.is_over, state.error, state.is_committed = True, error, committed or tier == MEMORY
             self._changed.notify_all()
-        if error is not None:
-            where = self._places[tier].url if tier in self._places else f"step {self.step} in memory"
-            _log.error("saving %s failed: %s", where, error)
 
     def settle(self, *, failed: bool) -> None:
         """Note what became of it, as all ranks know once none is at work on it any more.
@@ -119,5 +118,7 @@ class SaveHandle:
             except Exception as error:
                 state.error = error
         if state.error is not None:
-            where = self._places[tier].url if tier in self._places else f"step {self.step} in memory"
-            raise SaveError(f"saving {where} failed: {state.error}") from state.error
+            raise SaveError(f"saving {self._where(tier)} failed: {state.error}") from state.error
+
+    def _where(self, tier: str) -> str:
+        return self._places[tier].url if tier in self._places else f"step {self.step} in memory"

@@ -15,6 +15,9 @@ from shardckpt.memo import Memo
 from shardckpt.state import FlatState, flatten
 
 
+ONE = torch.ones(1)
+
+
 class Net(nn.Module):
     """Parameters, buffers that are saved and that are not, a module inside."""
 
@@ -124,7 +127,7 @@ def _second_model(state: dict[str, Any]) -> None:
 
 
 def _hook(state: dict[str, Any]) -> None:
-    state["net"].register_state_dict_post_hook(lambda _m, tree, _p, _l: tree.update(one=torch.ones(1)))
+    state["net"].register_state_dict_post_hook(lambda _m, tree, _p, _l: tree.update(one=ONE))
 
 
 def _optimizer_hook(state: dict[str, Any]) -> None:
