@@ -263,7 +263,7 @@ CONTRACT = """
     names = ("RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_NAME "
              "ROLE_RANK ROLE_WORLD_SIZE MASTER_ADDR TORCHELASTIC_RESTART_COUNT "
              "TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE "
-             "TORCH_NCCL_ASYNC_ERROR_HANDLING OMP_NUM_THREADS LAUNCH_RUN_DIR LAUNCH_RANK_DIR "
+             "TORCH_NCCL_ASYNC_ERROR_HANDLING OMP_NUM_THREADS GLIBC_TUNABLES LAUNCH_RUN_DIR LAUNCH_RANK_DIR "
              "LAUNCH_ROUND LAUNCH_CKPT_URL LAUNCH_PROGRESS_FILE USERS_OWN").split()
     found = {name: os.environ.get(name) for name in names}
     assert pathlib.Path(os.environ["LAUNCH_RANK_DIR"]).is_dir()
@@ -299,6 +299,7 @@ def test_the_contract(job: Job, options: list[str]) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "False",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "OMP_NUM_THREADS": "1",
+        "GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x100000",
         "LAUNCH_RUN_DIR": str(run),
         "LAUNCH_RANK_DIR": str(run / "ranks/rank-00001"),
         "LAUNCH_ROUND": "1",
@@ -307,6 +308,18 @@ def test_the_contract(job: Job, options: list[str]) -> None:
         "USERS_OWN": "kept",
         "C": "1",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.cpu.x86_non_temporal_threshold=0x100000"),
+        ("glibc.cpu.x86_non_temporal_threshold=0x4040", "glibc.cpu.x86_non_temporal_threshold=0x4040"),
+    ],
+)
+def test_tunables_of_the_user_stay(job: Job, given: str, found: str) -> None:
+    job.environment["GLIBC_TUNABLES"] = given
+    assert job.run("--", "sh", "-c", "echo $GLIBC_TUNABLES").out == f"[0] {found}\n"
 
 
 def test_programs_get_the_contract_and_default_signals(job: Job) -> None:
