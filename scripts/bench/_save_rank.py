@@ -231,7 +231,9 @@ class Bench:
         self.state.wipe()
         seconds = self.seconds(lambda: tiers.append(candidate.recall()))
         self.state.check()
-        return {"recall": seconds} if tiers == ["memory"] else {}
+        if tiers != ["memory"]:
+            print(f"rank {self.world.rank} recalled from {tiers}, not from memory", file=sys.stderr)
+        return {"recall" if tiers == ["memory"] else "recall_elsewhere": seconds}
 
     def _save(self, candidate: Candidate, step: int, prefix: str, *, spoil: bool) -> dict[str, float]:
         """A save; with `spoil` the state is destroyed as soon as it may change, for a load to show the truth."""

@@ -122,7 +122,8 @@ def _loads(
             line += [_seconds(there.get(what)), _ratio(there.get(what), of.get(what))]
             line.append(_ratio(_best(other, what), there.get(what)) if word == _OURS else "")
         recall = of.get("recall")
-        line += [_seconds(recall), _ratio(limits.get("copy"), recall), _gigabytes(of.get("load_memory"))]
+        line.append("not memory" if "recall_elsewhere" in of else _seconds(recall))
+        line += [_ratio(limits.get("copy"), recall), _gigabytes(of.get("load_memory"))]
         lines.append(line)
     return _table(head, lines)
 
