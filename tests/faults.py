@@ -1,14 +1,42 @@
-"""A storage that fails on demand, and remembers what it was asked."""
+"""Storages that fail on demand, and remember what they were asked; savers that have such storages."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import multiprocessing
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from shardckpt.storage import Storage
+import pytest
+
+from shardckpt.saver import wire
+from shardckpt.saver.server import Saver
+from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.protocol import Before
 
-__all__ = ["FailingOnce", "FaultyStorage", "Killed"]
+__all__ = [
+    "Death",
+    "FailingOnce",
+    "FaultyStorage",
+    "HookedStorage",
+    "Killed",
+    "Opener",
+    "SaverHost",
+    "SaverThread",
+    "saver_host",
+    "saver_thread",
+]
+
+Opener = Callable[[str, dict[str, Any] | None], Storage]
 
 
 class Killed(BaseException):
@@ -122,3 +150,228 @@ class FailingOnce(FaultyStorage):
             super()._enter(method, path, mutates=mutates)
         finally:
             self._log.dead = False
+
+
+class HookedStorage(FaultyStorage):
+    """Calls `hook(method, path)` before each call, which may wait, or raise what is to go wrong.
+
+    `path` is relative to the outermost folder.
+    """
+
+    def __init__(self, inner: Storage, hook: Callable[[str, str], object]) -> None:
+        super().__init__(inner)
+        self._hook = hook
+
+    def at(self, path: str) -> HookedStorage:
+        below = HookedStorage(self._inner.at(path), self._hook)
+        below._log, below._folder = self._log, self._name(path)
+        return below
+
+    def _enter(self, method: str, path: str, *, mutates: bool = False) -> None:
+        self._hook(method, self._name(path))
+        super()._enter(method, path, mutates=mutates)
+
+
+# -- savers
+
+
+@dataclass(frozen=True)
+class Death:
+    """When a saver's process ends, by SIGKILL: in the N-th of those calls that change the tier at `url`.
+
+    kind:
+        "before": before that storage call.
+        "within": in the middle of it: half a pack is there, or half a folder is gone; or, where a storage call is
+            all or nothing, when it is done and the saver does not know yet.
+        "system": before the N-th system call that changes something in the tier's folder.
+    """
+
+    url: str
+    number: int
+    kind: str
+
+    def opener(self, url: str, options: dict[str, Any] | None) -> Storage:
+        """Opens storages as a saver does that dies so."""
+        storage = open_storage(url, options)
+        return _Deadly(storage, self) if url == self.url and self.kind != "system" else storage
+
+    def lie_in_wait(self) -> None:
+        """Have this process die so, if it is in a system call."""
+        if self.kind == "system":
+            count = itertools.count(1)
+            sys.addaudithook(lambda event, args: self._look(event, args, count))
+
+    def _look(self, event: str, args: tuple[Any, ...], count: Iterator[int]) -> None:
+        if event == "open":
+            changes = bool(args[2] & (os.O_CREAT | os.O_TRUNC))
+        else:
+            changes = event in ("os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.link")
+        if changes and str(args[0]).startswith(self.url) and next(count) == self.number:
+            _die()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Deadly(FaultyStorage):
+    """Ends the process in its N-th mutating call."""
+
+    def __init__(self, inner: Storage, death: Death) -> None:
+        super().__init__(inner)
+        self._death = death
+        self._count = itertools.count(1)
+
+    def at(self, path: str) -> _Deadly:
+        below = _Deadly(self._inner.at(path), self._death)
+        below._count = self._count
+        return below
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        with self._dying(lambda: self._inner.write(path, data)):
+            super().write(path, data)
+
+    def create(self, path: str, data: bytes) -> None:
+        with self._dying(lambda: self._inner.create(path, data)):
+            super().create(path, data)
+
+    def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
+        with self._dying(lambda: self._inner.write_pack(path, buffer[: len(buffer) // 2])):
+            super().write_pack(path, buffer, before)
+
+    def delete(self, path: str) -> None:
+        with self._dying(lambda: self._inner.delete(path)):
+            super().delete(path)
+
+    def delete_tree(self, path: str) -> None:
+        with self._dying(lambda: self._delete_half(path)):
+            super().delete_tree(path)
+
+    def _delete_half(self, path: str) -> None:
+        for name in self._inner.list(path)[:2]:
+            self._inner.delete_tree(f"{path}/{name}" if path else name)
+            self._inner.delete(f"{path}/{name}" if path else name)
+
+    @contextlib.contextmanager
+    def _dying(self, in_part: Callable[[], object]) -> Iterator[None]:
+        if next(self._count) == self._death.number:
+            if self._death.kind == "within":
+                in_part()
+            _die()
+        yield
+
+
+class SaverHost:
+    """What an agent is to its saver: holds the address, starts it, and starts another when it was killed."""
+
+    def __init__(self, context: multiprocessing.context.BaseContext) -> None:
+        self.address = f"test-saver-{secrets.token_hex(8)}"
+        self.deaths = 0
+        self._context = context
+        self._listener = wire.listen(self.address)
+        self._control: socket.socket | None = None
+        self._process: Any = None
+        self._watch: threading.Thread | None = None
+        self._is_over = False
+
+    def start(self, death: Death | None = None) -> None:
+        """Start a saver, which dies as told."""
+        self.deaths = 0
+        self._launch(death)
+        self._watch = threading.Thread(target=self._keep_one, daemon=True)
+        self._watch.start()
+
+    def kill(self) -> None:
+        """Kill the present saver."""
+        self._process.kill()
+
+    def drain(self, seconds: float = 30.0) -> int:
+        """Have the saver persist what is left and end. Its exit code."""
+        assert self._control is not None
+        assert self._watch is not None
+        self._control.shutdown(socket.SHUT_WR)
+        self._watch.join(seconds)
+        assert not self._watch.is_alive(), "the saver hangs"
+        self._control.close()
+        return int(self._process.exitcode)
+
+    def close(self) -> None:
+        """End it all."""
+        self._is_over = True
+        if self._watch is not None and self._watch.is_alive():
+            self.kill()
+            self._watch.join()
+        self._listener.close()
+
+    def _launch(self, death: Death | None) -> None:
+        self._control, theirs = socket.socketpair()
+        target = (self._listener, theirs, death)
+        self._process = self._context.Process(target=_serve, args=target, daemon=True)  # type: ignore[attr-defined]
+        self._process.start()
+        theirs.close()
+
+    def _keep_one(self) -> None:
+        while True:
+            self._process.join()
+            if self._process.exitcode != -signal.SIGKILL or self._is_over:
+                return
+            self.deaths += 1
+            self._launch(None)
+
+
+@contextlib.contextmanager
+def saver_host(context: multiprocessing.context.BaseContext) -> Iterator[SaverHost]:
+    """A SaverHost whose savers are for all Checkpointers of this process."""
+    host = SaverHost(context)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LAUNCH_SAVER", host.address)
+            yield host
+    finally:
+        host.close()
+
+
+def _serve(listener: socket.socket, control: socket.socket, death: Death | None) -> None:
+    os.fsync = lambda _fd: None  # what the kernel has is not lost with a process
+    if death is not None:
+        death.lie_in_wait()
+    opener = open_storage if death is None else death.opener
+    code = Saver(listener, control, opener=opener).run()
+    os._exit(code)
+
+
+class SaverThread:
+    """A saver in a thread of this process."""
+
+    def __init__(self, opener: Opener) -> None:
+        self.address = f"test-saver-{secrets.token_hex(8)}"
+        self.code: int | None = None
+        self._control, theirs = socket.socketpair()
+        saver = Saver(wire.listen(self.address), theirs, opener=opener)
+
+        def work() -> None:
+            self.code = saver.run()
+            theirs.close()
+
+        self._thread = threading.Thread(target=work, daemon=True)
+        self._thread.start()
+
+    def drain(self, seconds: float = 30.0) -> int | None:
+        """Have it persist what is left and end. Its exit code."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_WR)
+        while select.select([self._control], [], [], 0)[0] and self._control.recv(1 << 16):
+            pass
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), "the saver hangs"
+        return self.code
+
+
+@contextlib.contextmanager
+def saver_thread(opener: Opener = open_storage) -> Iterator[SaverThread]:
+    """A saver for all Checkpointers of this process, which ends when they are closed."""
+    saver = SaverThread(opener)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAUNCH_SAVER", saver.address)
+        yield saver
+    saver.drain()

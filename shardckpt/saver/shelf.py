@@ -260,6 +260,9 @@ class Shelf:
             )
         buffer.snapshot = held
         held.parts[stage.rank] = Part(trainer, stage, buffer, plan)
+        if self._is_hopeless(held):
+            self.abandon(stage.id)
+            return None
         return held
 
     def abandon(self, save_id: str) -> Held | None:
@@ -275,6 +278,7 @@ class Shelf:
     def forget(self, trainer: Trainer) -> list[Held]:
         """A trainer is gone. Returns the saves that will not be whole for that, which are given up."""
         lost = []
+        self._trainers.discard(trainer)
         if trainer.writing not in self.snapshots:
             self.abandon(trainer.writing)
         for held in list(self.snapshots.values()):
@@ -282,11 +286,10 @@ class Shelf:
             takes_part = held.id == trainer.writing or any(
                 p.trainer is trainer for p in held.parts.values()
             )
-            if takes_part and not held.is_whole:
+            if not held.is_whole and (takes_part or self._is_hopeless(held)):
                 self.abandon(held.id)
                 lost.append(held)
         self.take_back(trainer)
-        self._trainers.discard(trainer)
         return lost
 
     def tidy(self, run: str, *, everyone_is_served: bool) -> None:
@@ -342,6 +345,12 @@ class Shelf:
         return own < trainer.snapshots and all(
             self.owned(other) or not other.wanted for other in self._trainers if other.run == trainer.run
         )
+
+    def _is_hopeless(self, held: Held) -> bool:
+        """Whether fewer trainers live than parts are lacking: one has died before it began its own."""
+        others = {other for other in self._trainers if other.run == held.run}
+        others -= {part.trainer for part in held.parts.values()}
+        return len(held.parts) + len(others) < held.local_ranks
 
     def _may_go(self, held: Held | None, trainer: Trainer) -> bool:
         """Whether a snapshot may be given up once this trainer begins its next save."""
