@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 _HEADER = struct.Struct("<QI")  # length of what follows, number of descriptors that come along
+_DESCRIPTOR = struct.Struct("i")
 _LONGEST = 1 << 32
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _MAX_FDS = 250  # of one message; the kernel's limit is 253
@@ -258,13 +259,15 @@ class Channel:
         if not wait and not select.select([self._socket], [], [], 0)[0]:
             raise BlockingIOError  # recvmsg with a timeout would wait first
         try:
-            data, descriptors, _, _ = socket.recv_fds(
-                self._socket, _READ, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            data, ancillary, _, _ = self._socket.recvmsg(
+                _READ, socket.CMSG_SPACE(_MAX_FDS * _DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
             )
         except ConnectionError:
             return False
         self._data += data
-        self._descriptors += descriptors
+        for _, _, content in ancillary:  # whole descriptors, even where the kernel had to cut the rest off
+            whole = len(content) // _DESCRIPTOR.size * _DESCRIPTOR.size
+            self._descriptors += [fd for (fd,) in _DESCRIPTOR.iter_unpack(content[:whole])]
         return bool(data)
 
     def next_message(self) -> tuple[Any, list[int]] | None:
