@@ -95,7 +95,7 @@ class Shardckpt(Candidate):
         return {"model": self.state.model, "optimizer": self.state.optimizer}
 
     def prepare(self) -> None:
-        self._manager = shardckpt.Checkpointer(self.folder, every_steps=_NEVER, keep_last=2)
+        self._manager = self._open()
         self._manager.restore(self._objects)
         self._manager.step(1, self._objects)
 
@@ -106,13 +106,17 @@ class Shardckpt(Candidate):
         shardckpt.load(self.folder, self._objects)
 
     def recall(self) -> str:
-        loaded = shardckpt.Checkpointer(self.folder).restore(self._objects)
+        with self._open() as manager:
+            loaded = manager.restore(self._objects)
         assert loaded is not None
         return loaded.tier
 
     def close(self) -> None:
         self._manager.close()
         del self._manager
+
+    def _open(self) -> shardckpt.Checkpointer:
+        return shardckpt.Checkpointer(self.folder, every_steps=_NEVER, keep_last=2)
 
 
 class Dcp(Candidate):
