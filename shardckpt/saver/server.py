@@ -161,8 +161,8 @@ class Saver:
     def _patience(self) -> float | None:
         if self._is_draining and not self._has_flushed:
             return max(0.0, self._drain_until - time.monotonic())
-        if self._control is not None and self._tasks:
-            return _TELL_EVERY
+        if self._tasks:  # whose end wakes this thread
+            return None if self._control is None else _TELL_EVERY
         if self._control is None and not self._clients:
             return max(0.0, self._empty_since + self._linger - time.monotonic())
         return None

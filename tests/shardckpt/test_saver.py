@@ -929,6 +929,16 @@ def test_the_plan_changes_between_saves(saver: SaverProcess, trainers: Trainers,
     assert again.do("restore") == ("memory", 4, [])
 
 
+def test_a_saver_that_persists_waits_for_nothing_else() -> None:
+    """Even if it is to linger no longer: else it would spin until the persist is over."""
+    saver = Saver(wire.listen(f"shardckpt-test-{os.urandom(8).hex()}"), linger=0)
+    saver._empty_since = 0.0
+    assert saver._is_over()
+    saver._tasks = 1
+    assert not saver._is_over()
+    assert saver._patience() is None
+
+
 # -- beginning and end
 
 
