@@ -141,7 +141,7 @@ def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     starts = np.array([box.offsets for box in filled], dtype=np.int64)
     stops = starts + np.array([box.shape for box in filled], dtype=np.int64)
     # Sorted along the dimension that tells most boxes apart, each can meet only those right behind it.
-    axis = max(range(len(shape)), key=lambda d: len(np.unique(starts[:, d])))
+    axis = max(range(len(shape)), key=lambda d: len(set(starts[:, d].tolist())))
     order = np.argsort(starts[:, axis], kind="stable")
     starts, stops = starts[order], stops[order]
     ends = np.searchsorted(starts[:, axis], stops[:, axis])

@@ -195,9 +195,6 @@ class Checkpointer:
                 continue
             if self._ranks.rank == 0:
                 _log.info("resumed from %s (step %d, %s)", loaded.url, loaded.step, loaded.tier)
-            if self._every is not None:
-                self._session.prepare(state)
-                self._is_prepared = True
             return loaded
         if failure is not None:
             raise failure
@@ -208,8 +205,7 @@ class Checkpointer:
     ) -> SaveHandle | None:
         """Tell that `step` optimizer steps are done; saves if it is time to. Collective.
 
-        The first call prepares, if `restore` has not: it plans, and gets memory in the background, so that no
-        save has to.
+        The first call prepares: it plans, and gets memory in the background, so that no save has to.
 
         Returns the save's handle, or None if none was started: not now, or because those before take up all
         the memory there is for saves, which is logged. Safe to change the state when it returns. A save that

@@ -102,7 +102,9 @@ class _Memory:
         return min(self._packs[number].nbytes, self._manifest.packs[number].size)
 
     def read(self, number: int, start: int, stop: int) -> memoryview:
-        return self._packs[number][start:stop]
+        content = np.frombuffer(self._packs[number], dtype=np.uint8)[start:stop]
+        populate(content)  # at once, and not page by page
+        return content.data
 
     def drop(self, number: int, start: int, stop: int) -> None:
         pass  # the memory is another's

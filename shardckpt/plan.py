@@ -219,8 +219,9 @@ def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _Held]:
             for box in boxes:
                 tensor.holders.setdefault(box, []).append(rank)
     for name, tensor in held.items():
-        _check_tiling(name, tensor)
         tensor.grid = _grid(tensor.shape, list(tensor.holders))
+        if tensor.grid is None or len(tensor.holders) != _count_cells(tensor.shape, tensor.grid):
+            _check_tiling(name, tensor)
         if tensor.first_holder:
             tensor.holders = {box: ranks[:1] for box, ranks in tensor.holders.items()}
     for tensor in held.values():
@@ -252,7 +253,7 @@ def _check_tiling(name: str, tensor: _Held) -> None:
 
 
 def _grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[int, ...] | None:
-    """The chunk shape whose regular grid the boxes are, or None. The boxes tile the shape."""
+    """The chunk shape of whose regular grid each box is a cell, or None."""
     if not boxes:
         return tuple(max(1, n) for n in shape)
     chunk = tuple(max(box.shape[d] for box in boxes) for d in range(len(shape)))
@@ -261,6 +262,10 @@ def _grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[int, ...] | Non
             if o % c or n != min(c, size - o):
                 return None
     return chunk
+
+
+def _count_cells(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
+    return math.prod(-(-n // c) for n, c in zip(shape, grid, strict=True))
 
 
 def _arrays(tensor: _Held) -> tuple[Array, ...]:
