@@ -186,7 +186,7 @@ def load_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> None:
 context = multiprocessing.get_context("forkserver")
 """Starts processes quickly: they are forked from a server that has imported torch."""
 # torch._dynamo is what parallel modules import when they are first used
-context.set_forkserver_preload(["tests.worlds", "tests.parallel", "tests.faults", "torch._dynamo"])
+context.set_forkserver_preload(["tests.worlds", "tests.parallel", "tests.faults", "torch._dynamo", "s3fs"])
 
 
 def run_processes(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

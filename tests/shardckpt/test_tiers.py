@@ -28,7 +28,7 @@ from shardckpt.loading import Loaded
 from shardckpt.runs import BAD, iter_places
 from shardckpt.storage import Storage, open_storage
 from tests.faults import HookedStorage, saver_thread
-from tests.servers import S3Server
+from tests.servers import S3Server, faulty_proxy
 from tests.worlds import outcomes
 
 LIMIT = 30.0
@@ -560,3 +560,81 @@ def test_a_real_disk_that_refuses(kind: str, tiers: Tiers) -> None:
             shardckpt.open(tiers.local).verify()
     finally:
         subprocess.run(["umount", "-l", tiers.local], check=True)
+
+
+# -- object storage
+
+
+@pytest.mark.parametrize("fault", [503, 429, "lose", "refuse"])
+@pytest.mark.parametrize("name", ["data.pack", "part.json", "refs.json", "manifest.json"])
+def test_requests_that_fail_for_a_while(
+    name: str, fault: str | int, moto_s3: S3Server, tmp_path: Path
+) -> None:
+    """Each is made again, and the save is durable; an answer that was lost is not taken for another's writer."""
+    left = [2]
+
+    def faults(method: str, path: str) -> str | int | None:
+        if method != "PUT" or name not in path or not left[0]:
+            return None
+        left[0] -= 1
+        return fault
+
+    with faulty_proxy(moto_s3.endpoint) as proxy, saver_thread():
+        proxy.faults = faults
+        url, options = moto_s3.url(), {**moto_s3.options, "endpoint_url": proxy.endpoint}
+        checkpointer = Checkpointer(url, local=tmp_path, storage_options=options, snapshots=2)
+        save(checkpointer, 1)
+        checkpointer.close()
+        assert left == [0]
+    state = state_at(0)
+    assert shardckpt.load(url, state, storage_options=moto_s3.options).step == 1
+    assert torch.equal(state["weight"], state_at(1)["weight"])
+
+
+@pytest.mark.parametrize("name", ["data.pack", "part.json", "refs.json", "manifest.json"])
+def test_requests_that_are_refused(name: str, moto_s3: S3Server, tmp_path: Path) -> None:
+    """The save fails in that tier, which says why, and the next one is durable again."""
+    status = [403]
+    with faulty_proxy(moto_s3.endpoint) as proxy, saver_thread():
+        url, options = moto_s3.url(), {**moto_s3.options, "endpoint_url": proxy.endpoint}
+        checkpointer = Checkpointer(url, local=tmp_path, storage_options=options, snapshots=2, keep_last=1)
+        save(checkpointer, 1)
+        proxy.faults = lambda method, path: status[0] if method == "PUT" and name in path else None
+        handle = checkpointer.save(2, state_at(2))
+        handle.wait("local")
+        with pytest.raises(SaveError, match=f"{url}.*failed"):
+            handle.wait("remote")
+        with pytest.raises(SaveError):
+            checkpointer.wait()
+        root = open_storage(url, moto_s3.options)
+        assert [place.order[1] for place in iter_places(root) if place.is_committed()] == [1]
+        status.clear()
+        proxy.faults = lambda _method, _path: None
+        save(checkpointer, 3)
+        checkpointer.close()
+        assert [place.order[1] for place in iter_places(root)] == [3]
+    shardckpt.open(root).verify()
+
+
+@pytest.mark.parametrize("fault", ["cut", "reset", "flip"])
+def test_answers_that_are_spoilt(fault: str, moto_s3: S3Server, tmp_path: Path) -> None:
+    """What arrives truncated or broken is read again; with a wrong bit each time, the one before is taken."""
+    url = moto_s3.url()
+    with saver_thread():
+        checkpointer = Checkpointer(url, storage_options=dict(moto_s3.options), snapshots=0)
+        save(checkpointer, 1, 2)
+        checkpointer.close()
+    left = [1 if fault != "flip" else 100]
+
+    def faults(method: str, path: str) -> str | None:
+        if method != "GET" or "step-00000002/rank-00000/data.pack" not in path or not left[0]:
+            return None
+        left[0] -= 1
+        return fault
+
+    with faulty_proxy(moto_s3.endpoint) as proxy:
+        proxy.faults = faults
+        options = {**moto_s3.options, "endpoint_url": proxy.endpoint}
+        checkpointer = Checkpointer(url, storage_options=options, snapshots=0, local=tmp_path)
+        loaded = restored(checkpointer)
+    assert (loaded.tier, loaded.step) == ("remote", 1 if fault == "flip" else 2)
