@@ -353,11 +353,16 @@ class Shelf:
         return len(held.parts) + len(others) < held.local_ranks
 
     def _may_go(self, held: Held | None, trainer: Trainer) -> bool:
-        """Whether a snapshot may be given up once this trainer begins its next save."""
+        """Whether a snapshot may be given up once this trainer begins its next save.
+
+        Of the newest one that is so if it is durable, and the trainer has nothing else to write into.
+        """
         if held is None:
             return True
-        is_needed = trainer.snapshots > 1 and held is self.newest(held.run) and not held.is_persisted
-        return held.is_idle and held.is_whole and not is_needed
+        if trainer.snapshots > 1 and held is self.newest(held.run):
+            has_other = any(buffer.is_granted for buffer in self.owned(trainer))
+            return held.is_idle and held.is_persisted and not has_other
+        return held.is_idle and held.is_whole
 
     def _granted(self, trainer: Trainer, number: int) -> Buffer:
         buffer = self.buffers.get(number)
