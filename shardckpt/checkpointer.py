@@ -105,7 +105,8 @@ class Checkpointer:
             keep_last: how many good checkpoints to keep in each durable tier; older ones are deleted. None: all.
             snapshots: how many saves this node's memory holds, each as large as what its ranks save. With 2, one
                 can be staged while the one before is being persisted, and a crash in the middle of a copy leaves
-                the one before. 0: no saver; saves are written by a thread of each trainer, and end with it.
+                the one before. 0: no saver; saves are written by a thread of each trainer, and end with it;
+                those that would go to no durable tier are left out.
                 None: SHARDCKPT_SNAPSHOTS in the environment, or else 2.
             storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
             commit_timeout: seconds without any progress of another rank after which a save has failed.
