@@ -334,7 +334,7 @@ class Checkpointer:
                 error,
             )
             return None
-        linger = float(os.environ.get("SHARDCKPT_LINGER", _LINGER))
+        linger = _linger_from_environment()
         return SaverSink(self._root.url, tiers, snapshots, self._timeout, linger)
 
     def _claim(self) -> str:
@@ -506,6 +506,14 @@ def _is_there(place: Place) -> bool:
         return place.is_committed()
     except StorageError:
         return False
+
+
+def _linger_from_environment() -> float:
+    text = os.environ.get("SHARDCKPT_LINGER", str(_LINGER))
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"SHARDCKPT_LINGER must be a number of seconds; it is {text!r}") from None
 
 
 def _node() -> str:

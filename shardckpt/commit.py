@@ -102,14 +102,17 @@ class _Head(msgspec.Struct, frozen=True):
     values: msgspec.Raw
 
 
-def commit(place: Place, proposal: Proposal, timeout: float) -> Manifest:
+def commit(
+    place: Place, proposal: Proposal, timeout: float, is_given_up: Callable[[], bool] = lambda: False
+) -> Manifest:
     """Wait for every rank's part, then make the checkpoint exist.
 
-    Raises SaveError if a rank reports that it failed, if no further part appears for `timeout` seconds,
-    or if what the ranks wrote is not what was planned. Then there is no checkpoint.
+    Raises SaveError if a rank reports that it failed, if no further part appears for `timeout` seconds or
+    `is_given_up` says so meanwhile, or if what the ranks wrote is not what was planned. Then there is no
+    checkpoint.
     """
     storage = place.storage
-    parts = _wait_for_parts(storage, proposal, timeout)
+    parts = _wait_for_parts(storage, proposal, timeout, is_given_up)
     manifest = _assemble(proposal, parts, place.url)
     _check_packs(storage, parts)
     storage.write(REFS, encode_refs(manifest, place.url))
@@ -152,7 +155,9 @@ def was_committed(place: Place, save_id: str) -> bool:
         return False
 
 
-def _wait_for_parts(storage: Storage, proposal: Proposal, timeout: float) -> list[Part]:
+def _wait_for_parts(
+    storage: Storage, proposal: Proposal, timeout: float, is_given_up: Callable[[], bool]
+) -> list[Part]:
     """The part of every rank, read from the storage."""
     parts: dict[int, Part] = {}
     count = 0
@@ -168,6 +173,11 @@ def _wait_for_parts(storage: Storage, proposal: Proposal, timeout: float) -> lis
                 parts[rank] = part
         if len(parts) == proposal.world_size:
             return [parts[rank] for rank in range(proposal.world_size)]
+        if is_given_up():
+            raise SaveError(
+                f"{storage.url}: given up, since a newer attempt saves and {proposal.world_size - len(parts)} of "
+                f"{proposal.world_size} ranks have not written their part"
+            )
     missing = [str(rank) for rank in range(proposal.world_size) if rank not in parts]
     raise SaveError(
         f"{storage.url}: rank {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} of "

@@ -66,11 +66,13 @@ def persist_save(
     proposal: Proposal | None,
     timeout: float,
     progress: Callable[[int], object] | None = None,
+    is_given_up: Callable[[], bool] = lambda: False,
 ) -> Manifest | None:
     """Make the packs durable; with a proposal (rank 0's) also commit the save, and prune. The manifest, if so.
 
     What goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
-    `progress` is called with the bytes of all packs that the storage has taken so far, from several threads.
+    `is_given_up` is asked while parts of other processes are lacking. `progress` is called with the bytes of all
+    packs that the storage has taken so far, from several threads.
     """
     place = destination.place
     taken = dict.fromkeys((pack.rank for pack in packs), 0)
@@ -105,7 +107,7 @@ def persist_save(
                 list(pool.map(persist_one, packs))
         if proposal is None:
             return None
-        manifest = commit(place, proposal, timeout)
+        manifest = commit(place, proposal, timeout, is_given_up)
     except Exception as error:
         if proposal is not None:
             report_failure(place.storage, "", save_id, error)

@@ -423,7 +423,15 @@ class Saver:
 
         def work(progress: Progress) -> None:
             destination = Destination(tier.name, Place(self._root(tier), held.path), tier.keep_last)
-            persist_save(destination, held.id, packs, _proposal(held), timeout, progress.reach)
+            persist_save(
+                destination,
+                held.id,
+                packs,
+                _proposal(held),
+                timeout,
+                progress.reach,
+                is_given_up=lambda: self._shelf.is_outdated(held),
+            )
 
         def note(error: str) -> None:
             held.tasks -= 1

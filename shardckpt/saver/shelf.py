@@ -155,6 +155,11 @@ class Shelf:
         """The run's whole snapshots."""
         return [held for held in self._of(run) if held.is_whole]
 
+    def is_outdated(self, held: Held) -> bool:
+        """Whether a later attempt of the run saves. Safe from any thread."""
+        attempt = held.order[0]
+        return any(other.order[0] > attempt for other in self._of(held.run))
+
     # -- buffers
 
     def join(self, trainer: Trainer) -> None:
@@ -320,7 +325,7 @@ class Shelf:
     # -- details
 
     def _of(self, run: str) -> list[Held]:
-        return [held for held in self.snapshots.values() if held.run == run]
+        return [held for held in list(self.snapshots.values()) if held.run == run]
 
     def _superseded(self, run: str) -> list[Held]:
         """Whole snapshots of orphans before the newest whole one that nobody reads, the oldest first.
