@@ -95,14 +95,10 @@ class Memo:
         entry = self._entries.get(path)
         return entry is not None and entry.owner() is value and entry.looks == _looks(value)
 
-    def forget_derived(self) -> None:
-        """Have everything made anew that `derived` has made."""
-        self._derived.clear()
-
     def clear(self) -> None:
         """Know nothing, and hold nothing."""
         self._entries.clear()
-        self.forget_derived()
+        self._derived.clear()
         self._modules = []
 
 

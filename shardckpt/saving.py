@@ -26,9 +26,10 @@ from shardckpt.memo import Memo
 from shardckpt.persisting import Destination, tier_of
 from shardckpt.plan import Layout, SavePlan, plan_save
 from shardckpt.ranks import Ranks, agree, current_ranks
-from shardckpt.replicas import check_replicas
+from shardckpt.replicas import Replicas
 from shardckpt.runs import Place
 from shardckpt.sinks import OwnThread, Save, Sink
+from shardckpt.staging import Copies
 from shardckpt.state import FlatState, flatten
 from shardckpt.storage import Storage, open_storage
 
@@ -84,17 +85,12 @@ class SaveSession:
         is written.
         """
         with _no_garbage_collection():
-            flat, numbers, prepared = self._prepare(state, metrics, destinations)
+            flat, numbers, prepared, copies = self._prepare(state, metrics, destinations)
             self._count += 1
             save_id = f"{self._secret}-{self._count}"
             handle = SaveHandle(save_id, step, destinations, self._timeout)
             try:
-                buffer = self._sink.begin(save_id)
-                self._memo.derived(
-                    f"copies into {id(buffer)}",
-                    [buffer, *flat.tensors],
-                    lambda: buffer.copies_from({tensor.name: tensor for tensor in flat.tensors}),
-                ).run()
+                self._sink.begin(save_id).fill(copies)
             except (SaverError, MemoryError) as error:  # this save is lost, and training is not
                 self._sink.abandon(save_id, error)
                 for tier in handle.tiers:
@@ -139,7 +135,7 @@ class SaveSession:
         state: dict[str, Any],
         metrics: Mapping[str, float] | None,
         destinations: Sequence[Destination],
-    ) -> tuple[FlatState, dict[str, float | str], _Prepared]:
+    ) -> tuple[FlatState, dict[str, float | str], _Prepared, Copies]:
         """Flatten, and plan if any rank's structure has changed; all ranks checked to agree."""
         error: Exception | None = None
         flat = FlatState([], None, {})
@@ -166,10 +162,13 @@ class SaveSession:
             self._raise_values_differ(flat)
         fresh = bool(changed) or differ[2] != -differ[3]
         prepared = self._plan(layouts) if fresh or self._prepared is None else self._prepared
-        tensors = {tensor.name: tensor for tensor in flat.tensors}
-        check_replicas(prepared.plan, tensors, self._ranks, whole=fresh)
+        plan, rank = prepared.plan, self._ranks.rank
+        inputs = [plan, *flat.tensors]
+        replicas = self._memo.derived("replicas", inputs, lambda: Replicas(plan, flat.tensors, rank))
+        replicas.check(self._ranks, whole=fresh)
         self._prepared = prepared  # kept only once its replicas have been compared whole
-        return flat, numbers, prepared
+        copies = self._memo.derived("copies", inputs, lambda: Copies(plan.writes(rank), flat.tensors))
+        return flat, numbers, prepared, copies
 
     def _plan(self, layouts: list[Layout]) -> _Prepared:
         encoded = self._ranks.gather(msgspec.msgpack.encode(layouts))
@@ -177,7 +176,6 @@ class SaveSession:
         if not self._secret:  # what makes the names of this session's saves unique
             self._secret = self._ranks.broadcast(secrets.token_hex(16).encode()).decode()
         self._prepared = None
-        self._memo.forget_derived()  # it holds the buffers
         local_ranks = self._prepare_sink(plan)
         return _Prepared(layouts, plan, local_ranks)
 

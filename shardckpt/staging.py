@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,24 +26,18 @@ _PAGE = 4096
 
 
 class StagingBuffer:
-    """Memory for one rank's pack, and the chunks' places in it as tensors."""
+    """Memory for one rank's pack."""
 
     def __init__(self, writes: Sequence[ChunkWrite], size: int, memory: mmap.mmap | None = None) -> None:
         """Room for a pack of `size` bytes with these chunks: in `memory`, or in new memory of this process."""
         self.size = size
         self._is_own = memory is None
         self._map = _own_memory(size) if memory is None else memory
-        self._lock = threading.Lock()
-        self._is_clean = False
-        self._is_pinned = False
-        self._is_touched = not self._is_own
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._writes = tuple(writes)
-        self._whole = [chunk_view(self._bytes, write.offset, write.dtype, write.chunk) for write in writes]
-        self._views = [
-            view[tuple(slice(0, n) for n in write.box.shape)]
-            for write, view in zip(writes, self._whole, strict=True)
-        ]
+        self._writes = writes
+        self._lock = threading.Lock()
+        self._is_pinned = False
+        self._is_touched = self._is_clean = False
 
     @property
     def content(self) -> memoryview:
@@ -53,19 +47,48 @@ class StagingBuffer:
     def touch(self) -> None:
         """Have the kernel provide the memory, which takes several times as long as a later copy into it."""
         with self._lock:
-            if not self._is_touched:
+            if self._is_own and not self._is_touched:
                 self._bytes.zero_()
                 self._is_touched = True
 
-    def copies_from(self, tensors: Mapping[str, LocalTensor]) -> Copies:
-        """What is to be copied to fill this buffer, worked out once for any number of times."""
-        copies = Copies(self)
-        for write, view in zip(self._writes, self._views, strict=True):
-            tensor = tensors[write.name]
-            copies.add(tensor.data[local_slices(tensor, write.box)], view)
-        return copies
+    def fill(self, copies: Copies) -> None:
+        """Copy the live tensors here; when it returns, they may change again."""
+        with self._lock, torch.no_grad():
+            self._is_touched = True
+            self._clean()
+            base = self._bytes.data_ptr()
+            for offset, source, nbytes in copies.plain:
+                ctypes.memmove(base + offset, source, nbytes)  # twice as fast as what torch does here
+            for device, others in copies.others.items():
+                is_gpu = device.type == "cuda"
+                if is_gpu:
+                    self._pin()
+                targets = [self._target(write) for write, _ in others]
+                torch._foreach_copy_(targets, [source for _, source in others], non_blocking=is_gpu)
+                if is_gpu:
+                    torch.cuda.current_stream(device).synchronize()
 
-    def pin(self) -> None:
+    def _target(self, write: ChunkWrite) -> torch.Tensor:
+        """Where a chunk's elements go; what lies beyond its box is padding."""
+        chunk = chunk_view(self._bytes, write.offset, write.dtype, write.chunk)
+        return chunk[tuple(slice(0, n) for n in write.box.shape)]
+
+    def _clean(self) -> None:
+        """Zero what no copy writes to, where another pack may have been."""
+        if self._is_clean:
+            return
+        self._is_clean = True
+        if self._is_own:
+            return
+        base, end = self._bytes.data_ptr(), 0
+        for write in self._writes:
+            is_padded = write.box.shape != write.chunk
+            stop = write.offset + (write.nbytes if is_padded else 0)
+            ctypes.memset(base + end, 0, stop - end)
+            end = write.offset + write.nbytes
+        ctypes.memset(base + end, 0, self.size - end)
+
+    def _pin(self) -> None:
         """Let a GPU write here without a copy in between; where the driver refuses, it makes that copy.
 
         Written by CUDA's documentation of cudaHostRegister, and not yet measured.
@@ -77,28 +100,28 @@ class StagingBuffer:
             if not int(runtime.cudaHostRegister(address, self._bytes.nbytes, 0)):
                 weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
-    @contextlib.contextmanager
-    def exclusively(self) -> Iterator[None]:
-        """While something is copied into this buffer."""
-        with self._lock:
-            self._is_touched = True
-            self._clean()
-            yield
 
-    def _clean(self) -> None:
-        """Zero what lies between and behind the chunks' elements, where another pack may have been."""
-        if self._is_clean:
-            return
-        self._is_clean = True
-        if self._is_own:
-            return
-        end = 0
-        for write, whole, view in zip(self._writes, self._whole, self._views, strict=True):
-            self._bytes[end : write.offset].zero_()
-            if view.shape != whole.shape:
-                whole.zero_()
-            end = write.offset + write.nbytes
-        self._bytes[end : self.size].zero_()
+class Copies:
+    """What is copied into a staging buffer: worked out once, for any number of saves and buffers.
+
+    Attributes:
+        plain: (offset in the pack, address, bytes) of what is copied as it lies in memory.
+        others: by device, the chunks to copy element by element, each with its live tensor.
+    """
+
+    def __init__(self, writes: Sequence[ChunkWrite], tensors: Sequence[LocalTensor]) -> None:
+        self.plain: list[tuple[int, int, int]] = []
+        self.others: dict[torch.device, list[tuple[ChunkWrite, torch.Tensor]]] = {}
+        self._kept: list[torch.Tensor] = []  # whose addresses are in `plain`
+        by_name = {tensor.name: tensor for tensor in tensors}
+        for write in writes:
+            tensor = by_name[write.name]
+            source = tensor.data[local_slices(tensor, write.box)]
+            if _is_plain(source) and write.box.shape[1:] == write.chunk[1:]:
+                self.plain.append((write.offset, source.data_ptr(), source.nbytes))
+                self._kept.append(source)
+            else:
+                self.others.setdefault(source.device, []).append((write, source))
 
 
 def _own_memory(size: int) -> mmap.mmap:
@@ -108,39 +131,6 @@ def _own_memory(size: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
-
-
-class Copies:
-    """Live tensors and the places in a staging buffer that they are copied to."""
-
-    def __init__(self, buffer: StagingBuffer) -> None:
-        self._buffer = buffer
-        self._moves: list[tuple[int, int, int]] = []
-        self._kept: list[torch.Tensor] = []  # whose addresses are in _moves
-        self._others: dict[torch.device, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-
-    def add(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Note one more copy, between tensors of one shape and type."""
-        if _is_plain(source) and _is_plain(target):
-            self._moves.append((target.data_ptr(), source.data_ptr(), source.nbytes))
-            self._kept += [source, target]
-        else:
-            targets, sources = self._others.setdefault(source.device, ([], []))
-            targets.append(target)
-            sources.append(source)
-
-    def run(self) -> None:
-        """Copy. When it returns, the live tensors may change again."""
-        with self._buffer.exclusively(), torch.no_grad():
-            for target, source, nbytes in self._moves:
-                ctypes.memmove(target, source, nbytes)  # twice as fast as what torch does here
-            for device, (targets, sources) in self._others.items():
-                is_gpu = device.type == "cuda"
-                if is_gpu:
-                    self._buffer.pin()
-                torch._foreach_copy_(targets, sources, non_blocking=is_gpu)
-                if is_gpu:
-                    torch.cuda.current_stream(device).synchronize()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -26,7 +26,7 @@ from shardckpt.ranks import Alone, Ranks
 from shardckpt.reader import fill
 from shardckpt.runs import Place, read_manifest
 from shardckpt.saving import SaveHandle, SaveSession
-from shardckpt.staging import StagingBuffer
+from shardckpt.staging import Copies, StagingBuffer
 from shardckpt.state import FlatState
 from shardckpt.storage import Storage
 from shardckpt.writer import persist
@@ -168,7 +168,7 @@ def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[S
     place = Place(root)
     for rank, tensors in enumerate(world):
         buffer = StagingBuffer(plan.writes(rank), plan.pack_sizes[rank])
-        buffer.copies_from({tensor.name: tensor for tensor in tensors}).run()
+        buffer.fill(Copies(plan.writes(rank), tensors))
         persist(root, buffer.content, plan.writes(rank), save_id="test", rank=rank, per_rank={})
     values = {tensor.name: {"$tensor": tensor.name} for tensor in plan.tensors}
     return plan, commit(place, Proposal("test", 1, 0, {}, values, plan), LIMIT)

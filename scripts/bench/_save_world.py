@@ -110,6 +110,7 @@ def _one_world(
     store, log = (Path(settings["folder"], f"{name}-{mark}") for name in ("store", "log"))
     reader, writer = os.pipe()
     environment = {
+        "GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x100000",  # as `launch` does
         **os.environ,
         MARK: mark,
         "WORLD_SIZE": str(ranks),
