@@ -179,7 +179,8 @@ def main() -> None:
         step = at.step if at else 0
         if at and rank == 0:
             print(
-                f"resumed at step {step} from {at.url}, saved by {at.world_size} ranks, {at.seconds:.2f} s"
+                f"resumed at step {step} from {at.tier}: {at.url}, saved by {at.world_size} ranks, "
+                f"{at.seconds:.2f} s"
             )
         saved = at
         while step < args.steps:
