@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,32 +14,15 @@ from typing import Any, Self
 
 import msgspec
 
-from shardckpt.errors import (
-    CheckpointError,
-    CorruptError,
-    FormatError,
-    NotACheckpointError,
-    SaverError,
-    StorageError,
-    UnknownVersionError,
-)
-from shardckpt.handle import MEMORY
-from shardckpt.loading import Loaded, load_place, load_source
+from shardckpt.errors import SaverError, StorageError
+from shardckpt.loading import Loaded
 from shardckpt.persisting import Destination, tier_of
 from shardckpt.progress import ProgressFile
 from shardckpt.ranks import Ranks, agree, current_ranks
-from shardckpt.recall import find_snapshots, recall
-from shardckpt.runs import (
-    BAD,
-    Place,
-    attempt_number,
-    checkpoint_order,
-    claim_attempt,
-    iter_good,
-    step_path,
-)
+from shardckpt.restoring import Newest
+from shardckpt.runs import Place, attempt_number, claim_attempt, step_path
 from shardckpt.saver.client import SaverClient
-from shardckpt.saver.wire import Snapshot, Tier
+from shardckpt.saver.wire import Tier
 from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
 from shardckpt.sinks import OwnThread, SaverSink, Sink
 from shardckpt.storage import Storage, open_storage
@@ -171,35 +153,9 @@ class Checkpointer:
         """
         started = time.monotonic()
         self._claim()
-        client = self._client()
-        failure: CheckpointError | StorageError | None = None
-        for candidate in self._candidates(client):
-            try:
-                loaded = self._load(candidate, client, state, strict=strict, started=started)
-            except UnknownVersionError:
-                raise  # nothing is wrong with it, and going back silently would lose work
-            except NotACheckpointError:
-                continue  # pruned since it was listed
-            except StorageError as error:
-                if candidate.snapshot is not None or candidate.tier == len(self._tiers) - 1:
-                    raise
-                failure = error
-                if self._ranks.rank == 0:
-                    _log.warning("%s; going on without what the local tier has of it", error)
-                continue
-            except (CorruptError, FormatError) as error:
-                failure = error
-                if self._ranks.rank == 0:
-                    _log.warning("%s; going on with the checkpoint before it", error)
-                    if candidate.snapshot is None:
-                        _mark_bad(self._place(candidate), error)
-                continue
-            if self._ranks.rank == 0:
-                _log.info("resumed from %s (step %d, %s)", loaded.url, loaded.step, loaded.tier)
-            return loaded
-        if failure is not None:
-            raise failure
-        return None
+        tiers = [(tier.name, tier.root) for tier in self._tiers]
+        newest = Newest(self.url, tiers, self._client(), self._ranks)
+        return newest.load(state, strict=strict, started=started)
 
     def step(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
@@ -375,102 +331,6 @@ class Checkpointer:
             _log.warning("no snapshots in memory: %s", error)
             return None
 
-    def _load(
-        self,
-        candidate: _Candidate,
-        client: SaverClient | None,
-        state: dict[str, Any],
-        *,
-        strict: bool,
-        started: float,
-    ) -> Loaded:
-        if candidate.snapshot is None:
-            place = self._place(candidate)
-            tier = self._tiers[candidate.tier].name
-            return load_place(place, state, self._ranks, strict=strict, started=started, tier=tier)
-        url = self._root.at(candidate.path).url
-        try:
-            recalled = recall(client, candidate.snapshot, url, self._ranks)
-            if recalled is None:
-                raise NotACheckpointError(f"the snapshot of {url} is in no memory any more")
-            manifest, packs = recalled
-            return load_source(
-                packs, manifest, state, self._ranks, strict=strict, started=started, tier=MEMORY
-            )
-        finally:
-            if client is not None:
-                client.release()
-
-    def _place(self, candidate: _Candidate) -> Place:
-        return Place(self._tiers[candidate.tier].root, candidate.path)
-
-    def _candidates(self, client: SaverClient | None) -> Iterator[_Candidate]:
-        """What may be resumed from, the newest first, and of equal ones the nearest; the same on every rank.
-
-        Rank 0 looks, one at a time, and tells the others. Raises CorruptError if there are only checkpoints that
-        are marked as bad.
-        """
-        snapshots = find_snapshots(client, self._ranks) if self._saver is not None else []
-        candidates = self._merged(snapshots)
-        while True:
-            error: Exception | None = None
-            found: _Candidate | None = None
-            try:
-                if self._ranks.rank == 0:
-                    found = next(candidates, None)
-            except Exception as failure:
-                error = failure
-            agree(self._ranks, error)
-            told = self._ranks.broadcast(msgspec.msgpack.encode(found))
-            found = msgspec.msgpack.decode(told, type=_Candidate | None)
-            if found is None:
-                return
-            yield found
-
-    def _merged(self, snapshots: Sequence[Snapshot]) -> Iterator[_Candidate]:
-        sources = [iter([_Candidate(snapshot.path, snapshot=snapshot) for snapshot in snapshots])]
-        sources += [self._durable(number) for number in range(len(self._tiers))]
-        heads: dict[int, _Candidate] = {}
-        found = False
-        failure: CorruptError | StorageError | None = None
-        waiting = set(range(len(sources)))
-        while True:
-            for number in sorted(waiting):
-                try:
-                    head = next(sources[number], None)
-                except CorruptError as error:  # this tier has bad ones only
-                    failure = error
-                    continue
-                except StorageError as error:
-                    if number == len(sources) - 1:
-                        raise
-                    _log.warning("resuming without the local tier: %s", error)
-                    failure = error
-                    continue
-                if head is not None:
-                    heads[number] = head
-            if not heads:
-                break
-            number = max(heads, key=lambda n: (checkpoint_order(heads[n].path), -n))
-            found = True
-            yield heads.pop(number)
-            waiting = {number}
-        if failure is not None and not found:
-            raise failure
-
-    def _durable(self, number: int) -> Iterator[_Candidate]:
-        for place in iter_good(self._tiers[number].root):
-            yield _Candidate(place.path, number)
-
-
-class _Candidate(msgspec.Struct, frozen=True):
-    """Something that may be resumed from: a checkpoint in a durable tier, or a snapshot."""
-
-    path: str
-    tier: int = 0
-    """Its durable tier's number."""
-    snapshot: Snapshot | None = None
-
 
 def _check_cadence(
     every: int | None, url_every: int | None, local_every: int | None, keep_last: int | None
@@ -523,12 +383,3 @@ def _node() -> str:
     except OSError:
         boot = ""
     return f"{socket.gethostname()} {boot}"
-
-
-def _mark_bad(place: Place, error: Exception) -> None:
-    """Tell later readers that this checkpoint failed verification. Best effort."""
-    record = json.dumps({"time": time.time(), "error": str(error)})
-    try:
-        place.storage.write(BAD, record.encode())
-    except OSError as failure:
-        _log.warning("%s could not be marked as bad: %s", place.url, failure)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardckpt.errors import NotACheckpointError, ShardckptError
-from shardckpt.manifest import MANIFEST, Manifest, decode_manifest
+from shardckpt.garbage import no_garbage_collection
+from shardckpt.manifest import MANIFEST, Manifest, decode_checked, decode_manifest
 from shardckpt.packs import Source
 from shardckpt.persisting import tier_of
 from shardckpt.ranks import Ranks, agree, current_ranks
@@ -113,19 +114,20 @@ def load_source(
     tier: str,
 ) -> Loaded:
     """Load what `manifest` describes from its packs, wherever these are. Collective. Raises as `load` does."""
-    error: Exception | None = None
-    targets = Targets()
-    try:
-        targets = bind(state, manifest, ranks.rank, strict=strict)
-    except Exception as failure:  # of the state's own objects, too
-        error = failure
-    agree(ranks, error)
-    nbytes = fill(source, manifest, targets.tensors, ranks)
-    try:
-        targets.apply()
-    except ShardckptError as failure:
-        error = failure
-    agree(ranks, error)
+    with no_garbage_collection():
+        error: Exception | None = None
+        targets = Targets()
+        try:
+            targets = bind(state, manifest, ranks.rank, strict=strict)
+        except Exception as failure:  # of the state's own objects, too
+            error = failure
+        agree(ranks, error)
+        nbytes = fill(source, manifest, targets.tensors, ranks)
+        try:
+            targets.apply()
+        except ShardckptError as failure:
+            error = failure
+        agree(ranks, error)
     return Loaded(
         url=source.url,
         tier=tier,
@@ -143,13 +145,14 @@ def load_source(
 
 
 def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
-    """The manifest as rank 0 reads it, so that all ranks have the same and it is fetched once."""
+    """The manifest as rank 0 reads and checks it: all ranks have the same, and it is fetched once."""
     error: Exception | None = None
+    manifest: Manifest | None = None
     data = b""
     try:
         if ranks.rank == 0:
             data = place.storage.read(MANIFEST)
-            decode_manifest(data, place.url)
+            manifest = decode_manifest(data, place.url)
     except FileNotFoundError as failure:
         error = NotACheckpointError(
             f"{place.url} has no {MANIFEST}: no checkpoint is there, or it was deleted just now"
@@ -158,4 +161,5 @@ def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
     except Exception as failure:
         error = failure
     agree(ranks, error)
-    return decode_manifest(ranks.broadcast(data), place.url)
+    told = ranks.broadcast(data)
+    return manifest if manifest is not None else decode_checked(told)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_strided
 from shardckpt.dtypes import DTYPES
@@ -88,7 +88,7 @@ def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False)
     """
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
-        data = tensor.to_local().detach()
+        data = _local_part(tensor)
         pieces = _dtensor_pieces(tensor, name)
         held = sum(piece.box.volume for piece in pieces)
         if held != data.numel():
@@ -117,10 +117,16 @@ def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | No
         made = torch.empty_like(like, dtype=torch_dtype(dtype), requires_grad=False)
     else:
         made = torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
-    held = made.to_local() if isinstance(made, DTensor) else made
+    held = _local_part(made) if isinstance(made, DTensor) else made
     if held.is_cpu and held.layout is torch.strided:
         prefer_huge_pages(held.data_ptr(), held.nbytes)
     return made
+
+
+def _local_part(tensor: DTensor) -> torch.Tensor:
+    """What `to_local()` gives, without a graph and without what that costs."""
+    local = tensor._local_tensor
+    return (local if type(local) is torch.Tensor else tensor.to_local()).detach()
 
 
 def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
@@ -133,16 +139,8 @@ def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
     coordinate = mesh.get_coordinate()
     if coordinate is None:  # this rank is not in the tensor's mesh
         return ()
-    splits: list[tuple[int, int, int, int]] = []
-    for mesh_dim, split_factor in _splits(tensor):
-        placement = tensor.placements[mesh_dim]
-        parts, index = mesh.size(mesh_dim), coordinate[mesh_dim]
-        if isinstance(placement, Replicate):
-            continue
-        if isinstance(placement, Shard) or hasattr(placement, "split_factor"):
-            dim = placement.dim  # type: ignore[attr-defined]  # the private _StridedShard
-            splits.append((dim, parts, index, split_factor))
-        else:
+    for placement in tensor.placements:
+        if not _is_part(placement):
             remedy = (
                 "call redistribute() first" if isinstance(placement, Partial) else "replicate or shard it"
             )
@@ -150,7 +148,13 @@ def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
                 f"state[{name!r}] is a DTensor with the placement {placement!r}, which is not a part of the "
                 f"tensor; {remedy}."
             )
-    return _pieces(tuple(tensor.shape), tuple(splits))
+    splits = _splits(tensor.placements, tuple(mesh.shape), tuple(coordinate))
+    return _pieces(tuple(tensor.shape), splits)
+
+
+def _is_part(placement: Placement) -> bool:
+    """Whether the placement gives a rank all of a tensor or a part; the strided shard is a private class."""
+    return isinstance(placement, Replicate | Shard) or hasattr(placement, "split_factor")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -162,22 +166,29 @@ def _pieces(shape: tuple[int, ...], splits: tuple[tuple[int, int, int, int], ...
     return pieces_of_runs(runs)
 
 
-def _splits(tensor: DTensor) -> list[tuple[int, int]]:
-    """The mesh dimensions in the order in which they split the tensor, with the blocks that each splits.
+@lru_cache(maxsize=1 << 12)
+def _splits(
+    placements: tuple[Placement, ...], sizes: tuple[int, ...], coordinate: tuple[int, ...]
+) -> tuple[tuple[int, int, int, int], ...]:
+    """What splits a tensor on a mesh of these sizes: (dimension, parts, own part, split factor), in order.
 
-    They split from the left to the right, but a strided shard splits last what `split_factor` parts to its
-    right are already, as FSDP does after tensor parallelism. Only that order is right where a dimension
-    does not divide evenly. A factor that is no product of those parts' numbers is taken as it is.
+    Mesh dimensions split from the left to the right, but a strided shard splits last what `split_factor`
+    parts to its right are already, as FSDP does after tensor parallelism. Only that order is right where a
+    dimension does not divide evenly. A factor that is no product of those parts' numbers is taken as it is.
     """
     order: list[tuple[int, int]] = []
-    dims = [getattr(placement, "dim", None) for placement in tensor.placements]
+    dims = [getattr(placement, "dim", None) for placement in placements]
     for mesh_dim in reversed(range(len(dims))):
-        factor = int(getattr(tensor.placements[mesh_dim], "split_factor", 1))
+        factor = int(getattr(placements[mesh_dim], "split_factor", 1))
         left, at = factor, 0
         while left > 1 and at < len(order):
-            other, parts = order[at][0], tensor.device_mesh.size(order[at][0])
+            other, parts = order[at][0], sizes[order[at][0]]
             if dims[other] == dims[mesh_dim]:
                 left = left // parts if left % parts == 0 else 0
             at += 1
         order.insert(at if left == 1 else 0, (mesh_dim, 1 if left == 1 else factor))
-    return order
+    return tuple(
+        (dim, sizes[mesh_dim], coordinate[mesh_dim], factor)
+        for mesh_dim, factor in order
+        if (dim := dims[mesh_dim]) is not None
+    )

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -113,26 +114,36 @@ def plan_reads(
     for number, (name, box) in enumerate(wanted):
         tensor, starts = index[name]
         for array, start in zip(tensor.arrays, starts, strict=True):
-            if (part := box.intersect(array.box)) is None:
-                continue
-            for cell_number, cell in _cells_over(array, part):
-                overlap = cell.intersect(box)
-                assert overlap is not None
+            for cell_number, cell, source, target in _covering(array, box):
                 row = start + cell_number
                 chunks[row] = (tensor, cell, array.chunk)
-                copies[row].append(
-                    Copy(
-                        number,
-                        overlap.relative_to(cell.offsets).slices,
-                        overlap.relative_to(box.offsets).slices,
-                    )
-                )
+                copies[row].append(Copy(number, source, target))
     table = manifest.chunks
     reads = [
         Read(row, *chunks[row], table.pack[row], table.offset[row], table.crc32c[row], tuple(copies[row]))
         for row in chunks
     ]
     return sorted(reads, key=lambda read: (read.pack, read.offset, read.row))
+
+
+Slices = tuple[slice, ...]
+
+
+@lru_cache(maxsize=1 << 14)
+def _covering(array: Array, box: Box) -> tuple[tuple[int, Box, Slices, Slices], ...]:
+    """The array's cells that a box needs: number, cell, and the slices of the cell and of the box that meet.
+
+    The layers of a model are alike, so most of a load's questions have been asked before.
+    """
+    if (part := box.intersect(array.box)) is None:
+        return ()
+    found = []
+    for number, cell in _cells_over(array, part):
+        overlap = cell.intersect(box)
+        assert overlap is not None
+        source, target = overlap.relative_to(cell.offsets), overlap.relative_to(box.offsets)
+        found.append((number, cell, source.slices, target.slices))
+    return tuple(found)
 
 
 def _cells_over(array: Array, part: Box) -> Iterable[tuple[int, Box]]:

@@ -6,13 +6,11 @@ in the storage only.
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ import msgspec
 
 from shardckpt.commit import Proposal
 from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaverError, StateError
+from shardckpt.garbage import no_garbage_collection
 from shardckpt.handle import SaveHandle
 from shardckpt.memo import Memo
 from shardckpt.persisting import Destination, tier_of
@@ -84,7 +83,7 @@ class SaveSession:
         durable tiers that it goes to. Raises StateError or CheckpointExistsError, on all ranks, before anything
         is written.
         """
-        with _no_garbage_collection():
+        with no_garbage_collection():
             flat, numbers, prepared, copies = self._prepare(state, metrics, destinations)
             self._count += 1
             save_id = f"{self._secret}-{self._count}"
@@ -258,18 +257,6 @@ def save(
     Raises what `save_async` raises, and SaveError if it did not become durable.
     """
     save_async(url, state, step=step, metrics=metrics, storage_options=storage_options).wait()
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Collections would look at every object of torch, which takes longer than a save's own work."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float | str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -292,7 +292,9 @@ class _Binder:
                 f"state[{target.name!r}] is an expanded tensor, several of whose elements share their memory, so "
                 "it cannot be loaded into. Pass a clone() of it."
             )
-        self.targets.tensors.append(replace(target, name=name, is_new=is_new))
+        self.targets.tensors.append(
+            LocalTensor(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
+        )
 
     def _find(self, name: str, path: str) -> Tensor:
         if name not in self._tensors:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "shardckpt": [
-        ["errors", "dtypes", "pages", "progress", "version"],
+        ["errors", "dtypes", "garbage", "pages", "progress", "version"],
         ["box", "values", "storage", "ranks", "zarr_dtypes"],
         ["manifest", "objects"],
         ["plan", "reads", "zarr_view"],
@@ -24,7 +24,8 @@ LAYERS = {
         ["saver", "handle"],
         ["sinks", "recall"],
         ["saving", "loading", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],
-        ["checkpointer", "export", "resharding"],
+        ["restoring", "export", "resharding"],
+        ["checkpointer"],
         ["cli"],
         ["__init__", "__main__"],
     ],

@@ -1,0 +1,186 @@
+"""Restore: the newest good state of a run, from where it is nearest; the same on every rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from shardckpt.errors import (
+    CheckpointError,
+    CorruptError,
+    FormatError,
+    NotACheckpointError,
+    StorageError,
+    UnknownVersionError,
+)
+from shardckpt.handle import MEMORY
+from shardckpt.loading import Loaded, load_place, load_source
+from shardckpt.ranks import Ranks, agree
+from shardckpt.recall import find_snapshots, recall
+from shardckpt.runs import BAD, Place, checkpoint_order, iter_good
+from shardckpt.saver.client import SaverClient
+from shardckpt.saver.wire import Snapshot
+from shardckpt.storage import Storage
+
+__all__ = ["Newest"]
+
+_log = logging.getLogger("shardckpt")
+
+
+class _Candidate(msgspec.Struct, frozen=True):
+    """Something that may be resumed from: a snapshot, or the checkpoint at `path` in a durable tier."""
+
+    path: str
+    tier: int = 0
+    """The durable tier's number."""
+    snapshot: Snapshot | None = None
+
+
+class Newest:
+    """A run's states, newest first, and of equal ones the nearest first. Every rank makes one.
+
+    Args:
+        url: the run's.
+        tiers: the durable tiers, nearest first: what each is called, and its root.
+        client: this node's saver, if there is one.
+        ranks: of the job that resumes.
+    """
+
+    def __init__(
+        self, url: str, tiers: Sequence[tuple[str, Storage]], client: SaverClient | None, ranks: Ranks
+    ) -> None:
+        self._url = url
+        self._tiers = tiers
+        self._client = client
+        self._ranks = ranks
+
+    def load(self, state: dict[str, Any], *, strict: bool, started: float) -> Loaded | None:
+        """Load the newest good one into `state`; None if there is none at all. Collective.
+
+        One that fails verification is reported, marked as bad and passed over. Raises what went wrong if there
+        is no good one; UnknownVersionError for a newer one of another version, since nothing is wrong with it.
+        """
+        failure: CheckpointError | StorageError | None = None
+        for candidate in self._candidates():
+            try:
+                loaded = self._load(candidate, state, strict=strict, started=started)
+            except UnknownVersionError:
+                raise  # going back silently would lose work
+            except NotACheckpointError:
+                continue  # pruned since it was listed
+            except StorageError as error:
+                if candidate.snapshot is not None or candidate.tier == len(self._tiers) - 1:
+                    raise
+                failure = error
+                self._warn("%s; going on without what the local tier has of it", error)
+                continue
+            except (CorruptError, FormatError) as error:
+                failure = error
+                self._warn("%s; going on with the checkpoint before it", error)
+                if candidate.snapshot is None and self._ranks.rank == 0:
+                    _mark_bad(self._place(candidate), error)
+                continue
+            if self._ranks.rank == 0:
+                _log.info("resumed from %s (step %d, %s)", loaded.url, loaded.step, loaded.tier)
+            return loaded
+        if failure is not None:
+            raise failure
+        return None
+
+    def _load(
+        self, candidate: _Candidate, state: dict[str, Any], *, strict: bool, started: float
+    ) -> Loaded:
+        if candidate.snapshot is None:
+            place, tier = self._place(candidate), self._tiers[candidate.tier][0]
+            return load_place(place, state, self._ranks, strict=strict, started=started, tier=tier)
+        url = f"{self._url}/{candidate.path}"
+        try:
+            recalled = recall(self._client, candidate.snapshot, url, self._ranks)
+            if recalled is None:
+                raise NotACheckpointError(f"the snapshot of {url} is in no memory any more")
+            manifest, packs = recalled
+            return load_source(
+                packs, manifest, state, self._ranks, strict=strict, started=started, tier=MEMORY
+            )
+        finally:
+            if self._client is not None:
+                self._client.release()
+
+    def _place(self, candidate: _Candidate) -> Place:
+        return Place(self._tiers[candidate.tier][1], candidate.path)
+
+    def _candidates(self) -> Iterator[_Candidate]:
+        """What may be resumed from, in order; the same on every rank.
+
+        Rank 0 looks, one at a time, and tells the others. Raises CorruptError if there are only checkpoints that
+        are marked as bad.
+        """
+        candidates = self._merged(find_snapshots(self._client, self._ranks))
+        while True:
+            error: Exception | None = None
+            found: _Candidate | None = None
+            try:
+                if self._ranks.rank == 0:
+                    found = next(candidates, None)
+            except Exception as failure:
+                error = failure
+            agree(self._ranks, error)
+            told = self._ranks.broadcast(msgspec.msgpack.encode(found))
+            found = msgspec.msgpack.decode(told, type=_Candidate | None)
+            if found is None:
+                return
+            yield found
+
+    def _merged(self, snapshots: Sequence[Snapshot]) -> Iterator[_Candidate]:
+        """As far as rank 0 can see: the newest of what each tier has next, the nearest tier first."""
+        sources = [iter([_Candidate(snapshot.path, snapshot=snapshot) for snapshot in snapshots])]
+        sources += [self._durable(number) for number in range(len(self._tiers))]
+        heads: dict[int, _Candidate] = {}
+        failure: CorruptError | StorageError | None = None
+        found = False
+        empty = set(range(len(sources)))
+        while True:
+            for number in sorted(empty):
+                try:
+                    head = next(sources[number], None)
+                except CorruptError as error:  # this tier has bad ones only
+                    failure = error
+                    continue
+                except StorageError as error:
+                    if number == len(sources) - 1:
+                        raise
+                    _log.warning("resuming without the local tier: %s", error)
+                    failure = error
+                    continue
+                if head is not None:
+                    heads[number] = head
+            if not heads:
+                break
+            number = max(heads, key=lambda n: (checkpoint_order(heads[n].path), -n))
+            found = True
+            yield heads.pop(number)
+            empty = {number}
+        if failure is not None and not found:
+            raise failure
+
+    def _durable(self, number: int) -> Iterator[_Candidate]:
+        for place in iter_good(self._tiers[number][1]):
+            yield _Candidate(place.path, number)
+
+    def _warn(self, text: str, error: Exception) -> None:
+        if self._ranks.rank == 0:
+            _log.warning(text, error)
+
+
+def _mark_bad(place: Place, error: Exception) -> None:
+    """Tell later readers that this checkpoint failed verification. Best effort."""
+    record = json.dumps({"time": time.time(), "error": str(error)})
+    try:
+        place.storage.write(BAD, record.encode())
+    except OSError as failure:
+        _log.warning("%s could not be marked as bad: %s", place.url, failure)
