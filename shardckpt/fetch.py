@@ -7,6 +7,7 @@ looked at twice for that, so that no second copy of the state is held; remote on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -44,6 +45,7 @@ class Fetcher:
         self._sized: set[int] = set()
         self.url = self._packs.url
         self.is_near = self._packs.is_near
+        self._threads = _near_threads() if self.is_near else _THREADS
 
     def __contains__(self, pack: int) -> bool:
         """Whether this process can read the pack of this number."""
@@ -72,11 +74,12 @@ class Fetcher:
 
         groups = list(coalesced(reads, self._packs.request))
         self._check_sizes(groups)
-        in_parallel(verify, groups)
+        in_parallel(verify, groups, self._threads)
 
     def hand_over(self, reads: Iterable[Read], take: Callable[[Read], object]) -> None:
         """Hand verified chunks to `take`, and release them, as `verify` does."""
-        in_parallel(partial(self._hand_over, take), list(coalesced(reads, self._packs.request)))
+        groups = list(coalesced(reads, self._packs.request))
+        in_parallel(partial(self._hand_over, take), groups, self._threads)
 
     def fetch(self, chunks: Sequence[Stored]) -> memoryview:
         """The bytes from the first to the last of these neighbours in a pack, verified. Raises as `verify`."""
@@ -167,11 +170,18 @@ class Fetcher:
         )
 
 
-def in_parallel(function: Callable[[Any], T], work: Sequence[Any]) -> list[T]:
+def _near_threads() -> int:
+    """Threads of a rank for what needs no waiting: more than there are processors hinder each other."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    share = 2 * len(os.sched_getaffinity(0)) // max(1, int(ranks) if ranks.isdigit() else 1)
+    return max(1, min(_THREADS, share))
+
+
+def in_parallel(function: Callable[[Any], T], work: Sequence[Any], threads: int = _THREADS) -> list[T]:
     """The function's results in order; the first error is raised once everything under way has ended."""
-    if len(work) < 2:
+    if len(work) < 2 or threads == 1:
         return [function(item) for item in work]
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="shardckpt") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="shardckpt") as pool:
         futures = [pool.submit(function, item) for item in work]
         try:
             return [future.result() for future in futures]

@@ -11,7 +11,10 @@ __all__ = ["no_garbage_collection"]
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collections would look at every object of torch, which takes longer than a save's own work."""
+    """Collections would look at every object of torch, which takes longer than a save's own work.
+
+    Also a decorator of functions.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

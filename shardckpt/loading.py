@@ -85,6 +85,7 @@ def load(
     return load_place(place, state, ranks, strict=strict, started=started)
 
 
+@no_garbage_collection()
 def load_place(
     place: Place,
     state: dict[str, Any],
@@ -103,6 +104,7 @@ def load_place(
     return load_source(place, manifest, state, ranks, strict=strict, started=started, tier=tier)
 
 
+@no_garbage_collection()
 def load_source(
     source: Source,
     manifest: Manifest,
@@ -114,20 +116,19 @@ def load_source(
     tier: str,
 ) -> Loaded:
     """Load what `manifest` describes from its packs, wherever these are. Collective. Raises as `load` does."""
-    with no_garbage_collection():
-        error: Exception | None = None
-        targets = Targets()
-        try:
-            targets = bind(state, manifest, ranks.rank, strict=strict)
-        except Exception as failure:  # of the state's own objects, too
-            error = failure
-        agree(ranks, error)
-        nbytes = fill(source, manifest, targets.tensors, ranks)
-        try:
-            targets.apply()
-        except ShardckptError as failure:
-            error = failure
-        agree(ranks, error)
+    error: Exception | None = None
+    targets = Targets()
+    try:
+        targets = bind(state, manifest, ranks.rank, strict=strict)
+    except Exception as failure:  # of the state's own objects, too
+        error = failure
+    agree(ranks, error)
+    nbytes = fill(source, manifest, targets.tensors, ranks)
+    try:
+        targets.apply()
+    except ShardckptError as failure:
+        error = failure
+    agree(ranks, error)
     return Loaded(
         url=source.url,
         tier=tier,

@@ -18,6 +18,7 @@ from shardckpt.errors import (
     StorageError,
     UnknownVersionError,
 )
+from shardckpt.garbage import no_garbage_collection
 from shardckpt.handle import MEMORY
 from shardckpt.loading import Loaded, load_place, load_source
 from shardckpt.ranks import Ranks, agree
@@ -59,6 +60,7 @@ class Newest:
         self._client = client
         self._ranks = ranks
 
+    @no_garbage_collection()
     def load(self, state: dict[str, Any], *, strict: bool, started: float) -> Loaded | None:
         """Load the newest good one into `state`; None if there is none at all. Collective.
 
