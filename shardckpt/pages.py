@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["drop", "populate", "prefer_huge_pages", "writable"]
+__all__ = ["drop", "populate", "prefer_huge_pages", "provide", "writable"]
 
 _HUGE_PAGE = 2 << 20
 _MADV_WILLNEED = 3
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # since Linux 5.14
+_MADV_POPULATE_WRITE = 23
+_FEW_PAGES = 64 << 10
 
 
 def populate(content: npt.NDArray[np.uint8]) -> bool:
@@ -55,6 +57,21 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
         _advise(start, length, _MADV_HUGEPAGE)
 
 
+def provide(address: int, nbytes: int) -> None:
+    """Have memory that nobody has written to yet faulted in at once: page by page it takes twice as long.
+
+    Whether somebody has is told by its middle.
+    """
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length < _FEW_PAGES:
+        return
+    resident = ctypes.c_ubyte()
+    middle = start + length // 2 // mmap.PAGESIZE * mmap.PAGESIZE
+    if _libc().mincore(middle, mmap.PAGESIZE, ctypes.byref(resident)) == 0 and not resident.value & 1:
+        _advise(start, length, _MADV_POPULATE_WRITE)
+
+
 def writable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same memory as an array that says it can be written to. Only for who does not: torch has no other."""
     return array if array.flags.writeable else np.asarray(_Writable(array))
@@ -78,4 +95,5 @@ def _advise(start: int, length: int, advice: int) -> bool:
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     return libc

@@ -15,7 +15,7 @@ from shardckpt.fetch import Fetcher, in_parallel
 from shardckpt.local import LocalTensor, torch_dtype
 from shardckpt.manifest import Manifest
 from shardckpt.packs import Source
-from shardckpt.pages import writable
+from shardckpt.pages import provide, writable
 from shardckpt.ranks import Ranks, agree
 from shardckpt.reads import Read, plan_reads
 from shardckpt.sharing import Unit, Wants
@@ -179,6 +179,8 @@ def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: Read) -> None:
         for copy in read.copies:
             target, part = views[copy.wanted][copy.target], content[copy.source]
             if target.is_cpu and not target.is_conj() and not target.is_neg():
+                if target.is_contiguous():
+                    provide(target.data_ptr(), target.nbytes)
                 np.copyto(target.view(word).numpy(), part)  # torch's own copy takes half as long again
             else:
                 target.copy_(torch.from_numpy(writable(part)).view(dtype))
