@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_strided
 from shardckpt.dtypes import DTYPES
 from shardckpt.errors import UnsupportedValueError
+from shardckpt.objects import local_part
 from shardckpt.pages import prefer_huge_pages
 from shardckpt.plan import Layout
 
@@ -88,7 +89,7 @@ def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False)
     """
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
-        data = _local_part(tensor)
+        data = local_part(tensor).detach()
         pieces = _dtensor_pieces(tensor, name)
         held = sum(piece.box.volume for piece in pieces)
         if held != data.numel():
@@ -113,20 +114,20 @@ def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | No
 
     Where it has not, or there is none, a plain tensor in the memory of the CPU.
     """
-    if like is not None and tuple(like.shape) == shape and not like.is_meta:
-        made = torch.empty_like(like, dtype=torch_dtype(dtype), requires_grad=False)
+    kind = torch_dtype(dtype)
+    if like is None or tuple(like.shape) != shape or like.is_meta:
+        held = made = torch.empty(shape, dtype=kind, device="cpu")
+    elif isinstance(like, DTensor):
+        held = torch.empty_like(local_part(like), dtype=kind)
+        # Not empty_like(like), which works out anew for each shape how the result is sharded.
+        made = DTensor.from_local(
+            held, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
     else:
-        made = torch.empty(shape, dtype=torch_dtype(dtype), device="cpu")
-    held = _local_part(made) if isinstance(made, DTensor) else made
+        held = made = torch.empty_like(like, dtype=kind, requires_grad=False)
     if held.is_cpu and held.layout is torch.strided:
         prefer_huge_pages(held.data_ptr(), held.nbytes)
     return made
-
-
-def _local_part(tensor: DTensor) -> torch.Tensor:
-    """What `to_local()` gives, without a graph and without what that costs."""
-    local = tensor._local_tensor
-    return (local if type(local) is torch.Tensor else tensor.to_local()).detach()
 
 
 def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:

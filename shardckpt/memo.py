@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardckpt.local import LocalTensor
+from shardckpt.objects import local_part
 
 __all__ = ["Known", "Memo"]
 
@@ -158,13 +159,10 @@ def _memory(tensor: object) -> Any:
     """Which object it is, and where and how its elements lie."""
     if not isinstance(tensor, torch.Tensor):
         return id(tensor)
-    if isinstance(tensor, DTensor):
-        local = tensor._local_tensor
-        layout: Any = id(tensor._spec)
-    else:
-        local, layout = tensor, tensor.device
+    local = local_part(tensor)
+    layout: Any = id(tensor._spec) if isinstance(tensor, DTensor) else tensor.device
     return id(tensor), local.data_ptr(), local.shape, local.stride(), local.dtype, layout
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage().data_ptr()
+    return local_part(tensor).untyped_storage().data_ptr()

@@ -21,6 +21,7 @@ from shardckpt.values import MAX_DEPTH
 __all__ = [
     "Stateful",
     "iter_modules",
+    "local_part",
     "module_aliases",
     "module_tree",
     "optimizer_parameters",
@@ -111,14 +112,22 @@ def optimizer_tree(
     return tree
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, without a graph, and without the time that `to_local` takes to make one."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor._local_tensor
+    return local if type(local) is torch.Tensor else tensor.to_local()
+
+
 def module_aliases(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether all of these tensors are memory of the module's own parameters and buffers."""
     own = {
-        _local(t).untyped_storage().data_ptr()
+        local_part(t).untyped_storage().data_ptr()
         for source in (module.parameters(), module.buffers())
         for t in source
     }
-    return all(_local(t).untyped_storage().data_ptr() in own for t in tensors.values())
+    return all(local_part(t).untyped_storage().data_ptr() in own for t in tensors.values())
 
 
 def unsynced_buffers(module: nn.Module) -> set[str]:
@@ -171,7 +180,3 @@ def _clean(key: str, prefixes: list[tuple[str, str]]) -> str:
         if key.startswith(prefix):
             key = clean + key[len(prefix) :]
     return key
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

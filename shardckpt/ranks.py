@@ -106,7 +106,7 @@ class TorchRanks:
         """See Ranks."""
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
-        return [int(value) for value in tensor]
+        return [int(value) for value in tensor.tolist()]
 
     def exchange(
         self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
