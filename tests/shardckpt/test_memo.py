@@ -14,7 +14,6 @@ from torch import nn
 from shardckpt.memo import Memo
 from shardckpt.state import FlatState, flatten
 
-
 ONE = torch.ones(1)
 
 
