@@ -22,7 +22,7 @@ from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.restoring import Newest
 from shardckpt.runs import Place, attempt_number, claim_attempt, step_path
 from shardckpt.saver.client import SaverClient
-from shardckpt.saver.wire import Tier
+from shardckpt.saver.wire import LINGER, Tier
 from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
 from shardckpt.sinks import OwnThread, SaverSink, Sink
 from shardckpt.storage import Storage, open_storage
@@ -32,7 +32,6 @@ __all__ = ["Checkpointer"]
 _log = logging.getLogger("shardckpt")
 
 _SNAPSHOTS = 2
-_LINGER = 60.0
 
 
 @dataclass(frozen=True)
@@ -369,7 +368,7 @@ def _is_there(place: Place) -> bool:
 
 
 def _linger_from_environment() -> float:
-    text = os.environ.get("SHARDCKPT_LINGER", str(_LINGER))
+    text = os.environ.get("SHARDCKPT_LINGER", str(LINGER))
     try:
         return float(text)
     except ValueError:

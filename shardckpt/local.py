@@ -17,7 +17,15 @@ from shardckpt.objects import local_part
 from shardckpt.pages import prefer_huge_pages
 from shardckpt.plan import Layout
 
-__all__ = ["LocalTensor", "dtype_name", "empty_like_saved", "flat_bytes", "local_tensor", "torch_dtype"]
+__all__ = [
+    "LocalTensor",
+    "dtype_name",
+    "empty_like_saved",
+    "flat_bytes",
+    "is_plain",
+    "local_tensor",
+    "torch_dtype",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +87,12 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, in the same memory."""
     # view(-1) would keep the stride of a single element, which may be any
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's elements are bytes of the CPU's memory, one after another."""
+    plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+    return plain and not tensor.is_conj() and not tensor.is_neg()
 
 
 def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False) -> LocalTensor:

@@ -27,6 +27,7 @@ from shardckpt.plan import Layout, SavePlan, plan_save
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.replicas import Replicas
 from shardckpt.runs import Place
+from shardckpt.saver.client import is_first_on_node
 from shardckpt.sinks import OwnThread, Save, Sink
 from shardckpt.staging import Copies
 from shardckpt.state import FlatState, flatten
@@ -194,7 +195,7 @@ class SaveSession:
             error = StateError(f"no memory for a copy of {plan.pack_sizes[rank]} bytes: {failure}")
         agree(self._ranks, error)
         if any(self._ranks.maximum([unreachable is not None])):
-            if unreachable is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            if unreachable is not None and is_first_on_node():
                 _log.warning(
                     "%s; from now on saves are written by the trainers, and end with them", unreachable
                 )

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from shardckpt.box import Box
-from shardckpt.local import LocalTensor, torch_dtype
+from shardckpt.local import LocalTensor, is_plain, torch_dtype
 from shardckpt.plan import ChunkWrite
 
 __all__ = ["Copies", "StagingBuffer", "chunk_view", "local_slices"]
@@ -117,7 +117,7 @@ class Copies:
         for write in writes:
             tensor = by_name[write.name]
             source = tensor.data[local_slices(tensor, write.box)]
-            if _is_plain(source) and write.box.shape[1:] == write.chunk[1:]:
+            if is_plain(source) and write.box.shape[1:] == write.chunk[1:]:
                 self.plain.append((write.offset, source.data_ptr(), source.nbytes))
                 self._kept.append(source)
             else:
@@ -131,12 +131,6 @@ def _own_memory(size: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's elements are its memory's bytes, one after another."""
-    plain = tensor.device.type == "cpu" and tensor.is_contiguous()
-    return plain and not tensor.is_conj() and not tensor.is_neg()
 
 
 def local_slices(tensor: LocalTensor, box: Box) -> tuple[slice, ...]:
@@ -153,5 +147,5 @@ def local_slices(tensor: LocalTensor, box: Box) -> tuple[slice, ...]:
 def chunk_view(buffer: torch.Tensor, offset: int, dtype: str, chunk: Sequence[int]) -> torch.Tensor:
     """The chunk at `offset` of a byte tensor, as a tensor that shares its memory."""
     kind = torch_dtype(dtype)
-    count = int(np.prod(chunk, dtype=np.int64)) * kind.itemsize
+    count = math.prod(chunk) * kind.itemsize
     return buffer[offset : offset + count].view(kind).view(tuple(chunk))

@@ -22,7 +22,7 @@ def main() -> int:
         "--control", type=int, metavar="FD", help="a connection to who started it, inherited"
     )
     parser.add_argument("--address", help="listen at this abstract address, in the background")
-    parser.add_argument("--linger", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--linger", type=float, default=wire.LINGER, metavar="SECONDS")
     options = parser.parse_args()
     if (options.listen is None) == (options.address is None):
         parser.error("one of --listen and --address is needed")

@@ -49,7 +49,7 @@ from shardckpt.saver.wire import (
     connect,
 )
 
-__all__ = ["Memory", "Recalled", "SaverClient"]
+__all__ = ["Memory", "Recalled", "SaverClient", "is_first_on_node"]
 
 _log = logging.getLogger("shardckpt")
 
@@ -282,7 +282,7 @@ class SaverClient:
             waiting, self._waiting = self._waiting, {}
             self._changed.notify_all()
         self._answers.put((None, []))
-        if is_news and os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_news and is_first_on_node():
             _log.warning(
                 "%s, and with it the snapshots that were in memory only; checkpoints are untouched, and the "
                 "next save finds a new saver",
@@ -317,6 +317,11 @@ class SaverClient:
         if not isinstance(answer, kind):
             raise SaverError(_GONE if answer is None else f"the saver answered {type(answer).__name__}")
         return answer, descriptors
+
+
+def is_first_on_node() -> bool:
+    """Whether this is the rank that speaks for its node, and acts for it first."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _readable(descriptor: int, size: int) -> memoryview:
@@ -368,7 +373,7 @@ def _connected(address: str, linger: float, deadline: float, *, may_start: bool)
             if not may_start or time.monotonic() > deadline:
                 raise SaverError(f"no saver answers at {address!r}: {error}") from error
         # The local ranks want one at the same time, so all but the first leave it to that one for a while.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or time.monotonic() > deadline - _PATIENCE / 2:
+        if is_first_on_node() or time.monotonic() > deadline - _PATIENCE / 2:
             _start(address, linger)
         else:
             time.sleep(_PAUSE)

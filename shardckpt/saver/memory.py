@@ -39,13 +39,12 @@ def allocate(size: int) -> tuple[int, int]:
     return descriptor, size
 
 
-def map_buffer(descriptor: int, size: int, *, writable: bool = True) -> mmap.mmap:
+def map_buffer(descriptor: int, size: int) -> mmap.mmap:
     """The memory, mapped and faulted in, which takes about a tenth of a second per GiB.
 
     A process that is forked later does not have the mapping: it could write to what is another's by then.
     """
-    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, access)
+    mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
     mapping.madvise(mmap.MADV_DONTFORK)
     return mapping
 

@@ -30,6 +30,7 @@ from shardckpt.saver.lanes import Lanes, Progress, Task
 from shardckpt.saver.memory import allocate, map_buffer, rounded
 from shardckpt.saver.shelf import Held, PackPlan, Part, Shelf, Trainer
 from shardckpt.saver.wire import (
+    LINGER,
     Abandon,
     Answer,
     Attach,
@@ -99,7 +100,7 @@ class Saver:
         listener: socket.socket,
         control: socket.socket | None = None,
         *,
-        linger: float = 60.0,
+        linger: float = LINGER,
         opener: Callable[[str, dict[str, Any] | None], Storage] = open_storage,
     ) -> None:
         self._listener = listener

@@ -131,7 +131,7 @@ class Held:
         """Whether a trainer may write into its memory at any moment, and so end it."""
         return any(part.buffer.is_granted for part in self.parts.values())
 
-    @property
+    @cached_property
     def order(self) -> tuple[int, int, str]:
         """Sorts a run's saves by attempt, then step."""
         return checkpoint_order(self.path)

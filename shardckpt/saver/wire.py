@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 __all__ = [
+    "LINGER",
     "Abandon",
     "Attach",
     "Attached",
@@ -44,6 +45,9 @@ __all__ = [
     "listen",
     "peer",
 ]
+
+LINGER = 60.0
+"""Seconds that a saver without a launcher waits for a restarted job, unless it is told otherwise."""
 
 _HEADER = struct.Struct("<QI")  # length of what follows, number of descriptors that come along
 _DESCRIPTOR = struct.Struct("i")
