@@ -28,7 +28,8 @@ class ExitCode(IntEnum):
     """Exit codes of `launch` that are not a worker's own.
 
     A job whose workers failed ends with the first failed worker's code, or 128 + signal; a job that
-    was told to stop ends with 128 + the signal that told it (130 for Ctrl-C, 143 for SIGTERM).
+    was told to stop ends with 128 + the signal that told it (130 for Ctrl-C), or with PREEMPTED if it
+    saved what it had and can be resumed.
     """
 
     OK = 0
@@ -37,6 +38,10 @@ class ExitCode(IntEnum):
     INTERNAL = 70
     CANNOT_WRITE = 73
     NOT_PERSISTED = 74
+    PREEMPTED = 75
+    HUNG = 76
+    CRASH_LOOP = 77
+    QUORUM_LOST = 78
     NOT_EXECUTABLE = 126
     NOT_FOUND = 127
 

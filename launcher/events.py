@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = [
+    "Asked",
     "DeadlinePassed",
     "Event",
+    "Heard",
+    "Joined",
+    "MemberFailed",
     "RoundDrained",
     "SaveFailed",
     "SavePersisted",
     "SavePersisting",
+    "SaveStaged",
     "SaverEnded",
     "SaverWanted",
     "SpawnFailed",
+    "StacksTaken",
     "StopRequested",
+    "Tick",
     "WorkerExited",
     "WorkerStarted",
     "ZygoteLost",
@@ -79,6 +88,13 @@ class SaverWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveStaged:
+    """Every rank of this node has its part of a checkpoint in the saver's memory."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class SavePersisting:
     """`done` of `total` bytes of a checkpoint are in a tier: "local" or "remote"."""
 
@@ -117,7 +133,7 @@ class SaverEnded:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Someone wants the job to end: Ctrl-C, SIGTERM, a closed terminal."""
+    """Someone wants the job to end: Ctrl-C, SIGTERM or SIGUSR1 of a scheduler, a closed terminal."""
 
     signum: int
 
@@ -125,6 +141,63 @@ class StopRequested:
 @dataclass(frozen=True, slots=True)
 class DeadlinePassed:
     """The deadline set with `Monitor.set_deadline` has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: look at what nobody tells of by itself, such as how far the workers are."""
+
+
+@dataclass(frozen=True, slots=True)
+class StacksTaken:
+    """Where every worker of this node was: `summary`, a line each, and where the whole dumps are."""
+
+    summary: tuple[str, ...]
+    directory: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A user asks the running job for something: `launch scale RUN 6` has verb "scale" and number 6.
+
+    `client` is the connection that the answer goes to.
+    """
+
+    verb: str
+    number: int | None
+    client: int
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """This node is number `rank` of the `len(hellos)` nodes of a team, which starts with this event.
+
+    `hellos` is what each of them has said of itself, by rank.
+    """
+
+    rank: int
+    hellos: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Node `node` of the team has said `message`. All nodes hear the same, in the same order."""
+
+    node: int
+    message: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberFailed:
+    """This node is in no team any more, or could not join one; `reason` is a line for the user.
+
+    `kind` is "usage" (wrong endpoint, address or backend), "unavailable" (refused, or nobody there in time),
+    "closed" (the job with this id has ended), "quorum" (not enough nodes in time) or "lost" (the
+    team goes on without this node, or its store is gone: it may join again).
+    """
+
+    kind: str
+    reason: str
 
 
 Event = (
@@ -135,10 +208,17 @@ Event = (
     | RoundDrained
     | ZygoteLost
     | SaverWanted
+    | SaveStaged
     | SavePersisting
     | SavePersisted
     | SaveFailed
     | SaverEnded
     | StopRequested
     | DeadlinePassed
+    | Tick
+    | StacksTaken
+    | Asked
+    | Joined
+    | Heard
+    | MemberFailed
 )

@@ -30,7 +30,7 @@ LAYERS = {
         ["__init__", "__main__"],
     ],
     "launcher": [
-        ["errors", "events", "processes", "progress", "devices", "logs", "foresight"],
+        ["errors", "events", "processes", "progress", "devices", "logs", "foresight", "report"],
         ["parsers", "command", "restart", "rendezvous", "run_dir", "spawner", "saver"],
         ["options", "verdict"],
         ["config", "backlog"],
