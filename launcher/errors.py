@@ -4,6 +4,7 @@ LaunchError              has the exit code that `launch` ends with
 ├── UsageError           change the command line or the configuration file
 │   └── NotFoundError    the program after `--` does not exist
 ├── BusyError            wait for, or stop, the other job that holds the run directory or port
+├── UnreachableError     ask where, or as who, the job runs, if it runs at all
 ├── RunDirError          make the run directory writable, or choose another one
 └── InternalError        nothing: the launcher itself failed
 """
@@ -19,6 +20,7 @@ __all__ = [
     "LaunchError",
     "NotFoundError",
     "RunDirError",
+    "UnreachableError",
     "UsageError",
     "shell_code",
 ]
@@ -66,6 +68,12 @@ class NotFoundError(UsageError):
 
 class BusyError(LaunchError):
     """The run directory or the port is in use by someone else."""
+
+    exit_code = ExitCode.UNAVAILABLE
+
+
+class UnreachableError(LaunchError):
+    """No running job answers: none runs there, or on another host, or it is another user's."""
 
     exit_code = ExitCode.UNAVAILABLE
 

@@ -30,8 +30,8 @@ LAYERS = {
         ["__init__", "__main__"],
     ],
     "launcher": [
-        ["errors", "events", "processes", "progress", "devices", "logs", "foresight", "report"],
-        ["parsers", "command", "restart", "rendezvous", "run_dir", "spawner", "saver"],
+        ["errors", "events", "processes", "progress", "devices", "logs", "foresight", "report", "journal"],
+        ["parsers", "command", "restart", "rendezvous", "run_dir", "spawner", "saver", "control"],
         ["options", "verdict"],
         ["config", "backlog"],
         ["worker", "console"],
