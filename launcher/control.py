@@ -15,6 +15,7 @@ kill                      end at once: as a second SIGTERM
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pwd
@@ -40,8 +41,9 @@ _UNSENT_BYTES = 64 << 20  # of one client that does not read
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Client:
+    number: int  # not its descriptor, which another connection gets once this one is closed
     connection: socket.socket
     received: bytes = b""
     unsent: bytearray = field(default_factory=bytearray)
@@ -58,6 +60,7 @@ class Control:
     def __init__(self, record: Path) -> None:
         self._record = record
         self._clients: dict[int, _Client] = {}  # by file descriptor, the oldest first
+        self._numbers = itertools.count()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         address = f"launch-control-{os.urandom(8).hex()}"
         self._listener.bind(f"\0{address}")
@@ -82,18 +85,16 @@ class Control:
             if fd == self._listener.fileno():
                 self._accept()
             elif fd in self._clients:
-                asked = self._attend(fd, ready)
+                asked = self._attend(self._clients[fd], ready)
                 events += [asked] if asked else []
         return events
 
     def answer(self, client: int, value: Mapping[str, Any], *, more: bool = False) -> None:
         """Answer what `client` has asked; `more` answers follow. If it has gone, nothing happens."""
-        of_client = self._clients.get(client)
-        if of_client is None or of_client.is_answered:
-            return
-        of_client.is_answered = not more
-        of_client.unsent += json.dumps({"answer": value, "more": more}).encode() + b"\n"
-        self._send(client)
+        for waiting in self._clients.values():
+            if waiting.number == client and not waiting.is_answered:
+                self._answer(waiting, value, more)
+                return
 
     def close(self) -> None:
         """Take no more questions. Who still waits for an answer learns that the job has ended."""
@@ -104,7 +105,7 @@ class Control:
             pass
 
     def _close_sockets(self) -> None:
-        for client in list(self._clients):
+        for client in list(self._clients.values()):
             self._drop(client)
         self._epoll.close()
         self._listener.close()
@@ -116,25 +117,23 @@ class Control:
             return
         connection.setblocking(False)
         if len(self._clients) == _CLIENTS:
-            self._drop(next(iter(self._clients)))
-        fd = connection.fileno()
-        self._clients[fd] = _Client(connection)
-        self._epoll.register(fd, select.EPOLLIN)
-        user = _peer(connection)
-        if user not in (os.geteuid(), 0):
-            self._refuse(fd, f"this job is of user {_user_name(os.geteuid())}: ask as that user")
+            self._drop(next(iter(self._clients.values())))
+        client = _Client(next(self._numbers), connection)
+        self._clients[connection.fileno()] = client
+        self._epoll.register(connection, select.EPOLLIN)
+        if _peer(connection) not in (os.geteuid(), 0):
+            self._refuse(client, f"this job is of user {_user_name(os.geteuid())}: ask as that user")
 
-    def _attend(self, fd: int, ready: int) -> Asked | None:
-        client = self._clients[fd]
+    def _attend(self, client: _Client, ready: int) -> Asked | None:
         if ready & select.EPOLLOUT:
-            self._send(fd)
+            self._send(client)
         elif ready & select.EPOLLIN and not client.has_asked:
-            return self._read(fd, client)
+            return self._read(client)
         else:
-            self._drop(fd)
+            self._drop(client)
         return None
 
-    def _read(self, fd: int, client: _Client) -> Asked | None:
+    def _read(self, client: _Client) -> Asked | None:
         try:
             received = client.connection.recv(_REQUEST_BYTES)
         except BlockingIOError:
@@ -144,39 +143,43 @@ class Control:
         client.received += received
         line, end, _ = client.received.partition(b"\n")
         if not received:
-            self._drop(fd)
+            self._drop(client)
         elif end or len(client.received) > _REQUEST_BYTES:
             client.has_asked = True
-            self._epoll.modify(fd, 0)  # its end is all that is of interest now
-            asked = _decode(line, fd)
+            self._epoll.modify(client.connection, 0)  # only its end is of interest now
+            asked = _decode(line, client.number)
             if isinstance(asked, Asked):
                 return asked
-            self._refuse(fd, asked)
+            self._refuse(client, asked)
         return None
 
-    def _refuse(self, fd: int, reason: str) -> None:
-        self._clients[fd].has_asked = True
-        self._epoll.modify(fd, 0)
-        self.answer(fd, {"error": reason})
+    def _refuse(self, client: _Client, reason: str) -> None:
+        client.has_asked = True
+        self._answer(client, {"error": reason}, more=False)
 
-    def _send(self, fd: int) -> None:
-        client = self._clients[fd]
+    def _answer(self, client: _Client, value: Mapping[str, Any], more: bool) -> None:
+        client.is_answered = not more
+        client.unsent += json.dumps({"answer": value, "more": more}).encode() + b"\n"
+        self._send(client)
+
+    def _send(self, client: _Client) -> None:
         try:
             del client.unsent[: client.connection.send(client.unsent)]
         except BlockingIOError:
             pass
         except OSError:
-            self._drop(fd)
+            self._drop(client)
             return
         is_done = client.is_answered and not client.unsent
         if is_done or len(client.unsent) > _UNSENT_BYTES:
-            self._drop(fd)
+            self._drop(client)
         else:
-            self._epoll.modify(fd, select.EPOLLOUT if client.unsent else 0)
+            self._epoll.modify(client.connection, select.EPOLLOUT if client.unsent else 0)
 
-    def _drop(self, fd: int) -> None:
-        self._epoll.unregister(fd)
-        self._clients.pop(fd).connection.close()
+    def _drop(self, client: _Client) -> None:
+        self._epoll.unregister(client.connection)
+        del self._clients[client.connection.fileno()]
+        client.connection.close()
 
 
 def _decode(line: bytes, client: int) -> Asked | str:
