@@ -4,8 +4,8 @@
 >>> config = launcher.Config(command=launcher.Command(launcher.Kind.SCRIPT, "train.py"), nproc=8)
 >>> exit_code = launcher.run(config)
 
-In a worker, `launcher.report(step)` tells how far it is. Importing this package imports nothing else
-until a name is used, and never torch.
+In a worker, `launcher.report(step, loss=loss)` tells how far it is. Importing this package imports
+nothing else until a name is used, and never torch.
 """
 
 from __future__ import annotations

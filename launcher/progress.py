@@ -2,42 +2,133 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-__all__ = ["read_step", "report"]
+__all__ = ["Progress", "read_progress", "report"]
 
 _LINE_BYTES = 42
+_FACTS_BYTES = 214
+_FILE_BYTES = _LINE_BYTES + _FACTS_BYTES
 
 
-def report(step: int) -> None:
-    """Tell the launcher that `step` optimizer steps are done.
+@dataclass(frozen=True)
+class Progress:
+    """What a worker has told last. Times are in seconds since the epoch; None where it told nothing.
 
-    Cheap enough for every step (one system call on an open file after the first). Does nothing in
-    a process that was not started by `launch`.
+    `drains` is whether it answers a drain request, so that asking it to leave is worth while.
+    """
+
+    step: int | None  # optimizer steps done; None: no step yet
+    time: float  # when it said so
+    loss: float | None = None
+    drains: bool = False
+    joined: float | None = None  # its process group was up
+    restored: float | None = None  # it had looked for a checkpoint to resume from
+    restored_step: int | None = None  # of that checkpoint; None: there was none
+    restored_tier: str | None = None  # that it was in: "memory", "local", "remote"
+    first_step: float | None = None  # its first report of a step
+
+
+def report(step: int, *, loss: float | None = None) -> None:
+    """Tell the launcher that `step` optimizer steps are done, and how large the loss was in the last.
+
+    Cheap enough for every step: one system call, or two and a few microseconds with a loss. A loss
+    that is a tensor on a device is waited for. Does nothing in a process that `launch` did not start.
     """
     path = os.environ.get("LAUNCH_PROGRESS_FILE")
     if path is None:
         return
-    line = f"{step:20d} {time.time():20.6f}\n".encode()
-    os.pwrite(_open(path), line, 0)
+    if path not in _files:
+        _files[path] = _ProgressFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    _files[path].write(step, loss)
 
 
-_opened: dict[str, int] = {}
+@dataclass
+class _ProgressFile:
+    """The open progress file of this process, in which others (`shardckpt`) write too."""
+
+    descriptor: int
+    _content: bytes = b""  # as it was last written here, and what it told
+    _told: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, step: int, loss: float | None) -> None:
+        now = time.time()
+        line = f"{step:20d} {now:20.6f}\n".encode()
+        if loss is None and self._content:
+            os.pwrite(self.descriptor, line, 0)
+            return
+        content = os.pread(self.descriptor, _FILE_BYTES, 0)[_LINE_BYTES:]
+        if content != self._content or not content:
+            self._told = {"first_step": round(now, 3), **_facts(content)}
+        if loss is not None:
+            self._told["loss"] = _number(float(loss))
+        self._content = _encoded(self._told)
+        os.pwrite(self.descriptor, line + self._content, 0)
 
 
-def _open(path: str) -> int:
-    if path not in _opened:
-        _opened[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    return _opened[path]
+_files: dict[str, _ProgressFile] = {}
 
 
-def read_step(path: Path) -> int | None:
-    """The number of steps that the worker reported last; None if it never did, or wrote garbage."""
+def _encoded(facts: Mapping[str, Any]) -> bytes:
+    """The second part of the file. More than fits in it is cut off, and then not understood."""
+    text = json.dumps(facts, separators=(",", ":")).encode()
+    return text.ljust(_FACTS_BYTES - 1)[: _FACTS_BYTES - 1] + b"\n"
+
+
+def _number(value: float) -> float | str:
+    """JSON knows no "nan", "inf" and "-inf"."""
+    return value if abs(value) < float("inf") else str(value)
+
+
+def read_progress(path: Path) -> Progress | None:
+    """What the worker told last; None if it never did, or wrote garbage."""
     try:
-        line = path.read_bytes()[:_LINE_BYTES]
-        step, _ = line.split()
-        return int(step) if len(line) == _LINE_BYTES and line.endswith(b"\n") else None
+        with open(path, "rb", buffering=0) as file:
+            data = file.read(_FILE_BYTES)
+        line = data[:_LINE_BYTES]
+        if len(line) != _LINE_BYTES or not line.endswith(b"\n"):
+            return None
+        step, when = line.split()
+        told = _typed(_facts(data[_LINE_BYTES:]))
+        return Progress(step=int(step) if int(step) >= 0 else None, time=float(when), **told)
     except (OSError, ValueError):
         return None
+
+
+def _facts(text: bytes) -> dict[str, Any]:
+    """The JSON object behind the first line; empty if there is none."""
+    if len(text) != _FACTS_BYTES or not text.endswith(b"\n"):
+        return {}
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+_TYPES: Mapping[str, Callable[[Any], Any]] = {
+    "loss": float,
+    "drains": lambda value: value is True,
+    "joined": float,
+    "restored": float,
+    "restored_step": int,
+    "restored_tier": str,
+    "first_step": float,
+}
+
+
+def _typed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of it; what a later version tells besides, or garbage, is left out."""
+    found = {}
+    for name, kind in _TYPES.items():
+        try:
+            found[name] = kind(facts[name])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue
+    return found

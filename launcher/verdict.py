@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher.events import DeadlinePassed, SpawnFailed, WorkerExited, ZygoteLost
-from launcher.progress import read_step
+from launcher.progress import read_progress
 from launcher.restart import Decision, Finish, GiveUp, Restart, Round
 from launcher.run_dir import RankFiles
 
@@ -44,7 +44,7 @@ class Evidence:
 
 def gather(files: RankFiles) -> Evidence:
     """Read what a rank left in its files."""
-    step = read_step(files.progress)
+    step = progress.step if (progress := read_progress(files.progress)) else None
     recorded = _read_error_file(files.error)
     stderr = _read_tail(files.err)
     traceback = _last_traceback(recorded[1].splitlines() if recorded else stderr)

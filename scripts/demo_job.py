@@ -110,10 +110,10 @@ def reported(run: Path) -> float:
 
 def _progress(run: Path) -> tuple[float, float]:
     try:
-        step, when = (run / "ranks/rank-00000/progress").read_text().split()
+        step, when = (run / "ranks/rank-00000/progress").read_text()[:42].split()
     except (FileNotFoundError, ValueError):
         return 0, 0.0
-    return int(step), float(when)
+    return (int(step), float(when)) if int(step) >= 0 else (0, 0.0)
 
 
 def world(run: Path) -> int:

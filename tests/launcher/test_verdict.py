@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from launcher.events import WorkerExited, ZygoteLost
-from launcher.progress import read_step, report
 from launcher.restart import GiveUp, Restart, Round
 from launcher.run_dir import RankFiles
 from launcher.verdict import Evidence, describe_exit, find_culprit, gather, judge
@@ -65,20 +64,6 @@ def test_the_error_file_of_torchelastic(files: RankFiles) -> None:
 def test_missing_files_are_no_evidence(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert gather(RankFiles(0, nowhere, nowhere, nowhere, nowhere)) == Evidence()
-
-
-def test_progress(files: RankFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line of 42 bytes, overwritten; without a launcher nothing happens."""
-    monkeypatch.delenv("LAUNCH_PROGRESS_FILE", raising=False)
-    report(1)
-    monkeypatch.setenv("LAUNCH_PROGRESS_FILE", str(files.progress))
-    assert read_step(files.progress) is None
-    for step in (123456, 7):
-        report(step)
-        assert len(files.progress.read_bytes()) == 42
-        assert read_step(files.progress) == step
-    files.progress.write_text("nonsense\n")
-    assert read_step(files.progress) is None
 
 
 def exited(rank: int, code: int, at: float = 1.0) -> WorkerExited:
