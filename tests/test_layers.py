@@ -31,7 +31,7 @@ LAYERS = {
     ],
     "launcher": [
         ["errors", "events", "processes", "progress", "devices", "logs", "foresight", "report", "journal"],
-        ["parsers", "command", "restart", "rendezvous", "run_dir", "spawner", "saver", "control"],
+        ["parsers", "nodes", "command", "restart", "rendezvous", "run_dir", "spawner", "saver", "control", "membership"],
         ["options", "verdict"],
         ["config", "backlog"],
         ["worker", "console"],

@@ -1,0 +1,308 @@
+"""The agent's side of its team: join one, say something to all its nodes, hear what they say.
+
+The agents of a job form a team. Each result of a rendezvous is a *generation* of it: who is in it, and one
+log of small JSON messages that every node hears in the same order, what it says itself included. A worker's
+failure is a message; only nodes that are lost, leave or come make a new generation.
+
+`Alone` is a team of one. `Together` starts a process of its own (`launcher.member`), which imports torch for
+its rendezvous and store; the agent does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from launcher.errors import InternalError
+from launcher.events import Event, Heard, Joined, MemberFailed
+from launcher.processes import Subreaper
+
+__all__ = ["Alone", "Membership", "Rendezvous", "Together"]
+
+# -P: not what happens to lie in the current directory, but what lies beside this package.
+_COMMAND = (sys.executable, "-P", "-m", "launcher.member")
+_HOME = str(Path(__file__).parents[1])
+_SCHEDULERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PATIENCE = 5.0  # seconds; a member that does not read what it is told for so long is of no use
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where and how the nodes of a job meet.
+
+    `backend` is "c10d", "static", "etcd-v2", "etcd" or another one that torch's registry knows. `endpoint` is
+    host and port. `node_rank` is this node's number with "static", where all `max_nodes` nodes must come.
+    `local_addr` is the address at which other nodes reach this one; None: found by the way to the
+    endpoint. `conf` is what torchrun takes as --rdzv-conf: `join_timeout`, `last_call_timeout`,
+    `keep_alive_interval`, `keep_alive_max_attempt`, `read_timeout`, all in seconds, `is_host` and others.
+    """
+
+    backend: str
+    endpoint: tuple[str, int]
+    run_id: str
+    min_nodes: int
+    max_nodes: int
+    node_rank: int | None = None
+    local_addr: str | None = None
+    conf: Mapping[str, str] = field(default_factory=dict)
+
+
+class Membership(Protocol):
+    """A node's place in its team. A source of the monitor's: `descriptors` and `receive`."""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """File descriptors that become readable when `receive` has something to tell; none: never again."""
+
+    def receive(self) -> list[Event]:
+        """What has happened since the last call: `Joined`, `Heard` or `MemberFailed`; does not wait."""
+
+    def join(self, hello: Mapping[str, Any]) -> None:
+        """Leave the generation that this node is in, and take part in the next one.
+
+        `Joined` comes when that has formed, or `MemberFailed`; nothing that was said before is heard
+        after this call. May be called again at any time, also after `MemberFailed`.
+
+        `hello` is what this node tells the others of itself. "host", "addr" and "version" are added unless it
+        has them. A node whose "version" or "job" (what tells this job from others) differs from the others'
+        is refused: `MemberFailed` of kind "usage".
+        """
+
+    def say(self, message: Mapping[str, Any]) -> None:
+        """Have every node of the generation hear `message`, a JSON object; lost if there is none."""
+
+    def leave(self, finished: bool = False) -> None:
+        """Leave for good and in peace: nobody is told that this node is lost. Then `close`.
+
+        `finished`: the job has ended, and a node that comes now is told so.
+        """
+
+    def close(self) -> None:
+        """Let go. Without `leave` before, the other nodes hear that this one is lost."""
+
+
+class Alone:
+    """A team of one node: no process and no torch; what it says it hears at once."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._is_closed = False
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """File descriptors that become readable when `receive` has something to tell."""
+        return () if self._is_closed else (self._wake,)
+
+    def receive(self) -> list[Event]:
+        """What was said since the last call; does not wait."""
+        events, self._events = self._events, []
+        if events:
+            os.eventfd_read(self._wake)
+        return events
+
+    def join(self, hello: Mapping[str, Any]) -> None:
+        """Begin a generation, with this node as number 0."""
+        self._events = []
+        self._tell(Joined(0, [_through_json(hello)]))
+
+    def say(self, message: Mapping[str, Any]) -> None:
+        """Hear `message` at the next `receive`."""
+        self._tell(Heard(0, _through_json(message)))
+
+    def leave(self, finished: bool = False) -> None:
+        """Nothing: there is nobody to be told."""
+
+    def close(self) -> None:
+        """Let go of the descriptor; there are no more events."""
+        self._is_closed = True
+        self._events = []
+        os.close(self._wake)
+
+    def _tell(self, event: Event) -> None:
+        self._events.append(event)
+        os.eventfd_write(self._wake, 1)
+
+
+class Together:
+    """A team of several nodes, which a process of its own speaks to.
+
+    The process starts at once and imports torch meanwhile. It outlives this one as long as other nodes
+    depend on it (because it serves the store of the rendezvous), and writes to `log` what torch has to say.
+    Raises `InternalError` if it cannot be started, here and in `join`.
+    """
+
+    def __init__(self, settings: Rendezvous, log: Path, reaper: Subreaper) -> None:
+        self._settings = settings
+        self._log = log
+        self._reaper = reaper
+        self._joins = 0  # what is told of an earlier one is out of date
+        self._process: _Process | None = self._start()
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """File descriptors that become readable when `receive` has something to tell."""
+        return () if self._process is None else self._process.descriptors
+
+    @property
+    def pid(self) -> int | None:
+        """The process that speaks for this node; None if none does."""
+        return None if self._process is None else self._process.pid
+
+    def receive(self) -> list[Event]:
+        """What has happened since the last call; does not wait.
+
+        `MemberFailed` is the last event until `join` is called again.
+        """
+        if self._process is None:
+            return []
+        code = self._process.poll()  # before its last words are read, so that none can be missed
+        events = [event for number, event in self._process.read() if number == self._joins]
+        failed = next((i for i, event in enumerate(events) if isinstance(event, MemberFailed)), None)
+        if failed is not None:
+            events = events[: failed + 1]
+            self._let_go()
+        elif code is not None:
+            events.append(MemberFailed("lost", f"{_ending(code)}: see {self._log}"))
+            self._let_go()
+        return events
+
+    def join(self, hello: Mapping[str, Any]) -> None:
+        """Leave the generation that this node is in, and take part in the next one."""
+        self._joins += 1
+        if self._process is None:
+            self._process = self._start()
+        self._process.send(order="join", number=self._joins, hello=hello)
+
+    def say(self, message: Mapping[str, Any]) -> None:
+        """Have every node of the generation hear `message`; lost if this node is in none."""
+        if self._process is not None:
+            self._process.send(order="say", number=self._joins, message=message)
+
+    def leave(self, finished: bool = False) -> None:
+        """Leave for good and in peace: nobody is told that this node is lost."""
+        if self._process is not None:
+            self._process.send(order="leave", finished=finished)
+
+    def close(self) -> None:
+        """Let go of the process, which ends by itself, soon. There are no more events."""
+        if self._process is not None:
+            self._let_go()
+
+    def _start(self) -> _Process:
+        try:
+            process = _Process(self._log)
+        except OSError as error:
+            raise InternalError(
+                f"the process for the rendezvous cannot be started: {error.strerror}: {error.filename}"
+            ) from None
+        self._reaper.spare(process.pid)
+        process.send(order="settings", **asdict(self._settings))
+        return process
+
+    def _let_go(self) -> None:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            self._reaper.forget(self._process.pid)
+        self._process.close()
+        self._process = None
+
+
+class _Process:
+    """A running member, and the stream of JSON lines between it and this process."""
+
+    def __init__(self, log: Path) -> None:
+        ours, theirs = socket.socketpair()
+        path = (os.environ.get("PYTHONPATH"), _HOME)
+        with theirs, open(log, "ab") as output:
+            # Schedulers send signals to every process of a job; they wait until it ignores them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULERS)
+            try:
+                self._popen = subprocess.Popen(
+                    [*_COMMAND, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+            except OSError:
+                ours.close()
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self.pid = self._popen.pid
+        self._pidfd = os.pidfd_open(self.pid)
+        self._socket = ours
+        self._unread = b""
+        self._has_hung_up = False
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self._pidfd,) if self._has_hung_up else (self._socket.fileno(), self._pidfd)
+
+    def poll(self) -> int | None:
+        """Its exit code, or minus the signal that killed it, once it is dead."""
+        return self._popen.poll()
+
+    def read(self) -> list[tuple[int, Event]]:
+        """All that it has told since the last call, each with the number of the `join` that it belongs to."""
+        self._socket.settimeout(0)
+        while received := self._receive():
+            self._unread += received
+        *lines, self._unread = self._unread.split(b"\n")
+        return [_decode(line) for line in lines]
+
+    def _receive(self) -> bytes:
+        try:
+            received = self._socket.recv(1 << 16)
+        except BlockingIOError:
+            return b""
+        except ConnectionResetError:
+            received = b""
+        self._has_hung_up = not received
+        return received
+
+    def send(self, **order: Any) -> None:
+        self._socket.settimeout(_PATIENCE)
+        try:
+            self._socket.sendall(json.dumps(order).encode() + b"\n")
+        except TimeoutError:
+            self._popen.kill()  # `receive` tells of the end
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # `receive` tells that it is dead
+
+    def close(self) -> None:
+        self._socket.close()
+        os.close(self._pidfd)
+
+
+_EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
+    "joined": lambda m: Joined(m["rank"], m["hellos"]),
+    "heard": lambda m: Heard(m["node"], m["message"]),
+    "failed": lambda m: MemberFailed(m["kind"], m["reason"]),
+}
+
+
+def _decode(line: bytes) -> tuple[int, Event]:
+    message = json.loads(line)
+    return message["number"], _EVENTS[message["event"]](message)
+
+
+def _ending(code: int) -> str:
+    how = f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    return f"this node's process for the rendezvous {how}"
+
+
+def _through_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` as another node would get it."""
+    return json.loads(json.dumps(value))  # type: ignore[no-any-return]
