@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 __all__ = [
     "Subreaper",
     "adopt_orphans",
+    "allow_tracing",
     "children",
     "descendants",
     "die_with_parent",
@@ -20,6 +22,8 @@ __all__ = [
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PTRACER = 0x59616D61
+_PR_SET_PTRACER_ANY = -1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -40,6 +44,18 @@ def die_with_parent(parent: int) -> None:
 def outlive_parent() -> None:
     """Undo `die_with_parent`."""
     _prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def allow_tracing() -> None:
+    """Let other processes of this user read this one's stacks, where Yama restricts that to parents.
+
+    Not inherited by children. Does nothing on kernels without Yama, which restrict nothing.
+    """
+    try:
+        _prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def adopt_orphans() -> None:
