@@ -12,11 +12,24 @@ from typing import Any
 from launcher.command import Command, Kind, module_is_missing
 from launcher.devices import count_gpus
 from launcher.errors import UsageError
+from launcher.nodes import NODE_KEYS, Given, resolve_nodes
 from launcher.options import OPTIONS, Setting, find, read
+from launcher.parsers import RDZV_CONF
 
 __all__ = ["Config", "Shown", "config_from_settings", "settings_from_environ", "settings_from_file"]
 
 _STDOUT, _STDERR = 1, 2
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_LEAST = {
+    "nproc": 1,
+    "min_nproc": 0,
+    "max_restarts": 0,
+    "crash_loop": 0,
+    "grace": 0,
+    "drain_timeout": 0,
+    "hang_timeout": 0,
+    "metrics_port": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -38,47 +51,129 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One job. Construction validates everything, and raises `UsageError` before anything starts.
+    """One job, as one of its nodes sees it.
 
-    `run_dir`, `log_dir` and a local `ckpt` become absolute; None stands for the documented default.
+    Construction validates everything, and raises `UsageError` before anything starts. `run_dir`,
+    `log_dir` and a local `ckpt` become absolute; None stands for the documented default.
     """
 
     command: Command
     nproc: int = 1
+    """The most workers that this node runs."""
+    min_nproc: int = 0
+    """The fewest with which it goes on; 0 becomes `nproc`."""
+    nnodes: tuple[int, int] = (1, 1)
+    """The fewest and the most nodes."""
     max_restarts: int = 3
+    """Restarts without progress in between."""
+    crash_loop: int = 3
+    """The same failure at the same step this many times ends the job; 0: never."""
     grace: float = 15.0
     drain_timeout: float = 300.0
+    hang_timeout: float | None = None
+    """Seconds without progress before a restart; 0: never look; None: write stacks down, kill nothing."""
     run_dir: Path | None = None
     log_dir: Path | None = None
     ckpt: str | None = None
     preload: tuple[str, ...] = ()
     cold: bool = False
-    run_id: str | None = None
     role: str = "default"
+    rdzv_backend: str = "c10d"
+    rdzv_endpoint: tuple[str, int] = ("", 0)
+    """Where several nodes meet: a host (IPv6 without brackets) and a port."""
+    rdzv_id: str | None = None
+    rdzv_conf: Mapping[str, str] = field(default_factory=dict)
+    """torch's keys for the backend; numbers and truth values are checked, and still text."""
+    node_rank: int | None = None
+    """This node's number, for the static backend."""
+    local_addr: str | None = None
+    """The address at which other nodes reach this one."""
     master_addr: str = "127.0.0.1"
+    """One node: where the workers meet. Of several, node 0 names its own in each round."""
     master_port: int = 0
+    """The same, a port; 0: any free one."""
     shown: Shown = Shown()
+    quiet: bool = False
+    log_level: str = "info"
+    metrics_port: int | None = None
 
     def __post_init__(self) -> None:
-        if self.nproc < 1:
-            raise UsageError(f"nproc: expected at least 1 worker, found {self.nproc}")
-        if self.max_restarts < 0:
-            raise UsageError(f"max_restarts: expected 0 or more, found {self.max_restarts}")
-        if self.grace < 0:
-            raise UsageError(f"grace: expected 0 seconds or more, found {self.grace}")
-        if self.drain_timeout < 0:
-            raise UsageError(f"drain_timeout: expected 0 seconds or more, found {self.drain_timeout}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name}: expected {least} or more, found {value}")
+        object.__setattr__(self, "min_nproc", self.min_nproc or self.nproc)
+        self._check_workers()
+        if not self.is_alone:
+            self._check_nodes()
+        if self.log_level not in _LOG_LEVELS:
+            raise UsageError(f"log_level: expected {' or '.join(_LOG_LEVELS)}, found {self.log_level}")
+        self._check_preload()
+
+    def _check_workers(self) -> None:
+        if self.min_nproc > self.nproc:
+            raise UsageError(
+                f"nproc: expected a minimum of at most {self.nproc}, the most workers that this node runs, "
+                f"found {self.min_nproc}"
+            )
         gpus = 0 if self.command.kind is Kind.PROGRAM else count_gpus()
         if 0 < gpus < self.nproc:
             raise UsageError(
                 f"nproc: expected at most {gpus}, the GPUs that workers can see, found {self.nproc}: "
                 f"ask for fewer, or set CUDA_VISIBLE_DEVICES= (empty) for workers without GPUs"
             )
-        if self.preload and (self.cold or self.command.kind is Kind.PROGRAM):
+
+    def _check_nodes(self) -> None:
+        least, most = self.nnodes
+        host, port = self.rdzv_endpoint
+        if not 1 <= least <= most:
+            raise UsageError(f"nnodes: expected MIN:MAX with 1 or more as MIN, found {least}:{most}")
+        if self.rdzv_backend not in RDZV_CONF:
+            raise UsageError(f"rdzv_backend: expected {' or '.join(RDZV_CONF)}, found {self.rdzv_backend}")
+        if not host:
+            raise UsageError(
+                f"nnodes: {most} nodes need a place to meet: give --rdzv-endpoint HOST:PORT, the same on all"
+            )
+        if not 1 <= port <= 65535:
+            raise UsageError(
+                f"rdzv_endpoint: expected a port from 1 to 65535 that all nodes know, found {port}"
+            )
+        if self.rdzv_backend == "static":
+            self._check_static()
+        for key in self.rdzv_conf:
+            if key not in RDZV_CONF[self.rdzv_backend]:
+                keys = ", ".join(RDZV_CONF[self.rdzv_backend])
+                raise UsageError(f"rdzv_conf: {self.rdzv_backend} knows no {key}: its keys are {keys}")
+
+    def _check_static(self) -> None:
+        least, most = self.nnodes
+        if least != most:
+            raise UsageError(
+                f"nnodes: expected one number, as static nodes never change, found {least}:{most}: "
+                f"give --rdzv-backend c10d and --rdzv-endpoint"
+            )
+        if self.node_rank is None or not 0 <= self.node_rank < most:
+            found = "none" if self.node_rank is None else self.node_rank
+            raise UsageError(
+                f"node_rank: expected 0 to {most - 1}, another on each node, for static, found {found}"
+            )
+
+    def _check_preload(self) -> None:
+        if self.preload and not self.is_warm:
             raise UsageError("preload needs warm Python workers: leave out --preload, or --cold and `--`")
         for name in self.preload:
             if module_is_missing(name, self.command.import_dir):
                 raise UsageError(f"preload: no module named {name}: check the name or install it")
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this node is the whole job, now and later: then there is nobody to meet."""
+        return self.nnodes[1] == 1
+
+    @property
+    def run_id(self) -> str:
+        """The job's name: the same on all nodes."""
+        return self.rdzv_id or (self.directory.name if self.is_alone else "none")
 
     @property
     def directory(self) -> Path:
@@ -163,34 +258,25 @@ def config_from_settings(
 
     All settings are read, also those that others beat, so that no mistake goes unnoticed.
     """
-    values: dict[str, object] = {}
-    names: dict[str, str] = {}
-    for source in sources:
-        given = {setting.option.key: (read(setting), setting.source) for setting in source}
-        for key, (value, name) in given.items():
-            values.setdefault(key, value)
-            names.setdefault(key, name)
-    command = Command(_kind(values, names, is_program), words[0], tuple(words[1:]))
-    _resolve_rendezvous(values, names)
-    _resolve_shown(values)
+    given: dict[str, Given] = {}
+    for rank, source in enumerate(sources):
+        said = {setting.option.key: Given(read(setting), setting.source, rank) for setting in source}
+        given = said | given
+    command = Command(_kind(given, is_program), words[0], tuple(words[1:]))
+    values: dict[str, Any] = {key: one.value for key, one in given.items() if key not in NODE_KEYS}
+    values |= resolve_nodes(given) | {"shown": _shown(values)}
+    if "nproc" in values:
+        values["min_nproc"], values["nproc"] = values["nproc"]
     for key in ("run_dir", "log_dir"):
         if key in values:
-            values[key] = Path(str(values[key])).expanduser().absolute()
+            values[key] = Path(values[key]).expanduser().absolute()
     known = {item.name for item in fields(Config)}
-    chosen: dict[str, Any] = {key: value for key, value in values.items() if key in known}
-    return Config(command=command, **chosen)
+    return Config(command=command, **{key: value for key, value in values.items() if key in known})
 
 
-def _kind(values: Mapping[str, object], names: Mapping[str, str], is_program: bool) -> Kind:
-    chosen = {
-        names.get(key, "--"): kind
-        for key, kind in (
-            ("module", Kind.MODULE),
-            ("run_path", Kind.SCRIPT),
-            ("no_python", Kind.PROGRAM),
-        )
-        if values.get(key)
-    }
+def _kind(given: Mapping[str, Given], is_program: bool) -> Kind:
+    kinds = {"module": Kind.MODULE, "run_path": Kind.SCRIPT, "no_python": Kind.PROGRAM}
+    chosen = {given[key].source: kind for key, kind in kinds.items() if key in given and given[key].value}
     if is_program:
         chosen["--"] = Kind.PROGRAM
     if len(set(chosen.values())) > 1:
@@ -198,27 +284,9 @@ def _kind(values: Mapping[str, object], names: Mapping[str, str], is_program: bo
     return next(iter(chosen.values()), Kind.SCRIPT)
 
 
-def _resolve_rendezvous(values: dict[str, object], names: dict[str, str]) -> None:
-    """What torchrun's rendezvous options mean on one node: an address, a port, an id."""
-    if "rdzv_id" in values:
-        values["run_id"] = values["rdzv_id"]
-    if "local_addr" in values:
-        values.setdefault("master_addr", values["local_addr"])
-    if "rdzv_endpoint" not in values:
-        return
-    endpoint = names["rdzv_endpoint"]
-    if values.get("standalone"):
-        raise UsageError(f"{endpoint}: {names['standalone']} picks the endpoint: leave out one of them")
-    for key in ("master_addr", "master_port"):
-        if key in names:
-            raise UsageError(f"{endpoint}: {names[key]} says the same: leave out one of them")
-    values["master_addr"], values["master_port"] = values["rdzv_endpoint"]  # type: ignore[misc]
-
-
-def _resolve_shown(values: dict[str, object]) -> None:
-    chosen: dict[str, Any] = {
-        "redirects": values.get("redirects", {}),
-        "tee": values.get("tee", {}),
-        "ranks": values.get("local_ranks_filter"),
-    }
-    values["shown"] = Shown(**chosen)
+def _shown(values: Mapping[str, Any]) -> Shown:
+    return Shown(
+        redirects=values.get("redirects", {}),
+        tee=values.get("tee", {}),
+        ranks=values.get("local_ranks_filter"),
+    )

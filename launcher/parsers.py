@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping
 from launcher.devices import count_cpus, count_gpus
 
 __all__ = [
+    "RDZV_CONF",
     "endpoint",
     "modules",
+    "nnodes",
     "nothing",
     "nproc",
-    "one_node",
     "one_of",
     "port",
     "ranks",
+    "rdzv_conf",
     "seconds",
     "stop_signals",
     "streams",
@@ -23,6 +25,32 @@ __all__ = [
     "text",
     "whole",
 ]
+
+
+_ELASTIC = {
+    "join_timeout": int,
+    "last_call_timeout": int,
+    "close_timeout": int,
+    "heartbeat_timeout": int,
+    "keep_alive_interval": int,
+    "keep_alive_max_attempt": int,
+    "read_timeout": int,
+}
+RDZV_CONF: Mapping[str, Mapping[str, type]] = {
+    "c10d": {**_ELASTIC, "store_type": str, "is_host": bool},
+    "etcd-v2": {**_ELASTIC, "protocol": str, "ssl_cert": str, "ssl_cert_key": str, "ca_cert": str},
+    "etcd": {
+        "timeout": int,
+        "last_call_timeout": int,
+        "protocol": str,
+        "cert": str,
+        "key": str,
+        "cacert": str,
+        "etcd_prefix": str,
+    },
+    "static": {"timeout": int},
+}
+"""What --rdzv-conf may hold: rendezvous backend -> key -> type, as torch reads them."""
 
 
 def whole(minimum: int, what: str) -> Callable[[str], int]:
@@ -67,7 +95,17 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
-def nproc(text: str) -> int:
+_WORKERS = "a number of workers of at least 1, or auto, gpu or cpu, or MIN:MAX of these"
+
+
+def nproc(text: str) -> tuple[int, int]:
+    """The fewest and the most workers: N, or MIN:N, where N may be a word for the node's devices."""
+    least, colon, most = text.rpartition(":")
+    found = _workers(most)
+    return (whole(1, _WORKERS)(least) if colon else found), found
+
+
+def _workers(text: str) -> int:
     if text == "cpu":
         return count_cpus()
     if text in ("gpu", "auto"):
@@ -75,7 +113,16 @@ def nproc(text: str) -> int:
         if text == "gpu" and not gpus:
             raise ValueError("a node with GPUs that torch can use, or --nproc N, or --nproc cpu")
         return gpus or count_cpus()
-    return whole(1, "a number of workers of at least 1, or auto, gpu or cpu")(text)
+    return whole(1, _WORKERS)(text)
+
+
+def nnodes(text: str) -> tuple[int, int]:
+    """The fewest and the most nodes."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError("a number of nodes of at least 1, or MIN:MAX")
+    return least, most
 
 
 def modules(text: str) -> tuple[str, ...]:
@@ -101,17 +148,36 @@ def streams(text: str) -> Mapping[int | None, int]:
     return {int(rank): int(mask) for rank, mask in pairs}
 
 
-def one_node(text: str) -> int:
-    if text not in ("1", "1:1"):
-        raise ValueError("1, as launch runs one node for now; use torchrun for several")
-    return 1
-
-
-def endpoint(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":") if re.search(r":\d+$", text) else (text, "", "0")
-    if not host or int(port) > 65535:
+def endpoint(text: str) -> tuple[str, int | None]:
+    """A host and a port; without a port, None. An IPv6 address with a port stands in brackets."""
+    match = re.fullmatch(r"(?:\[([\w.:%-]+)\]|([\w.-]+))(?::(\d{1,5}))?|([\w.:%-]+)", text.strip())
+    if match is None or int(match[3] or 0) > 65535:
         raise ValueError("HOST or HOST:PORT")
-    return host.strip("[]"), int(port)
+    return match[1] or match[2] or match[4], int(match[3]) if match[3] else None
+
+
+def rdzv_conf(text: str) -> Mapping[str, str]:
+    """Pairs KEY=VALUE with commas between them; every key is one that some backend of torch reads."""
+    known = {key: kind for keys in RDZV_CONF.values() for key, kind in keys.items()}
+    pairs = {}
+    for pair in text.split(",") if text.strip() else ():
+        key, _, value = (part.strip() for part in pair.partition("="))
+        if not key or not value:
+            raise ValueError("KEY=VALUE pairs separated by commas")
+        if key not in known:
+            raise ValueError(f"keys of {', '.join(sorted(known))}")
+        _check_conf(key, value, known[key])
+        pairs[key] = value
+    return pairs
+
+
+def _check_conf(key: str, value: str, kind: type) -> None:
+    if kind is int:
+        whole(1, f"{key} to be a number of at least 1")(value)
+    elif kind is bool and value.lower() not in ("0", "1", "t", "f", "true", "false", "y", "n", "yes", "no"):
+        raise ValueError(f"{key} to be true or false")
+    elif key == "store_type" and value != "tcp":
+        raise ValueError("store_type to be tcp: nodes do not see each other's death in a file")
 
 
 def port(text: str) -> int:
@@ -122,9 +188,9 @@ def port(text: str) -> int:
 
 
 def stop_signals(text: str) -> str:
-    if set(text.split(",")) != {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"}:
+    if set(text.split(",")) - {"SIGUSR1"} != {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"}:
         raise ValueError(
-            "SIGTERM,SIGINT,SIGHUP,SIGQUIT, which always end the job (SIGUSR1 and SIGUSR2 never do)"
+            "SIGTERM,SIGINT,SIGHUP,SIGQUIT, which always end the job (so does SIGUSR1; SIGUSR2 never)"
         )
     return text
 
