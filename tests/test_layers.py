@@ -13,7 +13,7 @@ LAYERS = {
     "shardckpt": [
         ["errors", "dtypes", "garbage", "pages", "progress", "version"],
         ["box", "values", "storage", "ranks", "zarr_dtypes"],
-        ["manifest", "objects"],
+        ["manifest", "objects", "draining"],
         ["plan", "reads", "zarr_view"],
         ["runs", "local", "sharing"],
         ["packs"],
@@ -30,9 +30,9 @@ LAYERS = {
         ["__init__", "__main__"],
     ],
     "launcher": [
-        ["errors", "events", "processes", "progress", "devices", "logs", "foresight", "report", "journal"],
-        ["parsers", "nodes", "command", "restart", "rendezvous", "run_dir", "spawner", "saver", "control", "membership"],
-        ["options", "verdict"],
+        ["errors", "events", "processes", "progress", "devices", "logs", "foresight", "report", "wording", "gpus", "journal", "terminal"],
+        ["frames", "oom", "parsers", "nodes", "command", "restart", "rendezvous", "run_dir", "spawner", "saver", "control", "membership"],
+        ["options", "verdict", "diagnosis", "stacks"],
         ["config", "backlog"],
         ["worker", "console"],
         ["zygote"],

@@ -1,0 +1,63 @@
+"""Which processes hold GPUs open: what to look for when a device is not free after a job's end."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Holder", "holders"]
+
+_DEVICE = re.compile(r"nvidia\d+")  # nvidiactl and nvidia-uvm are open also without any GPU's memory
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Holder:
+    """A process that has a GPU's device file open."""
+
+    pid: int
+    command: str
+    device: str  # "/dev/nvidia0"
+
+
+def holders(root: Path = Path("/")) -> list[Holder]:
+    """The processes that hold GPUs, each with every GPU that it holds, by pid.
+
+    Sees the processes of this user, or everybody's as root. Looks at no process on a machine without
+    GPUs. `root` is where /proc and /dev are found.
+    """
+    if not any(map(_DEVICE.fullmatch, _names(root / "dev"))):
+        return []
+    found = set()
+    for name in filter(str.isdigit, _names(root / "proc")):
+        process = root / "proc" / name
+        for device in _open_devices(process):
+            found.add(Holder(int(name), _command(process), device))
+    return sorted(found)
+
+
+def _open_devices(process: Path) -> Iterator[str]:
+    for fd in _names(process / "fd"):
+        try:
+            target = (process / "fd" / fd).readlink().as_posix()
+        except OSError:
+            continue  # closed meanwhile
+        directory, _, name = target.rpartition("/")
+        if directory == "/dev" and _DEVICE.fullmatch(name):
+            yield target
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)  # noqa: PTH208 - names are all that is needed, of many directories
+    except OSError:
+        return []
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
+    except OSError:
+        return ""

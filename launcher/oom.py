@@ -1,0 +1,178 @@
+"""Whether a SIGKILL was the kernel's, for want of memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.wording import amount
+
+__all__ = ["OomWatch"]
+
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+_UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number near 2**63
+_KILLED = re.compile(
+    r"(?P<cgroup>Memory cgroup out of memory|Out of memory)[^:]*: Killed process (?P<pid>\d+) "
+)
+_HELD = re.compile(r"(?:anon|shmem)-rss:(\d+)kB")
+
+
+@dataclass(frozen=True)
+class _Counters:
+    """How often the kernel has killed for want of memory, as far as this process may see."""
+
+    cgroup: int  # in the agent's cgroup and those around it, added up
+    machine: int  # anywhere on the machine
+
+
+class OomWatch:
+    """Watches the counters of this process's memory cgroups, of the machine, and the kernel's log.
+
+    What cannot be read is left out; in a container that may be everything but the cgroup. `root` is
+    where /proc, /sys and /dev are found.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._cgroups = tuple(_memory_cgroups(root))
+        self._log = _Log(root)
+        self._before = self._count()
+
+    def mark(self) -> None:
+        """Explain from now on by what happens from now on."""
+        self._before = self._count()
+        self._log.skip()
+
+    def explain(self, pid: int) -> str | None:
+        """Why a process that died of SIGKILL after `mark` was killed; None if the kernel does not say.
+
+        `pid` is its number here; kernels log the number of the first namespace, so that the log counts
+        only where this is that namespace.
+        """
+        held = self._log.find(pid)
+        if held is not None:
+            is_cgroup, size = held
+            return f"killed by the kernel, out of memory ({self._limit(is_cgroup)}; it held {amount(size)})"
+        now = self._count()
+        if now.cgroup > self._before.cgroup:
+            return f"killed by the kernel, out of memory ({self._limit(True)})"
+        if now.machine > self._before.machine:
+            return (
+                f"probably killed by the kernel, which ran out of memory just then ({self._limit(False)})"
+            )
+        return None
+
+    def _count(self) -> _Counters:
+        in_cgroups = 0
+        for cgroup in self._cgroups:
+            for name in ("memory.events", "memory.oom_control"):
+                values = _read_table(cgroup / name)
+                in_cgroups += values.get("oom_kill", 0) + values.get("oom_group_kill", 0)
+        return _Counters(in_cgroups, _read_table(self._root / "proc/vmstat").get("oom_kill", 0))
+
+    def _limit(self, is_cgroup: bool) -> str:
+        machine = _read_table(self._root / "proc/meminfo").get("MemTotal:", 0) * 1024
+        limits = [
+            limit
+            for cgroup in self._cgroups
+            for name in ("memory.max", "memory.limit_in_bytes")
+            if (limit := _read_number(cgroup / name)) is not None and limit < (machine or _UNLIMITED)
+        ]
+        if is_cgroup and limits:
+            return f"cgroup limit {amount(min(limits))}"
+        return f"the machine's {amount(machine)}" if machine else "the machine's memory"
+
+
+def _memory_cgroups(root: Path) -> Iterator[Path]:
+    """The directories of this process's memory cgroup and of those around it, as far as visible."""
+    for line in _lines(root / "proc/self/cgroup"):
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        kind = "cgroup2" if number == "0" else "cgroup"
+        for mount, mounted in _mounts(root, kind):
+            # In a container the mount may show a part of the hierarchy only.
+            inside = os.path.relpath(path, mounted)
+            here = mount if inside.startswith("..") else mount / inside
+            while here.is_relative_to(mount):
+                yield here
+                here = here.parent
+
+
+def _mounts(root: Path, kind: str) -> Iterator[tuple[Path, str]]:
+    """Where cgroups of a kind are mounted, and which of them is at the top there."""
+    for line in _lines(root / "proc/self/mountinfo"):
+        before, _, after = line.partition(" - ")
+        fields, (found, _, options) = before.split(), after.split(" ", 2)
+        if found == kind and (kind == "cgroup2" or "memory" in options.split(",")):
+            yield root / fields[4].lstrip("/"), fields[3]
+
+
+class _Log:
+    """The kernel's log, from a position on."""
+
+    def __init__(self, root: Path) -> None:
+        self._fd: int | None = None
+        try:
+            if (root / "proc/self/ns/pid").readlink() == Path(_FIRST_PID_NAMESPACE):
+                self._fd = os.open(root / "dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            pass
+        self._text = ""
+        self.skip()
+
+    def __del__(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+    def skip(self) -> None:
+        self._text = ""
+        if self._fd is not None:
+            os.lseek(self._fd, 0, os.SEEK_END)
+
+    def find(self, pid: int) -> tuple[bool, int] | None:
+        """Whether process `pid` was killed for its cgroup, and the bytes that it held."""
+        self._text += "".join(self._read())
+        for line in self._text.splitlines():
+            killed = _KILLED.search(line)
+            if killed and int(killed["pid"]) == pid:
+                held = sum(map(int, _HELD.findall(line))) * 1024
+                return killed["cgroup"].startswith("Memory cgroup"), held
+        return None
+
+    def _read(self) -> Iterator[str]:
+        while self._fd is not None:
+            try:
+                record = os.read(self._fd, 1 << 13)
+            except BrokenPipeError:
+                continue  # older records have been overwritten; the next read goes on behind them
+            except OSError:
+                return
+            if not record:
+                return
+            yield record.decode(errors="replace")
+
+
+def _read_table(path: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    table = {}
+    for line in _lines(path):
+        name, *values = line.split()
+        if values and values[0].isdigit():
+            table[name] = int(values[0])
+    return table
+
+
+def _read_number(path: Path) -> int | None:
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _lines(path: Path) -> Iterable[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return ()
