@@ -1,4 +1,4 @@
-"""The launcher's stdout and stderr: the workers' lines with their ranks, and its own messages.
+"""The launcher's stdout and stderr: the workers' lines with their ranks, its own messages, a live view.
 
 Workers write straight to their log files, so nothing here can slow them down or stop them. A thread
 follows the files and prints; a terminal that is slow, stopped or gone holds up this thread alone.
@@ -8,77 +8,36 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import select
+import signal
 import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
+from typing import Any
 
 from launcher.config import Shown
 from launcher.logs import DirectoryWatch, Tail
 from launcher.run_dir import RankFiles
+from launcher.terminal import LiveBlock, Sink
 
-__all__ = ["Console", "Sink"]
+__all__ = ["Console", "Level", "Sink"]
 
 _REDRAW_SECONDS = 1.0
 _POLL_SECONDS = 0.1  # only where inotify is not available
 _RANK_COLOURS = (36, 33, 35, 32, 34, 96, 93, 95, 92, 94)
 _STATUS_SECONDS = 5.0  # between lines that say how far something is
-_COLUMNS = 80  # of a terminal that does not tell
-_ERASE = b"\r\x1b[K"
-_CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]")
+_BREATH_SECONDS = 0.03  # between two times that a live view is moved down by workers' lines
 
 
-class Sink:
-    """A file descriptor that takes whole lines. Once its reader is gone it takes them in silence."""
+class Level(IntEnum):
+    """How much a message of the launcher matters. Verdicts are errors."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self.is_gone = False
-        self.is_terminal = os.isatty(fd)
-        self.can_redraw = self.is_terminal and os.environ.get("TERM") != "dumb"
-        self.is_coloured = self.can_redraw and not os.environ.get("NO_COLOR")
-        self._is_drawn = False
-
-    def draw(self, text: str) -> None:
-        """Write a line that whatever is written next takes the place of. For terminals only."""
-        self.write(text[: self._columns() - 1].encode(errors="replace"))
-        self._is_drawn = True
-
-    def _columns(self) -> int:
-        try:
-            return os.get_terminal_size(self._fd).columns or _COLUMNS
-        except OSError:
-            return _COLUMNS
-
-    def write(self, data: bytes) -> None:
-        if self._is_drawn:
-            self._is_drawn = False
-            data = _ERASE + data
-        while data and not self.is_gone:
-            try:
-                data = data[os.write(self._fd, data) :]
-            except BlockingIOError:
-                select.select([], [self._fd], [])
-            except OSError:
-                self.is_gone = True
-
-    def write_lines(self, prefix: bytes, lines: Sequence[bytes]) -> None:
-        """Write workers' lines. A terminal is spared what would upset it."""
-        if self.is_terminal:
-            lines = [_printable(line) for line in lines]
-        if self.is_coloured:
-            lines = [line + b"\x1b[0m" if b"\x1b" in line else line for line in lines]
-        self.write(b"".join(prefix + line + b"\n" for line in lines))
-
-    def paint(self, text: str, style: int) -> str:
-        return f"\x1b[{style}m{text}\x1b[0m" if self.is_coloured else text
-
-
-def _printable(line: bytes) -> bytes:
-    return _CONTROL.sub(b"?", line).decode(errors="replace").encode()
+    DEBUG = 10
+    INFO = 20
+    WARNING = 30
+    ERROR = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +64,7 @@ class _Mute:
 
 class _Order(Enum):
     UNFOLLOW = auto()
+    REDRAW = auto()
     CLOSE = auto()
 
 
@@ -125,12 +85,16 @@ class _Stream:
 class Console:
     """Prints in a thread of its own. All methods return at once but `close`.
 
-    What is said appears after everything that workers wrote before it was said.
+    What is said appears after everything that workers wrote before it was said. `level` is the lowest
+    that is printed of the launcher's own messages; workers' lines always are.
     """
 
-    def __init__(self, out: Sink, err: Sink) -> None:
+    def __init__(self, out: Sink, err: Sink, level: Level = Level.INFO) -> None:
         self._out = out
         self._err = err
+        self._level = level
+        self._block = LiveBlock(err, beside=out)
+        self._is_redraw_due = False
         self._orders: queue.SimpleQueue[_AnyOrder] = queue.SimpleQueue()
         # Counts the orders that are not carried out.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
@@ -140,6 +104,7 @@ class Console:
         self._shown_at = float("-inf")  # when a status was printed last
         self._thread = threading.Thread(target=self._run, name="console", daemon=True)
         self._thread.start()
+        self._former = self._watch_for_return()
 
     def follow(self, files: Sequence[RankFiles], shown: Shown) -> None:
         """Print what a new round writes to `files`."""
@@ -156,19 +121,53 @@ class Console:
         """Print the rest of the present round; its workers are dead."""
         self._put(_Order.UNFOLLOW)
 
-    def say(self, *lines: str, style: int = 0) -> None:
+    def say(self, *lines: str, style: int = 0, level: Level = Level.INFO) -> None:
         """Print the launcher's own message on stderr, its first line in an ANSI `style`."""
-        self._put(_Say(lines, style))
+        if level >= self._level:
+            self._put(_Say(lines, style))
+
+    @property
+    def has_live_view(self) -> bool:
+        """Whether `live` shows anything: on a terminal that can be redrawn, if INFO is printed."""
+        return self._block.can_draw and self._level <= Level.INFO
+
+    def live(self, lines: Sequence[str]) -> None:
+        """Keep `lines` at the bottom of the terminal, in place of those before; without any, no more.
+
+        They are cut to the terminal's width, and may be painted with `paint`.
+        """
+        if not self.has_live_view:
+            return
+        self._block.lines = tuple(lines)
+        if not self._is_redraw_due:  # or they would pile up while the terminal is held with Ctrl-S
+            self._is_redraw_due = True
+            self._put(_Order.REDRAW)
 
     def show(self, text: str) -> None:
-        """Say how far something is: on a terminal in place of the last time, elsewhere now and then."""
-        self._put(_Show(text))
+        """Say how far something is: as live view where there is one, as a line now and then elsewhere."""
+        if self.has_live_view:
+            self.live([f"launch: {text}"])
+        elif self._level <= Level.INFO:
+            self._put(_Show(text))
+
+    def paint(self, text: str, style: int) -> str:
+        """`text` in an ANSI style, if stderr shows colours."""
+        return self._err.paint(text, style)
 
     def close(self) -> None:
-        """Print everything to the end. Waits as long as the reader takes."""
+        """Print everything to the end, and take the live view away. Waits as long as the reader takes."""
+        self.live(())
         self._put(_Order.CLOSE)
         self._thread.join()
         os.close(self._wake)
+        if self._former is not None:
+            signal.signal(signal.SIGCONT, self._former)
+
+    def _watch_for_return(self) -> Any:
+        """After Ctrl-Z and fg the shell's lines are where the live view was. Returns the former handler."""
+        if not self._block.can_draw or threading.current_thread() is not threading.main_thread():
+            return None
+        return signal.signal(signal.SIGCONT, lambda *_: self._block.forget())
 
     def _put(self, order: _AnyOrder) -> None:
         self._orders.put(order)
@@ -188,9 +187,13 @@ class Console:
                     self._print_message(order)
                 case _Show():
                     self._print_status(order.text)
+                case _Order.REDRAW:
+                    self._is_redraw_due = False
                 case _Order():
                     self._print_rest()
-        self._err.write(b"")  # in the place of a status that nothing was said after
+            self._block.refresh()
+            if order is None and self._block.is_drawn:
+                time.sleep(_BREATH_SECONDS)
 
     def _wait_for_order(self) -> _AnyOrder | None:
         """Wait for an order, or until there is something to print (None)."""
@@ -236,6 +239,8 @@ class Console:
 
     def _print(self, stream: _Stream, lines: Sequence[bytes]) -> None:
         was_gone = stream.sink.is_gone
+        if lines and stream.sink.is_terminal:
+            self._block.erase()
         stream.sink.write_lines(stream.prefix, lines)
         if stream.sink.is_gone and not was_gone:
             name = "stderr" if stream.sink is self._err else "stdout"
@@ -261,11 +266,10 @@ class Console:
     def _print_message(self, message: _Say) -> None:
         first, *rest = message.lines
         lines = [self._err.paint(f"launch: {first}", message.style), *rest]
+        self._block.erase()
         self._err.write("".join(f"{line}\n" for line in lines).encode(errors="replace"))
 
     def _print_status(self, text: str) -> None:
-        if self._err.can_redraw:
-            self._err.draw(f"launch: {text}")
-        elif time.monotonic() - self._shown_at >= _STATUS_SECONDS:
+        if time.monotonic() - self._shown_at >= _STATUS_SECONDS:
             self._shown_at = time.monotonic()
             self._print_message(_Say([text], 0))

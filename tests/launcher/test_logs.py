@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,25 +222,6 @@ def test_a_terminal_gets_colours_and_no_garbage(run_dir: RunDir, monkeypatch: py
     text = shown.decode()
     assert re.search(r"\x1b\[\d+m\[0\]\x1b\[0m a\?\ufffd\x1b\[31mred\x1b\[0m\r\n", text)
     assert "\x1b[31mlaunch: note\x1b[0m\r\n" in text
-
-
-def test_a_status_is_drawn_in_place_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut to the terminal's width, or it could not be drawn over; what is said next takes its place."""
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    controller, terminal = os.openpty()
-    termios.tcsetwinsize(terminal, (24, 20))
-    console = Console(Sink(terminal), Sink(terminal))
-    console.show("1 of 2 and so on for long")
-    console.show("2 of 2")
-    console.say("done")
-    console.show("3 of 2")
-    console.close()
-    erase = "\r\x1b[K"
-    shown = f"launch: 1 of 2 and {erase}launch: 2 of 2{erase}launch: done\r\nlaunch: 3 of 2{erase}"
-    assert os.read(controller, 1 << 16).decode() == shown
-    os.close(terminal)
-    os.close(controller)
 
 
 def test_a_status_is_a_line_now_and_then_elsewhere() -> None:
