@@ -10,6 +10,7 @@ from launcher import run
 from launcher.config import Config, config_from_settings, settings_from_environ, settings_from_file
 from launcher.errors import ExitCode, LaunchError, UsageError
 from launcher.options import OPTIONS, Option, Setting, find
+from launcher.schedulers import settings_from_scheduler
 
 __all__ = ["main", "parse"]
 
@@ -23,7 +24,8 @@ Start N workers on this node, and start them again when one fails.
 
 _EPILOG = """\
 Every option may stand in the --config file by its long name (`max-restarts: 5`). Flags beat
-torchrun's PET_* environment variables, which beat the file. Underscores do for dashes.
+torchrun's PET_* environment variables, which beat the file, which beats what Slurm or Kubernetes
+says. Underscores do for dashes.
 
 Exit codes: that of the first failed worker (128 + signal if it was killed), 128 + signal if launch
 was told to stop (130 for Ctrl-C), 2 bad usage, 69 run directory or port in use, 70 the launcher
@@ -77,6 +79,7 @@ def _configure(parsed: _Parsed) -> Config:
         parsed.settings,
         settings_from_environ(),
         from_file,
+        settings_from_scheduler(),
         is_program=parsed.is_program,
     )
 
