@@ -40,7 +40,7 @@ LAYERS = {
             "foresight",
             "report",
             "wording",
-            "gpus",
+            "gpus", "tracebacks",
             "journal",
             "terminal",
         ],

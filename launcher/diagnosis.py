@@ -1,0 +1,454 @@
+"""One verdict per failure: who failed first, why, who was dragged along, what happens next."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launcher.events import WorkerExited
+from launcher.oom import OomWatch
+from launcher.progress import read_progress
+from launcher.report import Death, NodeReport
+from launcher.run_dir import RankFiles
+from launcher.tracebacks import LastWords, innermost_frames, normalized, read_last_words
+from launcher.wording import name_ranks
+
+__all__ = [
+    "LostNode",
+    "Verdict",
+    "Victim",
+    "describe_exit",
+    "find_culprit",
+    "fingerprint",
+    "gather",
+    "judge",
+]
+
+_TAIL_BYTES = 64 * 1024
+_FINGERPRINT_FRAMES = 3
+_STOP_SIGNALS = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
+
+# What workers say when it was another one that went away, or did not come.
+_PEER_LOSS = (
+    (re.compile(r"connection (was likely )?reset|broken pipe", re.I), "connection reset by peer"),
+    (re.compile(r"connection (was likely )?refused", re.I), "connection refused by a peer"),
+    (
+        re.compile(r"communicator (was|is|has been) aborted|ncclRemoteError", re.I),
+        "NCCL aborted by a peer's end",
+    ),
+    (re.compile(r"recvvalue failed|store.*(shut down|is not available)", re.I), "the store has gone"),
+    (
+        re.compile(r"connection (was likely )?closed|closed by peer|remote process exited", re.I),
+        "connection closed by peer",
+    ),
+    (re.compile(r"failed to (recv|send)|socket (is )?closed", re.I), "connection closed by peer"),
+)
+_TIMEOUT = re.compile(
+    r"timed out waiting|collective operation timeout|failed to pass monitoredbarrier"
+    r"|timed? ?out after \d+ ?ms|socket timeout|waiting for key|barrier timed out",
+    re.I,
+)
+_DISTRIBUTED = re.compile(r"torch[./](distributed|nn[./]parallel)|c10d|gloo|nccl|processgroup|store", re.I)
+_DATA_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)")
+
+_COLLECTIVE_HINT = (
+    "another rank did not come to this collective in time; --hang-timeout tells where each is"
+)
+_HINTS = tuple(
+    (re.compile(pattern, re.I), hint)
+    for pattern, hint in (
+        (
+            r"DataLoader worker .* killed by signal: (Bus|Kill)|insufficient shared memory",
+            "a DataLoader worker had no memory left, or /dev/shm is full: fewer workers, or a larger /dev/shm",
+        ),
+        (
+            r"DataLoader worker .* exited unexpectedly",
+            "a DataLoader worker died: its own words are in the log; often memory or /dev/shm is full",
+        ),
+        (r"CUDA out of memory|OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY", "the GPU's memory is full"),
+        (r"uncorrectable ECC|GPU is lost|fallen off the bus|hardware stack error", "the GPU is broken"),
+        (r"invalid device ordinal", "fewer GPUs are visible than this rank needs"),
+        (
+            r"no CUDA-capable device|device\(s\) is/are busy or unavailable",
+            "the GPU is missing, or held by others",
+        ),
+        (
+            r"re-initialize CUDA in forked",
+            "CUDA was used before the fork: not in a preloaded module, or --cold",
+        ),
+        (
+            r"CUDA error: |device-side assert",
+            "the line may be a later one than the guilty: CUDA_LAUNCH_BLOCKING=1",
+        ),
+        (r"NCCL error|nccl\w+Error|unhandled (system|cuda) error", "NCCL_DEBUG=WARN tells more"),
+        (r"\bMemoryError\b|DefaultCPUAllocator: can't allocate", "the host's memory is full"),
+        (r"No space left on device", "a disk, or /dev/shm, is full"),
+        (r"Too many open files", "raise `ulimit -n`"),
+        (r"Address already in use", "another process has the port"),
+    )
+)
+
+
+def gather(
+    files: RankFiles, exit: WorkerExited, host: str, epoch_at: float, oom: OomWatch | None, is_ours: bool
+) -> Death:
+    """Read what a failed worker left behind.
+
+    `epoch_at` is its death in seconds since the epoch; `is_ours`, whether launch had told it to end.
+    """
+    words = _read_words(files, exit.code)
+    progress = read_progress(files.progress)
+    return Death(
+        rank=exit.rank,
+        host=host,
+        pid=exit.pid,
+        code=exit.code,
+        at=epoch_at,
+        step=progress.step if progress else None,
+        error=words.error,
+        lines=words.lines,
+        has_traceback=words.has_traceback,
+        kill=_find_killer(exit, words, oom, is_ours),
+        log=str(files.err),
+        is_ours=is_ours,
+    )
+
+
+def _read_words(files: RankFiles, code: int) -> LastWords:
+    recorded = _read_error_file(files.error)
+    if recorded is not None:
+        message, stack = recorded
+        words = read_last_words(stack.splitlines())
+        if words.has_traceback:
+            return words
+    words = read_last_words(_read_tail(files.err), was_killed=code < 0)
+    if not words.lines:
+        words = LastWords(read_last_words(_read_tail(files.out)).lines)
+    if recorded is not None and not words.has_traceback:
+        return LastWords(words.lines, False, message.partition("\n")[0])
+    return words
+
+
+def _read_tail(path: Path) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    # What a progress bar showed last is all that counts of it.
+    return [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
+
+
+def _read_error_file(path: Path) -> tuple[str, str] | None:
+    """Message and call stack that torchelastic's @record wrote."""
+    try:
+        message = json.loads(path.read_text())["message"]
+        if isinstance(message, str):
+            return message, message
+        return str(message["message"]), str(message["extraInfo"]["py_callstack"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _find_killer(exit: WorkerExited, words: LastWords, oom: OomWatch | None, is_ours: bool) -> str | None:
+    if oom is None:
+        return None
+    if exit.code == -signal.SIGKILL:
+        return None if is_ours else oom.explain(exit.pid)
+    child = _DATA_WORKER.search(words.error or "")
+    if child and "Killed" in (words.error or ""):
+        found = oom.explain(int(child[1]))
+        return f"its DataLoader worker was {found}" if found else None
+    return None
+
+
+def _last_said(death: Death) -> str:
+    return death.error or "\n".join(death.lines[-3:])
+
+
+def _peer_loss(death: Death) -> str | None:
+    """What is said of a worker that says itself that a peer went away or did not come; else None."""
+    said = _last_said(death)
+    if death.kill or _DATA_WORKER.search(said):
+        return None
+    if death.has_traceback and not _DISTRIBUTED.search("\n".join((*death.lines, said))):
+        return None  # a connection of its own, to a data server perhaps
+    if _TIMEOUT.search(said):
+        return "timed out waiting for others"
+    return next((text for pattern, text in _PEER_LOSS if pattern.search(said)), None)
+
+
+def _fails_by_itself(death: Death) -> bool:
+    """Whether nothing but this worker explains its death, as far as it can be seen from it alone."""
+    if _peer_loss(death) is not None:
+        return False
+    if not death.is_ours or death.kill:
+        return True
+    return death.has_traceback and not (death.error or "").startswith(("KeyboardInterrupt", "SystemExit"))
+
+
+def find_culprit(deaths: Sequence[Death], *, has_lost_node: bool = False) -> Death | None:
+    """The worker that failed first, of all nodes' in order of death; None if no worker is to blame.
+
+    That is the first to die, unless it says that a peer went away, or did not come to a collective, or
+    launch had told it to end: then the first of which that does not hold. If all say so, a lost node
+    explains them; else the first that waited for others in vain, else the first whose peer went away.
+    """
+    own = [death for death in deaths if _fails_by_itself(death)]
+    if own or has_lost_node:
+        return next(iter(own), None)
+    theirs = [death for death in deaths if not (death.is_ours and death.code in _STOP_SIGNALS)]
+    waited = [death for death in theirs if _TIMEOUT.search(_last_said(death))]
+    return next(iter(waited or theirs), None)
+
+
+def fingerprint(death: Death) -> str | None:
+    """Equal for the same failure again; None if too little is known to say so.
+
+    Numbers, addresses and directories in messages do not count; the innermost frames of a traceback do.
+    """
+    if death.kill and "out of memory" in death.kill:
+        return "out of memory"
+    if death.has_traceback or death.error:
+        frames = innermost_frames(death.lines, _FINGERPRINT_FRAMES)
+        return "; ".join((normalized(death.error or ""), *frames))
+    if death.code in _STOP_SIGNALS:
+        return None
+    if death.code < 0:
+        return _signal_name(death.code)
+    return f"exit code {death.code}: {normalized(death.lines[-1])}" if death.lines else None
+
+
+def _signal_name(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def describe_exit(code: int) -> str:
+    """`exit code 3`, or `killed by SIGSEGV (signal 11, a crash in native code)`."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = _signal_name(code)
+    hint = {
+        "SIGKILL": ", as kill -9 or the kernel does when memory runs out",
+        "SIGSEGV": ", a crash in native code",
+        "SIGBUS": ", a crash in native code, or a full /dev/shm",
+        "SIGABRT": ", an abort in native code",
+        "SIGILL": ", code for another processor",
+    }.get(name, "")
+    return f"killed by {name} (signal {-code}{hint})"
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """Another worker that failed in the same round."""
+
+    rank: int
+    how: str
+    of_it: bool  # it failed because of the first: it says that a peer went away or did not come
+    later: float  # seconds after the first
+
+
+@dataclass(frozen=True, slots=True)
+class LostNode:
+    """A node that is gone, and how that was noticed."""
+
+    node: int
+    host: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All that is known about one failed round, as it goes to verdicts.jsonl."""
+
+    round: int
+    time: float  # seconds since the epoch: when it failed
+    seconds: float  # how long the round ran until then
+    rank: int | None  # that failed first; None if no worker is to blame
+    code: int | None  # its exit code, or minus the signal
+    host: str | None  # it ran on
+    node: int | None
+    cause: str
+    kill: str | None  # who killed it, where that is known
+    hint: str | None
+    lines: tuple[str, ...]
+    has_traceback: bool
+    victims: tuple[Victim, ...]  # the others that failed by themselves or of it, in order
+    stopped: tuple[int, ...]  # the others that launch stopped
+    trouble: tuple[str, ...]  # what else went wrong, a line each
+    hang: tuple[str, ...]  # what the stacks said
+    lost: tuple[LostNode, ...]
+    nodes: int  # of the round
+    step: int | None  # the highest that a rank reported
+    newest_saved: int | None  # step of the newest snapshot or checkpoint
+    log: str | None
+    next: str
+
+    @property
+    def steps_lost(self) -> int | None:
+        """Steps that have to be done again; None if that is not known."""
+        if self.step is None or self.newest_saved is None:
+            return None
+        return max(0, self.step - self.newest_saved)
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "steps_lost": self.steps_lost})
+
+    def render(self) -> list[str]:
+        """The block for the terminal."""
+        what = "hung" if self.hang and self.rank is None else "failed"
+        text = [f"round {self.round} {what} after {self.seconds:.1f} s", f"  {self._headline()}"]
+        if self.hint:
+            text.append(f"  hint: {self.hint}")
+        text += [f"  {line}" for line in self.hang]
+        if self.lines:
+            text.append("  its traceback:" if self.has_traceback else "  its last lines:")
+            text += [f"    {line}" for line in self.lines]
+        elif self.rank is not None:
+            text.append("  it left no output")
+        text += self._others()
+        if self.stopped:
+            text.append(f"  stopped: {name_ranks(self.stopped)}")
+        if self.step is not None:
+            text.append(f"  {self._progress()}")
+        if self.log is not None:
+            text.append(f"  log: {self.log}")
+        return [*text, f"  {self.next}"]
+
+    def _headline(self) -> str:
+        if self.rank is None:
+            return self.cause
+        moment = time.strftime("%H:%M:%S", time.localtime(self.time))
+        where = f" on {self.host}" if self.nodes > 1 else ""
+        return (
+            f"rank {self.rank}{where} failed first, at {moment}.{self.time % 1 * 1000:03.0f}: {self.cause}"
+        )
+
+    def _others(self) -> list[str]:
+        """Those that failed after the first, alike ones together, and what else went wrong."""
+        alike: dict[tuple[bool, str], list[int]] = {}
+        for victim in self.victims:
+            alike.setdefault((victim.of_it, victim.how), []).append(victim.rank)
+        text = [
+            f"  then{', of it' if of_it else ''}: {name_ranks(ranks)}: {how}"
+            for (of_it, how), ranks in alike.items()
+        ]
+        text += [f"  lost: node {one.node} ({one.host}): {one.why}" for one in self.lost]
+        text += [f"  {trouble}" for trouble in self.trouble]
+        return [line for line in text if line.strip() != self.cause]
+
+    def _progress(self) -> str:
+        if self.newest_saved is None or self.steps_lost is None:
+            return f"step {self.step} reached"
+        if self.steps_lost == 0:
+            return f"step {self.step} reached and saved: nothing is lost"
+        lost = f"{self.steps_lost} step{'s' if self.steps_lost > 1 else ''} lost"
+        return f"step {self.step} reached, snapshot of step {self.newest_saved}: {lost}"
+
+
+def judge(
+    reports: Sequence[NodeReport],
+    lost: Mapping[int, tuple[str, str]],
+    decision_text: str,
+    *,
+    started: float,
+    newest_saved: int | None,
+) -> Verdict:
+    """The verdict on a round that failed, from what each node says of it; there is one report at least.
+
+    `lost` has the nodes that say nothing any more: their host, and why. `decision_text` is what happens
+    next. `started` is when the round began, in seconds since the epoch.
+    """
+    deaths = sorted((death for report in reports for death in report.deaths), key=lambda death: death.at)
+    trouble = tuple(_on(report, len(reports), report.trouble) for report in reports if report.trouble)
+    hang = tuple(_on(report, len(reports), line) for report in reports for line in report.hang)
+    explains = bool(lost or trouble or hang)
+    culprit = find_culprit(deaths, has_lost_node=explains)
+    at = culprit.at if culprit else min(report.ended for report in reports)
+    victims, stopped = _sort_others(deaths, culprit, at)
+    losses = tuple(LostNode(node, host, why) for node, (host, why) in sorted(lost.items()))
+    return Verdict(
+        round=reports[0].round,
+        time=at,
+        seconds=at - started,
+        rank=culprit.rank if culprit else None,
+        code=culprit.code if culprit else None,
+        host=culprit.host if culprit else None,
+        node=next((report.node for report in reports if culprit in report.deaths), None),
+        cause=_cause(culprit, losses, trouble, hang),
+        kill=culprit.kill if culprit else None,
+        hint=_hint(culprit) if culprit else None,
+        lines=culprit.lines if culprit else (),
+        has_traceback=culprit.has_traceback if culprit else False,
+        victims=victims,
+        stopped=stopped,
+        trouble=trouble,
+        hang=hang,
+        lost=losses,
+        nodes=len(reports) + len(lost),
+        step=max((report.step for report in reports if report.step is not None), default=None),
+        newest_saved=newest_saved,
+        log=culprit.log if culprit else None,
+        next=decision_text,
+    )
+
+
+def _on(report: NodeReport, nodes: int, line: str) -> str:
+    return line if nodes == 1 else f"{report.host}: {line}"
+
+
+def _sort_others(
+    deaths: Sequence[Death], culprit: Death | None, at: float
+) -> tuple[tuple[Victim, ...], tuple[int, ...]]:
+    """Those that failed besides the first, and the ranks that only ended because launch told them to."""
+    victims = []
+    stopped = []
+    for death in deaths:
+        if death is culprit:
+            continue
+        loss = _peer_loss(death)
+        if loss is not None:
+            victims.append(Victim(death.rank, loss, True, death.at - at))
+        elif _fails_by_itself(death):
+            how = death.kill or death.error or describe_exit(death.code)
+            victims.append(Victim(death.rank, how, False, death.at - at))
+        else:
+            stopped.append(death.rank)
+    return tuple(victims), tuple(sorted(stopped))
+
+
+def _cause(
+    culprit: Death | None, lost: Sequence[LostNode], trouble: Sequence[str], hang: Sequence[str]
+) -> str:
+    if culprit is not None:
+        how = describe_exit(culprit.code)
+        if culprit.kill and culprit.code == -signal.SIGKILL:
+            return culprit.kill
+        why = f"; {culprit.kill}" if culprit.kill else ""
+        return f"{culprit.error} ({how}){why}" if culprit.error else f"{how}{why}"
+    if trouble:
+        return trouble[0]
+    if lost:
+        return f"lost: node {lost[0].node} ({lost[0].host}): {lost[0].why}"
+    if hang:
+        return "no rank made progress any more:"
+    return "no worker failed, but the round ended"
+
+
+def _hint(death: Death) -> str | None:
+    said = "\n".join((death.error or "", *death.lines[-3:]))
+    if _peer_loss(death) is not None:
+        if _TIMEOUT.search(_last_said(death)):
+            return _COLLECTIVE_HINT
+        return "no rank failed by itself before that: look at the network between them"
+    return next((hint for pattern, hint in _HINTS if pattern.search(said)), None)

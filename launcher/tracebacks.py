@@ -1,0 +1,175 @@
+"""What a dead process said last: its traceback among all that it wrote, the exception in one line. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["LastWords", "innermost_frames", "normalized", "read_last_words"]
+
+_TAIL_LINES = 10
+_TRACEBACK_LINES = 30
+_MESSAGE_LINES = 5
+
+_HEADER = "Traceback (most recent call last):"
+_RANK_PREFIX = re.compile(r"\[rank\d+\]: ")  # torch writes it before each line of an uncaught exception
+_GROUP_PREFIX = re.compile(r" *[|+] ")
+_EXCEPTION = re.compile(
+    r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Warning|Group|Failure|Timeout|Iteration)\b(:|$)"
+)
+_CAUSED = "The above exception was the direct cause of the following exception:"
+_FRAME = re.compile(r'\s*(?:\|\s+)?File "(?P<file>[^"]+)", line (?P<line>\d+)(?:,? in (?P<name>.+))?')
+_WRAPPERS = ("ChildFailedError", "ProcessExitedException", "CalledProcessError")
+"""Exceptions that only say that another process failed, whose own words are more telling."""
+
+_CHATTER = re.compile(
+    r"^(\[rank\d+\]:)?\[W\d{4,} |has NOT been destroyed|resource_tracker|warnings\.warn\(|\.py:\d+: \w*Warning:"
+    r"|^Exception ignored in|^={5,}$|^-{5,}$|To enable traceback see"
+)
+_FATAL = re.compile(r"^(Fatal Python error: .+)")
+_WHAT = re.compile(r"^\s*what\(\):\s+(.+)")
+
+
+@dataclass(frozen=True, slots=True)
+class LastWords:
+    """What a failed process left behind."""
+
+    lines: tuple[str, ...] = ()  # its traceback, or else its last lines
+    has_traceback: bool = False
+    error: str | None = None  # the exception in one line
+
+
+def read_last_words(lines: Sequence[str], *, was_killed: bool = False) -> LastWords:
+    """Find the traceback that a process ended with, or else its last lines.
+
+    One that `was_killed` by a signal may have written tracebacks of errors that it had handled: only
+    one at the very end counts then.
+    """
+    found = _tracebacks(lines)
+    telling = [one for one in found if not _is_wrapper(one.error)] or found
+    if telling and not (was_killed and _says_more(lines[telling[-1].end :])):
+        last = telling[-1]
+        cause = _first_cause(lines, found, last)
+        error = f"{last.error} (from {cause})" if cause else last.error
+        return LastWords(tuple(last.lines[-_TRACEBACK_LINES:]), True, error)
+    return _without_traceback(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Traceback:
+    start: int
+    end: int  # behind its last line
+    lines: list[str]
+    error: str
+
+
+def _tracebacks(lines: Sequence[str]) -> list[_Traceback]:
+    """In order of appearance; those inside an exception group are not told apart from it."""
+    found = []
+    number = 0
+    while number < len(lines):
+        head, header, _ = lines[number].partition(_HEADER)
+        if header:
+            is_group = head.endswith("Exception Group ")
+            one = _read_group(lines, number) if is_group else _read_traceback(lines, number, head)
+            found.append(one)
+            number = one.end if is_group else number + 1
+        else:
+            number += 1
+    return found or _syntax_error(lines)
+
+
+def _read_traceback(lines: Sequence[str], start: int, head: str) -> _Traceback:
+    match = _RANK_PREFIX.match(head) or _GROUP_PREFIX.match(head)
+    prefix = match[0] if match else ""
+    own = [_HEADER]
+    end = start + 1
+    for end in range(start + 1, len(lines)):
+        if not lines[end].startswith(prefix):
+            continue  # somebody else's line in between
+        line = lines[end].removeprefix(prefix)
+        own.append(line)
+        if line and not line[0].isspace():
+            break
+    else:
+        return _Traceback(start, len(lines), own, own[-1].strip())
+    message_end = end + 1
+    while message_end < min(len(lines), end + _MESSAGE_LINES) and _continues(lines[message_end], prefix):
+        own.append(lines[message_end].removeprefix(prefix))
+        message_end += 1
+    return _Traceback(start, message_end, own, own[len(own) - (message_end - end)])
+
+
+def _continues(line: str, prefix: str) -> bool:
+    """Whether a line behind an exception's first line belongs to its message.
+
+    That is known for sure only where every line has a prefix.
+    """
+    return bool(prefix) and line.startswith(prefix) and _HEADER not in line
+
+
+def _read_group(lines: Sequence[str], start: int) -> _Traceback:
+    end = start + 1
+    while end < len(lines) and _GROUP_PREFIX.match(lines[end] + " "):
+        end += 1
+        if lines[end - 1].strip().startswith("+-") and lines[end - 1].strip("+- ") == "":
+            break
+    block = list(lines[start:end])
+    texts = (line.strip().lstrip("|").strip() for line in block[1:])
+    error = next((text for text in texts if _EXCEPTION.match(text)), "ExceptionGroup")
+    return _Traceback(start, end, block, error)
+
+
+def _syntax_error(lines: Sequence[str]) -> list[_Traceback]:
+    """Python shows a script that it cannot compile without a header."""
+    said = [number for number, line in enumerate(lines) if line.strip()]
+    last = said[-1] if said else 0
+    if said and re.match(r"(Syntax|Indentation|Tab)Error: ", lines[last]):
+        for start in range(last, max(-1, last - 6), -1):
+            if _FRAME.match(lines[start]):
+                return [_Traceback(start, last + 1, list(lines[start : last + 1]), lines[last])]
+    return []
+
+
+def _first_cause(lines: Sequence[str], found: Sequence[_Traceback], last: _Traceback) -> str | None:
+    """The exception that `last` was raised from, and that one from, and so on."""
+    cause = None
+    number = found.index(last)
+    while number > 0 and _CAUSED in lines[found[number - 1].end : found[number].start]:
+        number -= 1
+        cause = found[number].error
+    return cause
+
+
+def _is_wrapper(error: str) -> bool:
+    return error.partition(":")[0].rpartition(".")[2] in _WRAPPERS
+
+
+def _says_more(lines: Sequence[str]) -> bool:
+    return any(line.strip() and not _CHATTER.search(line) for line in lines)
+
+
+def _without_traceback(lines: Sequence[str]) -> LastWords:
+    said = [line for line in lines if line.strip()]
+    said = [line for line in said if not _CHATTER.search(line)] or said
+    for pattern in (_FATAL, _WHAT):
+        for start, line in enumerate(said):
+            if match := pattern.search(line):
+                return LastWords(tuple(said[start:][:_TRACEBACK_LINES]), False, match[1].strip())
+    last = _RANK_PREFIX.sub("", said[-1]) if said else ""
+    error = last if _EXCEPTION.match(last) else None
+    return LastWords(tuple(said[-_TAIL_LINES:]), False, error)
+
+
+def innermost_frames(lines: Sequence[str], count: int) -> list[str]:
+    """`train.py:88 in load_batch` for the last `count` frames of a traceback."""
+    frames = [match for line in lines if (match := _FRAME.match(line))]
+    return [f"{f['file'].rpartition('/')[2]}:{f['line']} in {f['name'] or '?'}" for f in frames[-count:]]
+
+
+def normalized(text: str) -> str:
+    """`text` without what differs from one time to the next: addresses, numbers, directories."""
+    text = re.sub(r"0x[0-9a-fA-F]+|\b[0-9a-f]{12,}\b", "#", text)
+    text = re.sub(r"(?<![\w/])~?/(?:[\w.@+-]+/)*", "", text)
+    return re.sub(r"\d+(\.\d+)*", "#", text)
