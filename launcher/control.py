@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RunDirError, UnreachableError, UsageError
+from launcher.errors import LaunchError, NotRunningError, RunDirError, UnreachableError, UsageError
 from launcher.events import Asked, Event
 
-__all__ = ["RECORD", "VERBS", "Control", "ask"]
+__all__ = ["RECORD", "VERBS", "Control", "ask", "is_running"]
 
 VERBS = ("status", "stacks", "restart", "scale", "stop", "kill")
 RECORD = "control.json"
@@ -219,14 +219,28 @@ def _user_name(uid: int) -> str:
         return str(uid)
 
 
+def is_running(run_dir: Path) -> bool:
+    """Whether a job of this host runs in `run_dir`, as far as can be told without asking it."""
+    try:
+        record = _find_record(run_dir)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(0)
+            connection.connect(f"\0{record['address']}")
+    except BlockingIOError:  # so many ask it already
+        return True
+    except (OSError, LaunchError):
+        return False
+    return True
+
+
 def ask(
     run_dir: Path, verb: str, number: int | None = None, *, timeout: float = 10.0
 ) -> Iterator[dict[str, Any]]:
     """Ask the job that runs in `run_dir`, and yield its answers as they come.
 
     `timeout` is in seconds, for each of them. Raises `UsageError` if there is no such run, or if the job
-    refuses; `UnreachableError` if no job runs there, on this host and as this user, or if it does not
-    answer.
+    refuses; `NotRunningError` if no job runs there; `UnreachableError` if it runs on another host or as
+    another user, or does not answer.
     """
     record = _find_record(run_dir)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -234,8 +248,8 @@ def ask(
         try:
             connection.connect(f"\0{record['address']}")
         except OSError:
-            raise UnreachableError(
-                f"nothing runs in {run_dir}: its launch (pid {record['pid']}) has gone without a word"
+            raise NotRunningError(
+                f"nothing runs in {run_dir}: its launch (pid {record['pid']}) was killed"
             ) from None
         if os.geteuid() != 0 and _peer(connection) not in (os.geteuid(), 0):
             owner = _user_name(_peer(connection))
@@ -288,7 +302,7 @@ def _find_record(run_dir: Path) -> dict[str, Any]:
         raise UnreachableError(
             f"the job in {run_dir} runs on {hosts}, and this is {socket.gethostname()}: ask there"
         )
-    raise UnreachableError(f"nothing runs in {run_dir}")
+    raise NotRunningError(f"nothing runs in {run_dir}")
 
 
 def _read_record(path: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ LaunchError              has the exit code that `launch` ends with
 │   └── NotFoundError    the program after `--` does not exist
 ├── BusyError            wait for, or stop, the other job that holds the run directory or port
 ├── UnreachableError     ask where, or as who, the job runs, if it runs at all
+│   └── NotRunningError  nothing: no job runs there
 ├── RunDirError          make the run directory writable, or choose another one
 └── InternalError        nothing: the launcher itself failed
 """
@@ -19,6 +20,7 @@ __all__ = [
     "InternalError",
     "LaunchError",
     "NotFoundError",
+    "NotRunningError",
     "RunDirError",
     "UnreachableError",
     "UsageError",
@@ -76,6 +78,10 @@ class UnreachableError(LaunchError):
     """No running job answers: none runs there, or on another host, or it is another user's."""
 
     exit_code = ExitCode.UNAVAILABLE
+
+
+class NotRunningError(UnreachableError):
+    """No job runs in the run directory any more, or yet."""
 
 
 class RunDirError(LaunchError):

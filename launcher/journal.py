@@ -32,7 +32,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Journal", "encodable", "read_journal"]
+__all__ = ["JOURNAL", "Journal", "encodable", "read_journal"]
+
+JOURNAL = "events.jsonl"
+"""The file's name in a run directory, or in a node's part of it."""
 
 
 class Journal:

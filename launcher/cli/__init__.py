@@ -1,0 +1,40 @@
+"""The command line: `launch [options] train.py [args…]`, and `launch status RUN` and its like."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from launcher import run
+from launcher.cli.arguments import configure, parse, split
+from launcher.cli.controls import control, is_control
+from launcher.errors import ExitCode, LaunchError
+
+__all__ = ["main", "parse"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `launch` with `argv` (default: the process's own), and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return control(words) if is_control(words) else _launch(words)
+    except LaunchError as error:
+        sys.stderr.write(f"launch: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:  # before there was anything to stop, or after everything was
+        return 128 + 2
+
+
+def _launch(words: list[str]) -> int:
+    parsed = split(words)
+    if parsed.asks_for("help"):
+        from launcher.cli.help import help_text
+
+        sys.stdout.write(help_text())
+        return ExitCode.OK
+    if parsed.asks_for("version"):
+        from importlib.metadata import version  # takes as long as all else here
+
+        sys.stdout.write(f"launch {version('shardckpt')}\n")
+        return ExitCode.OK
+    return run(configure(parsed))

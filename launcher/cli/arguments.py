@@ -1,0 +1,81 @@
+"""A command line of `launch`, taken apart: its own options, and the script with the script's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.config import Config, config_from_settings, settings_from_environ, settings_from_file
+from launcher.errors import UsageError
+from launcher.options import OPTIONS, Option, Setting, find
+from launcher.schedulers import settings_from_scheduler
+
+__all__ = ["Parsed", "configure", "parse", "split"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What was given, in order, and not looked at yet."""
+
+    settings: list[Setting]
+    words: list[str]  # the script and its arguments
+    is_program: bool  # they came after --
+
+    def asks_for(self, switch: str) -> bool:
+        """Whether the option `switch` was given."""
+        return any(setting.option.name == switch for setting in self.settings)
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The job that a command line describes. Raises `UsageError` for anything it cannot mean."""
+    return configure(split(argv))
+
+
+def configure(parsed: Parsed) -> Config:
+    """The job that `parsed` describes, with what environment, file and scheduler add to it."""
+    if not parsed.words:
+        raise UsageError("nothing to run: give a script, `-m module`, or `-- command` (launch --help)")
+    files = [setting.text for setting in parsed.settings if setting.option.name == "config"]
+    from_file = [setting for path in files for setting in settings_from_file(path)]
+    return config_from_settings(
+        parsed.words,
+        parsed.settings,
+        settings_from_environ(),
+        from_file,
+        settings_from_scheduler(),
+        is_program=parsed.is_program,
+    )
+
+
+def split(argv: Sequence[str]) -> Parsed:
+    """Separate the launcher's options from what it shall run."""
+    settings: list[Setting] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            return Parsed(settings, words, is_program=True)
+        if not word.startswith("-") or word == "-":
+            return Parsed(settings, [word, *words], is_program=False)
+        option, name, text = _option(word)
+        if text is None and option.is_switch:
+            text = "true"
+        elif text is None and words:
+            text = words.pop(0)
+        elif text is None:
+            raise UsageError(f"{name} needs a value: {option.metavar}")
+        settings.append(Setting(option, text, name))
+    return Parsed(settings, [], is_program=False)
+
+
+def _option(word: str) -> tuple[Option, str, str | None]:
+    """The option that `word` names, as it is written there, and its value if that is attached."""
+    if word.startswith("--"):
+        name, equals, text = word.partition("=")
+        return find(name[2:], name), name, text if equals else None
+    for option in OPTIONS:
+        if option.short and word[1] == option.short:
+            attached = word[2:].removeprefix("=")
+            if not (attached and option.is_switch):
+                return option, word[:2], attached or None
+    raise UsageError(f"{word}: unknown option: `launch --help` lists the options")

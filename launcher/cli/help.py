@@ -1,0 +1,66 @@
+"""What `launch --help` shows."""
+
+from __future__ import annotations
+
+from launcher.cli.controls import CONTROLS
+from launcher.options import OPTIONS, Option
+
+__all__ = ["help_text"]
+
+_USAGE = """\
+usage: launch [options] train.py [args...]
+       launch [options] -m module [args...]
+       launch [options] -- command [args...]
+       launch status|stacks|restart|scale|stop [RUN]
+
+Start N workers on each node, and start them again when one fails.
+"""
+
+_CONTROLS = """\
+A job that runs, on this machine and of the same user (RUN: a run directory, or its name in runs/; none: the
+one that runs there; `launch ./status` is a script of that name):"""
+
+_EPILOG = """\
+Every option may stand in the --config file by its long name (`max-restarts: 5`). Flags beat
+torchrun's PET_* environment variables, which beat the file, which beats what Slurm or Kubernetes
+says. Underscores do for dashes.
+
+Exit codes: that of the first failed worker (128 + signal if it was killed), 128 + signal if launch
+was told to stop (130 for Ctrl-C), and
+
+    2  bad usage; nothing was started        75  preempted: saved; start it again to go on
+   69  run directory or port in use,         76  a hang, and the restarts are used up
+       or no running job answers             77  a crash loop: the same failure again and again
+   70  the launcher failed                   78  fewer nodes than MIN, and none came back in time
+   73  run directory not writable           126  the command cannot be executed
+   74  the workers finished, but a          127  the command is not found
+       checkpoint did not become durable
+"""
+
+
+def help_text() -> str:
+    parts = [_USAGE]
+    for group in dict.fromkeys(option.group for option in OPTIONS if option.group):
+        parts.append(f"{group}:\n" + "".join(map(_help_line, _of_group(group))))
+    parts.append(
+        f"{_CONTROLS}\n" + "".join(_line(f"  {command.usage}", command.help) for command in CONTROLS)
+    )
+    refused = ", ".join(f"--{option.name}" for option in OPTIONS if option.refusal)
+    parts.append(f"Of torchrun's options these are refused, with the reason and a way out: {refused}.\n")
+    return "\n".join([*parts, _EPILOG])
+
+
+def _of_group(group: str) -> list[Option]:
+    return [option for option in OPTIONS if option.group == group]
+
+
+def _help_line(option: Option) -> str:
+    names = [f"-{option.short}"] if option.short else []
+    names += [f"--{name}" for name in (option.name, *option.aliases)]
+    left = f"  {', '.join(names)} {option.metavar}".rstrip()
+    return _line(left, option.help)
+
+
+def _line(left: str, right: str) -> str:
+    gap = "\n" + " " * 30 if len(left) > 28 else " " * (30 - len(left))
+    return f"{left}{gap}{right}\n"
