@@ -53,6 +53,7 @@ def serve(*, is_warm: bool) -> None:
 def _warm_up(orders: dict[str, Any]) -> str | None:
     """Import what workers will import, resolved as the script would. The traceback if it fails."""
     main = sys.modules["__main__"]
+    names = _untrack(vars(main))
     gc.disable()
     if orders["import_dir"] is not None:
         sys.path.insert(0, orders["import_dir"])
@@ -75,6 +76,22 @@ def _warm_up(orders: dict[str, Any]) -> str | None:
         gc.enable()
         # Collections in the workers would write to every object's header, and so copy every page.
         gc.freeze()
+        names |= vars(main)
+        vars(main).clear()
+        vars(main).update(names)
+
+
+def _untrack(module: dict[str, Any]) -> dict[str, Any]:
+    """Have the collector let go of a module's names until it gets back those that it had, which are returned.
+
+    A script's names hold its functions, which hold all its names. If these were frozen too, no collection at
+    exit would find what else they hold: a file that the script has left open would never be flushed.
+    """
+    names = dict(module)
+    for name in [name for name, value in names.items() if not isinstance(value, str | None)]:
+        del module[name]
+    gc.collect()  # only this lets go of dictionaries, of those that hold nothing but plain values
+    return names
 
 
 def _check_single_thread(preload: list[str]) -> None:
@@ -187,6 +204,7 @@ class _Zygote:
         """Leave nothing of the zygote in this process but the modules that it has imported."""
         os.setsid()
         processes.die_with_parent(zygote)
+        processes.allow_tracing()
         for path, fd in ((worker["out"], 1), (worker["err"], 2)):
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.dup2(log, fd)
