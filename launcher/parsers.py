@@ -150,7 +150,8 @@ def streams(text: str) -> Mapping[int | None, int]:
 
 def endpoint(text: str) -> tuple[str, int | None]:
     """A host and a port; without a port, None. An IPv6 address with a port stands in brackets."""
-    match = re.fullmatch(r"(?:\[([\w.:%-]+)\]|([\w.-]+))(?::(\d{1,5}))?|([\w.:%-]+)", text.strip())
+    address = r"[0-9a-fA-F]*:[0-9a-fA-F.]*:[0-9a-fA-F:.]*(?:%\w+)?"
+    match = re.fullmatch(rf"(?:\[({address})\]|([\w.-]+))(?::(\d{{1,5}}))?|({address})", text.strip())
     if match is None or int(match[3] or 0) > 65535:
         raise ValueError("HOST or HOST:PORT")
     return match[1] or match[2] or match[4], int(match[3]) if match[3] else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.cli import parse
 from launcher.command import Command, Kind
 from launcher.config import Config, settings_from_environ
-from launcher.devices import count_gpus
+from launcher.devices import count_cpus, count_gpus
 from launcher.errors import NotFoundError, UsageError
 from launcher.options import OPTIONS, find
 
@@ -20,7 +21,7 @@ from launcher.options import OPTIONS, find
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current directory with a script in it."""
     monkeypatch.chdir(tmp_path)
-    for variable in ("PET_NPROC_PER_NODE", "PET_NNODES", "PET_MAX_RESTARTS"):
+    for variable in ("PET_NPROC_PER_NODE", "PET_NNODES", "PET_MAX_RESTARTS", "SLURM_STEP_ID"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "train.py").write_text("")
@@ -67,10 +68,95 @@ def test_defaults(folder: Path) -> None:
         (["--cold=false"], "cold", False),
         (["--ckpt", "s3://bucket/run"], "checkpoints", "s3://bucket/run"),
         (["--ckpt", "file:///x"], "checkpoints", "file:///x"),
+        (["--nproc", "3"], "min_nproc", 3),
+        (["--nproc", "2:3"], "min_nproc", 2),
+        (["--nproc", "2:3"], "nproc", 3),
+        (["--nproc", "1:cpu"], "nproc", count_cpus()),
+        (["--nnodes", "1"], "is_alone", True),
+        (["--crash-loop", "0"], "crash_loop", 0),
+        (["--hang-timeout", "0"], "hang_timeout", 0.0),
+        (["--hang-timeout=90"], "hang_timeout", 90.0),
+        (["--cold"], "hang_timeout", None),
+        (["--quiet"], "quiet", True),
+        (["--log-level", "debug"], "log_level", "debug"),
+        (["--metrics-port=9100"], "metrics_port", 9100),
+        (["--rdzv-conf", "timeout=5"], "is_alone", True),
+        (["--rdzv-id", "a"], "run_id", "a"),
+        (["--cold"], "run_id", "train"),
+        (["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"], "nproc", 1),
     ],
 )
 def test_spellings(argv: list[str], field: str, value: object) -> None:
     assert getattr(parse([*argv, "train.py"]), field) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--rdzv-endpoint=h"], "rdzv_backend", "c10d"),
+        (["--rdzv-endpoint=h"], "rdzv_endpoint", ("h", 29400)),
+        (["--rdzv-endpoint=h:1"], "rdzv_endpoint", ("h", 1)),
+        (["--rdzv-endpoint=[::1]"], "rdzv_endpoint", ("::1", 29400)),
+        (["--rdzv-endpoint=fe80::2"], "rdzv_endpoint", ("fe80::2", 29400)),
+        (["--rdzv-endpoint=h", "--rdzv-backend=etcd-v2"], "rdzv_endpoint", ("h", 2379)),
+        (["--rdzv-endpoint=h", "--rdzv-backend=etcd"], "rdzv_backend", "etcd"),
+        (["--rdzv-endpoint=h", "--rdzv-backend=static", "--node-rank=1"], "rdzv_endpoint", ("h", 29500)),
+        (["--master-addr=h", "--node-rank=1"], "rdzv_backend", "static"),
+        (["--master-addr=h", "--node-rank=1"], "rdzv_endpoint", ("h", 29500)),
+        (["--master-addr=h", "--master-port=7", "--node-rank=1"], "rdzv_endpoint", ("h", 7)),
+        (["--master-addr=h", "--node-rank=1"], "node_rank", 1),
+        (["--rdzv-endpoint=h", "--node-rank=9"], "rdzv_backend", "c10d"),
+        (["--rdzv-endpoint=h"], "run_id", "none"),
+        (["--rdzv-endpoint=h", "--rdzv-id=job7"], "run_id", "job7"),
+        (["--rdzv-endpoint=h", "--local-addr=10.0.0.2"], "local_addr", "10.0.0.2"),
+        (["--rdzv-endpoint=h"], "master_addr", "127.0.0.1"),
+        (
+            ["--rdzv-endpoint=h", "--rdzv-conf=join_timeout=9, is_host=1"],
+            "rdzv_conf",
+            {"join_timeout": "9", "is_host": "1"},
+        ),
+    ],
+)
+def test_several_nodes(argv: list[str], field: str, value: object) -> None:
+    """torchrun's options say the same here, and its default ports hold."""
+    config = parse(["--nnodes", "2", *argv, "train.py"])
+    assert (config.nnodes, config.is_alone) == ((2, 2), False)
+    assert getattr(config, field) == value
+
+
+def test_elastic_nodes() -> None:
+    config = parse(["--nnodes=1:4", "--rdzv-endpoint=h", "--nproc=6:8", "train.py"])
+    assert (config.nnodes, config.is_alone) == ((1, 4), False)
+    assert (config.min_nproc, config.nproc) == (6, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "file", "backend", "endpoint"),
+    [
+        ("--rdzv-endpoint=h", {"PET_MASTER_ADDR": "m"}, "", "c10d", ("h", 29400)),
+        ("--master-addr=h", {"PET_RDZV_ENDPOINT": "m"}, "", "static", ("h", 29500)),
+        ("--master-addr=h", {"PET_MASTER_PORT": "5"}, "", "static", ("h", 5)),
+        ("", {"PET_MASTER_ADDR": "m", "PET_MASTER_PORT": "5"}, "rdzv-endpoint: f", "static", ("m", 5)),
+        ("--rdzv-backend=etcd", {}, "rdzv-endpoint: f:3", "etcd", ("f", 3)),
+        ("--rdzv-endpoint=h", {}, "standalone: true", "c10d", ("h", 29400)),
+    ],
+)
+def test_what_beats_what_of_the_place_to_meet(
+    flags: str,
+    variables: dict[str, str],
+    file: str,
+    backend: str,
+    endpoint: tuple[str, int],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The higher source says where, also with other options than the lower one."""
+    (folder / "c.yaml").write_text(file)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    argv = ["--config=c.yaml", "--nnodes=2", "--node-rank=0", *flags.split(), "train.py"]
+    config = parse(argv)
+    assert (config.rdzv_backend, config.rdzv_endpoint) == (backend, endpoint)
 
 
 def test_local_paths_become_absolute(folder: Path) -> None:
@@ -172,7 +258,10 @@ def test_unreadable_files(folder: Path, content: bytes | None) -> None:
         (["--nproc"], "--nproc needs a value"),
         (["--nproc", "0", "train.py"], "at least 1, or auto, gpu or cpu, or MIN:MAX of these, found '0'"),
         (["--nproc", "-3", "train.py"], "at least 1, or auto, gpu or cpu, or MIN:MAX of these, found '-3'"),
-        (["--nproc", "many", "train.py"], "at least 1, or auto, gpu or cpu, or MIN:MAX of these, found 'many'"),
+        (
+            ["--nproc", "many", "train.py"],
+            "at least 1, or auto, gpu or cpu, or MIN:MAX of these, found 'many'",
+        ),
         (["--nproc", "xpu", "train.py"], "found 'xpu'"),
         (["--nproc", "gpu", "train.py"], "a node with GPUs"),
         (["--nprok", "2", "train.py"], "--nprok: unknown option nprok: did you mean nproc"),
@@ -180,7 +269,52 @@ def test_unreadable_files(folder: Path, content: bytes | None) -> None:
         (["-x", "train.py"], "-x: unknown option"),
         (["--max-restarts", "-1", "train.py"], "0 or more, found '-1'"),
         (["--grace", "nan", "train.py"], "a number of seconds"),
-        (["--node-rank", "1", "train.py"], "expected 0"),
+        (["--nproc", "4:2", "train.py"], "nproc: expected a minimum of at most 2, the most workers"),
+        (["--nproc", "0:2", "train.py"], "at least 1, or auto, gpu or cpu, or MIN:MAX of these"),
+        (["--nproc", "auto:8", "train.py"], "found 'auto:8'"),
+        (["--nproc", ":8", "train.py"], "found ':8'"),
+        (["--nproc", "1:2:3", "train.py"], "found '1:2:3'"),
+        (["--nnodes", "0", "train.py"], "a number of nodes of at least 1, or MIN:MAX, found '0'"),
+        (["--nnodes", "3:2", "train.py"], "or MIN:MAX, found '3:2'"),
+        (["--nnodes", "2:", "train.py"], "or MIN:MAX, found '2:'"),
+        (["--nnodes", "2", "train.py"], "2 nodes need a place to meet: give --rdzv-endpoint HOST:PORT"),
+        (["--nnodes=1:4", "train.py"], "4 nodes need a place to meet"),
+        (["--nnodes=2", "--master-port=1", "train.py"], "2 nodes need a place to meet"),
+        (["--nnodes=2", "--rdzv-backend=c10d", "--master-addr=h", "train.py"], "need a place to meet"),
+        (["--nnodes=2", "--rdzv-backend=static", "train.py"], "2 nodes need a place to meet"),
+        (["--nnodes=2", "--rdzv-endpoint=h:0", "train.py"], "a port from 1 to 65535 that all nodes know"),
+        (["--nnodes=2", "--rdzv-endpoint=h:70000", "train.py"], "expected HOST or HOST:PORT"),
+        (["--nnodes=2", "--rdzv-endpoint=h:x", "train.py"], "expected HOST or HOST:PORT, found 'h:x'"),
+        (["--nnodes=2", "--rdzv-endpoint=/a/file", "train.py"], "expected HOST or HOST:PORT"),
+        (["--nnodes=2", "--rdzv-endpoint=", "train.py"], "expected HOST or HOST:PORT"),
+        (["--nnodes=2", "--master-addr=h", "train.py"], "node_rank: expected 0 to 1, another on each node"),
+        (
+            ["--nnodes=2", "--master-addr=h", "--node-rank=2", "train.py"],
+            "expected 0 to 1, another on each",
+        ),
+        (["--nnodes=2", "--master-addr=h", "--node-rank=-1", "train.py"], "a node's number from 0"),
+        (["--nnodes=1:2", "--master-addr=h", "--node-rank=0", "train.py"], "static nodes never change"),
+        (["--nnodes=2", "--standalone", "train.py"], "--nnodes: --standalone means one node"),
+        (["--nnodes=2", "--rdzv-endpoint=h", "--master-addr=h", "train.py"], "--master-addr says the same"),
+        (
+            ["--nnodes=2", "--rdzv-endpoint=h", "--rdzv-conf=join_timeout=x", "train.py"],
+            "join_timeout to be",
+        ),
+        (
+            ["--nnodes=2", "--rdzv-endpoint=h", "--rdzv-conf=join_timeout=0", "train.py"],
+            "join_timeout to be",
+        ),
+        (["--nnodes=2", "--rdzv-endpoint=h", "--rdzv-conf=is_host=2", "train.py"], "is_host to be true or"),
+        (["--nnodes=2", "--rdzv-endpoint=h", "--rdzv-conf=store_type=file", "train.py"], "to be tcp"),
+        (["--nnodes=2", "--rdzv-endpoint=h", "--rdzv-conf=timeout=9", "train.py"], "c10d knows no timeout"),
+        (["--rdzv-conf", "join_timeout", "train.py"], "KEY=VALUE pairs separated by commas"),
+        (["--rdzv-conf", "join=3", "train.py"], "expected keys of ca_cert, cacert"),
+        (["--rdzv-backend", "mpi", "train.py"], "expected c10d or etcd-v2 or etcd or static, found 'mpi'"),
+        (["--node-rank", "1", "train.py"], "--node-rank: expected 0, as there is one node, found 1"),
+        (["--hang-timeout", "-1", "train.py"], "a number of seconds, 0 or more"),
+        (["--crash-loop=-1", "train.py"], "a number of failures, 0 or more"),
+        (["--log-level", "loud", "train.py"], "debug or info or warning or error, found 'loud'"),
+        (["--metrics-port", "99999", "train.py"], "65535"),
         (["--master-port", "70000", "train.py"], "65535"),
         (["--rdzv-endpoint", "h:1", "--master-port=2", "train.py"], "--master-port says the same"),
         (["--standalone", "--rdzv-endpoint", "h:1", "train.py"], "--standalone picks the endpoint"),
@@ -259,7 +393,26 @@ def test_names_and_helps_are_complete() -> None:
 
 def test_a_config_validates_itself() -> None:
     command = Command(Kind.SCRIPT, "train.py")
-    for wrong in ({"nproc": 0}, {"max_restarts": -1}, {"grace": -1.0}, {"drain_timeout": -1.0}):
+    wrongs: list[dict[str, Any]] = [
+        {"nproc": 0},
+        {"min_nproc": -1},
+        {"nproc": 2, "min_nproc": 3},
+        {"max_restarts": -1},
+        {"grace": -1.0},
+        {"drain_timeout": -1.0},
+        {"hang_timeout": -1.0},
+        {"crash_loop": -1},
+        {"metrics_port": -1},
+        {"log_level": "loud"},
+        {"nnodes": (2, 2)},
+        {"nnodes": (0, 2)},
+        {"nnodes": (1, 0)},
+        {"rdzv_backend": "mpi", "nnodes": (2, 2)},
+        {"rdzv_endpoint": ("h", 0), "nnodes": (2, 2)},
+        {"rdzv_conf": {"timeout": "1"}, "rdzv_endpoint": ("h", 1), "nnodes": (2, 2)},
+        {"node_rank": 2, "rdzv_backend": "static", "rdzv_endpoint": ("h", 1), "nnodes": (2, 2)},
+    ]
+    for wrong in wrongs:
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Config(command=command, **wrong)
 
@@ -287,5 +440,17 @@ def test_gpus_are_counted_without_torch(folder: Path, monkeypatch: pytest.Monkey
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.config.count_gpus", lambda: 2)
     assert parse(["--nproc", "2", "train.py"]).nproc == 2
-    with pytest.raises(UsageError, match=r"expected at most 2, the GPUs .* found 3"):
-        parse(["--nproc", "3", "train.py"])
+    for asked in ("3", "1:3", "3:3"):
+        with pytest.raises(UsageError, match=r"expected at most 2, the GPUs .* found 3"):
+            parse(["--nproc", asked, "train.py"])
+
+
+def test_fewer_gpus_than_the_minimum_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("config", "parsers"):
+        monkeypatch.setattr(f"launcher.{module}.count_gpus", lambda: 2)
+    assert (
+        parse(["--nproc", "1:auto", "train.py"]).min_nproc,
+        parse(["--nproc", "auto", "train.py"]).nproc,
+    ) == (1, 2)
+    with pytest.raises(UsageError, match=r"a minimum of at most 2, the most workers .* found 4"):
+        parse(["--nproc", "4:auto", "train.py"])
