@@ -217,7 +217,9 @@ def fingerprint(death: Death) -> str | None:
     if death.kill and "out of memory" in death.kill:
         return "out of memory"
     if death.has_traceback or death.error:
-        frames = innermost_frames(death.lines, _FINGERPRINT_FRAMES)
+        # A DataLoader notices a dead worker in a signal handler, which may be anywhere.
+        is_anywhere = _DATA_WORKER.search(death.error or "")
+        frames = [] if is_anywhere else innermost_frames(death.lines, _FINGERPRINT_FRAMES)
         return "; ".join((normalized(death.error or ""), *frames))
     if death.code in _STOP_SIGNALS:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["LastWords", "innermost_frames", "normalized", "read_last_words"]
 
@@ -14,7 +14,7 @@ _MESSAGE_LINES = 5
 
 _HEADER = "Traceback (most recent call last):"
 _RANK_PREFIX = re.compile(r"\[rank\d+\]: ")  # torch writes it before each line of an uncaught exception
-_GROUP_PREFIX = re.compile(r" *[|+] ")
+_GROUP_LINE = re.compile(r" *[|+]([ -]|$)")
 _EXCEPTION = re.compile(
     r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Warning|Group|Failure|Timeout|Iteration)\b(:|$)"
 )
@@ -46,14 +46,27 @@ def read_last_words(lines: Sequence[str], *, was_killed: bool = False) -> LastWo
     One that `was_killed` by a signal may have written tracebacks of errors that it had handled: only
     one at the very end counts then.
     """
-    found = _tracebacks(lines)
+    own, rest = _uncaught_by_torch(lines)
+    found = _tracebacks(own, has_end=own is not lines)
     telling = [one for one in found if not _is_wrapper(one.error)] or found
-    if telling and not (was_killed and _says_more(lines[telling[-1].end :])):
+    if telling and not (was_killed and _says_more([*own[telling[-1].end :], *rest])):
         last = telling[-1]
-        cause = _first_cause(lines, found, last)
+        cause = _first_cause(own, found, last)
         error = f"{last.error} (from {cause})" if cause else last.error
         return LastWords(tuple(last.lines[-_TRACEBACK_LINES:]), True, error)
     return _without_traceback(lines)
+
+
+def _uncaught_by_torch(lines: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The lines of an uncaught exception, each of which torch has marked with the rank, and what follows.
+
+    All lines, and none, if there is no such exception.
+    """
+    for line in lines:
+        if (marked := _RANK_PREFIX.match(line)) and line.endswith(_HEADER):
+            numbers = [number for number, line in enumerate(lines) if line.startswith(marked[0])]
+            return [lines[number].removeprefix(marked[0]) for number in numbers], lines[numbers[-1] + 1 :]
+    return lines, ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,54 +77,42 @@ class _Traceback:
     error: str
 
 
-def _tracebacks(lines: Sequence[str]) -> list[_Traceback]:
-    """In order of appearance; those inside an exception group are not told apart from it."""
-    found = []
+def _tracebacks(lines: Sequence[str], *, has_end: bool) -> list[_Traceback]:
+    """In order of appearance; those inside an exception group are not told apart from it.
+
+    With `has_end`, the last one's message is known to go on up to the last line.
+    """
+    found: list[_Traceback] = []
     number = 0
     while number < len(lines):
+        # A progress bar, for one, leaves its last state on the same line.
         head, header, _ = lines[number].partition(_HEADER)
-        if header:
+        if header and lines[number + 1 : number + 2] and lines[number + 1].startswith("  "):
             is_group = head.endswith("Exception Group ")
-            one = _read_group(lines, number) if is_group else _read_traceback(lines, number, head)
-            found.append(one)
-            number = one.end if is_group else number + 1
+            found.append((_read_group if is_group else _read_traceback)(lines, number))
+            number = found[-1].end
         else:
             number += 1
+    if has_end and found:
+        last = found.pop()
+        message = lines[last.end :][:_MESSAGE_LINES]
+        found.append(replace(last, end=len(lines), lines=[*last.lines, *message]))
     return found or _syntax_error(lines)
 
 
-def _read_traceback(lines: Sequence[str], start: int, head: str) -> _Traceback:
-    match = _RANK_PREFIX.match(head) or _GROUP_PREFIX.match(head)
-    prefix = match[0] if match else ""
-    own = [_HEADER]
-    end = start + 1
+def _read_traceback(lines: Sequence[str], start: int) -> _Traceback:
+    """Up to the first line of the exception: nothing tells where its message ends."""
     for end in range(start + 1, len(lines)):
-        if not lines[end].startswith(prefix):
-            continue  # somebody else's line in between
-        line = lines[end].removeprefix(prefix)
-        own.append(line)
-        if line and not line[0].isspace():
+        if lines[end] and not lines[end][0].isspace():
             break
     else:
-        return _Traceback(start, len(lines), own, own[-1].strip())
-    message_end = end + 1
-    while message_end < min(len(lines), end + _MESSAGE_LINES) and _continues(lines[message_end], prefix):
-        own.append(lines[message_end].removeprefix(prefix))
-        message_end += 1
-    return _Traceback(start, message_end, own, own[len(own) - (message_end - end)])
-
-
-def _continues(line: str, prefix: str) -> bool:
-    """Whether a line behind an exception's first line belongs to its message.
-
-    That is known for sure only where every line has a prefix.
-    """
-    return bool(prefix) and line.startswith(prefix) and _HEADER not in line
+        end = len(lines) - 1  # the process could not finish it
+    return _Traceback(start, end + 1, [_HEADER, *lines[start + 1 : end + 1]], lines[end].strip())
 
 
 def _read_group(lines: Sequence[str], start: int) -> _Traceback:
     end = start + 1
-    while end < len(lines) and _GROUP_PREFIX.match(lines[end] + " "):
+    while end < len(lines) and _GROUP_LINE.match(lines[end]):
         end += 1
         if lines[end - 1].strip().startswith("+-") and lines[end - 1].strip("+- ") == "":
             break
