@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher import run
-from launcher.cli.arguments import configure, parse, split
-from launcher.cli.controls import control, is_control
+from launcher.cli.arguments import asks_a_job, configure, parse, split
 from launcher.errors import ExitCode, LaunchError
 
 __all__ = ["main", "parse"]
@@ -17,12 +16,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `launch` with `argv` (default: the process's own), and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return control(words) if is_control(words) else _launch(words)
+        return _control(words) if asks_a_job(words) else _launch(words)
     except LaunchError as error:
         sys.stderr.write(f"launch: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:  # before there was anything to stop, or after everything was
         return 128 + 2
+
+
+def _control(words: list[str]) -> int:
+    from launcher.cli.controls import control  # a job that starts does not wait for it
+
+    return control(words)
 
 
 def _launch(words: list[str]) -> int:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.config import Config, config_from_settings, settings_from_environ, settings_from_file
 from launcher.errors import UsageError
 from launcher.options import OPTIONS, Option, Setting, find
 from launcher.schedulers import settings_from_scheduler
 
-__all__ = ["Parsed", "configure", "parse", "split"]
+__all__ = ["CONTROL_NAMES", "Parsed", "asks_a_job", "configure", "parse", "split"]
+
+CONTROL_NAMES = ("status", "stacks", "restart", "scale", "stop")
+"""The words that ask a running job, see controls.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,11 @@ class Parsed:
     def asks_for(self, switch: str) -> bool:
         """Whether the option `switch` was given."""
         return any(setting.option.name == switch for setting in self.settings)
+
+
+def asks_a_job(words: Sequence[str]) -> bool:
+    """Whether a command line asks a running job. A script of that name in the current directory comes first."""
+    return bool(words) and words[0] in CONTROL_NAMES and not Path(words[0]).is_file()
 
 
 def parse(argv: Sequence[str]) -> Config:

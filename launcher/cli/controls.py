@@ -17,7 +17,7 @@ from launcher.journal import JOURNAL, read_journal
 from launcher.status import Past, Status
 from launcher.terminal import LiveBlock, Sink
 
-__all__ = ["CONTROLS", "ControlCommand", "control", "is_control"]
+__all__ = ["CONTROLS", "ControlCommand", "control"]
 
 _RUNS = Path("runs")
 _STACKS_SECONDS = 90.0  # more than the agent takes for them, busy as the machine may be
@@ -65,13 +65,8 @@ class _Request:
     switches: frozenset[str]
 
 
-def is_control(words: Sequence[str]) -> bool:
-    """Whether a command line asks a running job. A script of that name in the current directory comes first."""
-    return bool(words) and words[0] in _BY_NAME and not Path(words[0]).is_file()
-
-
 def control(words: Sequence[str]) -> int:
-    """Carry out a command line that `is_control`, and return the exit code.
+    """Carry out a command line that `asks_a_job`, and return the exit code.
 
     Raises `UsageError` for what makes no sense, also to the job; `UnreachableError` if no job answers.
     """
