@@ -1,0 +1,85 @@
+"""One totally ordered log of messages on a store, to which every node appends and from which every node reads.
+
+Entry n is the key `log/n`. A node creates it with a compare-and-set, and only after it has seen all entries
+before n: so there are no holes, whatever dies in between, and a node knows all that was said before its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistStoreError
+
+from launcher.member.stores import Store
+
+__all__ = ["Entry", "Reader", "Writer"]
+
+_LONG = timedelta(seconds=30)  # of waiting for an entry at a time
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one node appended at once: its `serial`-th entry."""
+
+    node: int
+    serial: int
+    messages: Sequence[dict[str, Any]]
+
+
+def _decode(value: bytes) -> Entry:
+    return Entry(**json.loads(value))
+
+
+class Reader:
+    """Reads the log from its beginning. `store` must be a connection of its own: `next` blocks it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._next = 0
+
+    def next(self) -> Entry | None:
+        """Wait for the next entry; None: there is none yet, after a long time.
+
+        Raises RuntimeError if the store is gone.
+        """
+        key = f"log/{self._next}"
+        try:
+            self._store.wait([key], _LONG)
+        except DistStoreError:
+            return None
+        entry = _decode(self._store.get(key))
+        self._next += 1
+        return entry
+
+
+class Writer:
+    """Appends to the log for node `node`, one entry at a time."""
+
+    def __init__(self, store: Store, node: int) -> None:
+        self._store = store
+        self._node = node
+        self._next = 0
+        self._serial = 0
+
+    def append(
+        self,
+        messages: Sequence[dict[str, Any]],
+        seen: Callable[[Entry], None],
+        still: Callable[[dict[str, Any]], bool],
+    ) -> None:
+        """Append those `messages` for which `still` is true when all entries before have gone through `seen`.
+
+        Raises RuntimeError if the store is gone; the entry may then exist or not.
+        """
+        self._serial += 1
+        while kept := [message for message in messages if still(message)]:
+            own = Entry(self._node, self._serial, kept)
+            found = _decode(self._store.compare_set(f"log/{self._next}", "", json.dumps(asdict(own))))
+            self._next += 1
+            seen(found)
+            if (found.node, found.serial) == (own.node, own.serial):
+                return

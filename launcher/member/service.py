@@ -1,0 +1,236 @@
+"""The member itself: obeys its agent, and tells it what becomes of its team."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import queue
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch.distributed.elastic.rendezvous import RendezvousError
+
+from launcher.member.charter import Charter, check_hellos
+from launcher.member.endpoint import local_address, show
+from launcher.member.generation import Generation
+from launcher.member.link import Link
+from launcher.member.meeting import Meeting, bounded, meet
+from launcher.member.presence import Presence
+from launcher.member.pulse import PERIOD
+from launcher.member.refusal import Refused
+from launcher.member.stores import PrefixStore, Store, connect_again
+from launcher.membership import Rendezvous
+
+__all__ = ["Member"]
+
+_GREETING = 10.0  # seconds for all nodes of a generation to say hello; else there is to be another one
+_UNREACHABLE = 5.0  # seconds without an answer of the store, after which this node is on its own
+_FAREWELL = 2.0  # seconds for each thing that is done when leaving
+_LINGER = 10.0  # seconds that a store is served after its node has left in peace
+_ASK_WAITING = 1.0  # seconds between two looks at who waits to be taken in
+
+
+class Member:
+    """Speaks for one node, from the agent's settings to the end of what other nodes need of it."""
+
+    def __init__(self, link: Link, settings: Rendezvous) -> None:
+        self._link = link
+        self._settings = settings
+        self._meeting: Meeting | None = None
+        self._presence: Presence | None = None
+        self._generation: Generation | None = None
+        self._number = 0  # of the last join that was ordered
+        self._joins: queue.SimpleQueue[tuple[int, Mapping[str, Any]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of the end: one failure is told, and none after the agent has left
+        self._is_ending = False
+        self._has_answered = threading.Event()  # the store, since the last look
+        threading.Thread(target=self._run_joins, daemon=True).start()
+
+    def join(self, number: int, hello: Mapping[str, Any]) -> None:
+        """Leave the generation, if there is one, and take part in the next; returns at once."""
+        self._number = number
+        self._joins.put((number, hello))
+
+    def say(self, number: int, message: dict[str, Any]) -> None:
+        """Have the generation hear `message`, if it is still the one that the agent means."""
+        if self._generation is not None and number == self._number:
+            self._generation.say(message)
+
+    def leave(self, finished: bool) -> None:
+        """Leave in peace, and return when the others do not need this process any more."""
+        self._end()
+        if self._generation is not None:
+            self._generation.flush(_FAREWELL)
+            self._try(self._generation.retire)
+        if finished and self._meeting is not None:
+            self._try(self._meeting.end_job)
+        self._withdraw()
+        self._linger(_LINGER)
+
+    def desert(self) -> None:
+        """The agent is dead, or has heard of a failure: tell the others, and return when they can do without."""
+        why = "its launch was killed" if self._end() else "it lost sight of the others"
+        if self._generation is not None:
+            self._generation.tell_lost(self._generation.rank, why)
+            self._generation.flush(_FAREWELL)
+            self._generation.stop()
+        self._withdraw()
+        self._linger(math.inf)
+
+    def _end(self) -> bool:
+        """Tell the agent nothing from now on; whether there was anything to end."""
+        with self._lock:
+            was_ending, self._is_ending = self._is_ending, True
+        return not was_ending
+
+    def _fail(self, kind: str, reason: str) -> None:
+        if self._end():
+            self._link.tell(event="failed", number=self._number, kind=kind, reason=reason)
+
+    def _lose(self, reason: str) -> None:
+        self._fail("lost", reason)
+
+    def _run_joins(self) -> None:
+        try:
+            while True:
+                self._form(*self._joins.get())
+        except Refused as refused:
+            self._fail(refused.kind, refused.reason)
+        except (RuntimeError, RendezvousError) as error:
+            self._lose(_broken(error))
+        except Exception as error:
+            traceback.print_exc()
+            self._lose(f"the rendezvous failed: {type(error).__name__}: {error}")
+
+    def _form(self, number: int, hello: Mapping[str, Any]) -> None:
+        """Be in the next generation that has all its nodes."""
+        former, self._generation = self._generation, None
+        if former is not None:
+            former.flush(_FAREWELL)
+            former.retire()
+        own = {**self._introduce(), **hello}
+        meeting = self._meeting = self._meeting or self._meet(own["addr"])
+        charter = None if meeting.store is None else Charter(self._in_job(meeting.store))
+        if charter is not None and former is None:
+            charter.check(own)
+        while number == self._number:
+            generation = Generation(meeting.next(), partial(self._hear, number), self._lose)
+            try:
+                hellos = generation.greet(own, _GREETING)
+            except TimeoutError as error:
+                generation.abandon(str(error))
+                continue
+            check_hellos(hellos)
+            if number != self._number:
+                generation.abandon("it has other plans")
+                break
+            if charter is not None and generation.rank == 0:
+                charter.write(own)
+            self._generation = generation  # what the agent says after it was told must not be lost
+            self._link.tell(event="joined", number=number, rank=generation.rank, hellos=hellos)
+            generation.start()
+            break
+
+    def _introduce(self) -> dict[str, Any]:
+        """What every node says of itself."""
+        try:
+            version = importlib.metadata.version("shardckpt")
+        except importlib.metadata.PackageNotFoundError:
+            version = "unknown"
+        addr = self._settings.local_addr or local_address(self._settings.endpoint)
+        return {"host": socket.gethostname(), "addr": addr, "version": version}
+
+    def _meet(self, addr: str) -> Meeting:
+        meeting = meet(self._settings, addr)
+        if meeting.store is not None:
+            self._presence = Presence(self._in_job(meeting.store))
+            self._presence.enter()
+        threading.Thread(target=self._live, args=(meeting,), daemon=True).start()
+        threading.Thread(target=self._watch_store, daemon=True).start()
+        return meeting
+
+    def _hear(self, number: int, node: int, message: dict[str, Any]) -> None:
+        with self._lock:
+            if not self._is_ending:
+                self._link.tell(event="heard", number=number, node=node, message=message)
+
+    def _live(self, meeting: Meeting) -> None:
+        """Give signs of life and look for those of others, until the end."""
+        newcomers = _Newcomers(meeting)
+        try:
+            while not self._is_ending:
+                if self._presence is not None:
+                    self._presence.beat()
+                generation = self._generation
+                if generation is not None:
+                    generation.look(time.monotonic())
+                    newcomers.look(generation)
+                self._has_answered.set()
+                time.sleep(PERIOD)
+        except (RuntimeError, RendezvousError) as error:
+            self._lose(_broken(error))
+
+    def _watch_store(self) -> None:
+        """Notice a store that does not answer; time in which this process stood still does not count."""
+        missed = 0
+        while not self._is_ending:
+            missed = 0 if self._has_answered.is_set() else missed + 1
+            self._has_answered.clear()
+            if missed * PERIOD >= _UNREACHABLE:
+                where = show(self._settings.endpoint)
+                self._lose(f"the store at {where} has not answered for {missed * PERIOD:g} s")
+            time.sleep(PERIOD)
+
+    def _in_job(self, store: Store) -> Store:
+        """A connection of its own to what this job keeps in `store` beside its generations."""
+        return PrefixStore(f"launch.{self._settings.run_id}", connect_again(store))
+
+    def _withdraw(self) -> None:
+        if self._meeting is not None:
+            self._try(self._meeting.withdraw)
+
+    def _linger(self, seconds: float) -> None:
+        """Serve the store as long as other nodes need it, but no longer than `seconds`."""
+        if self._meeting is not None and self._presence is not None:
+            self._try(self._presence.exit)
+            if self._meeting.is_host:
+                self._presence.outlast_others(seconds)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        """Do what is polite when leaving, if the store is still there."""
+        try:
+            bounded(_FAREWELL, act)
+        except (RuntimeError, RendezvousError, TimeoutError) as error:
+            print(error, file=sys.stderr)
+
+
+class _Newcomers:
+    """Tells a generation, as its node 0, of nodes that wait to be taken in."""
+
+    def __init__(self, meeting: Meeting) -> None:
+        self._meeting = meeting
+        self._generation: Generation | None = None
+        self._told = 0
+        self._asked = 0.0
+
+    def look(self, generation: Generation) -> None:
+        now = time.monotonic()
+        if generation.rank != 0 or now - self._asked < _ASK_WAITING:
+            return
+        self._asked = now
+        if generation is not self._generation:
+            self._generation, self._told = generation, 0
+        count = self._meeting.waiting()
+        if count not in (0, self._told):
+            generation.say({"kind": "waiting", "count": count})
+        self._told = count
+
+
+def _broken(error: Exception) -> str:
+    return f"the connection to the store broke: {error}".partition("\n")[0]
