@@ -36,10 +36,10 @@ LAYERS = {
         ],
         [
             *["frames", "oom", "parsers", "nodes", "command", "rendezvous", "run_dir", "spawner", "saver"],
-            *["control", "member", "recovery", "status"],
+            *["control", "recovery", "status"],
         ],
-        ["member", "options", "diagnosis", "stacks", "membership", "metrics"],
-        ["config", "schedulers", "backlog", "round"],
+        ["options", "diagnosis", "stacks", "membership", "metrics"],
+        ["member", "config", "schedulers", "backlog", "round"],
         ["restart", "console"],
         ["worker", "teller"],
         ["zygote"],

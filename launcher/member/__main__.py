@@ -8,6 +8,8 @@ import sys
 
 from launcher.membership import Rendezvous
 
+__all__ = ["main"]
+
 _AGENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
