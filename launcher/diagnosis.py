@@ -50,7 +50,7 @@ _PEER_LOSS = (
 )
 _TIMEOUT = re.compile(
     r"timed out waiting|collective operation timeout|failed to pass monitoredbarrier"
-    r"|timed? ?out after \d+ ?ms|socket timeout|waiting for key|barrier timed out",
+    r"|timed? ?out after \d+ ?(ms|seconds)|socket timeout|waiting for key|barrier timed out",
     re.I,
 )
 _DISTRIBUTED = re.compile(r"torch[./](distributed|nn[./]parallel)|c10d|gloo|nccl|processgroup|store", re.I)
