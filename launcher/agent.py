@@ -1,46 +1,73 @@
-"""The agent: starts the workers of a job, watches them, and starts them again when one fails."""
+"""The agent: starts the workers of a job on this node, watches them, and starts them again when one fails."""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 
 from launcher.backlog import Backlog, Drain
 from launcher.config import Config
-from launcher.console import Console, Sink
-from launcher.errors import InternalError, UsageError
+from launcher.control import RECORD, Control
+from launcher.diagnosis import find_culprit, fingerprint, gather, judge
+from launcher.errors import ExitCode, InternalError, UsageError, shell_code
 from launcher.events import (
+    Asked,
+    DeadlinePassed,
     Event,
+    Heard,
+    Joined,
     SaveFailed,
     SaverEnded,
     SaverWanted,
+    StacksTaken,
+    StopRequested,
+    Tick,
+    WorkerStarted,
     ZygoteLost,
     ZygoteReady,
 )
+from launcher.membership import Alone, Membership, Rendezvous, Together
 from launcher.monitor import Monitor
+from launcher.oom import OomWatch
 from launcher.processes import Subreaper
-from launcher.rendezvous import Meeting, meet
-from launcher.restart import Decision, Finish, History, Phase, Restart, Round, decide
+from launcher.progress import Progress, read_progress
+from launcher.recovery import Recovery
+from launcher.rendezvous import meet
+from launcher.report import Death, NodeReport
+from launcher.restart import Again, Decision, Finish, GiveUp, History, Limits, decide
+from launcher.round import DRAIN_SIGNALS, Phase, Round, Wish
 from launcher.run_dir import RankFiles, RunDir
 from launcher.saver import Saver
-from launcher.verdict import find_culprit, gather, judge
+from launcher.slots import Slots
+from launcher.stacks import StackTaker
+from launcher.stillness import Stillness
+from launcher.team import Ready
+from launcher.teller import Teller
 from launcher.worker import worker_orders
 from launcher.zygote import Zygote
 
 __all__ = ["Agent"]
 
+_TICK = 1.0  # seconds between looks at how far the workers are
 _KILL_PATIENCE = 10.0  # seconds that dead processes get to disappear (uninterruptible sleep)
-_NO_MORE_SAVERS = "no saver is started for this job any more"
-_BOLD, _DIM, _ALARM, _WARN = 1, 2, 31, 33  # ANSI styles
+_DIAGNOSIS_PATIENCE = 30.0  # seconds that taking stacks may take
+_HANG_REPORT = 600.0  # seconds without progress after which stacks are taken, if nothing else is asked for
+_JOIN_PATIENCE = 30.0  # seconds after which workers that report nothing are taken not to be able to drain
+# Of the grace that a scheduler gives: to reach a step boundary, and to end after that was missed.
+_DRAIN_SHARE, _STOP_SHARE = 0.7, 0.1
 
 
 class Agent:
     """Runs one job on this node. Enter it as a context, then call `run`, once.
 
     On leaving the context no process that it started exists any more, but for a saver that still
-    persists when it is not waited for any longer.
+    persists when it is not waited for any longer, and the node's part in the rendezvous while other nodes
+    depend on it.
     """
 
     def __init__(self, config: Config, zygote: Zygote, reaper: Subreaper) -> None:
@@ -48,21 +75,35 @@ class Agent:
         self._zygote = zygote
         self._reaper = reaper
         try:
-            with meet(config.master_addr, config.master_port):
-                pass  # what is wrong with them is found before anything is changed
-            self._run_dir = RunDir(config.directory, config.logs)
+            if config.is_alone:
+                with meet(config.master_addr, config.master_port):
+                    pass  # what is wrong with them is found before anything is changed
+            self._run_dir = RunDir(config.directory, config.logs, is_shared=not config.is_alone)
+            self._teller = Teller(config, self._run_dir)
+            self._control = Control(self._run_dir.own / RECORD)
+            self._membership = _membership(config, self._run_dir, reaper)
         except BaseException:
             zygote.close()
             raise
         self._monitor = Monitor()
-        self._console = Console(Sink(1), Sink(2))
-        self._files: list[RankFiles] = []
         self._saver = Saver(self._run_dir.saver_log, reaper)
         self._backlog: Backlog | None = None  # of the saver that runs
+        self._stacks = StackTaker()
+        self._stack_askers: list[int] = []
+        self._oom = OomWatch()
+        self._limits = Limits(config.max_restarts, config.crash_loop, config.nnodes[0])
+        self._history = History()
+        self._slots = Slots(config.nproc, config.nproc, config.min_nproc)
+        self._addr = config.master_addr  # of this node, as others reach it
+        self._meeting = ExitStack()  # the port that is held for the round
+        self._forget_round()
+        self._recovery: Recovery | None = None
+        self._can_resume = False  # workers have said that they can save when they are asked to
+        self._leave_by: float | None = None  # monotonic: when a scheduler will have lost its patience
 
     def __enter__(self) -> Agent:
         self._monitor.__enter__()
-        self._monitor.watch(self._zygote, self._saver)
+        self._watch()
         return self
 
     def __exit__(
@@ -73,74 +114,347 @@ class Agent:
     ) -> None:
         self._zygote.close()
         self._saver.close()
+        self._membership.close()
+        self._control.close()
+        self._stacks.close()
+        self._meeting.close()
         self._monitor.__exit__(exc_type, exc, exc_traceback)
-        self._console.close()
+        self._teller.close()
         self._run_dir.close()
 
     def run(self) -> int:
         """Run the job to its end, and return the exit code of `launch`."""
-        history = History(self.config.max_restarts)
-        while True:
-            with meet(self.config.master_addr, self.config.master_port) as meeting:
-                round_ = self._start_round(meeting, history)
-                for event in self._monitor.events():
-                    before, round_ = round_, round_.after(event)
-                    self._attend(event)
-                    if round_.phase is Phase.OVER:
-                        break
-                    if round_.phase is not before.phase:
-                        self._stop_workers(round_)
-            decision = self._conclude(round_, history)
-            if not isinstance(decision, Restart):
-                return self._drain(decision.exit_code)
-            if isinstance(round_.trouble, ZygoteLost):
-                self._replace_zygote()
-            history = history.after_restart()
+        self._teller.job_started()
+        self._monitor.set_ticks(_TICK)
+        team = None
+        decision: Decision = Again(self._history, "", same_team=False)
+        while isinstance(decision, Again):
+            round_ = self._gather(decision, Round(team if decision.same_team else None))
+            for event in self._monitor.events():
+                before, round_ = round_, self._after(round_, event)
+                self._attend(event, round_)
+                if round_.phase is not before.phase:
+                    self._enter(round_)
+                if round_.phase is Phase.SETTLED:
+                    break
+            decision = self._conclude(round_)
+            team = round_.team
+        return self._end(decision)
 
-    def _start_round(self, meeting: Meeting, history: History) -> Round:
-        number, self._files = self._run_dir.begin_round(self.config.nproc)
-        self._console.follow(self._files, self.config.shown)
-        self._zygote.spawn(
-            worker_orders(self.config, meeting, number, history, self._files, self._saver.address)
-        )
-        workers = f"{self.config.nproc} worker{'s' if self.config.nproc > 1 else ''}"
-        logs = _short(self._files[0].out.parent)
-        self._console.say(f"round {number}: {workers}, output in {logs}", style=_DIM)
-        return Round(number, self.config.nproc, time.monotonic())
+    # -- a round
 
-    def _stop_workers(self, round_: Round) -> None:
-        """Signal all that is left of a round, and set the time that it has to disappear."""
-        if round_.stop_signal is not None and round_.phase is Phase.STOPPING:
-            name = signal.Signals(round_.stop_signal).name
-            patience = f"workers have {self.config.grace:g} s to end, or until another {name}"
-            self._console.say(f"{name}: stopping; {patience}", style=_BOLD)
-        elif round_.phase is Phase.KILLING:
-            left = round_.ranks - len(round_.exits)
-            self._console.say(f"killing what has not ended, {left} of the ranks", style=_WARN)
-        if not self._zygote.is_ready:
-            self._zygote.kill()  # nothing is forked yet
-        elif round_.phase is Phase.STOPPING:
-            if round_.stop_signal is None:
-                self._console.mute_victims([exit_.rank for exit_ in round_.exits])
-            self._zygote.signal(signal.SIGTERM)
-            self._monitor.set_deadline(self.config.grace)
+    def _gather(self, decision: Again, round_: Round) -> Round:
+        """Come together with the other nodes, or with those of the round before after a pause."""
+        self._history = decision.history
+        self._forget_round()
+        if round_.team is not None:
+            self._monitor.set_deadline(decision.pause)
         else:
-            self._zygote.signal(signal.SIGKILL)
-            self._monitor.set_deadline(_KILL_PATIENCE)
+            self._monitor.set_deadline(None)
+            self._teller.gathering()
+            self._membership.join(
+                {
+                    "host": os.uname().nodename,
+                    "job": _fingerprint(self.config),
+                    "history": self._history.to_json(),
+                }
+            )
+        return round_
 
-    def _attend(self, event: Event) -> None:
-        """Do what an event asks for, and tell of it, where that does not change the round."""
+    def _forget_round(self) -> None:
+        self._files: dict[int, RankFiles] = {}
+        self._pids: dict[int, int] = {}
+        self._progress: dict[int, Progress] = {}
+        self._stillness = Stillness()
+        self._looked = self._started = time.monotonic()
+        self._has_told_hang = False
+        self._meeting.close()
+
+    def _after(self, round_: Round, event: Event) -> Round:
+        """The round after `event`. A scheduler's signal asks to save and leave, where workers can save."""
+        if isinstance(event, StopRequested) and not self._insists(round_):
+            if event.signum in DRAIN_SIGNALS and self._can_resume:
+                self._leave_by = time.monotonic() + self.config.grace
+                self._teller.told_to_leave(event.signum, self.config.grace)
+                self._wish(round_, "leave")
+                return round_
+            if event.signum == signal.SIGUSR1:
+                self._teller.cannot_save(event.signum)
+                return round_
+            self._membership.say({"kind": "stop", "signum": event.signum})
+        return round_.after(event)
+
+    def _insists(self, round_: Round) -> bool:
+        return round_.stop_signal is not None or self._leave_by is not None
+
+    def _wish(self, round_: Round, reason: str, slots: int | None = None) -> None:
+        """Tell all nodes why the round should end at its next step boundary."""
+        assert round_.team is not None
+        wish = Wish(reason, round_.team.rank, self._can_drain(), slots)
+        self._membership.say(wish.to_json())
+
+    def _can_drain(self) -> bool:
+        """Whether the workers of this node answer when they are asked to save and end."""
+        return any(progress.drains for progress in self._progress.values())
+
+    def _attend(self, event: Event, round_: Round) -> None:
+        """Do what an event asks for, and tell of it, where that does not change the round's phase."""
         if self._backlog is not None:
             self._backlog = self._backlog.after(event)
+        self._teller.take(event)
         match event:
+            case Joined(rank=rank, hellos=hellos):
+                self._history = History.of_team([History.from_json(hello["history"]) for hello in hellos])
+                if not self.config.is_alone:
+                    self._addr = hellos[rank]["addr"]
+                    self._teller.joined(event)
+                self._get_ready(round_)
+            case DeadlinePassed() if round_.phase is Phase.GATHERING:
+                self._get_ready(round_)
+            case Heard(node=node, message=message):
+                self._teller.heard(node, message, round_)
+            case WorkerStarted(rank=rank, pid=pid):
+                self._pids[rank] = pid
+                if self._recovery is not None and len(self._pids) == len(self._files):
+                    self._recovery = replace(self._recovery, forked=time.time())
+            case Tick():
+                self._look(round_)
+            case StacksTaken():
+                self._tell_stacks(event, round_)
+            case Asked():
+                self._answer(event, round_)
             case ZygoteReady():
                 self._check_zygote(event)
             case SaverWanted():
                 self._start_saver()
-            case SaveFailed():
-                self._tell_failed_save(event)
             case SaverEnded():
                 self._bury_saver(event)
+
+    def _enter(self, round_: Round) -> None:
+        """Do what the phase asks for that the round has just entered."""
+        match round_.phase:
+            case Phase.RUNNING:
+                self._start_workers(round_)
+            case Phase.DRAINING:
+                self._request_drain(round_)
+            case Phase.DIAGNOSING:
+                self._teller.hangs(self._stillness.longest)
+                self._monitor.set_deadline(_DIAGNOSIS_PATIENCE)
+                self._take_stacks(round_)
+            case Phase.STOPPING | Phase.KILLING:
+                self._stop_workers(round_)
+            case Phase.OVER:
+                self._monitor.set_deadline(None)
+                self._teller.unfollow()
+                self._membership.say({"kind": "report", "report": self._report(round_).to_json()})
+
+    def _get_ready(self, round_: Round) -> None:
+        assert round_.team is not None
+        port = 0
+        if round_.team.rank == 0:
+            wanted = self.config.master_port if self.config.is_alone else 0
+            port = self._meeting.enter_context(meet(self._addr, wanted)).port
+        ready = Ready(self._slots.chosen, self._addr, port, self._run_dir.next_round())
+        self._membership.say(ready.to_json())
+
+    def _start_workers(self, round_: Round) -> None:
+        plan = round_.plan
+        self._monitor.set_deadline(None)
+        files = self._run_dir.begin_round(plan.number, plan.ranks)
+        self._files = {of_rank.rank: of_rank for of_rank in files}
+        self._started = self._looked = time.monotonic()
+        self._oom.mark()
+        self._teller.round_started(round_, files, self._history)
+        orders = worker_orders(
+            self.config,
+            plan,
+            self._history,
+            files,
+            saver=self._saver.address,
+            drain=self._run_dir.drain,
+        )
+        self._zygote.spawn(orders)
+        if self._zygote.lost is not None:  # while the nodes were coming together
+            self._monitor.push(self._zygote.lost)
+
+    def _request_drain(self, round_: Round) -> None:
+        """Have the workers save at their next step boundary, and end."""
+        tiers = round_.wishes[0].tiers if round_.wishes else "durable"
+        reason = "preemption" if tiers == "durable" else "restart"
+        self._run_dir.request_drain(reason, tiers)
+        if self._leave_by is not None:
+            self._monitor.set_deadline(_DRAIN_SHARE * self.config.grace)
+
+    def _stop_workers(self, round_: Round) -> None:
+        """Signal all that is left of a round, and set the time that it has to disappear."""
+        grace = self.config.grace * (_STOP_SHARE if self._leave_by is not None else 1.0)
+        self._teller.stopping(round_, grace)
+        if round_.has_failed_here:
+            self._membership.say({"kind": "ended"})
+        if self._recovery is None and round_.has_failed_here:
+            self._recovery = Recovery(time.time())
+        if not self._zygote.is_ready:
+            self._zygote.kill()  # nothing is forked yet
+        elif round_.phase is Phase.STOPPING:
+            self._zygote.signal(signal.SIGTERM)
+            self._monitor.set_deadline(grace)
+        else:
+            self._zygote.signal(signal.SIGKILL)
+            self._monitor.set_deadline(_KILL_PATIENCE)
+
+    def _report(self, round_: Round) -> NodeReport:
+        """What all nodes should know of the round, once nothing is left of it here."""
+        assert round_.team is not None
+        now, epoch = time.monotonic(), time.time()
+        if self._recovery is not None:
+            self._recovery = replace(self._recovery, stopped=epoch, forked=None)
+        host = round_.team.hosts[round_.team.rank]
+        deaths = tuple(
+            gather(
+                self._files[exit_.rank],
+                exit_,
+                host,
+                epoch - (now - exit_.at),
+                self._oom,
+                round_.is_ours(exit_),
+            )
+            for exit_ in round_.failed_exits
+        )
+        steps = [one.step for one in self._look_at_progress().values() if one.step is not None]
+        return NodeReport(
+            node=round_.team.rank,
+            host=host,
+            round=round_.plan.number,
+            ended=deaths[0].at if deaths else epoch,
+            has_finished=round_.has_finished,
+            has_drained=round_.has_drained,
+            deaths=deaths,
+            trouble=round_.trouble_in_words,
+            is_stuck=isinstance(round_.trouble, DeadlinePassed),
+            step=max(steps, default=None),
+            hang=round_.hang,
+        )
+
+    def _conclude(self, round_: Round) -> Decision:
+        """Decide what comes after a round that is settled, and tell about it."""
+        self._monitor.set_deadline(None)
+        culprit = find_culprit(round_.deaths, has_lost_node=round_.is_explained)
+        print_ = fingerprint(culprit) if culprit else None
+        decision = decide(round_, culprit, print_, self._history, self._limits)
+        self._slots = round_.slots_after(self._slots, culprit)
+        if isinstance(decision, Again) and not self._slots.chosen:
+            decision = self._out_of_slots(round_, culprit)
+        if round_.has_failed and round_.reports:
+            lost = {node: (round_.team.hosts[node], why) for node, why in round_.lost.items()}  # type: ignore[union-attr]
+            verdict = judge(
+                list(round_.reports.values()),
+                lost,
+                self._teller.next_in_words(decision),
+                started=self._teller.round_began,
+                newest_saved=self._teller.newest_saved,
+            )
+            self._teller.failed(verdict, round_)
+        else:
+            has_saver = self._backlog is not None
+            self._teller.concluded(round_, decision, self._history, has_saver=has_saver)
+            self._recovery = None
+        if isinstance(round_.trouble, ZygoteLost) and isinstance(decision, Again):
+            self._replace_zygote()
+        return decision
+
+    # -- looking after the workers
+
+    def _look(self, round_: Round) -> None:
+        """Read how far the workers are, and see what follows from it."""
+        progress = self._look_at_progress()
+        self._can_resume = self._can_resume or self._can_drain()
+        self._teller.sampled(progress, round_)
+        if self._recovery is not None and round_.phase is Phase.RUNNING:
+            timeline = self._recovery.timeline(self._files, progress)
+            if timeline is not None:
+                self._teller.recovered(timeline)
+                self._recovery = None
+        if round_.phase is Phase.RUNNING:
+            self._look_for_hang(round_)
+            self._look_for_newcomers(round_)
+
+    def _look_at_progress(self) -> Mapping[int, Progress]:
+        for rank, files in self._files.items():
+            progress = read_progress(files.progress)
+            if progress is not None:
+                self._progress[rank] = progress
+        return self._progress
+
+    def _look_for_hang(self, round_: Round) -> None:
+        now = time.monotonic()
+        steps = {rank: progress.step for rank, progress in self._progress.items()}
+        self._stillness = self._stillness.after(steps, now - self._looked)
+        self._looked = now
+        timeout = self.config.hang_timeout
+        still = self._stillness.longest
+        if timeout and still >= timeout:
+            self._membership.say({"kind": "hang"})
+        elif timeout is None and still < _HANG_REPORT:
+            self._has_told_hang = False
+        elif timeout is None and not self._has_told_hang:
+            self._has_told_hang = True
+            self._take_stacks(round_)
+
+    def _look_for_newcomers(self, round_: Round) -> None:
+        """Have nodes taken in that wait, when the workers can save, or never will be able to."""
+        assert round_.team is not None
+        if not round_.waiting or round_.wishes or round_.team.rank != 0:
+            return
+        if self._can_drain() or time.monotonic() - self._started > _JOIN_PATIENCE:
+            self._wish(round_, "join")
+
+    def _take_stacks(self, round_: Round) -> None:
+        steps = {rank: progress.step for rank, progress in self._progress.items()}
+        self._stacks.start(self._pids, steps, self._run_dir.stacks(round_.plan.number))
+
+    def _tell_stacks(self, taken: StacksTaken, round_: Round) -> None:
+        askers, self._stack_askers = self._stack_askers, []
+        for client in askers:
+            self._control.answer(client, {"summary": list(taken.summary), "directory": taken.directory})
+        is_asked = bool(askers) and not round_.is_hung
+        self._teller.stacks(taken, self._stillness.longest, is_asked=is_asked)
+
+    def _answer(self, asked: Asked, round_: Round) -> None:
+        """Do what `launch status`, `scale` and the others ask this job for."""
+        answer: dict[str, object] = {}
+        match asked.verb:
+            case "status":
+                answer = self._teller.status()
+            case "kill":
+                self._monitor.push(StopRequested(signal.SIGTERM), StopRequested(signal.SIGTERM))
+            case "stop":
+                self._monitor.push(StopRequested(signal.SIGTERM))
+            case _ if round_.phase is not Phase.RUNNING:
+                answer = {
+                    "error": f"no round is running: it is {self._teller.phase(round_)}; ask again later"
+                }
+            case "stacks":
+                self._stack_askers.append(asked.client)
+                self._take_stacks(round_)
+                return
+            case "restart":
+                self._wish(round_, "restart")
+            case "scale":
+                answer = self._scale(asked.number or 0, round_)
+        self._control.answer(asked.client, answer)
+
+    def _scale(self, slots: int, round_: Round) -> dict[str, object]:
+        try:
+            replace(self.config, nproc=slots, min_nproc=min(slots, self.config.min_nproc))
+        except UsageError as error:
+            return {"error": str(error)}
+        self._wish(round_, "scale", slots)
+        return {"from": len(round_.plan.slots), "to": slots}
+
+    # -- zygote and saver
+
+    def _watch(self) -> None:
+        self._monitor.watch(self._zygote, self._saver, self._membership, self._control, self._stacks)
 
     def _check_zygote(self, ready: ZygoteReady) -> None:
         """A preload that fails is the user's mistake; without torch, workers start cold."""
@@ -148,65 +462,41 @@ class Agent:
             return
         if self.config.preload:
             raise UsageError(f"--preload {','.join(self.config.preload)} failed:\n{ready.error}")
-        reason = ready.error.rstrip().rpartition("\n")[2]
-        self._console.say(f"workers start as fresh interpreters, as in --cold: {reason}", style=_WARN)
-
-    def _conclude(self, round_: Round, history: History) -> Decision:
-        """Decide what comes after a round that is over, and tell about it."""
-        self._monitor.set_deadline(None)
-        self._console.unfollow()
-        failed = [exit_.rank for exit_ in round_.exits if exit_.code != 0]
-        evidence = {rank: gather(self._files[rank]) for rank in failed}
-        culprit = find_culprit(round_, evidence)
-        decision = decide(round_, culprit.code if culprit else None, history)
-        if round_.stop_signal is not None:
-            name = signal.Signals(round_.stop_signal).name
-            what = "nothing" if self._backlog is None else "no worker"
-            self._console.say(f"stopped by {name}; {what} is left running", style=_BOLD)
-        elif isinstance(decision, Finish):
-            if history.restarts:
-                restarts = f"{history.restarts} restart{'s' if history.restarts > 1 else ''}"
-                self._console.say(f"finished after {restarts}", style=_BOLD)
-        else:
-            verdict = judge(
-                round_,
-                culprit,
-                self._files,
-                evidence,
-                decision,
-                now=time.monotonic(),
-                wall_time=time.time(),
-            )
-            self._console.say(*verdict.render(), style=_ALARM)
-            try:
-                self._run_dir.record(verdict.to_json())
-            except OSError as error:  # a full disk is no reason to end the job
-                self._console.say(f"verdict not recorded: {error}", style=_WARN)
-        return decision
+        self._teller.starts_cold(ready.error.rstrip().rpartition("\n")[2])
 
     def _replace_zygote(self) -> None:
         self._zygote.close()
         self._zygote = Zygote(self.config, self._reaper)
-        self._monitor.watch(self._zygote, self._saver)
+        self._watch()
 
     def _start_saver(self) -> None:
         try:
             self._saver.start()
             self._backlog = Backlog()
         except InternalError as error:
-            self._console.say(f"{error}; {_NO_MORE_SAVERS}", style=_ALARM)
+            self._teller.saver_refused(str(error))
 
     def _bury_saver(self, ended: SaverEnded) -> None:
         """Tell what is lost. The workers go on, and the next to connect has another saver started."""
         backlog, self._backlog = self._backlog or Backlog(), None
-        text = backlog.obituary(ended, str(_short(self._saver.log)))
-        if self._saver.is_closed:
-            text += f"; it keeps ending: {_NO_MORE_SAVERS}"
-        self._console.say(text, style=_WARN)
+        self._teller.saver_lost(backlog, ended, is_closed=self._saver.is_closed)
 
-    def _tell_failed_save(self, failed: SaveFailed) -> None:
-        text = f"step {failed.step} did not become durable in {failed.url}: {failed.error}"
-        self._console.say(text, style=_ALARM)
+    # -- the end
+
+    def _out_of_slots(self, round_: Round, culprit: Death | None) -> GiveUp:
+        """Too few devices of this node work. The others go on without it, if they may."""
+        assert round_.team is not None
+        left = self._slots.present - len(self._slots.left_out)
+        reason = f"{left} of its devices are left, and it needs {self._slots.minimum} (--nproc MIN:MAX)"
+        self._membership.say({"kind": "lost", "node": round_.team.rank, "why": reason})
+        code = ExitCode.INTERNAL if culprit is None else shell_code(culprit.code)
+        return GiveUp(code, reason, is_final=self.config.is_alone)
+
+    def _end(self, decision: Finish | GiveUp) -> int:
+        self._membership.leave(finished=decision.is_final)
+        exit_code = self._drain(decision.exit_code)
+        self._teller.job_ended(exit_code, decision.reason)
+        return exit_code
 
     def _drain(self, exit_code: int) -> int:
         """Wait until the saver has made all that it holds durable; the workers are gone.
@@ -215,23 +505,41 @@ class Agent:
         """
         if self._backlog is None:
             return exit_code
-        drain = Drain(self._backlog, self.config.drain_timeout)
+        timeout = self.config.drain_timeout
+        if self._leave_by is not None:
+            timeout = min(timeout, max(0.0, self._leave_by - time.monotonic()))
+        drain = Drain(self._backlog, timeout)
         self._saver.drain()
         self._monitor.set_deadline(drain.timeout)
         for event in self._monitor.events():
             drain = drain.after(event)
             if isinstance(event, SaveFailed):
-                self._tell_failed_save(event)
+                self._teller.take(event)
             if drain.ending is not None:
                 break
-            if drain.backlog.pending:
-                self._console.show(f"persisting {drain.backlog}")
-        told = drain.render(self._saver.pid, str(_short(self._saver.log)))
-        if told:
-            self._console.say(told, style=_BOLD if drain.succeeded else _ALARM)
+            self._teller.draining(drain)
+        self._teller.drained(drain, self._saver.pid)
         return drain.exit_code(exit_code)
 
 
-def _short(path: Path) -> Path:
-    """`path` as the user would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _membership(config: Config, run_dir: RunDir, reaper: Subreaper) -> Membership:
+    if config.is_alone:
+        return Alone()
+    least, most = config.nnodes
+    settings = Rendezvous(
+        backend=config.rdzv_backend,
+        endpoint=config.rdzv_endpoint,
+        run_id=config.rdzv_id or "none",
+        min_nodes=least,
+        max_nodes=most,
+        node_rank=config.node_rank,
+        local_addr=config.local_addr,
+        conf=config.rdzv_conf,
+    )
+    return Together(settings, run_dir.member_log, reaper)
+
+
+def _fingerprint(config: Config) -> str:
+    """What tells this job from another that happens to meet at the same place."""
+    least, most = config.nnodes
+    return f"{config.command.kind.value} {config.command.name}, {least}:{most} nodes"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from signal import Signals
 
+from launcher.diagnosis import describe_exit
 from launcher.errors import ExitCode
 from launcher.events import (
     DeadlinePassed,
@@ -16,7 +17,6 @@ from launcher.events import (
     SaverEnded,
     StopRequested,
 )
-from launcher.verdict import describe_exit
 
 __all__ = ["Backlog", "Drain"]
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol
 
-from launcher.events import DeadlinePassed, Event, StopRequested
+from launcher.events import DeadlinePassed, Event, StopRequested, Tick
 
 __all__ = ["Monitor", "Source"]
 
 _LONGEST_POLL = 86400.0  # seconds; the kernel counts milliseconds in 31 bits
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_HARMLESS = (signal.SIGUSR1, signal.SIGUSR2)
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+_HARMLESS = (signal.SIGUSR2,)
 
 
 class Source(Protocol):
@@ -32,15 +32,17 @@ class Source(Protocol):
 
 
 class Monitor:
-    """Waits for its sources, for signals and for one deadline at a time, without polling.
+    """Waits for its sources, for signals, for one deadline at a time and for ticks, without polling.
 
-    Entered as a context: it handles the signals that stop a job, and ignores SIGUSR1 and SIGUSR2.
+    Entered as a context: it handles the signals that stop a job, and ignores SIGUSR2.
     Signals that were ignored before (SIGHUP under nohup) stay so.
     """
 
     def __init__(self) -> None:
         self._sources: tuple[Source, ...] = ()
         self._deadline: float | None = None
+        self._period: float | None = None
+        self._next_tick = 0.0
         self._pending: deque[Event] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._former: dict[int, object] = {}
@@ -72,6 +74,15 @@ class Monitor:
         """Yield `DeadlinePassed` in `seconds` from now, or not at all; replaces the one before."""
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
+    def set_ticks(self, seconds: float | None) -> None:
+        """Yield `Tick` every so many seconds from now on, or never."""
+        self._period = seconds
+        self._next_tick = time.monotonic() + (seconds or 0.0)
+
+    def push(self, *events: Event) -> None:
+        """Yield `events` next."""
+        self._pending += events
+
     def events(self) -> Iterator[Event]:
         """Wait for events, for ever. An event is handed over once, also across calls."""
         while True:
@@ -80,13 +91,10 @@ class Monitor:
             self._wait()
 
     def _wait(self) -> None:
-        timeout = None
-        if self._deadline is not None:
-            timeout = min(max(0.0, self._deadline - time.monotonic()), _LONGEST_POLL) * 1000
         poll = select.poll()
         for fd in (self._wake_read, *(fd for source in self._sources for fd in source.descriptors)):
             poll.register(fd, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(timeout)}
+        ready = {fd for fd, _ in poll.poll(self._timeout())}
         if self._wake_read in ready:
             signums = os.read(self._wake_read, 1 << 10)
             self._pending += [StopRequested(s) for s in signums if signal.Signals(s) in _STOP]
@@ -96,3 +104,12 @@ class Monitor:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
             self._pending.append(DeadlinePassed())
+        if self._period is not None and time.monotonic() >= self._next_tick:
+            self._next_tick = time.monotonic() + self._period
+            self._pending.append(Tick())
+
+    def _timeout(self) -> float | None:
+        """Milliseconds until something is due."""
+        due = [] if self._deadline is None else [self._deadline]
+        due += [] if self._period is None else [self._next_tick]
+        return min(max(0.0, min(due) - time.monotonic()), _LONGEST_POLL) * 1000 if due else None

@@ -1,126 +1,191 @@
-"""What happens in a round, and what happens after it. Pure: no clock, no I/O, no environment."""
+"""What comes after a round. Pure, and the same on every node: they decide from what all have heard."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from enum import Enum, auto
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from launcher.errors import ExitCode, shell_code
-from launcher.events import (
-    DeadlinePassed,
-    Event,
-    RoundDrained,
-    SpawnFailed,
-    StopRequested,
-    WorkerExited,
-    ZygoteLost,
-)
+from launcher.events import MemberFailed
+from launcher.report import Death
+from launcher.round import Round
 
-__all__ = ["Decision", "Finish", "GiveUp", "History", "Phase", "Restart", "Round", "decide"]
+__all__ = ["Again", "Decision", "Failure", "Finish", "GiveUp", "History", "Limits", "decide"]
 
-
-class Phase(Enum):
-    """How far a round is. It only ever moves down this list."""
-
-    RUNNING = auto()
-    STOPPING = auto()  # everything that is left has been sent SIGTERM
-    KILLING = auto()  # ... SIGKILL
-    OVER = auto()
+_LONGEST_PAUSE = 30.0
+_MEMBER_CODES = {
+    "usage": ExitCode.BAD_USAGE,
+    "unavailable": ExitCode.UNAVAILABLE,
+    "closed": ExitCode.UNAVAILABLE,
+    "quorum": ExitCode.QUORUM_LOST,
+}
 
 
-@dataclass(frozen=True)
-class Round:
-    """One start of all workers, as the events so far tell it."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a job may go through."""
 
-    number: int
-    ranks: int
-    started: float
-    phase: Phase = Phase.RUNNING
-    exits: tuple[WorkerExited, ...] = ()  # in order of death
-    trouble: SpawnFailed | ZygoteLost | DeadlinePassed | None = None  # not a worker's own failure
-    stop_signal: int | None = None  # someone wants the job to end
+    max_restarts: int = 3  # without progress
+    crash_loop: int = 3  # times that one failure may repeat at one step; 0: no limit
+    min_nodes: int = 1
 
-    def after(self, event: Event) -> Round:
-        """The round after `event`."""
-        match event:
-            case WorkerExited():
-                after = replace(self, exits=(*self.exits, event))
-                if event.code != 0 or len(after.exits) == self.ranks:
-                    return after._at_least(Phase.STOPPING)
-                return after
-            case SpawnFailed():
-                return replace(self, trouble=event)._at_least(Phase.STOPPING)
-            case StopRequested():
-                insists = self.stop_signal is not None
-                after = replace(self, stop_signal=event.signum)
-                return after._at_least(Phase.KILLING if insists else Phase.STOPPING)
-            case DeadlinePassed():
-                if self.phase is Phase.STOPPING:
-                    return self._at_least(Phase.KILLING)
-                return replace(self, trouble=event)._at_least(Phase.OVER)
-            case ZygoteLost():
-                return replace(self, trouble=event)._at_least(Phase.OVER)
-            case RoundDrained():
-                return self._at_least(Phase.OVER)
-            case _:
-                return self
 
-    def _at_least(self, phase: Phase) -> Round:
-        return self if phase.value <= self.phase.value else replace(self, phase=phase)
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What one round failed of. Two with equal `fingerprint` are the same failure again."""
 
-    @property
-    def succeeded(self) -> bool:
-        return len(self.exits) == self.ranks and all(exit_.code == 0 for exit_ in self.exits)
+    step: int | None
+    fingerprint: str | None = None  # None: cannot be compared with others
 
 
 @dataclass(frozen=True, slots=True)
 class History:
     """What a job has been through before its present round."""
 
-    max_restarts: int
-    restarts: int = 0
+    restarts: int = 0  # after failures, since the job's start
+    best_step: int | None = None  # the highest that any round has reported
+    failures: tuple[Failure, ...] = ()  # since the last progress
 
-    def after_restart(self) -> History:
-        return replace(self, restarts=self.restarts + 1)
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> History:
+        failures = tuple(Failure(**failure) for failure in value["failures"])
+        return cls(value["restarts"], value["best_step"], failures)
+
+    @classmethod
+    def of_team(cls, histories: Sequence[History]) -> History:
+        """What the nodes of a new team go on with: the longest that one of them remembers."""
+        return max(histories, key=lambda history: (history.restarts, history.best_step or 0))
+
+    def after_step(self, step: int | None) -> History:
+        """After a round that got to `step`. Progress makes the failures before it forgotten."""
+        if step is None or (self.best_step is not None and step <= self.best_step):
+            return self
+        return replace(self, best_step=step, failures=())
+
+    def after_failure(self, failure: Failure) -> History:
+        return replace(self, restarts=self.restarts + 1, failures=(*self.failures, failure))
 
 
 @dataclass(frozen=True, slots=True)
-class Restart:
-    """Begin a new round: restart `number` of at most `of`."""
+class Again:
+    """Begin a new round, `pause` seconds from now."""
 
-    number: int
-    of: int
+    history: History
+    reason: str
+    pause: float = 0.0
+    same_team: bool = True  # else nodes come together anew first
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The job ends because its workers have finished, or because it was told to stop."""
+    """The job ends because its workers have finished, or because it, or this node, was told to."""
 
     exit_code: int
+    reason: str = ""
+    is_final: bool = True  # for all nodes, not for this one alone
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The job ends because its restarts are used up."""
+    """The job ends because going on makes no sense."""
 
     exit_code: int
-    restarts: int
+    reason: str
+    is_final: bool = True  # as above
 
 
-Decision = Restart | Finish | GiveUp
+Decision = Again | Finish | GiveUp
 
 
-def decide(round_: Round, culprit: int | None, history: History) -> Decision:
-    """What to do after a round that is over.
+def decide(
+    round_: Round, culprit: Death | None, fingerprint: str | None, history: History, limits: Limits
+) -> Decision:
+    """What to do after a round that is settled.
 
-    `culprit` is the code of the worker that failed first, None if no worker is to blame.
+    `culprit` is the worker that failed first, None if no worker is to blame; `fingerprint` tells its
+    failure from others.
     """
     if round_.stop_signal is not None:
         return Finish(128 + round_.stop_signal)
-    if round_.succeeded:
+    if isinstance(round_.trouble, MemberFailed):
+        return _after_exclusion(round_.trouble, history)
+    reports = round_.reports.values()
+    step = max((report.step for report in reports if report.step is not None), default=None)
+    if reports and all(report.has_finished for report in reports) and not round_.lost:
         return Finish(ExitCode.OK)
-    is_stuck = isinstance(round_.trouble, DeadlinePassed)
-    if history.restarts < history.max_restarts and not is_stuck:
-        return Restart(history.restarts + 1, history.max_restarts)
-    code = ExitCode.INTERNAL if culprit is None or is_stuck else shell_code(culprit)
-    return GiveUp(code, history.restarts)
+    if any(report.is_stuck for report in reports):
+        return GiveUp(ExitCode.INTERNAL, "no more rounds where processes are left that nothing can end")
+    if round_.leavers:
+        return _after_leave(round_, history.after_step(step), limits)
+    if round_.lost:
+        reason = "going on without it" if len(round_.lost) == 1 else "going on without them"
+        return Again(history.after_step(step), reason, same_team=False)
+    if all(report.has_drained for report in reports) or (round_.wishes and culprit is None):
+        return _after_drain(round_, history.after_step(step))
+    failure = Failure(step, "a hang" if round_.is_hung else fingerprint)
+    return _after_failure(round_, culprit, failure, history.after_step(step), limits)
+
+
+def _after_exclusion(trouble: MemberFailed, history: History) -> Decision:
+    if trouble.kind == "lost":
+        return Again(history, "joining again", same_team=False)
+    return GiveUp(_MEMBER_CODES.get(trouble.kind, ExitCode.INTERNAL), trouble.reason)
+
+
+def _after_leave(round_: Round, history: History, limits: Limits) -> Decision:
+    assert round_.team is not None
+    left = round_.team.size - len(round_.leavers | set(round_.lost))
+    if left < limits.min_nodes:
+        return Finish(ExitCode.PREEMPTED)
+    if round_.team.rank in round_.leavers:
+        return Finish(ExitCode.PREEMPTED, is_final=False)
+    return Again(history, "going on without the nodes that were told to leave", same_team=False)
+
+
+def _after_drain(round_: Round, history: History) -> Decision:
+    if not round_.wishes:
+        return Finish(ExitCode.PREEMPTED)  # the workers wanted it so themselves
+    return Again(history, _REASONS[round_.wishes[0].reason], same_team=not round_.waiting)
+
+
+_REASONS = {
+    "join": "taking in the nodes that wait",
+    "scale": "as asked for, with another number of workers",
+    "restart": "as asked for",
+}
+
+
+def _after_failure(
+    round_: Round, culprit: Death | None, failure: Failure, history: History, limits: Limits
+) -> Decision:
+    after = history.after_failure(failure)
+    same = sum(failure == other for other in after.failures)
+    if failure.fingerprint is not None and 0 < limits.crash_loop <= same:
+        where = "before it told of any step" if failure.step is None else f"at step {failure.step}"
+        how = "hung" if round_.is_hung else "failed with the same error"
+        reason = f"{how} {same} times {where}, and would again (--crash-loop {limits.crash_loop})"
+        return GiveUp(ExitCode.CRASH_LOOP, reason)
+    spent = len(after.failures)
+    if spent > limits.max_restarts:
+        return GiveUp(_code(round_, culprit), _used_up(spent - 1, history.best_step))
+    pause = 0.0 if spent == 1 else min(2.0 ** (spent - 3), _LONGEST_PAUSE)
+    since = "" if history.best_step is None else " without progress"
+    reason = f"{spent} of at most {limits.max_restarts} restarts{since}"
+    return Again(after, reason, pause, same_team=not round_.waiting)
+
+
+def _code(round_: Round, culprit: Death | None) -> int:
+    if round_.is_hung:
+        return ExitCode.HUNG
+    return ExitCode.INTERNAL if culprit is None else shell_code(culprit.code)
+
+
+def _used_up(restarts: int, best_step: int | None) -> str:
+    if not restarts:
+        return "no restarts allowed"
+    since = "" if best_step is None else f" without getting beyond step {best_step}"
+    return f"{restarts} restart{'s' if restarts > 1 else ''} used up{since}"

@@ -1,23 +1,36 @@
 """The run directory: what lies where, who owns it, and which round is next.
 
-RUN_DIR/lock                     held by the one agent that runs here
+RUN_DIR/lock                     held by the one agent that runs here, or shared by those of several nodes
 RUN_DIR/round                    number of the last round
-RUN_DIR/verdicts.jsonl           one verdict per failure
 RUN_DIR/ranks/rank-00000/        a rank's own directory, with its progress file
 RUN_DIR/logs/round-0001/         rank-00000.out, rank-00000.err, rank-00000.error.json
-RUN_DIR/logs/saver.log           what the saver of each start has to say
+RUN_DIR/stacks/round-0001/       rank-00000.txt: where workers were that hung, or when a user asked
+
+What only one agent writes is in the run directory itself, or, where several nodes share one on a network
+file system, in a directory for each agent, RUN_DIR/nodes/HOST/:
+
+verdicts.jsonl                   one verdict per failure
+events.jsonl                     what happened, see journal.py
+control.json                     where the agent is asked, see control.py
+drain                            the request to save and end; empty while there is none
+saver.log, member.log            what these processes have to say
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import BusyError, RunDirError
 
 __all__ = ["RankFiles", "RunDir"]
+
+_AGENTS_PER_HOST = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,76 +51,134 @@ class RankFiles:
 class RunDir:
     """A run directory that belongs to this process until `close`, or until its death.
 
-    Raises `BusyError` if another agent has it, `RunDirError` if it cannot be written.
+    With `is_shared`, agents of other nodes may use it too. Raises `BusyError` if another agent has it,
+    `RunDirError` if it cannot be written.
     """
 
-    def __init__(self, path: Path, logs: Path) -> None:
+    def __init__(self, path: Path, logs: Path, *, is_shared: bool = False) -> None:
         self.path = path
         self.logs = logs
+        self._locks: list[int] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
             logs.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise RunDirError(
-                f"run directory {path} cannot be written ({error.strerror}: {error.filename}): "
-                f"choose another with --run-dir"
-            ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(path, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX)
+            self.own = self._take_node() if is_shared else path
+            self.drain.write_bytes(b"")
         except BlockingIOError:
-            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._lock)
+            owner = self._owner()
+            self.close()
             raise BusyError(
                 f"run directory {path} is in use by another launch (pid {owner}): "
                 f"stop that one, or choose another directory with --run-dir"
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            self.close()
+            raise RunDirError(
+                f"run directory {path} cannot be written ({error.strerror}: {error.filename}): "
+                f"choose another with --run-dir"
+            ) from None
 
     @property
     def saver_log(self) -> Path:
         """Where the output of every saver goes."""
-        return self.logs / "saver.log"
+        return (self.logs if self.own == self.path else self.own) / "saver.log"
 
-    def begin_round(self, ranks: int) -> tuple[int, list[RankFiles]]:
-        """Number of a new round, and its empty log files. No earlier round's files are touched."""
+    @property
+    def member_log(self) -> Path:
+        """Where what talks to the other nodes writes."""
+        return self.own / "member.log"
+
+    @property
+    def journal(self) -> Path:
+        return self.own / "events.jsonl"
+
+    @property
+    def drain(self) -> Path:
+        """The workers' request to save and end; see docs/worker-contract.md."""
+        return self.own / "drain"
+
+    def stacks(self, number: int) -> Path:
+        """Where the stacks of the workers of a round go."""
+        return self.path / "stacks" / f"round-{number:04d}"
+
+    def next_round(self) -> int:
+        """The lowest number, from 1, that the next round can have."""
+        number = self._last_round() + 1
+        while self._round_dir(number).exists():
+            number += 1
+        return number
+
+    def begin_round(self, number: int, ranks: Iterable[int]) -> list[RankFiles]:
+        """The log files of `ranks` in a new round, empty. No earlier round's files are touched."""
         try:
-            number = self._last_round() + 1
-            while not self._claim(self._round_dir(number)):
-                number += 1
+            self._round_dir(number).mkdir(exist_ok=True)
             (self.path / "round").write_text(f"{number}\n")
-            files = [self._rank_files(number, rank) for rank in range(ranks)]
+            self.drain.write_bytes(b"")
+            files = [self._rank_files(number, rank) for rank in ranks]
             for of_rank in files:
                 of_rank.directory.mkdir(parents=True, exist_ok=True)
+                of_rank.progress.unlink(missing_ok=True)
                 of_rank.out.touch()
                 of_rank.err.touch()
         except OSError as error:
             raise RunDirError(
                 f"run directory {self.path} cannot be written ({error.strerror}: {error.filename})"
             ) from None
-        return number, files
+        return files
+
+    def request_drain(self, reason: str, tiers: str) -> None:
+        """Ask the workers of this node to save at their next step boundary, and to end."""
+        self.drain.write_text(json.dumps({"reason": reason, "tiers": tiers}) + "\n")
 
     def record(self, line: str) -> None:
         """Append one JSON line to verdicts.jsonl."""
-        with open(self.path / "verdicts.jsonl", "a", encoding="utf-8") as file:
+        with open(self.own / "verdicts.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def close(self) -> None:
-        os.close(self._lock)
+        """Let another agent have it."""
+        for lock in self._locks:
+            os.close(lock)
+        self._locks = []
+
+    def _lock(self, path: Path, how: int) -> None:
+        """Lock a directory, or raise BlockingIOError."""
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, how | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(lock)
+            raise
+        self._locks.append(lock)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _owner(self) -> str:
+        try:
+            return (self.path / "lock").read_text(errors="replace").strip() or "unknown"
+        except OSError:
+            return "unknown"
+
+    def _take_node(self) -> Path:
+        """The directory of this node, or of one more agent on it."""
+        host = socket.gethostname()
+        names = [host, *(f"{host}-{number}" for number in range(2, _AGENTS_PER_HOST + 1))]
+        for name in names:
+            path = self.path / "nodes" / name
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock(path, fcntl.LOCK_EX)
+            except BlockingIOError:
+                continue
+            return path
+        raise BlockingIOError
 
     def _last_round(self) -> int:
         try:
             return int((self.path / "round").read_text())
         except (FileNotFoundError, ValueError):
             return 0
-
-    def _claim(self, path: Path) -> bool:
-        try:
-            path.mkdir()
-        except FileExistsError:
-            return False
-        return True
 
     def _round_dir(self, number: int) -> Path:
         return self.logs / f"round-{number:04d}"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.config import Config
+from launcher.devices import count_gpus
 
 if TYPE_CHECKING:  # the zygote needs this module first of all, and these not at all
-    from launcher.rendezvous import Meeting
     from launcher.restart import History
     from launcher.run_dir import RankFiles
+    from launcher.team import Plan
 
 __all__ = ["WorkerOrder", "shared_environment", "worker_orders"]
 
@@ -54,31 +56,36 @@ def shared_environment(config: Config, environ: Mapping[str, str] = os.environ) 
 
 def worker_orders(
     config: Config,
-    meeting: Meeting,
-    number: int,
+    plan: Plan,
     history: History,
-    files: list[RankFiles],
+    files: Sequence[RankFiles],
+    *,
     saver: str,
+    drain: Path,
 ) -> list[WorkerOrder]:
-    """The workers of round `number`, as docs/worker-contract.md promises. `saver` is its address."""
-    world = str(config.nproc)
+    """The workers of a round on this node, as docs/worker-contract.md promises.
+
+    `saver` is the saver's address, `drain` the file with the request to save and end.
+    """
     shared = {
-        "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": world,
-        "ROLE_WORLD_SIZE": world,
-        "GROUP_RANK": "0",
-        "GROUP_WORLD_SIZE": "1",
+        "WORLD_SIZE": str(plan.world),
+        "LOCAL_WORLD_SIZE": str(len(plan.slots)),
+        "ROLE_WORLD_SIZE": str(plan.world),
+        "GROUP_RANK": str(plan.node),
+        "GROUP_WORLD_SIZE": str(plan.nodes),
         "ROLE_NAME": config.role,
-        "MASTER_ADDR": meeting.addr,
-        "MASTER_PORT": str(meeting.port),
+        "MASTER_ADDR": plan.addr,
+        "MASTER_PORT": str(plan.port),
         "TORCHELASTIC_RESTART_COUNT": str(history.restarts),
         "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
         "TORCHELASTIC_RUN_ID": config.run_id or config.directory.name,
         "TORCHELASTIC_USE_AGENT_STORE": "False",
         "LAUNCH_RUN_DIR": str(config.directory),
-        "LAUNCH_ROUND": str(number),
+        "LAUNCH_ROUND": str(plan.number),
         "LAUNCH_CKPT_URL": config.checkpoints,
         "LAUNCH_SAVER": saver,
+        "LAUNCH_DRAIN_FILE": str(drain),
+        **_visible_devices(plan.slots, count_gpus()),
     }
     return [
         WorkerOrder(
@@ -86,14 +93,25 @@ def worker_orders(
             environment={
                 **shared,
                 "RANK": str(of_rank.rank),
-                "LOCAL_RANK": str(of_rank.rank),
+                "LOCAL_RANK": str(local_rank),
                 "ROLE_RANK": str(of_rank.rank),
                 "TORCHELASTIC_ERROR_FILE": str(of_rank.error),
+                "LAUNCH_SLOT": str(slot),
                 "LAUNCH_RANK_DIR": str(of_rank.directory),
                 "LAUNCH_PROGRESS_FILE": str(of_rank.progress),
             },
             out=str(of_rank.out),
             err=str(of_rank.err),
         )
-        for of_rank in files
+        for local_rank, (of_rank, slot) in enumerate(zip(files, plan.slots, strict=True))
     ]
+
+
+def _visible_devices(
+    slots: Sequence[int], gpus: int, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES where a device is left out, so that LOCAL_RANK goes on to number devices."""
+    if not gpus or tuple(slots) == tuple(range(len(slots))):
+        return {}
+    visible = environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[slot].strip() for slot in slots)}

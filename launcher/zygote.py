@@ -71,13 +71,14 @@ class Zygote:
         self._socket = ours
         self._pidfd = os.pidfd_open(self._process.pid)
         self._unread = b""
-        self._is_lost = False
+        self.lost: ZygoteLost | None = None
+        """The last event, once it has been told."""
         self.is_ready = False  # with its imports; until then it does not obey
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """File descriptors that become readable when `receive` has something to tell."""
-        return () if self._is_lost else (self._socket.fileno(), self._pidfd)
+        return () if self.lost else (self._socket.fileno(), self._pidfd)
 
     @property
     def pid(self) -> int:
@@ -106,9 +107,9 @@ class Zygote:
         events = [_decode(line) for line in lines]
         self.is_ready = self.is_ready or any(isinstance(event, ZygoteReady) for event in events)
         if not received and self._process.poll() is not None:
-            self._is_lost = True
             self._reaper.end_children(_KILL_PATIENCE)
-            events.append(ZygoteLost(self._process.returncode, time.monotonic()))
+            self.lost = ZygoteLost(self._process.returncode, time.monotonic())
+            events.append(self.lost)
         return events
 
     def kill(self) -> None:

@@ -1,0 +1,300 @@
+"""What happens in a round, from the gathering of its nodes to the last report. Pure: no clock, no I/O.
+
+Every node of a team plays the same round. What all must know is said into the team's log, which every
+node hears in the same order: so all of them come to the same end.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Any
+
+from launcher.diagnosis import describe_exit
+from launcher.errors import ExitCode
+from launcher.events import (
+    DeadlinePassed,
+    Event,
+    Heard,
+    Joined,
+    MemberFailed,
+    RoundDrained,
+    SpawnFailed,
+    StacksTaken,
+    StopRequested,
+    WorkerExited,
+    ZygoteLost,
+)
+from launcher.report import Death, NodeReport
+from launcher.slots import Slots
+from launcher.team import Plan, Ready, Team
+
+__all__ = ["DRAIN_SIGNALS", "Phase", "Round", "Wish"]
+
+DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send to a job that they are going to end: it may save first."""
+
+
+class Phase(Enum):
+    """How far a round is on this node. It only ever moves down this list."""
+
+    GATHERING = auto()  # the nodes are not all ready
+    RUNNING = auto()
+    DRAINING = auto()  # workers have been asked to save at their next step boundary, and to end
+    DIAGNOSING = auto()  # workers hang, and before they are stopped it is looked at where
+    STOPPING = auto()  # everything that is left has been sent SIGTERM
+    KILLING = auto()  # ... SIGKILL
+    OVER = auto()  # nothing is left on this node
+    SETTLED = auto()  # ... nor on any other
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Why a round shall end at a step boundary."""
+
+    reason: str
+    """leave: a node was told to end; join: nodes wait to be taken in; scale, restart: a user asks for it."""
+    node: int
+    can_drain: bool  # else the workers are stopped where they are
+    slots: int | None = None  # to scale this node to
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "wish",
+            "reason": self.reason,
+            "node": self.node,
+            "can_drain": self.can_drain,
+            "slots": self.slots,
+        }
+
+    @classmethod
+    def from_json(cls, message: Mapping[str, Any]) -> Wish:
+        return cls(message["reason"], message["node"], message["can_drain"], message["slots"])
+
+    @property
+    def tiers(self) -> str:
+        """Where the save must go: those who go on have it in memory."""
+        return "durable" if self.reason == "leave" else "memory"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One start of all workers of a team, as the events so far tell it to this node."""
+
+    team: Team | None = None
+    phase: Phase = Phase.GATHERING
+    readies: Mapping[int, Ready] = field(default_factory=dict)
+    exits: tuple[WorkerExited, ...] = ()  # of this node, in order of death
+    exits_before_stop: int | None = None  # how many had ended when the rest was first told to
+    wishes: tuple[Wish, ...] = ()
+    trouble: SpawnFailed | ZygoteLost | DeadlinePassed | MemberFailed | None = None
+    stop_signal: int | None = None  # someone wants the whole job to end, now
+    hang: tuple[str, ...] = ()  # what was found out about it on this node
+    is_hung: bool = False
+    lost: Mapping[int, str] = field(default_factory=dict)  # nodes, and why
+    waiting: int = 0  # nodes that want to be taken in
+    reports: Mapping[int, NodeReport] = field(default_factory=dict)
+
+    def after(self, event: Event) -> Round:
+        """The round after `event`."""
+        match event:
+            case Joined(rank=rank, hellos=hellos):
+                return replace(self, team=Team(rank, tuple(hello["host"] for hello in hellos)))
+            case Heard(node=node, message=message):
+                return self._after_message(node, message)
+            case WorkerExited():
+                return self._after_exit(event)
+            case StopRequested():
+                return self._after_stop(event.signum)
+            case SpawnFailed():
+                return replace(self, trouble=event)._at_least(Phase.STOPPING)
+            case StacksTaken() if self.phase is Phase.DIAGNOSING:
+                return replace(self, hang=event.summary)._at_least(Phase.STOPPING)
+            case DeadlinePassed():
+                return self._after_deadline(event)
+            case ZygoteLost() if self.phase is not Phase.GATHERING:
+                return replace(self, trouble=event)._at_least(Phase.OVER)
+            case MemberFailed():
+                cut_off = replace(self, trouble=event)
+                return cut_off._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)
+            case RoundDrained():
+                return self._at_least(Phase.OVER)
+            case _:
+                return self
+
+    @property
+    def plan(self) -> Plan:
+        """Of a round that has started."""
+        assert self.team is not None
+        return Plan.of(self.team.rank, self.readies)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether workers were, or are being, started on this node."""
+        return Phase.RUNNING.value <= self.phase.value < Phase.OVER.value
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether every worker of this node returned 0."""
+        return self._have_all_ended_with(0)
+
+    @property
+    def has_drained(self) -> bool:
+        """Whether every worker of this node returned 0, or saved and left."""
+        return self._have_all_ended_with(0, ExitCode.PREEMPTED)
+
+    def _have_all_ended_with(self, *codes: int) -> bool:
+        return len(self.exits) == len(self.plan.slots) and all(exit_.code in codes for exit_ in self.exits)
+
+    @property
+    def failed_exits(self) -> list[WorkerExited]:
+        """Of this node, in order of death."""
+        return [exit_ for exit_ in self.exits if exit_.code not in (0, ExitCode.PREEMPTED)]
+
+    def is_ours(self, exit_: WorkerExited) -> bool:
+        """Whether a worker of this node ended because it was sent a signal to that end."""
+        told = self.exits_before_stop is not None and exit_ in self.exits[self.exits_before_stop :]
+        return told and exit_.code in (-signal.SIGTERM, -signal.SIGKILL)
+
+    @property
+    def has_failed_here(self) -> bool:
+        """Whether something went wrong on this node before anything was stopped."""
+        is_failing = isinstance(self.trouble, SpawnFailed | ZygoteLost | DeadlinePassed)
+        return is_failing or any(not self.is_ours(exit_) for exit_ in self.failed_exits)
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether something other than a worker's failure is known, of which workers may have failed."""
+        told = any(report.trouble or report.hang for report in self.reports.values())
+        return told or bool(self.lost)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a settled round ended because something went wrong, wherever that was."""
+        if self.stop_signal is not None:
+            return False
+        reports = self.reports.values()
+        is_bad = any(report.trouble is not None or report.deaths for report in reports)
+        is_asked = bool(self.wishes) and all(death.is_ours for death in self.deaths)
+        return bool(self.lost) or self.is_hung or (is_bad and not is_asked)
+
+    @property
+    def trouble_in_words(self) -> str | None:
+        """What went wrong on this node that is not a worker's own failure."""
+        match self.trouble:
+            case SpawnFailed(rank=rank, reason=reason):
+                return f"rank {rank} could not be started: {reason}"
+            case ZygoteLost(code=code):
+                return f"the zygote was lost, and all workers with it: {describe_exit(code)}"
+            case DeadlinePassed():
+                return "processes are left that do not die of SIGKILL (stuck in a driver or file system)"
+            case MemberFailed(reason=reason):
+                return reason
+            case _:
+                return None
+
+    def slots_after(self, slots: Slots, culprit: Death | None) -> Slots:
+        """This node's slots for the next round; `culprit` is the worker that failed first, wherever."""
+        assert self.team is not None
+        for wish in self.wishes:
+            if wish.reason == "scale" and wish.node == self.team.rank and wish.slots is not None:
+                return slots.scaled(wish.slots)
+        if any(report.step is not None for report in self.reports.values()):
+            return slots.after_progress()
+        if culprit is None or culprit.rank not in self.plan.ranks:
+            return slots
+        return slots.after_failed_start(self.plan.slots[culprit.rank - self.plan.first_rank])
+
+    @property
+    def leavers(self) -> frozenset[int]:
+        """The nodes that end with this round, because they were told to."""
+        return frozenset(wish.node for wish in self.wishes if wish.reason == "leave")
+
+    @property
+    def deaths(self) -> list[Death]:
+        """Of all nodes, in order as far as their clocks agree."""
+        deaths = [death for report in self.reports.values() for death in report.deaths]
+        return sorted(deaths, key=lambda death: death.at)
+
+    def _after_message(self, node: int, message: Mapping[str, Any]) -> Round:
+        match message["kind"]:
+            case "ready":
+                after = replace(self, readies={**self.readies, node: Ready.from_json(message)})
+                return after._once_all_are_ready()
+            case "ended":
+                return self._at_least(Phase.STOPPING)
+            case "wish":
+                return self._after_wish(Wish.from_json(message))
+            case "hang" if self.phase.value < Phase.DIAGNOSING.value:
+                return replace(self, is_hung=True)._at_least(Phase.DIAGNOSING)
+            case "stop":
+                after = replace(self, stop_signal=message["signum"])
+                return after._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)
+            case "waiting":
+                return replace(self, waiting=message["count"])
+            case "lost":
+                after = replace(self, lost={**self.lost, message["node"]: message["why"]})
+                return after._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)._settled()
+            case "report":
+                report = NodeReport.from_json(message["report"])
+                after = replace(self, reports={**self.reports, node: report})
+                has_failed = not (report.has_finished or report.has_drained)
+                return (after._at_least(Phase.STOPPING) if has_failed else after)._settled()
+            case _:
+                return self  # of a later version
+
+    def _once_all_are_ready(self) -> Round:
+        assert self.team is not None
+        if len(self.readies) < self.team.size or self.phase is not Phase.GATHERING:
+            return self
+        return self._at_least(Phase.RUNNING)
+
+    def _after_wish(self, wish: Wish) -> Round:
+        after = replace(self, wishes=(*self.wishes, wish))
+        if self.is_started:
+            return after._at_least(Phase.DRAINING if wish.can_drain else Phase.STOPPING)
+        return after._at_least(Phase.SETTLED) if self.phase is Phase.GATHERING else after
+
+    def _after_exit(self, event: WorkerExited) -> Round:
+        after = replace(self, exits=(*self.exits, event))
+        if event.code not in (0, ExitCode.PREEMPTED) or len(after.exits) == len(self.plan.slots):
+            return after._at_least(Phase.STOPPING)
+        if event.code == ExitCode.PREEMPTED:
+            return after._at_least(Phase.DRAINING)  # it has heard of it before this node has
+        return after
+
+    def _after_stop(self, signum: int) -> Round:
+        insists = self.stop_signal is not None or self.phase is Phase.DRAINING
+        after = replace(self, stop_signal=signum)
+        if not self.is_started:
+            waits = self.phase is Phase.OVER and not insists
+            return after if waits else after._at_least(Phase.SETTLED)
+        return after._at_least(Phase.KILLING if insists else Phase.STOPPING)
+
+    def _after_deadline(self, event: DeadlinePassed) -> Round:
+        match self.phase:
+            case Phase.DRAINING | Phase.DIAGNOSING:
+                return self._at_least(Phase.STOPPING)
+            case Phase.STOPPING:
+                return self._at_least(Phase.KILLING)
+            case Phase.KILLING:
+                return replace(self, trouble=event)._at_least(Phase.OVER)
+            case _:
+                return self
+
+    def _at_least(self, phase: Phase) -> Round:
+        if phase.value <= self.phase.value:
+            return self
+        if phase is Phase.OVER and isinstance(self.trouble, MemberFailed):
+            phase = Phase.SETTLED  # there is nobody to tell
+        is_first_stop = phase.value >= Phase.STOPPING.value and self.exits_before_stop is None
+        before = len(self.exits) if is_first_stop else self.exits_before_stop
+        return replace(self, phase=phase, exits_before_stop=before)
+
+    def _settled(self) -> Round:
+        """Settled, if nothing is left here and every node that is left has said what became of it."""
+        assert self.team is not None
+        missing = set(range(self.team.size)) - set(self.reports) - set(self.lost)
+        return self if missing or self.phase is not Phase.OVER else self._at_least(Phase.SETTLED)

@@ -1,0 +1,378 @@
+"""What people and programs are told of a job: the terminal, the journal, the status, metrics. Decides nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+from launcher.backlog import Backlog, Drain
+from launcher.config import Config
+from launcher.console import Console, Level, Sink
+from launcher.diagnosis import Verdict
+from launcher.events import (
+    Event,
+    Joined,
+    MemberFailed,
+    SaveFailed,
+    SavePersisted,
+    SaverEnded,
+    SaveStaged,
+    StacksTaken,
+)
+from launcher.journal import Journal
+from launcher.progress import Progress
+from launcher.restart import Again, Decision, Finish, GiveUp, History
+from launcher.round import Phase, Round, Wish
+from launcher.run_dir import RankFiles, RunDir
+from launcher.status import StatusBoard
+
+__all__ = ["Teller"]
+
+_NO_MORE_SAVERS = "no saver is started for this job any more"
+_BOLD, _DIM, _ALARM, _WARN = 1, 2, 31, 33  # ANSI styles
+_PROGRESS_SECONDS = 5.0  # between two lines of progress in the journal
+_PHASES = {
+    Phase.GATHERING: "waiting for nodes",
+    Phase.RUNNING: "running",
+    Phase.DRAINING: "saving at the next step, to stop",
+    Phase.DIAGNOSING: "looking where it hangs",
+    Phase.STOPPING: "stopping",
+    Phase.KILLING: "stopping",
+    Phase.OVER: "waiting for the other nodes",
+    Phase.SETTLED: "between rounds",
+}
+
+
+class Teller:
+    """Everything that one agent has to say. Its methods return at once, but for `close`."""
+
+    def __init__(self, config: Config, run_dir: RunDir) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        level = max(Level[config.log_level.upper()], Level.WARNING if config.quiet else Level.DEBUG)
+        self._console = Console(Sink(1), Sink(2), level)
+        self._journal = Journal(run_dir.journal, self._warn)
+        self._board = StatusBoard(config.directory.name)
+        self._metrics = None
+        if config.metrics_port is not None:
+            from launcher.metrics import Metrics
+
+            try:
+                self._metrics = Metrics(config.metrics_port)
+            except BaseException:
+                self._console.close()
+                raise
+        self._progress_told: tuple[float, int | None] = (0.0, None)  # when, and which step
+
+    @property
+    def round_began(self) -> float:
+        """Seconds since the epoch."""
+        return self._board.round_started
+
+    @property
+    def newest_saved(self) -> int | None:
+        """The step of the newest checkpoint in any tier, as far as the saver has told."""
+        return max((saved.step for saved in self._board.saved.values()), default=None)
+
+    def close(self) -> None:
+        """Print everything to the end. Waits as long as the reader takes."""
+        if self._metrics is not None:
+            self._metrics.close()
+        self._console.close()
+        self._journal.close()
+
+    # -- the job
+
+    def job_started(self) -> None:
+        config = self._config
+        self._journal.record(
+            "job_started",
+            command=[config.command.target, *config.command.args],
+            nproc=[config.min_nproc, config.nproc],
+            nodes=list(config.nnodes),
+            pid=os.getpid(),
+            host=os.uname().nodename,
+        )
+
+    def job_ended(self, exit_code: int, reason: str) -> None:
+        self._board = self._board.in_phase("ended")
+        self._journal.record("job_ended", exit_code=exit_code, reason=reason)
+
+    # -- the team
+
+    def gathering(self) -> None:
+        self._board = self._board.in_phase(_PHASES[Phase.GATHERING])
+        if not self._config.is_alone:
+            host, port = self._config.rdzv_endpoint
+            least, most = self._config.nnodes
+            nodes = f"{least} to {most}" if least < most else f"{least}"
+            self._console.say(f"meeting at {host}:{port}: waiting for {nodes} nodes", style=_DIM)
+
+    def joined(self, event: Joined) -> None:
+        hosts = ", ".join(str(hello["host"]) for hello in event.hellos)
+        self._console.say(f"node {event.rank} of {len(event.hellos)}: {hosts}", style=_DIM)
+        self._journal.record("node_joined", node=event.rank, hosts=hosts)
+
+    def heard(self, node: int, message: Mapping[str, Any], round_: Round) -> None:
+        """What a node has said, where users want to know."""
+        assert round_.team is not None
+        hosts = round_.team.hosts
+        match message["kind"]:
+            case "lost":
+                lost, why = int(message["node"]), str(message["why"])
+                self._console.say(
+                    f"node {lost} ({hosts[lost]}) is lost: {why}", style=_WARN, level=Level.WARNING
+                )
+                self._journal.record("node_lost", node=lost, host=hosts[lost], why=why)
+            case "waiting" if message["count"]:
+                number = message["count"]
+                who = "a node waits" if number == 1 else f"{number} nodes wait"
+                self._console.say(f"{who} to be taken in at a step boundary", style=_DIM)
+            case "stop" if node != round_.team.rank:
+                name = Signals(message["signum"]).name
+                self._console.say(f"{name} on {hosts[node]}: the job stops", style=_BOLD)
+            case "wish":
+                wish = Wish.from_json(message)
+                self._journal.record("drain_requested", reason=wish.reason, by=hosts[node])
+                if node != round_.team.rank:
+                    self._console.say(f"{hosts[node]}: {_WISHES[wish.reason]}", style=_BOLD)
+            case "hang" if node != round_.team.rank:
+                self._console.say(f"{hosts[node]} has found a hang", style=_WARN, level=Level.WARNING)
+
+    # -- a round
+
+    def round_started(self, round_: Round, files: Sequence[RankFiles], history: History) -> None:
+        plan = round_.plan
+        assert round_.team is not None
+        self._board = self._board.began_round(
+            plan.number,
+            dict.fromkeys(plan.ranks, round_.team.hosts[plan.node]),
+            now=time.time(),
+            world=plan.world,
+            nodes=plan.nodes,
+            restarts=history.restarts,
+        )
+        self._console.follow(files, self._config.shown)
+        workers = _count(plan.world, "worker")
+        if plan.nodes > 1:
+            workers += f" on {plan.nodes} nodes, ranks {plan.ranks[0]}-{plan.ranks[-1]} here"
+        logs = _short(files[0].out.parent)
+        self._console.say(f"round {plan.number}: {workers}, output in {logs}", style=_DIM)
+        self._journal.record(
+            "round_started",
+            round=plan.number,
+            world=plan.world,
+            nodes=plan.nodes,
+            restarts=history.restarts,
+            slots=plan.slots,
+        )
+
+    def sampled(self, progress: Mapping[int, Progress], round_: Round) -> None:
+        """How far workers are, about once a second."""
+        now = time.time()
+        seen = {rank: one for rank, one in progress.items() if one.step is not None}
+        self._board = self._board.sampled(seen, now).in_phase(_PHASES[round_.phase])
+        status = self._board.status(now)
+        if self._console.has_live_view:
+            self._console.live(status.render(self._console.paint))
+        if self._metrics is not None:
+            self._metrics.update(status)
+        told_at, told_step = self._progress_told
+        if status.step is not None and status.step != told_step and now - told_at >= _PROGRESS_SECONDS:
+            self._progress_told = (now, status.step)
+            self._journal.record(
+                "progress", round=status.round, step=status.step, rate=status.rate, loss=status.loss
+            )
+
+    def recovered(self, timeline: Mapping[str, float]) -> None:
+        """Every rank has made a step again. Seconds since the failure, by what was done then."""
+        self._journal.record("recovered", round=self._board.round, **timeline)
+        parts = ", ".join(f"{part.replace('_', ' ')} {seconds:.2f}" for part, seconds in timeline.items())
+        self._console.say(f"recovered; seconds since the failure: {parts}", style=_DIM, level=Level.DEBUG)
+        self._console.say(f"recovered in {timeline['first_step']:.1f} s", style=_DIM)
+
+    def told_to_leave(self, signum: int, grace: float) -> None:
+        name = Signals(signum).name
+        self._console.say(
+            f"{name}: saving at the next step boundary, to end within {grace:g} s (--grace); another {name} ends "
+            f"it at once",
+            style=_BOLD,
+        )
+
+    def cannot_save(self, signum: int) -> None:
+        name = Signals(signum).name
+        text = f"{name} is ignored: no worker has a Checkpointer that could save"
+        self._console.say(text, style=_WARN, level=Level.WARNING)
+
+    def hangs(self, seconds: float) -> None:
+        text = f"no progress for {seconds:.0f} s: looking where the workers are (--hang-timeout)"
+        self._console.say(text, style=_WARN, level=Level.WARNING)
+
+    def stacks(self, taken: StacksTaken, still: float, *, is_asked: bool) -> None:
+        """Where all workers of this node were."""
+        self._journal.record(
+            "hang", round=self._board.round, summary=taken.summary, directory=taken.directory
+        )
+        if not is_asked:
+            first = f"no progress for {still:.0f} s; stacks in {_short(Path(taken.directory))}:"
+            lines = [f"  {line}" for line in taken.summary]
+            self._console.say(first, *lines, style=_WARN, level=Level.WARNING)
+
+    def stopping(self, round_: Round, grace: float) -> None:
+        if round_.stop_signal is not None and round_.phase is Phase.STOPPING:
+            name = Signals(round_.stop_signal).name
+            patience = f"workers have {grace:g} s to end, or until another {name}"
+            self._console.say(f"{name}: stopping; {patience}", style=_BOLD)
+        elif round_.phase is Phase.KILLING:
+            left = len(round_.plan.slots) - len(round_.exits)
+            text = f"killing what has not ended, {left} of the ranks"
+            self._console.say(text, style=_WARN, level=Level.WARNING)
+        if round_.stop_signal is None and not round_.has_finished:
+            self._console.mute_victims([exit_.rank for exit_ in round_.exits])
+
+    def unfollow(self) -> None:
+        """The workers are dead: print the rest of what they wrote."""
+        self._console.unfollow()
+
+    def concluded(self, round_: Round, decision: Decision, history: History, *, has_saver: bool) -> None:
+        """A round is over in which nothing went wrong."""
+        if round_.stop_signal is not None:
+            name = Signals(round_.stop_signal).name
+            what = "no worker" if has_saver else "nothing"
+            self._console.say(f"stopped by {name}; {what} is left running", style=_BOLD)
+        elif isinstance(round_.trouble, MemberFailed):
+            again = f"; {decision.reason}" if isinstance(decision, Again) else ""
+            self._console.say(f"{round_.trouble.reason}{again}", style=_ALARM, level=Level.ERROR)
+        elif round_.leavers and isinstance(decision, Finish):
+            self._console.say(self._preempted(round_), style=_BOLD)
+        elif isinstance(decision, Finish) and history.restarts:
+            self._console.say(f"finished after {_count(history.restarts, 'restart')}", style=_BOLD)
+        elif isinstance(decision, GiveUp):
+            self._console.say(decision.reason, style=_ALARM, level=Level.ERROR)
+        elif isinstance(decision, Again):
+            at = "round ended at a step boundary: " if round_.wishes else ""
+            self._console.say(f"{at}{decision.reason}", style=_DIM)
+
+    def _preempted(self, round_: Round) -> str:
+        steps = [report.step for report in round_.reports.values() if report.step is not None]
+        at = f" at step {max(steps)}" if steps else ""
+        if all(report.has_drained for report in round_.reports.values()):
+            return f"saved{at}; start it again to go on"
+        return f"stopped{at} without a last save; start it again to go on from the newest checkpoint"
+
+    def failed(self, verdict: Verdict, round_: Round) -> None:
+        """A round is over in which something went wrong: the verdict, once in full for all nodes."""
+        assert round_.team is not None
+        me = round_.team.rank
+        speaker = min(set(range(round_.team.size)) - set(round_.lost), default=me)
+        lines = verdict.render() if me in (speaker, verdict.node) else verdict.render()[:2]
+        self._console.say(*lines, style=_ALARM, level=Level.ERROR)
+        self._board = self._board.failed(_kind(verdict))
+        self._journal.record("failure", **asdict(verdict))
+        try:
+            self._run_dir.record(verdict.to_json())
+        except OSError as error:  # a full disk is no reason to end the job
+            self._warn(f"verdict not recorded: {error}")
+
+    def starts_cold(self, reason: str) -> None:
+        text = f"workers start as fresh interpreters, as in --cold: {reason}"
+        self._console.say(text, style=_WARN, level=Level.WARNING)
+
+    # -- saves
+
+    def take(self, event: Event) -> None:
+        """What the saver tells."""
+        self._board = self._board.after(event, time.time())
+        match event:
+            case SaveStaged(step=step):
+                self._journal.record("staged", step=step)
+            case SavePersisted():
+                self._journal.record(
+                    "persisted", step=event.step, tier=event.tier, url=event.url, seconds=event.seconds
+                )
+            case SaveFailed():
+                self._journal.record(
+                    "save_failed", step=event.step, tier=event.tier, url=event.url, error=event.error
+                )
+                text = f"step {event.step} did not become durable in {event.url}: {event.error}"
+                self._console.say(text, style=_ALARM, level=Level.ERROR)
+
+    def saver_refused(self, reason: str) -> None:
+        self._console.say(f"{reason}; {_NO_MORE_SAVERS}", style=_ALARM, level=Level.ERROR)
+
+    def saver_lost(self, backlog: Backlog, ended: SaverEnded, *, is_closed: bool) -> None:
+        text = backlog.obituary(ended, str(_short(self._run_dir.saver_log)))
+        if is_closed:
+            text += f"; it keeps ending: {_NO_MORE_SAVERS}"
+        self._console.say(text, style=_WARN, level=Level.WARNING)
+
+    def draining(self, drain: Drain) -> None:
+        """The workers are gone, and the saver makes durable what is left."""
+        self._board = self._board.in_phase("persisting")
+        if drain.backlog.pending:
+            self._console.show(f"persisting {drain.backlog}")
+
+    def drained(self, drain: Drain, pid: int | None) -> None:
+        told = drain.render(pid, str(_short(self._run_dir.saver_log)))
+        if told:
+            good = drain.succeeded
+            level = Level.INFO if good else Level.WARNING
+            self._console.say(told, style=_BOLD if good else _ALARM, level=level)
+
+    # -- for those who ask
+
+    def status(self) -> dict[str, object]:
+        return {"status": self._board.status(time.time()).to_json()}
+
+    @staticmethod
+    def phase(round_: Round) -> str:
+        return _PHASES[round_.phase]
+
+    @staticmethod
+    def next_in_words(decision: Decision) -> str:
+        """What a decision means, for the last line of a verdict."""
+        match decision:
+            case Again(pause=0):
+                return f"restarting: {decision.reason}"
+            case Again():
+                return f"restarting in {decision.pause:g} s: {decision.reason}"
+            case GiveUp():
+                return f"giving up: {decision.reason}; exit code {decision.exit_code}"
+            case Finish():
+                return f"stopping, as asked; exit code {decision.exit_code}"
+
+    def _warn(self, text: str) -> None:
+        self._console.say(text, style=_WARN, level=Level.WARNING)
+
+
+_WISHES = {
+    "leave": "it was told to leave; saving at the next step boundary",
+    "join": "nodes are taken in at the next step boundary",
+    "scale": "another number of workers from the next step boundary on",
+    "restart": "a restart at the next step boundary",
+}
+
+
+def _kind(verdict: Verdict) -> str:
+    """What it was, in a word, for those who count."""
+    if verdict.hang:
+        return "hang"
+    if verdict.kill is not None:
+        return "oom"
+    if verdict.rank is None:
+        return "node" if verdict.lost else "launcher"
+    return "crash" if verdict.code is not None and verdict.code >= 0 else "signal"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _short(path: Path) -> Path:
+    """`path` as the user would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

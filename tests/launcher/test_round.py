@@ -1,0 +1,491 @@
+"""Recorded and invented histories of a round, without a process or a clock."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.errors import ExitCode
+from launcher.events import (
+    DeadlinePassed,
+    Event,
+    Heard,
+    Joined,
+    MemberFailed,
+    RoundDrained,
+    SpawnFailed,
+    StacksTaken,
+    StopRequested,
+    WorkerExited,
+    WorkerStarted,
+    ZygoteLost,
+    ZygoteReady,
+)
+from launcher.report import Death, NodeReport
+from launcher.restart import Again, Decision, Failure, Finish, GiveUp, History, Limits, decide
+from launcher.round import Phase, Round, Wish
+from launcher.slots import Slots
+from launcher.team import Plan, Ready
+
+
+def ready(node: int, workers: int = 2, number: int = 1) -> Heard:
+    return Heard(node, Ready(tuple(range(workers)), f"host{node}", 1000 + node, number).to_json())
+
+
+def wish(reason: str, node: int = 0, *, can_drain: bool = True, slots: int | None = None) -> Heard:
+    return Heard(node, Wish(reason, node, can_drain, slots).to_json())
+
+
+def lost(node: int) -> Heard:
+    return Heard(0, {"kind": "lost", "node": node, "why": "no sign of life"})
+
+
+def exited(rank: int, code: int = 0) -> WorkerExited:
+    return WorkerExited(rank, 1000 + rank, code, 1.0)
+
+
+def death(rank: int, code: int = 1, at: float = 1.0) -> Death:
+    return Death(rank, "host0", 1000 + rank, code, at)
+
+
+def report(node: int = 0, **fields: object) -> Heard:
+    told = NodeReport(node, f"host{node}", 1, 1.0, **fields)  # type: ignore[arg-type]
+    return Heard(node, {"kind": "report", "report": told.to_json()})
+
+
+def begin(nodes: int = 1, rank: int = 0) -> list[Event]:
+    hellos = [{"host": f"host{node}"} for node in range(nodes)]
+    return [Joined(rank, hellos), *(ready(node) for node in range(nodes))]
+
+
+def play(*events: Event, nodes: int = 1, rank: int = 0) -> Round:
+    round_ = Round()
+    for event in [*begin(nodes, rank), *events]:
+        round_ = round_.after(event)
+    return round_
+
+
+def end(
+    *events: Event,
+    nodes: int = 1,
+    history: History | None = None,
+    limits: Limits | None = None,
+    mark: str = "x",
+) -> Decision:
+    """What is decided after a round with these events. The first death told of is to blame."""
+    round_ = play(*events, nodes=nodes)
+    assert round_.phase is Phase.SETTLED
+    culprit = next((one for one in round_.deaths if not one.is_ours), None)
+    return decide(round_, culprit, mark if culprit else None, history or History(), limits or Limits())
+
+
+# -- one node
+
+
+def test_a_round_in_which_all_finish() -> None:
+    round_ = play(WorkerStarted(0, 1), exited(1), exited(0))
+    assert round_.phase is Phase.STOPPING  # what they left running is stopped, too
+    round_ = round_.after(RoundDrained())
+    assert round_.phase is Phase.OVER
+    assert round_.has_finished
+    round_ = round_.after(report(has_finished=True, has_drained=True))
+    assert round_.phase is Phase.SETTLED
+    assert decide(round_, None, None, History(), Limits()) == Finish(0)
+
+
+def test_one_that_finishes_does_not_end_a_round() -> None:
+    assert play(exited(1)).phase is Phase.RUNNING
+
+
+def test_workers_start_when_all_nodes_are_ready() -> None:
+    round_ = Round().after(Joined(1, [{"host": "a"}, {"host": "b"}])).after(ready(1, workers=3, number=7))
+    assert round_.phase is Phase.GATHERING
+    round_ = round_.after(ready(0, workers=2, number=4))
+    assert round_.phase is Phase.RUNNING
+    assert round_.plan == Plan(7, 1, (2, 3), (0, 1, 2), "host0", 1000)
+    assert (round_.plan.world, list(round_.plan.ranks)) == (5, [2, 3, 4])
+
+
+def test_what_is_ours() -> None:
+    """A worker that ends by the signal it was sent, after it was sent."""
+    round_ = play(exited(1, -15), exited(0, -15))
+    assert [round_.is_ours(exit_) for exit_ in round_.exits] == [False, True]
+    assert round_.has_failed_here
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_wins_over_everything(signum: int) -> None:
+    for events in ([exited(0, 1)], [exited(0), exited(1)], []):
+        assert end(*events, StopRequested(signum), RoundDrained(), report()) == Finish(128 + signum)
+
+
+def test_insisting_kills() -> None:
+    round_ = play(StopRequested(signal.SIGINT))
+    assert round_.phase is Phase.STOPPING
+    assert round_.after(StopRequested(signal.SIGINT)).phase is Phase.KILLING
+    assert round_.after(DeadlinePassed()).phase is Phase.KILLING
+
+
+def test_the_first_stop_during_a_restart_leaves_the_grace() -> None:
+    round_ = play(exited(0, 1), StopRequested(signal.SIGINT))
+    assert round_.phase is Phase.STOPPING
+
+
+def test_a_stop_between_rounds_ends_the_job() -> None:
+    round_ = Round().after(StopRequested(signal.SIGINT))
+    assert round_.phase is Phase.SETTLED
+    assert decide(round_, None, None, History(), Limits()) == Finish(130)
+
+
+def test_what_survives_sigkill_ends_the_job() -> None:
+    round_ = play(exited(0, 1), DeadlinePassed(), DeadlinePassed())
+    assert round_.phase is Phase.OVER
+    assert "SIGKILL" in (round_.trouble_in_words or "")
+    decision = end(exited(0, 1), DeadlinePassed(), DeadlinePassed(), report(is_stuck=True))
+    assert isinstance(decision, GiveUp)
+    assert decision.exit_code == ExitCode.INTERNAL
+
+
+@pytest.mark.parametrize("trouble", [SpawnFailed(1, "fork: no"), ZygoteLost(-9, 1.0)])
+def test_trouble_of_our_own_is_a_failure(trouble: SpawnFailed | ZygoteLost) -> None:
+    round_ = play(trouble)
+    assert round_.has_failed_here
+    assert round_.phase is (Phase.STOPPING if isinstance(trouble, SpawnFailed) else Phase.OVER)
+    assert isinstance(end(trouble, RoundDrained(), report(trouble="it")), Again)
+
+
+# -- failures, one after the other
+
+
+def test_restarts_and_their_end() -> None:
+    history = History()
+    pauses = []
+    for _ in range(3):
+        decision = end(
+            exited(1, 3), RoundDrained(), report(deaths=(death(1, 3),)), history=history, mark=""
+        )
+        assert isinstance(decision, Again)
+        history = History(
+            decision.history.restarts, None, tuple(Failure(None) for _ in decision.history.failures)
+        )
+        pauses.append(decision.pause)
+    assert pauses == [0.0, 0.5, 1.0]
+    decision = end(exited(1, 3), RoundDrained(), report(deaths=(death(1, 3),)), history=history)
+    assert isinstance(decision, GiveUp)
+    assert decision.exit_code == 3
+
+
+@pytest.mark.parametrize(("code", "ends_with"), [(3, 3), (-9, 137), (-11, 139)])
+def test_the_exit_code_is_the_culprits(code: int, ends_with: int) -> None:
+    decision = end(
+        exited(1, code), RoundDrained(), report(deaths=(death(1, code),)), limits=Limits(max_restarts=0)
+    )
+    assert isinstance(decision, GiveUp)
+    assert decision.exit_code == ends_with
+
+
+def failing_at(
+    step: int | None, history: History, mark: str = "x", limits: Limits | None = None
+) -> Decision:
+    told = report(deaths=(death(1),), step=step)
+    return end(exited(1, 1), RoundDrained(), told, history=history, mark=mark, limits=limits)
+
+
+def test_the_same_failure_at_the_same_step() -> None:
+    """Three times is enough, however many restarts there are; another failure in between does not help."""
+    limits = Limits(max_restarts=100)
+    history = History()
+    for mark in ("x", "y", "x"):
+        decision = failing_at(1200, history, mark, limits)
+        assert isinstance(decision, Again)
+        history = decision.history
+    decision = failing_at(1200, history, "x", limits)
+    assert isinstance(decision, GiveUp)
+    assert decision.exit_code == ExitCode.CRASH_LOOP
+    assert "3 times at step 1200" in decision.reason
+
+
+def test_progress_refills_the_budget() -> None:
+    history = History()
+    for step in range(10, 100, 10):
+        decision = failing_at(step, history, limits=Limits(max_restarts=1))
+        assert isinstance(decision, Again)
+        assert decision.pause == 0
+        history = decision.history
+    assert history.restarts == 9
+    assert isinstance(failing_at(50, history, "y", Limits(max_restarts=1)), GiveUp)
+
+
+def test_failures_that_cannot_be_compared_are_no_loop() -> None:
+    told = report(deaths=(death(1, -9),))
+    history = History(5, None, tuple(Failure(None) for _ in range(5)))
+    round_ = play(exited(1, -9), RoundDrained(), told)
+    assert isinstance(decide(round_, death(1, -9), None, history, Limits(max_restarts=9)), Again)
+
+
+def test_a_hang_is_looked_at_before_anything_is_stopped() -> None:
+    round_ = play(Heard(0, {"kind": "hang"}))
+    assert round_.phase is Phase.DIAGNOSING
+    round_ = round_.after(StacksTaken(("rank 1 is behind",), "stacks"))
+    assert round_.phase is Phase.STOPPING
+    assert round_.hang == ("rank 1 is behind",)
+    for event in (exited(0, -15), exited(1, -15), RoundDrained(), report(hang=round_.hang, step=7)):
+        round_ = round_.after(event)
+    assert round_.has_failed
+    decision = decide(round_, None, None, History(), Limits(max_restarts=0))
+    assert isinstance(decision, GiveUp)
+    assert decision.exit_code == ExitCode.HUNG
+
+
+# -- drains
+
+
+def test_a_drain_is_no_failure() -> None:
+    round_ = play(wish("leave"), exited(0, 75), exited(1, 75))
+    assert round_.phase is Phase.STOPPING
+    assert round_.has_drained
+    assert not round_.has_failed_here
+    decision = end(wish("leave"), exited(0, 75), exited(1, 75), RoundDrained(), report(has_drained=True))
+    assert decision == Finish(ExitCode.PREEMPTED)
+
+
+def test_a_drain_that_comes_too_late_is_stopped() -> None:
+    round_ = play(wish("leave"))
+    assert round_.phase is Phase.DRAINING
+    round_ = round_.after(DeadlinePassed())
+    assert round_.phase is Phase.STOPPING
+    for event in (exited(0, -15), exited(1, -15), RoundDrained(), report(deaths=())):
+        round_ = round_.after(event)
+    assert not round_.has_failed
+    assert decide(round_, None, None, History(), Limits()) == Finish(ExitCode.PREEMPTED)
+
+
+def test_a_second_signal_while_saving_ends_it_at_once() -> None:
+    assert play(wish("leave"), StopRequested(signal.SIGTERM)).phase is Phase.KILLING
+
+
+def test_workers_that_cannot_save_are_stopped() -> None:
+    assert play(wish("restart", can_drain=False)).phase is Phase.STOPPING
+
+
+def test_a_worker_may_hear_of_a_drain_before_its_launch() -> None:
+    assert play(exited(0, 75)).phase is Phase.DRAINING
+
+
+@pytest.mark.parametrize("reason", ["restart", "scale"])
+def test_what_a_user_asks_for_costs_no_restart(reason: str) -> None:
+    decision = end(
+        wish(reason, slots=1),
+        exited(0, 75),
+        exited(1, 75),
+        RoundDrained(),
+        report(has_drained=True, step=5),
+    )
+    assert isinstance(decision, Again)
+    assert (decision.history.restarts, decision.history.best_step, decision.same_team) == (0, 5, True)
+
+
+def test_a_failure_while_draining_counts() -> None:
+    told = report(deaths=(death(0, 1),))
+    decision = end(wish("restart"), exited(0, 1), RoundDrained(), told)
+    assert isinstance(decision, Again)
+    assert decision.history.restarts == 1
+
+
+def test_finishing_while_asked_to_drain_is_finishing() -> None:
+    told = report(has_finished=True, has_drained=True)
+    assert end(wish("leave"), exited(0), exited(1), RoundDrained(), told) == Finish(0)
+
+
+# -- slots
+
+
+def test_a_device_that_fails_twice_at_the_start_is_left_out() -> None:
+    slots = Slots(present=8, wanted=8, minimum=6)
+    for _ in range(2):
+        round_ = play(exited(1, 1), RoundDrained(), report(deaths=(death(1),)))
+        slots = round_.slots_after(slots, death(1))
+    assert slots.left_out == (1,)
+    assert slots.chosen == (0, 2, 3, 4, 5, 6, 7)
+
+
+def test_nothing_is_left_out_where_all_are_needed() -> None:
+    slots = Slots(8, 8, 8)
+    for _ in range(5):
+        slots = slots.after_failed_start(3)
+    assert slots.chosen == tuple(range(8))
+
+
+def test_progress_clears_a_device() -> None:
+    slots = Slots(8, 8, 6).after_failed_start(3).after_progress().after_failed_start(3)
+    assert slots.chosen == tuple(range(8))
+
+
+def test_too_few_devices() -> None:
+    slots = Slots(2, 2, 1)
+    for slot in (0, 0, 1, 1):
+        slots = slots.after_failed_start(slot)
+    assert slots.chosen == ()
+    assert slots.scaled(2).chosen == (0, 1)
+
+
+def test_a_spare_device_takes_the_place_of_a_dead_one() -> None:
+    slots = Slots(present=8, wanted=4, minimum=3)
+    slots = slots.after_failed_start(0).after_failed_start(0)
+    assert slots.chosen == (1, 2, 3, 4)
+
+
+def test_scaling() -> None:
+    round_ = play(wish("scale", slots=1), exited(0, 75), exited(1, 75))
+    assert round_.slots_after(Slots(2, 2, 2), None).chosen == (0,)
+
+
+# -- several nodes
+
+
+def test_a_failure_elsewhere_stops_this_node() -> None:
+    assert play(Heard(1, {"kind": "ended"}), nodes=2).phase is Phase.STOPPING
+    assert play(report(1, deaths=(death(3),)), nodes=2).phase is Phase.STOPPING
+
+
+def test_a_round_is_settled_when_all_have_reported() -> None:
+    done = {"has_finished": True, "has_drained": True}
+    round_ = play(exited(0), exited(1), RoundDrained(), report(0, **done), nodes=2)
+    assert round_.phase is Phase.OVER
+    assert round_.after(report(1, **done)).phase is Phase.SETTLED
+    assert round_.after(lost(1)).phase is Phase.SETTLED
+
+
+def test_a_lost_node_costs_no_restart() -> None:
+    cut = report(0, deaths=(death(0, 1),))
+    decision = end(lost(1), exited(0, 1), exited(1, -15), RoundDrained(), cut, nodes=2)
+    assert isinstance(decision, Again)
+    assert (decision.same_team, decision.history.restarts) == (False, 0)
+
+
+def test_a_node_lost_before_the_start() -> None:
+    round_ = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}])).after(lost(1))
+    assert round_.phase is Phase.SETTLED
+    decision = decide(round_, None, None, History(), Limits())
+    assert isinstance(decision, Again)
+    assert not decision.same_team
+
+
+def drained(*events: Event, nodes: int = 2) -> list[Event]:
+    told = [report(node, has_drained=True) for node in range(nodes)]
+    return [*events, exited(0, 75), exited(1, 75), RoundDrained(), *told]
+
+
+def test_a_node_that_leaves() -> None:
+    assert end(*drained(wish("leave", 0)), nodes=2) == Finish(ExitCode.PREEMPTED, is_final=False)
+    stays = end(*drained(wish("leave", 1)), nodes=2)
+    assert isinstance(stays, Again)
+    assert not stays.same_team
+
+
+def test_too_few_stay() -> None:
+    both = Limits(min_nodes=2)
+    for node in (0, 1):
+        assert end(*drained(wish("leave", node)), nodes=2, limits=both) == Finish(ExitCode.PREEMPTED)
+    assert end(*drained(wish("leave", 0), wish("leave", 1)), nodes=2) == Finish(ExitCode.PREEMPTED)
+
+
+def test_nodes_that_wait_are_taken_in() -> None:
+    waiting = Heard(0, {"kind": "waiting", "count": 1})
+    for events in (drained(waiting, wish("join")), drained(waiting, wish("restart"))):
+        decision = end(*events, nodes=2)
+        assert isinstance(decision, Again)
+        assert not decision.same_team
+
+
+def test_this_node_is_cut_off() -> None:
+    failed = MemberFailed("lost", "the store cannot be reached")
+    assert play(failed, nodes=2).phase is Phase.STOPPING
+    decision = end(failed, exited(0, -15), exited(1, -15), RoundDrained(), nodes=2)
+    assert isinstance(decision, Again)
+    assert not decision.same_team
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [("usage", 2), ("unavailable", 69), ("closed", 69), ("quorum", 78)]
+)
+def test_no_team_to_join(kind: str, code: int) -> None:
+    round_ = Round().after(MemberFailed(kind, "why"))
+    assert round_.phase is Phase.SETTLED
+    assert decide(round_, None, None, History(), Limits()) == GiveUp(code, "why")
+
+
+def test_histories_of_a_team() -> None:
+    old, new = History(2, 30, (Failure(30, "x"),)), History()
+    assert History.of_team([new, old, new]) == old
+    assert History.from_json(old.to_json()) == old
+
+
+# -- anything at all
+
+
+def events_of(nodes: int, rank: int) -> st.SearchStrategy[Event]:
+    codes = st.sampled_from([0, 1, 75, -9, -15])
+    others = [node for node in range(nodes) if node != rank]
+    choices: list[st.SearchStrategy[Event]] = [
+        st.builds(exited, st.integers(0, 1), codes),
+        st.sampled_from([DeadlinePassed(), RoundDrained(), ZygoteLost(-9, 1.0), ZygoteReady(0.1)]),
+        st.sampled_from([SpawnFailed(0, "no"), StacksTaken(("s",), "d"), MemberFailed("lost", "x")]),
+        st.builds(StopRequested, st.sampled_from([signal.SIGINT, signal.SIGTERM])),
+        st.builds(wish, st.sampled_from(["leave", "join", "restart"]), st.integers(0, nodes - 1)),
+        st.builds(report, st.integers(0, nodes - 1), has_finished=st.booleans(), has_drained=st.booleans()),
+        st.sampled_from([Heard(0, {"kind": kind}) for kind in ("ended", "hang", "of a later version")]),
+    ]
+    if others:
+        choices.append(st.builds(lost, st.sampled_from(others)))
+    return st.one_of(choices)
+
+
+@given(st.lists(events_of(2, 0), max_size=12))
+def test_a_round_only_ever_goes_on(events: Sequence[Event]) -> None:
+    round_ = play(nodes=2)
+    for event in events:
+        after = round_.after(event)
+        assert after.phase.value >= round_.phase.value
+        round_ = after
+    if round_.phase is Phase.SETTLED:
+        decision = decide(round_, None, None, History(), Limits())
+        assert isinstance(decision, Again | Finish | GiveUp)
+
+
+SAID = [
+    lost(2),
+    wish("leave", 1),
+    wish("restart", 0),
+    Heard(1, {"kind": "ended"}),
+    Heard(1, {"kind": "hang"}),
+]
+
+
+@given(st.sets(st.integers(0, len(SAID) - 1)), st.permutations(range(2)), st.randoms())
+def test_all_nodes_decide_the_same(said: set[int], order: Sequence[int], random: Random) -> None:
+    """Each plays its own part of the round; what they have heard is the same, and so is what they do."""
+    heard = [SAID[index] for index in said]
+    random.shuffle(heard)
+    told = [report(node, step=3) for node in order]
+    if 0 not in said:
+        told.append(report(2, step=3))
+    for one in told:  # what a node says of its round it says after all else
+        heard.insert(random.randint(0, len(heard)), one)
+    decisions = []
+    for rank in (0, 1):
+        round_ = Round()
+        for event in begin(3, rank):
+            round_ = round_.after(event)
+        for event in heard:
+            if isinstance(event, Heard) and event.node == rank and event in told:
+                round_ = round_.after(RoundDrained())
+            round_ = round_.after(event)
+        assert round_.phase is Phase.SETTLED
+        decisions.append(decide(round_, None, None, History(), Limits(min_nodes=3)))
+    assert decisions[0] == decisions[1]
