@@ -179,6 +179,10 @@ class Control:
     def _drop(self, client: _Client) -> None:
         self._epoll.unregister(client.connection)
         del self._clients[client.connection.fileno()]
+        try:
+            client.connection.recv(1 << 16)  # what was not read would make the end a reset
+        except OSError:
+            pass
         client.connection.close()
 
 

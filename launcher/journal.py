@@ -5,7 +5,7 @@ tells what each field means.
 
 event            fields
 job_started      command, nproc, nodes, pid, host, version
-round_started    round, world, nodes, restarts
+round_started    round, world, nodes, restarts, slots
 progress         round, step, rate, loss
 staged           step
 persisted        step, tier, url, seconds
@@ -14,10 +14,10 @@ failure          the verdict's
 hang             round, summary, directory
 drain_requested  reason, by
 drained          step
-node_lost        node, why
-node_joined      node
+node_joined      node, hosts
+node_lost        node, host, why
 scaled           nproc, world
-recovered        round, detected, stopped, forked, joined, restored, first_step, restored_step, restored_tier
+recovered        round, stopped, forked, joined, restored, first_step
 control          verb, number
 job_ended        exit_code, reason
 """

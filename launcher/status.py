@@ -407,7 +407,7 @@ class Past:
         """A few lines; `now` is in seconds since the epoch."""
         ago = f"{duration(now - self.ended)} ago"
         how = (
-            f"was killed with its launch, {ago} or later"
+            f"was killed with its launch, at most {ago}"
             if self.exit_code is None
             else f"ended {ago} with exit code {self.exit_code}"
             + (f": {self.reason}" if self.reason else "")

@@ -1,0 +1,258 @@
+"""What a job's status says, made from plain values."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.events import (
+    Event,
+    SaveFailed,
+    SavePersisted,
+    SavePersisting,
+    SaverEnded,
+    SaveStaged,
+    Tick,
+)
+from launcher.progress import Progress
+from launcher.status import Past, Saved, Saving, Status, StatusBoard, duration, spans
+
+
+def board(ranks: int = 8, **others: Any) -> StatusBoard:
+    hosts = {rank: f"node-{rank // 8}" for rank in range(ranks)}
+    return StatusBoard("train").began_round(2, hosts, now=1000.0, **others)
+
+
+def steps(*done: int | None, at: float = 1100.0) -> dict[int, Progress]:
+    return {rank: Progress(step, at) for rank, step in enumerate(done)}
+
+
+def test_before_the_first_round() -> None:
+    assert StatusBoard("train").status(1.0).render() == ["train: starting", "  step    none reported"]
+
+
+def test_a_healthy_job() -> None:
+    now = board(restarts=1)
+    for second in range(20):
+        progress = {rank: Progress(second * 4, 1100.0 + second, loss=2.5) for rank in range(8)}
+        now = now.sampled(progress, 1100.0 + second)
+    now = now.after(SaveStaged(70), 1118.0).after(SavePersisted(60, "local", "/x", 1.0), 1119.0)
+    now = now.after(SavePersisting(70, "remote", 300, 1000), 1119.0)
+    assert now.status(1119.0).render() == [
+        "train: running, round 2 for 1 min 59 s, 8 ranks, 1 restart",
+        "  step    76, 4 steps/s, loss 2.5",
+        "  saved   70 in memory (1 s ago), 60 local (0 s ago)",
+        "  saving  70 remote 30 %",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("done", "row"),
+    [
+        ([5] * 8, None),
+        ([5, 5, 5, 4, 5, 5, 5, 5], "0-2+4-7 at 5, 3 at 4"),
+        ([5, 5, 5, 5, 5, 5, 5, 3], "0-6 at 5, 7 at 3"),
+        ([8, 7, 6, 5, 4, 3, 2, 1], "at 1 to 8, slowest 7 at 1, 6 at 2, 5 at 3"),
+        ([5] + [None] * 7, "0 at 5, 1-7 report none"),
+        ([5, 4, 3, 2] + [None] * 4, "at 2 to 5, slowest 3 at 2, 2 at 3, 1 at 4, 4-7 report none"),
+    ],
+)
+def test_who_is_behind(done: list[int | None], row: str | None) -> None:
+    lines = board().sampled(steps(*done), 1101.0).status(1101.0).render()
+    assert [line.removeprefix("  ranks   ") for line in lines if "ranks   " in line] == (
+        [row] if row else []
+    )
+
+
+def test_since_when_a_rank_is_behind() -> None:
+    now = board().sampled(steps(*[5] * 8, at=1100.0), 1100.0)
+    now = now.sampled({rank: Progress(60, 1150.0) for rank in range(7)}, 1150.0)
+    assert now.status(1150.0).render()[2] == "  ranks   0-6 at 60, 7 at 5 for 50 s"
+    assert now.status(1190.0).render()[1] == "  step    5, no step for 40 s"
+
+
+@given(
+    st.integers(1, 1100).flatmap(
+        lambda n: st.lists(st.none() | st.integers(0, 10_000), min_size=n, max_size=n)
+    ),
+    st.floats(0, 1e6),
+)
+def test_few_lines_for_any_number_of_ranks(done: list[int | None], later: float) -> None:
+    now = board(len(done)).sampled(steps(*done), 1100.0)
+    lines = now.status(1100.0 + later).render()
+    assert len(lines) <= 5
+    assert max(map(len, lines)) < 200
+
+
+def test_the_rate_is_of_the_last_ten_seconds() -> None:
+    now = board(1)
+    for second in range(100):
+        now = now.sampled(
+            {0: Progress(second if second < 50 else 10 * second, 1000.0 + second)}, 1000.0 + second
+        )
+    assert now.status(1099.0).rate == pytest.approx(10)
+
+
+def test_the_rate_of_slow_steps() -> None:
+    """Longer than the window: from one step to the next."""
+    now = board(1)
+    for second in range(200):
+        now = now.sampled({0: Progress(second // 40, 1000.0 + second // 40 * 40)}, 1000.0 + second)
+    assert now.status(1199.0).rate == pytest.approx(1 / 40)
+    assert "40 s/step" in now.status(1199.0).render()[1]
+
+
+def test_the_rate_falls_when_steps_stop_coming() -> None:
+    now = board(1)
+    rates = []
+    for second in range(100):
+        now = now.sampled({0: Progress(min(second, 50), 1000.0 + min(second, 50))}, 1000.0 + second)
+        rates.append(now.status(1000.0 + second).rate)
+    assert rates[50] == pytest.approx(1)
+    assert rates[55] < 0.8
+    assert 0 < rates[99] < 0.2
+    assert rates[51:] == sorted(rates[51:], reverse=True)
+
+
+def test_the_rate_is_forgotten_where_training_goes_back() -> None:
+    now = board(1).sampled({0: Progress(50, 1000.0)}, 1000.0).sampled({0: Progress(60, 1001.0)}, 1001.0)
+    assert now.status(1001.0).rate == pytest.approx(10)
+    now = now.sampled({0: Progress(40, 1002.0)}, 1002.0)
+    assert now.status(1002.0).rate is None
+    assert now.status(1002.0).step == 40
+
+
+def test_the_loss_is_the_lowest_ranks() -> None:
+    progress = {
+        0: Progress(5, 1.0),
+        3: Progress(5, 1.0, loss=3.0),
+        5: Progress(5, 1.0, loss=5.0),
+    }
+    now = board().sampled(progress, 1.0)
+    assert now.status(1.0).loss == 3.0
+    now = now.sampled({3: Progress(6, 2.0, loss=math.nan)}, 2.0)
+    assert "loss nan" in now.status(2.0).render()[1]
+
+
+def test_a_new_round_begins_anew() -> None:
+    """But for what is saved, and how often it has failed."""
+    now = (
+        board()
+        .sampled(steps(*[5] * 8), 1100.0)
+        .after(SaveStaged(5), 1100.0)
+        .failed("crash")
+        .failed("crash")
+    )
+    now = now.began_round(3, {0: "a", 1: "b"}, now=1200.0, restarts=1, world=4, nodes=2)
+    status = now.status(1201.0)
+    assert (status.round, status.step, status.rate, status.world) == (3, None, None, 4)
+    assert [rank.step for rank in status.ranks] == [None, None]
+    assert status.saved == {"memory": Saved(5, 1100.0)}
+    assert status.failures == {"crash": 2}
+    assert status.render()[0] == "train: running, round 3 for 1 s, 4 ranks on 2 nodes, 1 restart"
+
+
+def test_a_rank_of_another_round_does_not_count() -> None:
+    assert board(2).sampled({7: Progress(5, 1.0)}, 1.0).status(1.0).step is None
+
+
+@pytest.mark.parametrize(
+    ("events", "saved", "saving"),
+    [
+        ([SavePersisted(5, "remote", "u", 1.0), SaveStaged(6)], ["memory", "remote"], []),
+        ([SavePersisting(5, "local", 1, 2), SavePersisting(5, "remote", 0, 2)], [], ["local", "remote"]),
+        ([SavePersisting(5, "local", 1, 2), SavePersisting(5, "local", 2, 2)], [], ["local"]),
+        ([SavePersisting(5, "local", 1, 2), SavePersisted(5, "local", "u", 1.0)], ["local"], []),
+        ([SavePersisting(5, "local", 1, 2), SaveFailed(5, "local", "u", "e")], [], []),
+        ([SaveStaged(5), SavePersisted(4, "local", "u", 1.0), SaverEnded(-9)], ["local"], []),
+        ([Tick()], [], []),
+    ],
+)
+def test_saves(events: list[Event], saved: list[str], saving: list[str]) -> None:
+    now = board()
+    for event in events:
+        now = now.after(event, 1100.0)
+    status = now.status(1100.0)
+    assert list(status.saved) == saved
+    assert [save.tier for save in status.saving] == saving
+
+
+def test_json_and_back() -> None:
+    now = board().sampled({0: Progress(5, 1.0, loss=math.inf), 1: Progress(7, 2.0)}, 2.0)
+    now = now.after(SaveStaged(5), 3.0).after(SavePersisting(5, "local", 1, 2), 3.0).failed("hang")
+    status = now.status(4.0)
+    text = json.dumps(status.to_json(), allow_nan=False)
+    assert Status.from_json(json.loads(text)) == status
+    assert status.saving == (Saving(5, "local", 1, 2),)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([], ""), ([3], "3"), ([0, 1, 2, 5], "0-2+5"), (range(0, 20, 2), "10 ranks"), ([4, 3], "3-4")],
+)
+def test_spans(ranks: list[int], text: str) -> None:
+    assert spans(ranks) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3.0, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (303, "5 min 3 s"),
+        (7500, "2 h 5 min"),
+        (3600, "1 h"),
+        (90000 + 7200, "1 d 3 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def event(time: float, name: str, **fields: object) -> dict[str, object]:
+    return {"time": time, "event": name, **fields}
+
+
+HISTORY = [
+    event(0, "job_started"),
+    event(1, "job_ended", exit_code=0),
+    event(100, "job_started"),
+    event(101, "round_started", round=2),
+    event(110, "progress", step=30),
+    event(111, "persisted", step=20, tier="local"),
+    event(112, "failure", cause="killed by SIGKILL"),
+    event(113, "round_started", round=3),
+    event(150, "progress", step=60),
+    event(160, "failure", cause="ValueError: boom"),
+]
+
+
+def test_how_a_job_ended() -> None:
+    past = Past.of([*HISTORY, event(161, "job_ended", exit_code=77, reason="3 times the same")])
+    assert past is not None
+    assert past.render("train", 281.0) == [
+        "train: ended 2 min ago with exit code 77: 3 times the same",
+        "  ran     1 min 1 s, 2 rounds",
+        "  step    60",
+        "  saved   20 local",
+        "  failed  ValueError: boom",
+    ]
+    assert past.to_json()["failures"] == ["killed by SIGKILL", "ValueError: boom"]
+
+
+def test_a_job_that_was_killed() -> None:
+    past = Past.of(HISTORY)
+    assert past is not None
+    assert past.exit_code is None
+    assert past.render("train", 161.0)[0] == "train: was killed with its launch, at most 1 s ago"
+
+
+def test_no_job_ever() -> None:
+    assert Past.of([]) is None
+    assert Past.of([event(1, "progress", step=3)]) is None
