@@ -93,8 +93,8 @@ def test_a_failure_begins_a_new_round(job: Job, options: list[str]) -> None:
     assert job.log(1, number=1) == "1 1 0\n"
     assert job.log(1, number=3) == "3 1 2\n"
     assert "ValueError: boom 2" in job.log(1, "err", number=2)
-    assert "rank 1 failed first: ValueError: boom 1 (exit code 1)" in done.err
-    assert "restarting: 2 of at most 3 restarts" in done.err
+    assert re.search(r"rank 1 failed first, at [\d:.]+: ValueError: boom 1 \(exit code 1\)", done.err)
+    assert "restarting in 0.5 s: 2 of at most 3 restarts" in done.err
     assert done.err.splitlines()[-1] == "launch: finished after 2 restarts"
     verdicts = (job.path / "runs/train/verdicts.jsonl").read_text().splitlines()
     assert [json.loads(line)["cause"] for line in verdicts] == [
@@ -145,7 +145,7 @@ def test_kill_9_of_a_worker(job: Job) -> None:
     running.process.send_signal(signal.SIGTERM)
     done = job.end(running.process)
     assert done.code == 143
-    assert "rank 1 failed first: killed by SIGKILL" in done.err
+    assert re.search(r"rank 1 failed first, at [\d:.]+: killed by SIGKILL", done.err)
     assert "stopped: ranks 0, 2" in done.err
 
 
@@ -191,7 +191,8 @@ def test_deaths_are_told_in_their_order(job: Job) -> None:
         os.kill(pid, signal.SIGKILL)
         wait_for_death(pid)
     os.kill(running.zygote, signal.SIGCONT)
-    assert "rank 2 failed first: killed by SIGKILL" in job.end(running.process).err
+    err = job.end(running.process).err
+    assert re.search(r"rank 2 failed first, at [\d:.]+: killed by SIGKILL", err)
 
 
 def test_kill_9_of_the_agent_while_the_zygote_imports(job: Job) -> None:
@@ -403,7 +404,7 @@ BAD = [
     (["nope.py"], 2, "script nope.py does not exist"),
     (["-m", "nope"], 2, "-m nope: no such module"),
     (["--config=bad.yaml", "train.py"], 2, "bad.yaml:1: unknown option nprok: did you mean nproc?"),
-    (["--nnodes=2", "train.py"], 2, "one node"),
+    (["--nnodes=2", "train.py"], 2, "2 nodes need a place to meet"),
     (["--master-addr=no.such.host.invalid", "train.py"], 2, "cannot be resolved"),
     (["--run-dir=train.py/x", "train.py"], 73, "cannot be written"),
     (["--", "nope"], 127, "command nope not found"),
@@ -426,7 +427,8 @@ def test_bad_input_is_one_line_and_changes_nothing(
 def test_steps_are_in_the_verdict(job: Job) -> None:
     script = job.script("import launcher; launcher.report(41); launcher.report(42); 1 / 0")
     done = job.run("--max-restarts=0", script)
-    assert "ZeroDivisionError: division by zero (exit code 1), 42 steps done" in done.err
+    assert "ZeroDivisionError: division by zero (exit code 1)" in done.err
+    assert "step 42 reached" in done.err
 
 
 GLOO = """
@@ -453,7 +455,7 @@ def test_collectives_work_again_after_a_restart(job: Job, options: list[str]) ->
     assert done.code == 0, done.err
     assert job.log(1, number=1) == "sum 6.0\n"  # the others may not have got that far
     assert [job.log(rank, number=2) for rank in range(3)] == ["sum 6.0\n"] * 3
-    assert "rank 1 failed first: killed by SIGKILL" in done.err
+    assert re.search(r"rank 1 failed first, at [\d:.]+: killed by SIGKILL", done.err)
 
 
 RECORD = """

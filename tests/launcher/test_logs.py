@@ -78,19 +78,20 @@ def test_rounds_go_on_counting_and_nothing_is_overwritten(tmp_path: Path) -> Non
     """Also when the job is started again, when logs go elsewhere, and when the counter is lost."""
     for expected in (1, 2):
         run_dir = RunDir(tmp_path / "run", tmp_path / "run/logs")
-        number, files = run_dir.begin_round(2)
+        assert run_dir.next_round() == expected
+        files = run_dir.begin_round(expected, range(2))
         run_dir.close()
-        assert number == expected
         assert files[1].out == tmp_path / f"run/logs/round-000{expected}/rank-00001.out"
         assert files[1].directory == tmp_path / "run/ranks/rank-00001"
         assert files[1].out.read_text() == ""
         files[1].out.write_text("kept")
     run_dir = RunDir(tmp_path / "run", tmp_path / "elsewhere")
-    assert run_dir.begin_round(1)[0] == 3
+    assert run_dir.next_round() == 3
+    run_dir.begin_round(3, range(1))
     run_dir.close()
     (tmp_path / "run/round").unlink()
     run_dir = RunDir(tmp_path / "run", tmp_path / "run/logs")
-    assert run_dir.begin_round(1)[0] == 3
+    assert run_dir.next_round() == 3
     run_dir.close()
     assert (tmp_path / "run/logs/round-0001/rank-00001.out").read_text() == "kept"
 
@@ -138,7 +139,7 @@ def run_dir(tmp_path: Path) -> Iterator[RunDir]:
 
 def test_console_keeps_lines_whole_and_in_order(run_dir: RunDir) -> None:
     """Each line once, with its rank, unbroken; messages after all that was written before them."""
-    _, files = run_dir.begin_round(11)
+    files = run_dir.begin_round(1, range(11))
     out, err = Reader(), Reader()
     console = Console(Sink(out.write_end), Sink(err.write_end))
     console.follow(files, Shown())
@@ -178,7 +179,7 @@ def test_console_without_inotify(run_dir: RunDir, monkeypatch: pytest.MonkeyPatc
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr("launcher.console.DirectoryWatch", refuse)
-    _, files = run_dir.begin_round(1)
+    files = run_dir.begin_round(1, range(1))
     out = Reader()
     console = Console(Sink(out.write_end), Sink(out.write_end))
     console.follow(files, Shown())
@@ -188,7 +189,7 @@ def test_console_without_inotify(run_dir: RunDir, monkeypatch: pytest.MonkeyPatc
 
 
 def test_console_shows_what_it_should(run_dir: RunDir) -> None:
-    _, files = run_dir.begin_round(2)
+    files = run_dir.begin_round(1, range(2))
     out = Reader()
     console = Console(Sink(out.write_end), Sink(out.write_end))
     console.follow(files, Shown(redirects={None: 1}, ranks=frozenset([1])))
@@ -204,7 +205,7 @@ def test_a_terminal_gets_colours_and_no_garbage(run_dir: RunDir, monkeypatch: py
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     controller, terminal = os.openpty()
-    _, files = run_dir.begin_round(1)
+    files = run_dir.begin_round(1, range(1))
     console = Console(Sink(terminal), Sink(terminal))
     console.follow(files, Shown())
     files[0].out.write_bytes(b"a\x07\xff\x1b[31mred\n")
@@ -234,7 +235,7 @@ def test_a_status_is_a_line_now_and_then_elsewhere() -> None:
 
 
 def test_a_reader_that_goes_away_is_told_of_once(run_dir: RunDir) -> None:
-    _, files = run_dir.begin_round(1)
+    files = run_dir.begin_round(1, range(1))
     read_end, gone = os.pipe()
     os.close(read_end)
     err = Reader()

@@ -321,7 +321,7 @@ def test_trainers_go_on_with_another_saver(job: Job) -> None:
 
 @pytest.mark.parametrize(
     ("options", "signum", "code"),
-    [((), signal.SIGTERM, 143), (("--drain-timeout=0",), signal.SIGTERM, 143), ((), signal.SIGKILL, -9)],
+    [((), signal.SIGINT, 130), (("--drain-timeout=0",), signal.SIGINT, 130), ((), signal.SIGKILL, -9)],
     ids=["stop", "stop and do not wait", "kill the agent"],
 )
 def test_what_is_in_memory_becomes_durable(
