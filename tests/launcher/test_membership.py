@@ -1,0 +1,435 @@
+"""Teams of nodes: real members on the loopback interface, and one test process as the agent of each node."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.events import Event, Heard, Joined, MemberFailed
+from launcher.member.endpoint import is_here, local_address, resolve
+from launcher.member.pulse import GONE, PERIOD, Watch
+from launcher.member.refusal import Refused
+from launcher.membership import Alone, Membership, Rendezvous, Together
+from launcher.processes import Subreaper
+from tests.launcher.conftest import PATIENCE, wait_for_death
+
+SLOW = 3 * PATIENCE  # seconds; members import torch, and others use this machine too
+
+
+class Node:
+    """One node's agent, as far as its team is concerned."""
+
+    def __init__(self, team: Team, member: Membership, **hello: Any) -> None:
+        self.team = team
+        self.member = member
+        self.hello = hello
+        self.events: list[Event] = []
+        self.rank = -1
+
+    @property
+    def pid(self) -> int:
+        assert isinstance(self.member, Together)
+        assert self.member.pid is not None
+        return self.member.pid
+
+    def join(self) -> None:
+        self.events.clear()
+        self.member.join(self.hello)
+
+    def say(self, **message: Any) -> None:
+        self.member.say(message)
+
+    def kill_agent(self) -> None:
+        """What the member sees when its agent is killed."""
+        self.team.nodes.remove(self)
+        self.member.close()
+
+    def leave(self, finished: bool = False) -> None:
+        self.member.leave(finished)
+        self.kill_agent()
+
+    def receive(self) -> None:
+        for event in self.member.receive():
+            self.events.append(event)
+            if isinstance(event, Joined):
+                self.rank = event.rank
+
+    def size(self) -> int:
+        """How many nodes are in the team that it is in; 0: in none."""
+        return next((len(event.hellos) for event in self.events if isinstance(event, Joined)), 0)
+
+    def heard(self, kind: str) -> list[Mapping[str, Any]]:
+        return [
+            event.message
+            for event in self.events
+            if isinstance(event, Heard) and event.message["kind"] == kind
+        ]
+
+    def failure(self) -> MemberFailed | None:
+        return next((event for event in self.events if isinstance(event, MemberFailed)), None)
+
+    def failed(self) -> MemberFailed:
+        """Wait for its failure."""
+        self.team.wait(lambda: self.failure() is not None)
+        failure = self.failure()
+        assert failure is not None
+        return failure
+
+
+class Team:
+    """Nodes that meet at one endpoint."""
+
+    def __init__(self, path: Path, least: int, most: int, **conf: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.endpoint = ("127.0.0.1", free.getsockname()[1])
+        self.path = path
+        self.least, self.most = least, most
+        self.conf = conf
+        self.backend = "c10d"
+        self.nodes: list[Node] = []
+        self.pids: set[int] = set()
+        self.reaper = Subreaper()
+
+    def add(self, node_rank: int | None = None, **hello: Any) -> Node:
+        """A node whose member imports torch by now. The first one serves the store."""
+        is_first = not self.pids
+        settings = Rendezvous(
+            backend=self.backend,
+            endpoint=self.endpoint,
+            run_id="job",
+            min_nodes=self.least,
+            max_nodes=self.most,
+            node_rank=node_rank,
+            conf={"is_host": str(int(is_first)), **self.conf},
+        )
+        number = len(self.pids)
+        member = Together(settings, self.path / f"member-{number}.log", self.reaper)
+        node = Node(self, member, **{"job": "train.py", "number": number, **hello})
+        self.nodes.append(node)
+        self.pids.add(node.pid)
+        return node
+
+    def wait(self, until: Callable[[], bool], seconds: float = SLOW) -> float:
+        """Let all agents receive until it is so; returns the seconds that took. Fails after `seconds`."""
+        began = time.monotonic()
+        while not until():
+            assert time.monotonic() < began + seconds, [(node.rank, node.events) for node in self.nodes]
+            poll = select.poll()
+            for node in self.nodes:
+                for fd in node.member.descriptors:
+                    poll.register(fd, select.POLLIN)
+            poll.poll(100)
+            for node in self.nodes:
+                node.receive()
+                if isinstance(node.member, Together) and node.member.pid is not None:
+                    self.pids.add(node.member.pid)
+        return time.monotonic() - began
+
+    def form(self) -> None:
+        """Have all join until all are in one team, as agents do when they hear that others wait."""
+
+        def is_whole() -> bool:
+            for node in self.nodes:
+                if node.heard("waiting") or node.heard("lost"):
+                    node.join()
+            return all(node.size() == len(self.nodes) for node in self.nodes)
+
+        for node in self.nodes:
+            node.join()
+        self.wait(is_whole)
+
+    def close(self) -> None:
+        for node in list(self.nodes):
+            node.leave(finished=True)
+        for pid in self.pids:
+            wait_for_death(pid)
+
+
+@pytest.fixture
+def team(tmp_path: Path) -> Iterator[Team]:
+    """A team of one or two nodes, empty yet."""
+    team = Team(tmp_path, 1, 2)
+    yield team
+    team.close()
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """A team of three, which every test leaves as it has found it."""
+    team = Team(tmp_path_factory.mktemp("trio"), 3, 3)
+    for _ in range(3):
+        team.add()
+    team.form()
+    yield team
+    team.close()
+
+
+# -- alone
+
+
+def test_alone_is_heard_at_once() -> None:
+    """Without a process; what is heard has been through JSON, as between nodes."""
+    alone = Alone()
+    alone.join({"host": "here"})
+    alone.say({"kind": "report", "ranks": (1, 2)})
+    poll = select.poll()
+    poll.register(alone.descriptors[0], select.POLLIN)
+    assert poll.poll(0)
+    assert alone.receive() == [
+        Joined(0, [{"host": "here"}]),
+        Heard(0, {"kind": "report", "ranks": [1, 2]}),
+    ]
+    assert not poll.poll(0)
+    assert alone.receive() == []
+    alone.say({"kind": "old"})
+    alone.join({})
+    assert alone.receive() == [Joined(0, [{}])]
+    alone.leave()
+    alone.close()
+    assert alone.descriptors == ()
+    assert alone.receive() == []
+
+
+# -- together
+
+
+def test_every_node_hears_the_same_in_the_same_order(trio: Team) -> None:
+    trio.form()
+    for number in range(40):
+        for node in trio.nodes:
+            node.say(kind="count", rank=node.rank, number=number)
+    trio.wait(lambda: all(len(node.heard("count")) == 120 for node in trio.nodes))
+    first = [event for event in trio.nodes[0].events if isinstance(event, Heard)]
+    for node in trio.nodes:
+        assert [event for event in node.events if isinstance(event, Heard)] == first
+        own = [event.message["number"] for event in first if event.node == node.rank]
+        assert own == list(range(40))
+        assert all(event.message["rank"] == event.node for event in first)
+
+
+def test_everyone_learns_who_is_there(trio: Team) -> None:
+    joined = [event for node in trio.nodes for event in node.events if isinstance(event, Joined)]
+    assert sorted(event.rank for event in joined) == [0, 1, 2]
+    assert all(event.hellos == joined[0].hellos for event in joined)
+    for node in trio.nodes:
+        hello = joined[0].hellos[node.rank]
+        assert hello["number"] == node.hello["number"]
+        assert hello["host"] == socket.gethostname()
+        assert hello["addr"] == "127.0.0.1"
+        assert hello["version"]
+
+
+def test_nothing_of_an_older_generation_is_heard(trio: Team) -> None:
+    """Not even what was on its way when a node joined again; what was said before that reaches the others."""
+    for node in trio.nodes[1:]:
+        node.say(kind="old")
+    listener = trio.nodes[0]
+    trio.wait(lambda: len(listener.heard("old")) == 2)
+    listener.say(kind="old")
+    trio.form()
+    for node in trio.nodes:
+        node.say(kind="new")
+    trio.wait(lambda: all(len(node.heard("new")) == 3 for node in trio.nodes))
+    assert not any(node.heard("old") or node.heard("lost") for node in trio.nodes)
+
+
+def test_signals_are_the_agents_business(trio: Team) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(trio.nodes[0].pid, signum)
+    trio.nodes[0].say(kind="alive")
+    trio.wait(lambda: all(node.heard("alive") for node in trio.nodes))
+    trio.form()
+
+
+def test_a_killed_agent_is_missed_at_once_and_its_store_goes_on(team: Team) -> None:
+    """The killed one served the store. The rest forms a smaller team, and takes in who comes later."""
+    host, other = team.add(), team.add()
+    team.form()
+    served_by = host.pid
+    rank = host.rank
+    host.kill_agent()
+    assert team.wait(lambda: bool(other.heard("lost"))) < 2.0
+    assert other.heard("lost") == [{"kind": "lost", "node": rank, "why": "its launch was killed"}]
+    team.form()
+    other.say(kind="alone")
+    team.wait(lambda: bool(other.heard("alone")))
+    third = team.add()
+    third.join()
+    team.wait(lambda: bool(other.heard("waiting")))
+    assert other.heard("waiting") == [{"kind": "waiting", "count": 1}]
+    assert third.events == []
+    other.join()
+    team.wait(lambda: other.size() == third.size() == 2)
+    os.kill(served_by, 0)  # it is still there
+    third.leave()
+    other.leave()
+    wait_for_death(served_by)
+
+
+def test_a_silent_node_is_lost_and_may_come_back(team: Team) -> None:
+    host, other = team.add(), team.add()
+    team.form()
+    rank = other.rank
+    os.kill(other.pid, signal.SIGSTOP)
+    try:
+        assert team.wait(lambda: bool(host.heard("lost"))) < 5.5
+    finally:
+        os.kill(other.pid, signal.SIGCONT)
+    lost = host.heard("lost")[0]
+    assert lost["node"] == rank
+    assert lost["why"].startswith("no sign of life for 4")
+    assert other.failed().kind == "lost"
+    assert "given this one up: no sign of life" in other.failed().reason
+    assert len(host.heard("lost")) == 1
+    team.form()
+
+
+def test_a_node_outlives_the_store(team: Team) -> None:
+    """Whoever has lost it says so soon; all may join again, at a new store."""
+    host, other = team.add(), team.add()
+    team.form()
+    os.kill(host.pid, signal.SIGKILL)
+    assert team.wait(lambda: host.failure() is not None and other.failure() is not None) < 7.0
+    assert host.failed().kind == other.failed().kind == "lost"
+    assert "was killed by SIGKILL" in host.failed().reason
+    assert "connection to the store broke" in other.failed().reason
+    assert host.member.descriptors == ()
+    team.form()
+
+
+def test_who_leaves_in_peace_is_not_lost(team: Team) -> None:
+    """And who serves the store stays until the others have gone; a late node hears that the job has ended."""
+    host, other = team.add(), team.add()
+    team.form()
+    served_by = host.pid
+    host.say(kind="bye")
+    host.leave(finished=True)
+    team.wait(lambda: bool(other.heard("bye")))
+    late = team.add()
+    late.join()
+    assert late.failed().kind == "closed"
+    assert "has ended" in late.failed().reason
+    assert not other.heard("lost")
+    other.leave(finished=True)
+    wait_for_death(served_by)
+
+
+def test_versions_must_be_the_same(team: Team) -> None:
+    team.least = 2
+    nodes = [team.add(host="alpha", version="1.0"), team.add(host="beta", version="1.1")]
+    for node in nodes:
+        node.join()
+    for node in nodes:
+        assert node.failed().kind == "usage"
+        assert "alpha has shardckpt 1.0" in node.failed().reason or "alpha has 1.0" in node.failed().reason
+        assert "1.1" in node.failed().reason
+        assert "beta" in node.failed().reason
+
+
+def test_another_job_with_the_same_id_is_refused(team: Team) -> None:
+    """And does not disturb the one that runs."""
+    node = team.add()
+    team.form()
+    stranger = team.add(job="other.py")
+    stranger.join()
+    assert stranger.failed().kind == "usage"
+    assert "choose another --rdzv-id" in stranger.failed().reason
+    node.say(kind="alive")
+    team.wait(lambda: bool(node.heard("alive")))
+    assert [type(event) for event in node.events] == [Joined, Heard]
+
+
+def test_static_ranks(team: Team) -> None:
+    """Nodes have the numbers that they were given, in every generation, also after a restart of one."""
+    team.backend, team.least = "static", 2
+    first, second = team.add(node_rank=0), team.add(node_rank=1)
+    team.form()
+    assert (first.rank, second.rank) == (0, 1)
+    second.kill_agent()
+    team.wait(lambda: bool(first.heard("lost")))
+    team.add(node_rank=1)
+    team.form()
+    assert [node.rank for node in team.nodes] == [0, 1]
+
+
+def test_too_few_nodes(team: Team) -> None:
+    team.least = 2
+    team.conf = {"join_timeout": "1"}
+    node = team.add()
+    node.join()
+    assert node.failed() == MemberFailed("quorum", "1 of at least 2 nodes came within 1 s")
+
+
+def test_nobody_answers(team: Team) -> None:
+    team.conf = {"is_host": "0", "read_timeout": "1"}
+    node = team.add()
+    node.join()
+    host, port = team.endpoint
+    assert node.failed().kind == "unavailable"
+    assert node.failed().reason.startswith(
+        f"nobody answers at {host}:{port} within 1 s (Connection refused)"
+    )
+    assert "start the first node, or check --rdzv-endpoint" in node.failed().reason
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "nonsense"])
+def test_not_a_store_answers(team: Team, answer: bytes) -> None:
+    """The node tries to serve the store itself at first, but the port belongs to another program."""
+    with socket.create_server(team.endpoint) as server, ExitStack() as connections:
+        server.settimeout(0)
+        node = team.add()
+        node.join()
+
+        def serve() -> bool:
+            try:
+                connection = connections.enter_context(server.accept()[0])
+            except BlockingIOError:
+                return node.failure() is not None
+            connection.sendall(answer)
+            return False
+
+        team.wait(serve)
+    assert node.failed().kind == "unavailable"
+    assert "another program has that port" in node.failed().reason
+
+
+# -- decisions
+
+
+def test_a_host_that_does_not_exist() -> None:
+    with pytest.raises(Refused, match=r"nosuch\.invalid:29400 cannot be resolved") as refused:
+        resolve(("nosuch.invalid", 29400))
+    assert refused.value.kind == "usage"
+
+
+def test_which_machine_is_meant() -> None:
+    assert is_here(("localhost", 29400))
+    assert is_here(("127.0.0.1", 29400))
+    assert not is_here(("192.0.2.1", 29400))  # reserved for documentation
+    assert local_address(("127.0.0.1", 29400)) == "127.0.0.1"
+
+
+def test_a_sign_that_does_not_change_is_silence() -> None:
+    watch = Watch()
+    looks = [watch.look({1: b"7", 2: str(i).encode(), 3: GONE}, i * PERIOD) for i in range(12)]
+    first = next(i for i, silent in enumerate(looks) if silent)
+    assert first * PERIOD == 4.0
+    assert looks[first] == {1: 4.0}
+
+
+def test_time_in_which_nobody_looked_is_not_silence() -> None:
+    watch = Watch()
+    assert watch.look({1: b"7"}, 0.0) == {}
+    assert watch.look({1: b"7"}, 100.0) == {}
+    assert watch.look({1: b"8"}, 100.5) == {}
+    assert watch.look({1: b"8"}, 101.0) == {}
