@@ -125,23 +125,28 @@ class Status:
         if self.step is None:
             return "none reported"
         last = max(rank.time or 0.0 for rank in self.ranks)
-        is_stale = self.time - last > max(_STALE_SECONDS, 2 / self.rate if self.rate else 0.0)
         parts = [
             f"{self.step}",
-            f"no step for {duration(self.time - last)}" if is_stale else "",
+            f"no step for {duration(self.time - last)}" if self._is_stale(last) else "",
             "" if self.rate is None else _rate(self.rate),
             "" if self.loss is None else f"loss {self.loss:.4g}",
         ]
         return ", ".join(filter(None, parts))
 
+    def _is_stale(self, time: float) -> bool:
+        """Whether a step that was reported at `time` should have been followed by another."""
+        return self.time - time > max(_STALE_SECONDS, 2 / self.rate if self.rate else 0.0)
+
     def _ranks_row(self) -> str:
-        """Who is where, if not all ranks are at the same step."""
+        """Who is where, if that tells anything: ranks are seldom at the same step when they are looked at."""
         silent = [rank.rank for rank in self.ranks if rank.step is None]
         groups: dict[int, list[RankStatus]] = {}
         for rank in self.ranks:
             if rank.step is not None:
                 groups.setdefault(rank.step, []).append(rank)
-        if not groups or (len(groups) == 1 and not silent):
+        are_together = max(groups, default=0) - min(groups, default=0) <= 1
+        is_held = any(self._is_stale(rank.time or 0.0) for rank in groups.get(self.step or 0, ()))
+        if not groups or (are_together and not silent and not (is_held and len(groups) > 1)):
             return ""
         parts = [f"{spans(silent)} report none"] if silent else []
         if len(groups) <= _GROUPS:
@@ -152,8 +157,8 @@ class Status:
         return ", ".join([f"at {min(groups)} to {max(groups)}, slowest {slowest}", *parts])
 
     def _group(self, step: int, ranks: Collection[RankStatus]) -> str:
-        age = self.time - max(rank.time or 0.0 for rank in ranks)
-        since = f" for {duration(age)}" if age > _STALE_SECONDS else ""
+        last = max(rank.time or 0.0 for rank in ranks)
+        since = f" for {duration(self.time - last)}" if self._is_stale(last) else ""
         return f"{spans([rank.rank for rank in ranks])} at {step}{since}"
 
     def _saved_row(self) -> str:
@@ -385,11 +390,11 @@ class Past:
 
     def _after(self, event: Mapping[str, Any]) -> Past:
         after = replace(self, ended=event["time"])
+        if event["event"] in ("progress", "failure", "drained") and event.get("step") is not None:
+            after = replace(after, step=event["step"])
         match event["event"]:
             case "round_started":
                 return replace(after, rounds=self.rounds + 1)
-            case "progress":
-                return replace(after, step=event.get("step", self.step))
             case "failure":
                 return replace(after, failures=(*self.failures, str(event.get("cause", "unknown"))))
             case "persisted":
@@ -416,7 +421,9 @@ class Past:
             "ran": f"{duration(self.ended - self.started)}, {_count(self.rounds, 'round')}",
             "step": "" if self.step is None else str(self.step),
             "saved": ", ".join(f"{step} {tier}" for tier, step in self.saved.items()),
-            "failed": self.failures[-1] if self.failures else "",
+            "failed": f"{_count(len(self.failures), 'time')}, last: {self.failures[-1]}"
+            if self.failures
+            else "",
         }
         left = max(map(len, rows)) + 4
         body = [f"{paint(f'  {name}'.ljust(left), _DIM)}{text}" for name, text in rows.items() if text]

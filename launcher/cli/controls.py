@@ -96,16 +96,18 @@ def _carry_out(words: Sequence[str]) -> int:
                 _print(*answer["summary"], f"whole stacks: {answer['directory']}")
         case "restart":
             list(ask(run, "restart"))
-            _print(f"{run}: a new round begins at the next step boundary")
+            _print(f"{run}: asked to save at the next step boundary and begin a new round")
         case "scale":
             answer = list(ask(run, "scale", request.number))[-1]
-            _print(f"{run}: from {answer['from']} to {answer['to']} workers at the next step boundary")
+            _print(
+                f"{run}: asked to go from {answer['from']} to {answer['to']} workers at the next step boundary"
+            )
         case "stop" if "--now" in request.switches:
             list(ask(run, "kill"))
-            _print(f"{run}: ends at once")
+            _print(f"{run}: asked to end at once")
         case "stop":
             list(ask(run, "stop"))
-            _print(f"{run}: saves at the next step boundary, and ends")
+            _print(f"{run}: asked to save at the next step boundary and end")
     return ExitCode.OK
 
 

@@ -109,7 +109,7 @@ def test_questions_and_answers(start: Callable[..., Agent], tmp_path: Path) -> N
 def test_several_answers_come_as_they_are_given(start: Callable[..., Agent], tmp_path: Path) -> None:
     agent = start(answer_never)
     answers = ask(tmp_path, "stacks")
-    came: list[dict[str, Any]] = []
+    came: list[object] = []
     first = threading.Thread(target=lambda: came.append(next(answers)))
     first.start()
     client = agent.wait().client
