@@ -19,6 +19,8 @@ def main(fd: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _AGENTS)
 
+    # It warns whenever a wait takes long, and waiting is what this process does.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from launcher.member.link import Link
     from launcher.member.service import Member
 

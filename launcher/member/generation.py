@@ -39,7 +39,7 @@ class Generation:
         self._fail = fail
         self._reader = Reader(connect_again(seat.store))
         self._writer = Writer(connect_again(seat.store), seat.rank)
-        self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: the end
         self._unsaid = 0  # of what is in the queue or on its way
         self._all_said = threading.Condition()
         self._watch = Watch()
@@ -112,6 +112,7 @@ class Generation:
     def stop(self) -> None:
         """Hear and speak no more."""
         self._is_over = True
+        self._said.put(None)
 
     def _beat(self) -> None:
         self._beats += 1
@@ -138,14 +139,18 @@ class Generation:
                         return
 
     def _run_writer(self) -> None:
-        while not self._is_over:
-            messages = [self._said.get()]
-            while not self._said.empty():
-                messages.append(self._said.get())
+        while messages := self._take_said():
             self._writer.append(messages, self._see, self._is_still_news)
             with self._all_said:
                 self._unsaid -= len(messages)
                 self._all_said.notify_all()
+
+    def _take_said(self) -> list[Message]:
+        """Wait for something to say, and take all that there is; nothing after `stop`."""
+        taken = [self._said.get()]
+        while not self._said.empty():
+            taken.append(self._said.get())
+        return [] if None in taken else [message for message in taken if message is not None]
 
     def _see(self, entry: Entry) -> None:
         if entry.node not in self._lost_when_written:

@@ -44,7 +44,7 @@ __all__ = ["Meeting", "Seat", "bounded", "meet"]
 _ANSWER = timedelta(seconds=5)
 """How long an operation of a store may take."""
 
-_HANDSHAKE = 10.0  # seconds, for what listens at the endpoint to show that it is a store
+_HANDSHAKE = 10.0  # seconds at most, for what listens at the endpoint to show that it is a store
 _ROLL_CALL = 0.1  # seconds between two looks at who has come
 _DEFAULTS = {
     "join_timeout": "600",
@@ -89,6 +89,8 @@ class Seat:
     rank: int
     size: int
     store: Store
+    is_host: bool
+    """Whether this process serves `store`."""
 
 
 class Meeting(Protocol):
@@ -121,7 +123,13 @@ def meet(settings: Rendezvous, addr: str) -> Meeting:
 
     Raises `Refused`.
     """
-    conf = {**_DEFAULTS, **settings.conf}
+    try:
+        return _meet(settings, {**_DEFAULTS, **settings.conf}, addr)
+    except ValueError as error:
+        raise Refused("usage", f"--rdzv-conf cannot be used: {error}") from None
+
+
+def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> Meeting:
     if settings.backend in ("c10d", "static"):
         backend, store, is_host = _connect(settings, conf)
         if settings.backend == "static":
@@ -177,7 +185,7 @@ def _connect(settings: Rendezvous, conf: Mapping[str, str]) -> tuple[RendezvousB
             pass  # another process of this machine has the port; it should be one like this
     reach(settings.endpoint, patience)
     try:
-        return *bounded(_HANDSHAKE, lambda: _create(settings, conf, is_host=False)), False
+        return *bounded(min(patience, _HANDSHAKE), lambda: _create(settings, conf, is_host=False)), False
     except (RendezvousConnectionError, TimeoutError):
         raise Refused("unavailable", _not_a_store(settings)) from None
 
@@ -185,7 +193,7 @@ def _connect(settings: Rendezvous, conf: Mapping[str, str]) -> tuple[RendezvousB
 def _create(
     settings: Rendezvous, conf: Mapping[str, str], is_host: bool
 ) -> tuple[RendezvousBackend, TCPStore]:
-    parameters = _parameters(settings, conf, "", is_host=is_host, read_timeout=str(int(_HANDSHAKE)))
+    parameters = _parameters(settings, conf, "", is_host=is_host, read_timeout=int(_HANDSHAKE))
     backend, store = create_c10d_backend(parameters)
     assert isinstance(store, TCPStore)
     store.set_timeout(_ANSWER)
@@ -294,8 +302,9 @@ class _Elastic:
                 "closed",
                 f"the job with the id {self._settings.run_id} has ended: choose another --rdzv-id for a new one",
             ) from None
-        store = info.store if self.store is not None else self._serve(info.store, info.rank)
-        return Seat(info.rank, info.world_size, store)
+        if self.store is not None:
+            return Seat(info.rank, info.world_size, info.store, self.is_host)
+        return Seat(info.rank, info.world_size, self._serve(info.store, info.rank), info.rank == 0)
 
     def waiting(self) -> int:
         return self._handler.num_nodes_waiting()
@@ -361,7 +370,7 @@ class _Fixed:
                 raise RendezvousConnectionError("this node has left")
             time.sleep(_ROLL_CALL)
         number = self._tickets.get(f"generation/{ticket}").decode()
-        return Seat(self._rank, self._size, PrefixStore(f"{number}", self._tickets))
+        return Seat(self._rank, self._size, PrefixStore(number, self._tickets), self.is_host)
 
     def _give_out(self) -> int:
         """Begin a generation if every node has come; returns how many have."""

@@ -43,7 +43,8 @@ class Member:
         self._link = link
         self._settings = settings
         self._meeting: Meeting | None = None
-        self._presence: Presence | None = None
+        self._presence: Presence | None = None  # at the store that the team speaks through
+        self._is_host = False  # of that store
         self._generation: Generation | None = None
         self._number = 0  # of the last join that was ordered
         self._joins: queue.SimpleQueue[tuple[int, Mapping[str, Any]]] = queue.SimpleQueue()
@@ -116,11 +117,14 @@ class Member:
             former.retire()
         own = {**self._introduce(), **hello}
         meeting = self._meeting = self._meeting or self._meet(own["addr"])
-        charter = None if meeting.store is None else Charter(self._in_job(meeting.store))
+        charter = None if meeting.store is None else Charter(self._in_job(connect_again(meeting.store)))
         if charter is not None and former is None:
             charter.check(own)
         while number == self._number:
-            generation = Generation(meeting.next(), partial(self._hear, number), self._lose)
+            seat = meeting.next()
+            if meeting.store is None:
+                self._depend_on(seat.store, seat.is_host)
+            generation = Generation(seat, partial(self._hear, number), self._lose)
             try:
                 hellos = generation.greet(own, _GREETING)
             except TimeoutError as error:
@@ -149,11 +153,18 @@ class Member:
     def _meet(self, addr: str) -> Meeting:
         meeting = meet(self._settings, addr)
         if meeting.store is not None:
-            self._presence = Presence(self._in_job(meeting.store))
-            self._presence.enter()
+            self._depend_on(self._in_job(meeting.store), meeting.is_host)
         threading.Thread(target=self._live, args=(meeting,), daemon=True).start()
         threading.Thread(target=self._watch_store, daemon=True).start()
         return meeting
+
+    def _depend_on(self, store: Store, is_host: bool) -> None:
+        """Be counted at `store` from now on, and not where it was before; `is_host`: this process serves it."""
+        former, presence = self._presence, Presence(connect_again(store))
+        presence.enter()
+        self._presence, self._is_host = presence, is_host
+        if former is not None:
+            self._try(former.exit)
 
     def _hear(self, number: int, node: int, message: dict[str, Any]) -> None:
         with self._lock:
@@ -188,8 +199,8 @@ class Member:
             time.sleep(PERIOD)
 
     def _in_job(self, store: Store) -> Store:
-        """A connection of its own to what this job keeps in `store` beside its generations."""
-        return PrefixStore(f"launch.{self._settings.run_id}", connect_again(store))
+        """What this job keeps in `store` beside its generations."""
+        return PrefixStore(f"launch.{self._settings.run_id}", store)
 
     def _withdraw(self) -> None:
         if self._meeting is not None:
@@ -197,9 +208,9 @@ class Member:
 
     def _linger(self, seconds: float) -> None:
         """Serve the store as long as other nodes need it, but no longer than `seconds`."""
-        if self._meeting is not None and self._presence is not None:
+        if self._presence is not None:
             self._try(self._presence.exit)
-            if self._meeting.is_host:
+            if self._is_host:
                 self._presence.outlast_others(seconds)
 
     def _try(self, act: Callable[[], None]) -> None:

@@ -25,6 +25,16 @@ from tests.launcher.conftest import PATIENCE, wait_for_death
 SLOW = 3 * PATIENCE  # seconds; members import torch, and others use this machine too
 
 
+class Spared(Subreaper):
+    """Notes who is to be spared. A real one would make this process adopt what other tests leave behind."""
+
+    def __init__(self) -> None:
+        self._spared = set()
+
+    def spares(self, pid: int) -> bool:
+        return pid in self._spared
+
+
 class Node:
     """One node's agent, as far as its team is concerned."""
 
@@ -98,7 +108,7 @@ class Team:
         self.backend = "c10d"
         self.nodes: list[Node] = []
         self.pids: set[int] = set()
-        self.reaper = Subreaper()
+        self.reaper = Spared()
 
     def add(self, node_rank: int | None = None, **hello: Any) -> Node:
         """A node whose member imports torch by now. The first one serves the store."""
@@ -117,6 +127,7 @@ class Team:
         node = Node(self, member, **{"job": "train.py", "number": number, **hello})
         self.nodes.append(node)
         self.pids.add(node.pid)
+        assert self.reaper.spares(node.pid)
         return node
 
     def wait(self, until: Callable[[], bool], seconds: float = SLOW) -> float:
@@ -307,6 +318,22 @@ def test_a_node_outlives_the_store(team: Team) -> None:
     team.form()
 
 
+def test_a_store_that_does_not_answer(team: Team) -> None:
+    """As behind a network that is cut: connections do not break, and nothing comes."""
+    host, other = team.add(), team.add()
+    team.form()
+    os.kill(host.pid, signal.SIGSTOP)
+    try:
+        assert team.wait(lambda: other.failure() is not None) < 7.0
+    finally:
+        os.kill(host.pid, signal.SIGCONT)
+    assert other.failed().kind == "lost"
+    assert "has not answered for 5 s" in other.failed().reason
+    other.join()
+    team.wait(lambda: bool(host.heard("lost")))
+    team.form()
+
+
 def test_who_leaves_in_peace_is_not_lost(team: Team) -> None:
     """And who serves the store stays until the others have gone; a late node hears that the job has ended."""
     host, other = team.add(), team.add()
@@ -370,6 +397,15 @@ def test_too_few_nodes(team: Team) -> None:
     assert node.failed() == MemberFailed("quorum", "1 of at least 2 nodes came within 1 s")
 
 
+def test_settings_that_cannot_be_used(team: Team) -> None:
+    team.conf = {"join_timeout": "soon"}
+    node = team.add()
+    node.join()
+    assert node.failed().kind == "usage"
+    assert node.failed().reason.startswith("--rdzv-conf cannot be used: ")
+    assert "join_timeout" in node.failed().reason
+
+
 def test_nobody_answers(team: Team) -> None:
     team.conf = {"is_host": "0", "read_timeout": "1"}
     node = team.add()
@@ -385,6 +421,7 @@ def test_nobody_answers(team: Team) -> None:
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "nonsense"])
 def test_not_a_store_answers(team: Team, answer: bytes) -> None:
     """The node tries to serve the store itself at first, but the port belongs to another program."""
+    team.conf = {"read_timeout": "2"}
     with socket.create_server(team.endpoint) as server, ExitStack() as connections:
         server.settimeout(0)
         node = team.add()
