@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import select
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import termios
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from launcher.config import Shown
 from launcher.console import Console, Level, Sink
 from launcher.run_dir import RankFiles
 from launcher.terminal import fit
+from tests.launcher.conftest import PATIENCE, Job
 from tests.launcher.screens import Screen
 
 
@@ -47,9 +49,14 @@ class Terminal:
 
     def wait_for(self, *lines: str) -> None:
         """Return when the screen shows `lines` and the cursor below them."""
-        while self.read() != [*lines, ""]:
+        self.wait_until(lambda shown: shown == [*lines, ""])
+
+    def wait_until(self, is_there: Callable[[list[str]], bool]) -> list[str]:
+        """The screen, once it shows what `is_there` looks for."""
+        while not is_there(self.read()):
             assert select.select([self.controller], [], [], 20)[0], f"it stays at {self.screen.text}"
             self._read()
+        return self.screen.text
 
     def _read(self) -> None:
         data = os.read(self.controller, 1 << 16)
@@ -311,3 +318,51 @@ def test_what_fits(text: str, columns: int) -> None:
     screen.feed(shown)
     assert len(screen.lines) == 1
     assert screen.column == used
+
+
+# Each rank reports steps; the first says something in between, as a progress bar too.
+TRAINER = """
+    import os, sys, time
+    import launcher
+
+    rank = int(os.environ["RANK"])
+    for step in range(1, 100_000):
+        launcher.report(step, loss=0.5)
+        if rank == 0 and step % 50 == 0:
+            print(f"step {step}", flush=True)
+            sys.stderr.write(f"\\r{step} of many\\x1b[A")
+        time.sleep(0.01)
+    """
+
+
+def test_a_real_job(job: Job) -> None:
+    """The view is below the workers' lines, and the verdict; nothing of it is left when the job ends."""
+    terminal = Terminal(columns=100, rows=30)
+    process = job.start(
+        "--nproc=2",
+        job.script(TRAINER),
+        stdin=terminal.fd,
+        stdout=terminal.fd,
+        stderr=terminal.fd,
+    )
+    shown = terminal.wait_until(lambda lines: "loss 0.5" in "".join(lines[-2:-1]) and not lines[-1])
+    assert re.fullmatch(r"train: running, round 1 for \d+ s, 2 ranks", shown[-3])
+    assert re.match(r"  step    \d+(, [\d.]+ steps/s)?, loss 0.5", shown[-2])
+    terminal.wait_until(lambda lines: any(line == "[0] step 100" for line in lines))
+    process.send_signal(signal.SIGINT)
+    terminal.wait_until(lambda lines: any("nothing is left running" in line for line in lines))
+    assert process.wait(PATIENCE) == 130
+    left = terminal.read()
+    assert left[-2:] == ["launch: stopped by SIGINT; nothing is left running", ""]
+    assert not any("2 ranks" in line for line in left)
+    terminal.close()
+
+
+def test_a_real_job_that_is_piped(job: Job) -> None:
+    """Nothing periodic; --quiet leaves what the workers print."""
+    script = job.script(
+        "import time, launcher\nfor i in range(20): launcher.report(i); time.sleep(0.1)\nprint('end')"
+    )
+    done = job.run(script)
+    assert (done.out, done.err.count("\n")) == ("[0] end\n", 1)
+    assert job.run("--quiet", script).err == ""
