@@ -267,7 +267,7 @@ def ask(
                 f"(kill -CONT {record['pid']})"
             ) from None
         except (ConnectionError, EOFError):
-            raise UnreachableError(f"the job in {run_dir} ended before it had answered") from None
+            raise NotRunningError(f"the job in {run_dir} ended before it had answered") from None
 
 
 def _send_request(connection: socket.socket, verb: str, number: int | None) -> None:

@@ -204,6 +204,20 @@ def test_how_it_ended(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--watch"]) == 0
 
 
+def test_it_ends_while_it_is_asked(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has ended is what is told."""
+    agent = runs.start()
+    journal = Journal(Path("runs/train") / JOURNAL, pytest.fail)
+    journal.record("job_started")
+    journal.record("job_ended", exit_code=75)
+    journal.close()
+    monkeypatch.setattr(agent, "_answer", lambda control, asked: control._drop(*control._clients.values()))
+    assert main(["status", "--watch"]) == 0
+    assert "with exit code 75" in capsys.readouterr().out
+
+
 def test_how_it_ended_on_several_nodes(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     """The node that was there last tells."""
     path = runs.make()

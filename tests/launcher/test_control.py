@@ -217,7 +217,7 @@ def test_the_job_ends_before_it_has_answered(tmp_path: Path) -> None:
     agent = Agent(tmp_path / RECORD, answer_never)
     ender = threading.Thread(target=lambda: [agent.wait(), agent.close()])
     ender.start()
-    with pytest.raises(UnreachableError, match="ended before it had answered"):
+    with pytest.raises(NotRunningError, match="ended before it had answered"):
         list(ask(tmp_path, "status"))
     ender.join()
 
