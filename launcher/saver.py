@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import InternalError
-from launcher.events import Event, SaveFailed, SavePersisted, SavePersisting, SaverEnded, SaverWanted
+from launcher.events import (
+    Event,
+    SaveFailed,
+    SavePersisted,
+    SavePersisting,
+    SaverEnded,
+    SaverWanted,
+    SaveStaged,
+)
 from launcher.processes import Subreaper
 
 __all__ = ["Saver"]
@@ -188,6 +196,7 @@ class _Process:
 
 
 _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
+    "staged": lambda m: SaveStaged(m["step"]),
     "persisting": lambda m: SavePersisting(m["step"], m["tier"], m["done"], m["total"]),
     "persisted": lambda m: SavePersisted(m["step"], m["tier"], m["url"], m["seconds"]),
     "failed": lambda m: SaveFailed(m["step"], m["tier"], m["url"], m["error"]),

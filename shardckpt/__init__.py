@@ -21,6 +21,7 @@ from shardckpt.version import __version__
 
 if TYPE_CHECKING:
     from shardckpt.checkpointer import Checkpointer
+    from shardckpt.draining import Drained
     from shardckpt.export import merge
     from shardckpt.loading import Loaded, load
     from shardckpt.resharding import reshard
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Checkpointer",
+    "Drained",
     "Loaded",
     "PerRank",
     "SaveHandle",
@@ -47,6 +49,7 @@ __all__ = [
 
 _LATER = {
     "Checkpointer": "checkpointer",
+    "Drained": "draining",
     "Loaded": "loading",
     "PerRank": "state",
     "SaveHandle": "saving",

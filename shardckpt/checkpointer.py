@@ -14,7 +14,9 @@ from typing import Any, Self
 
 import msgspec
 
-from shardckpt.errors import SaverError, StorageError
+from shardckpt.draining import Drained, DrainWatch, Request, Scope
+from shardckpt.errors import SaveError, SaverError, StorageError
+from shardckpt.handle import MEMORY
 from shardckpt.loading import Loaded
 from shardckpt.persisting import Destination, tier_of
 from shardckpt.progress import ProgressFile
@@ -129,8 +131,13 @@ class Checkpointer:
         self._last: SaveHandle | None = None
         self._saves: list[SaveHandle] = []  # that may be under way, the same ones on every rank
         self._failed: SaveHandle | None = None  # the first, until `wait` tells of it
-        self._progress = ProgressFile.of_worker()
         self.url = self._root.url
+        self._has_left = False
+        self._drain = DrainWatch.of_worker(self._ranks)
+        self._progress = ProgressFile.of_worker()
+        self._tell(joined=time.time())
+        if self._drain is not None and self._drain.file.is_open:
+            self._tell(drains=True)
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +161,11 @@ class Checkpointer:
         self._claim()
         tiers = [(tier.name, tier.root) for tier in self._tiers]
         newest = Newest(self.url, tiers, self._client(), self._ranks)
-        return newest.load(state, strict=strict, started=started)
+        loaded = newest.load(state, strict=strict, started=started)
+        self._tell(restored=time.time())
+        if loaded is not None:
+            self._tell(restored_step=loaded.step, restored_tier=loaded.tier)
+        return loaded
 
     def step(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
@@ -166,17 +177,24 @@ class Checkpointer:
         Returns the save's handle, or None if none was started: not now, or because those before take up all
         the memory there is for saves, which is logged. Safe to change the state when it returns. A save that
         fails in the background is logged, and raised by `wait` and `close`.
+
+        Under `launch` this also tells how far training is, with `metrics["loss"]` if it is a number on the host;
+        and where the launcher asks the job to leave, to be started again (a preemption, or ranks to be added or
+        given up), all ranks save here after the same step and raise `Drained`, whatever `every_steps` says. They
+        have to call this equally often for that.
         """
         if self._progress is not None:
-            self._progress.write(step)
+            self._progress.step(step, metrics.get("loss") if metrics else None)
+        if self._drain is not None and (request := self._drain.poll()) is not None:
+            raise self._leave(step, state, metrics, request)
         if self._every is None:
             return None
-        if step % self._every != 0 or step == 0:
+        if not self._is_save_step(step):
             if not self._is_prepared:
                 self._session.prepare(state)
                 self._is_prepared = True
             return None
-        tiers = [tier for tier in self._tiers if tier.is_due(step)]
+        tiers = self._due(step)
         if not tiers and self._saver is None:
             return None  # there is no memory that would keep it
         if not self._settle() and self._saves:  # with none under way, memory is about to be there
@@ -194,7 +212,7 @@ class Checkpointer:
         Where this step has just been saved, it goes only to the tiers that do not have it; if they all have, its
         handle is returned. So a last save at the end of training needs no condition.
         """
-        last = self._last if self._last is not None and self._last.step == step else None
+        last = self._save_of(step)
         if last is not None:
             last.join()
         self._settle()
@@ -204,10 +222,12 @@ class Checkpointer:
         return self._start(step, state, metrics, tiers)
 
     def wait(self) -> None:
-        """Return when everything asked for so far is durable.
+        """Return when everything asked for so far is durable; at once after `Drained`.
 
         Raises SaveError, the first since the last `wait`, if something did not become durable.
         """
+        if self._has_left:
+            return
         saves = [*([self._failed] if self._failed else []), *self._saves]
         self._failed, self._saves = None, []
         for handle in saves:
@@ -217,12 +237,82 @@ class Checkpointer:
 
     def close(self) -> None:
         """`wait`, and be done. Call it when training ends; `with` does."""
+        self._answer_no_more()
+        if self._has_left:
+            return  # without a goodbye to the saver, which has what the next round starts from
         try:
             self.wait()
         finally:
             self._session.close()
 
+    # -- draining
+
+    def _leave(
+        self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None, request: Request
+    ) -> Drained:
+        """Save, as all ranks were asked to, and be done. Returns what `step` is to raise. Collective."""
+        is_saved = True
+        try:
+            self._save_to_leave(step, state, metrics, request.scope)
+        except Exception as error:  # whatever it is, to stay would not help
+            is_saved = False
+            _log.error(
+                "step %d, after which the job drains, is not saved; the last checkpoint stands: %s: %s",
+                step,
+                type(error).__name__,
+                error,
+            )
+        self._has_left = True
+        if self._drain is not None:
+            self._drain.close()
+            self._drain = None
+        if self._ranks.rank == 0 and is_saved:
+            _log.info("step %d is saved, and the job drains (%s)", step, request.reason)
+        return Drained(step, request.reason, is_saved=is_saved)
+
+    def _save_to_leave(
+        self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None, scope: Scope
+    ) -> None:
+        """Return when the state is safe from the end of this process: in the saver's memory, if there is one.
+
+        Raises on all ranks if it failed on any.
+        """
+        self._session.prepare(state)  # after which all ranks know whether there is a saver
+        handle = self._save_of(step)
+        if scope is Scope.MEMORY and handle is None and self._session.outlives_trainer:
+            handle = self._start(step, state, metrics, self._due(step))
+        if handle is None or scope is Scope.DURABLE or not self._session.outlives_trainer:
+            handle = self.save(step, state, metrics)
+        error: SaveError | None = None
+        try:
+            handle.wait(MEMORY if self._session.outlives_trainer else None)
+        except SaveError as failure:
+            error = failure
+        agree(self._ranks, error)
+
+    def _answer_no_more(self) -> None:
+        """Drain requests are somebody else's affair from here on."""
+        if self._drain is not None:
+            self._drain.close()
+            self._drain = None
+            self._tell(drains=None)
+
+    def _tell(self, **facts: Any) -> None:
+        if self._progress is not None:
+            self._progress.tell(**facts)
+
     # -- saving
+
+    def _is_save_step(self, step: int) -> bool:
+        return self._every is not None and step % self._every == 0 and step != 0
+
+    def _due(self, step: int) -> list[_DurableTier]:
+        """The durable tiers that `step` goes to by itself."""
+        return [tier for tier in self._tiers if self._is_save_step(step) and tier.is_due(step)]
+
+    def _save_of(self, step: int) -> SaveHandle | None:
+        """The last save, if it was of this step."""
+        return self._last if self._last is not None and self._last.step == step else None
 
     def _start(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +30,12 @@ class Ranks(Protocol):
 
     def maximum(self, values: Sequence[int]) -> list[int]:
         """The elementwise maximum over the ranks of equally many 64-bit integers."""
+
+    def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """`maximum` in the background: returns at once. Call what it returns, once, to wait for the result.
+
+        Other methods may be called in between. Ranks that never ask for the result leave nothing behind.
+        """
 
     def exchange(
         self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
@@ -58,6 +64,10 @@ class Alone:
     def maximum(self, values: Sequence[int]) -> list[int]:
         """See Ranks."""
         return list(values)
+
+    def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """See Ranks."""
+        return lambda: list(values)
 
     def exchange(
         self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
@@ -104,9 +114,18 @@ class TorchRanks:
 
     def maximum(self, values: Sequence[int]) -> list[int]:
         """See Ranks."""
+        return self.start_maximum(values)()
+
+    def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """See Ranks."""
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
-        return [int(value) for value in tensor.tolist()]
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def finish() -> list[int]:
+            work.wait()
+            return [int(value) for value in tensor.tolist()]
+
+        return finish
 
     def exchange(
         self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]

@@ -68,6 +68,12 @@ class SaveSession:
         """Whether this rank could stage now, without waiting for an earlier save."""
         return self._sink.is_ready
 
+    @property
+    def outlives_trainer(self) -> bool:
+        """Whether what is staged is kept and seen to even if this process ends at once. The same on all ranks,
+        once something was prepared."""
+        return self._sink.outlives_trainer
+
     def start(
         self,
         path: str,

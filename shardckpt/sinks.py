@@ -60,6 +60,10 @@ class Sink(Protocol):
         """Equal for two ranks only if the same process sees to what they stage."""
 
     @property
+    def outlives_trainer(self) -> bool:
+        """Whether what is submitted is seen to even if this process ends at once, and kept for the next one."""
+
+    @property
     def is_ready(self) -> bool:
         """Whether `begin` need not wait for an earlier save."""
 
@@ -86,11 +90,13 @@ class Sink(Protocol):
         """Nothing will be staged for this save after all."""
 
     def close(self) -> None:
-        """No more saves will come. What was submitted is seen to."""
+        """No more saves will come, from no process of this job. What was submitted is seen to."""
 
 
 class OwnThread:
     """Persists in a thread of this process. One buffer: a save waits for the one before it."""
+
+    outlives_trainer = False
 
     def __init__(self, commit_timeout: float) -> None:
         self.id = f"{os.getpid()}-{id(self)}"
@@ -166,6 +172,7 @@ class SaverSink:
     snapshots: int
     commit_timeout: float
     linger: float
+    outlives_trainer = True
     _client: SaverClient | None = None
     _staging: dict[int, StagingBuffer] = field(default_factory=dict)
     _plan: SavePlan | None = None

@@ -18,6 +18,7 @@ PUBLIC = {
     shardckpt: [
         "Checkpoint",
         "Checkpointer",
+        "Drained",
         "Loaded",
         "PerRank",
         "SaveHandle",

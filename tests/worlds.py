@@ -11,6 +11,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.commit import Proposal, commit
+from shardckpt.draining import DrainFile, DrainWatch
 from shardckpt.local import LocalTensor
 from shardckpt.manifest import Manifest
 from shardckpt.persisting import Destination
@@ -59,12 +61,16 @@ class _Meeting:
         self._gone: set[int] = set()
         self._changed = threading.Condition()
 
-    def exchange(self, number: int, rank: int, value: Any) -> list[Any]:
+    def tell(self, number: int, rank: int, value: Any) -> None:
+        """What a rank has to say at their meeting of this number."""
+        with self._changed:
+            self._told[number][rank] = value
+            self._changed.notify_all()
+
+    def hear(self, number: int, rank: int) -> list[Any]:
         """What all ranks tell at their meeting of this number."""
         with self._changed:
             told = self._told[number]
-            told[rank] = value
-            self._changed.notify_all()
             arrived = self._changed.wait_for(
                 lambda: len(told) == self.size or self._gone - told.keys(), LIMIT
             )
@@ -98,6 +104,10 @@ class ThreadRanks:
     def maximum(self, values: Sequence[int]) -> list[int]:
         return [max(column) for column in zip(*self._exchange("maximum", list(values)), strict=True)]
 
+    def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        number = self._tell("start_maximum", list(values))
+        return lambda: [max(column) for column in zip(*self._hear("start_maximum", number), strict=True)]
+
     def exchange(
         self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
     ) -> None:
@@ -108,8 +118,15 @@ class ThreadRanks:
         assert not any(list(left) for left in arrived), "something was sent that nobody takes"
 
     def _exchange(self, kind: str, value: Any) -> list[Any]:
+        return self._hear(kind, self._tell(kind, value))
+
+    def _tell(self, kind: str, value: Any) -> int:
         self._count += 1
-        told = self._meeting.exchange(self._count, self.rank, (kind, value))
+        self._meeting.tell(self._count, self.rank, (kind, value))
+        return self._count
+
+    def _hear(self, kind: str, number: int) -> list[Any]:
+        told = self._meeting.hear(number, self.rank)
         assert {kind for kind, _ in told} == {kind}, f"ranks call different methods: {told}"
         return [value for _, value in told]
 
@@ -146,11 +163,18 @@ class Checkpoints(Checkpointer):
     """A Checkpointer among ranks that are threads."""
 
     def __init__(
-        self, url: Storage, ranks: Ranks, *, commit_timeout: float = LIMIT, **options: Any
+        self,
+        url: Storage | str | Path,
+        ranks: Ranks,
+        *,
+        commit_timeout: float = LIMIT,
+        drain_file: Path | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(url, commit_timeout=commit_timeout, **options)
         self._ranks = ranks
-        self._session = SaveSession(ranks, commit_timeout)
+        self._drain = DrainWatch(DrainFile(str(drain_file)), ranks) if drain_file else None
+        self._session = SaveSession(ranks, commit_timeout, self._saver)
 
 
 def start_save(session: SaveSession, storage: Storage, state: dict[str, Any], **options: Any) -> SaveHandle:

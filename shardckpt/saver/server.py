@@ -405,6 +405,7 @@ class Saver:
             for tier in ("memory", *stage.tiers):
                 self._send(client, Outcome(stage.id, tier, _LOST))
         elif held.is_whole:
+            self._tell(event="staged", step=held.step)
             self._tell_trainers(held, Outcome(held.id, "memory"))
             self._persist(held, stage.tiers)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import shardckpt
+from launcher.progress import read_progress, report
 from shardckpt.errors import (
     CheckpointExistsError,
     CorruptError,
@@ -207,21 +208,62 @@ def test_the_launcher_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_progress_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step writes one line of 42 bytes over the one before, as docs/worker-contract.md has it."""
+    """Every step writes over the one before, as docs/worker-contract.md has it."""
     path = tmp_path / "progress"
     monkeypatch.setenv("LAUNCH_PROGRESS_FILE", str(path))
+    began = time.time()
     checkpointer = shardckpt.Checkpointer(tmp_path / "run")
+    assert path.read_bytes()[:21] == b"-1 ".rjust(21)
     for step in (9, 10, 123456):
         before = time.time()
         checkpointer.step(step, {})
-        line = path.read_bytes()
-        assert len(line) == 42
+        content = path.read_bytes()
+        line, facts = content[:42], json.loads(content[42:])
         assert line[:20] == str(step).rjust(20).encode()
         assert line[20:21] == b" "
         assert line[41:] == b"\n"
         assert before - 1e-5 <= float(line[21:41]) <= time.time() + 1e-5
+        assert (len(content), content[-1:]) == (256, b"\n")
+        assert facts.keys() == {"joined", "first_step"}
+        assert began <= facts["joined"] <= facts["first_step"] <= float(line[21:41]) + 1e-5
     monkeypatch.setenv("LAUNCH_PROGRESS_FILE", str(tmp_path / "no" / "folder"))
     shardckpt.Checkpointer(tmp_path / "run").step(1, {})  # training does not stop for it
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ({"loss": 0.5}, 0.5),
+        ({"loss": torch.tensor(0.25)}, 0.25),
+        ({"loss": math.nan}, math.nan),
+        ({"loss": "low"}, None),
+        ({"loss": torch.ones(3)}, None),
+        (
+            {"loss": torch.ones((), device="meta")},
+            None,
+        ),  # like any device's, which would have to be waited for
+        ({"accuracy": 0.5}, None),
+    ],
+)
+def test_what_else_is_told(
+    metrics: Any, expected: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss, if it is a number at hand; what was restored, and from where. Nothing of it gets lost."""
+    saved(tmp_path / "run", 7).close()
+    monkeypatch.setenv("LAUNCH_PROGRESS_FILE", str(tmp_path / "progress"))
+    checkpointer = shardckpt.Checkpointer(tmp_path / "run")
+    checkpointer.restore(state_at(-1))
+    checkpointer.step(8, state_at(8), metrics)
+    report(9)
+    checkpointer.step(10, state_at(10))
+    told = read_progress(tmp_path / "progress")
+    assert told is not None
+    assert (told.step, told.restored_step, told.restored_tier, told.drains) == (10, 7, "local", False)
+    assert told.loss == pytest.approx(expected, nan_ok=True)
+    assert told.joined is not None
+    assert told.restored is not None
+    assert told.first_step is not None
+    assert told.joined <= told.restored <= told.first_step <= told.time + 1e-5
 
 
 # -- what it keeps and from where it resumes

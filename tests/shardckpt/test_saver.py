@@ -465,6 +465,7 @@ def test_a_save_needs_no_trainer_once_it_has_returned(
     trainer.kill()
     assert saved(run) == []
     saver.send(signal.SIGCONT)
+    assert saver.told("staged")["step"] == 1
     assert saver.told("persisted")["step"] == 1
     check_newest(run, 1)
     again = trainers(run, saver)
