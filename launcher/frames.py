@@ -106,8 +106,11 @@ def parse_dump(text: str) -> tuple[Thread, ...]:
     Raises `ValueError` if it is no such dump.
     """
     try:
-        threads = [_parse_thread(thread) for thread in json.loads(text)]
-        pid = json.loads(text)[0]["pid"] if threads else 0
+        dumped = json.loads(text)
+        if not isinstance(dumped, list):
+            raise TypeError(f"expected a list, found {type(dumped).__name__}")
+        threads = [_parse_thread(thread) for thread in dumped]
+        pid = dumped[0]["pid"] if dumped else 0
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a dump of py-spy: {error!r}") from None
     return tuple(sorted(threads, key=lambda thread: (thread.tid != pid, thread.tid)))

@@ -27,6 +27,8 @@ _MAX_CHILDREN = 64  # processes of one rank, besides its first
 _MAX_PARALLEL = 8
 _MAX_PARALLEL_NATIVE = 4  # each reads the symbols of all libraries: a second of CPU, and memory
 
+_ATTEMPTS = 3
+_MAY_PASS = "Failed to get stack traces"  # it came to a halt just then, or its stack was being changed
 _NOT_PYTHON = "Failed to find python version"
 _NO_PERMISSION = (
     "no permission to trace processes: give the container the capability SYS_PTRACE, "
@@ -200,10 +202,13 @@ class _Process:
         return f"{what} in {self.wchan}" if what and self.wchan else what
 
     def halt(self, before: _Process) -> str | None:
-        """Why it cannot go on, whatever others do; `before` is a look at it some time ago."""
+        """Why it cannot go on, whatever others do.
+
+        `before` is a look at it some time ago: anybody may be in uninterruptible sleep for a moment.
+        """
         if self.state in ("", "Z", "X"):
             return "dead"
-        if self.state == before.state == "T":
+        if self.state == "T":
             return "stopped by a signal (SIGSTOP)"
         if self.state == before.state == "D":
             return f"in uninterruptible sleep{f' in {self.wchan}' if self.wchan else ''}"
@@ -232,7 +237,7 @@ def _take(
     natives = _parallel(
         _MAX_PARALLEL_NATIVE,
         lambda rank: _dump_native(found[rank].python_pid, dumps),
-        [rank for rank in pids if found[rank].threads and not before[rank].is_still],
+        [rank for rank in pids if found[rank].threads],
     )
     stacks = {}
     directory.mkdir(parents=True, exist_ok=True)
@@ -278,14 +283,19 @@ def _dump_tree(worker: _Process, dumps: _Dumps) -> _Tree:
 
 
 def _try_dump(process: _Process, dumps: _Dumps) -> tuple[tuple[Thread, ...], str | None]:
-    options = ["--nonblocking"] if process.is_still else []
-    try:
-        return dumps.dump(process.pid, *options, patience=_DUMP_PATIENCE), None
-    except _NoStacks as error:
-        return (), str(error)
+    for attempt in range(1, _ATTEMPTS + 1):
+        options = ["--nonblocking"] if _look_at(process.pid).is_still else []
+        try:
+            return dumps.dump(process.pid, *options, patience=_DUMP_PATIENCE), None
+        except _NoStacks as error:
+            if attempt == _ATTEMPTS or not str(error).startswith(_MAY_PASS):
+                return (), str(error)
+    raise AssertionError("the last attempt returns")
 
 
 def _dump_native(pid: int, dumps: _Dumps) -> tuple[Thread, ...] | None:
+    if _look_at(pid).is_still:
+        return None  # native frames can be read of a process only that py-spy has stopped
     try:
         return dumps.dump(pid, "--native", patience=dumps.seconds_left) or None
     except _NoStacks:
