@@ -8,9 +8,11 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 
 from launcher.backlog import Backlog, Drain
+from launcher.command import Kind
 from launcher.config import Config
 from launcher.control import RECORD, Control
 from launcher.diagnosis import find_culprit, fingerprint, gather, judge
@@ -542,4 +544,5 @@ def _membership(config: Config, run_dir: RunDir, reaper: Subreaper) -> Membershi
 def _fingerprint(config: Config) -> str:
     """What tells this job from another that happens to meet at the same place."""
     least, most = config.nnodes
-    return f"{config.command.kind.value} {config.command.name}, {least}:{most} nodes"
+    words = [Path(config.command.target).name, *config.command.args[: config.command.kind is Kind.PROGRAM]]
+    return f"{' '.join(words)} on {least}:{most} nodes"
