@@ -31,6 +31,7 @@ __all__ = ["Alone", "Membership", "Rendezvous", "Together"]
 _COMMAND = (sys.executable, "-P", "-m", "launcher.member")
 _HOME = str(Path(__file__).parents[1])
 _SCHEDULERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FAREWELL = 2.0  # seconds
 _PATIENCE = 5.0  # seconds; a member that does not read what it is told for so long is of no use
 
 
@@ -144,6 +145,7 @@ class Together:
         self._settings = settings
         self._log = log
         self._reaper = reaper
+        self._has_left = False
         self._joins = 0  # what is told of an earlier one is out of date
         self._process: _Process | None = self._start()
 
@@ -189,12 +191,18 @@ class Together:
 
     def leave(self, finished: bool = False) -> None:
         """Leave for good and in peace: nobody is told that this node is lost."""
+        self._has_left = True
         if self._process is not None:
             self._process.send(order="leave", finished=finished)
 
     def close(self) -> None:
-        """Let go of the process, which ends by itself, soon. There are no more events."""
+        """Let go of the process, which ends by itself, soon. There are no more events.
+
+        After `leave`, waits for that end, for two seconds at most: only one that serves the store takes longer.
+        """
         if self._process is not None:
+            if self._has_left:
+                self._process.wait(_FAREWELL)
             self._let_go()
 
     def _start(self) -> _Process:
@@ -253,6 +261,13 @@ class _Process:
     def poll(self) -> int | None:
         """Its exit code, or minus the signal that killed it, once it is dead."""
         return self._popen.poll()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is dead, for so long at most."""
+        try:
+            self._popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
 
     def read(self) -> list[tuple[int, Event]]:
         """All that it has told since the last call, each with the number of the `join` that it belongs to."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -134,7 +135,7 @@ def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> Meeting:
         backend, store, is_host = _connect(settings, conf)
         if settings.backend == "static":
             return _Fixed(settings, float(conf["join_timeout"]), store, is_host)
-        gate = _Gate(backend, addr)
+        gate = _Gate(backend, _name(addr))
         handler: RendezvousHandler = create_handler(store, gate, _parameters(settings, conf, addr))
         return _Elastic(settings, conf, addr, handler, gate, store, is_host)
     resolve(settings.endpoint)
@@ -144,7 +145,7 @@ def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> Meeting:
             from torch.distributed.elastic.rendezvous.etcd_rendezvous_backend import create_backend
 
             backend, etcd_store = create_backend(parameters)
-            gate = _Gate(backend, addr)
+            gate = _Gate(backend, _name(addr))
             handler = create_handler(etcd_store, gate, parameters)
             return _Elastic(settings, conf, addr, handler, gate, None, False)
         handler = get_rendezvous_handler(parameters)
@@ -167,9 +168,14 @@ def _parameters(
         run_id=settings.run_id,
         min_nodes=settings.min_nodes,
         max_nodes=settings.max_nodes,
-        local_addr=addr,
+        local_addr=_name(addr),
         **{**conf, **more},
     )
+
+
+def _name(addr: str) -> str:
+    """What torch knows this node by. It numbers nodes in the order of these: by host, as under torchrun."""
+    return f"{socket.gethostname()}/{addr}"
 
 
 def _connect(settings: Rendezvous, conf: Mapping[str, str]) -> tuple[RendezvousBackend, TCPStore, bool]:
@@ -223,9 +229,9 @@ class _Gate(RendezvousBackend):
     torch's handler has no way to leave a rendezvous without closing it for all.
     """
 
-    def __init__(self, backend: RendezvousBackend, addr: str) -> None:
+    def __init__(self, backend: RendezvousBackend, name: str) -> None:
         self._backend = backend
-        self._addr = addr
+        self._name = name
         self._is_shut = False
 
     @property
@@ -256,7 +262,7 @@ class _Gate(RendezvousBackend):
             bits, token = found
             state = pickle.loads(bits)
             own = [
-                node for node in state.last_heartbeats if (node.addr, node.pid) == (self._addr, os.getpid())
+                node for node in state.last_heartbeats if (node.addr, node.pid) == (self._name, os.getpid())
             ]
             if not own:
                 return

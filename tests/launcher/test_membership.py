@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import select
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -160,8 +162,10 @@ class Team:
         self.wait(is_whole)
 
     def close(self) -> None:
-        for node in list(self.nodes):
-            node.leave(finished=True)
+        for node in self.nodes:
+            node.member.leave(finished=True)
+        for node in self.nodes:
+            node.member.close()
         for pid in self.pids:
             wait_for_death(pid)
 
@@ -335,14 +339,14 @@ def test_a_store_that_does_not_answer(team: Team) -> None:
 
 
 def test_who_leaves_in_peace_is_not_lost(team: Team) -> None:
-    """And who serves the store stays until the others have gone; a late node hears that the job has ended."""
-    host, other = team.add(), team.add()
+    """And who serves the store stays until the others have gone; who joins now hears that the job has ended."""
+    team.most = 3
+    host, other, late = team.add(), team.add(), team.add()
     team.form()
     served_by = host.pid
     host.say(kind="bye")
     host.leave(finished=True)
-    team.wait(lambda: bool(other.heard("bye")))
-    late = team.add()
+    team.wait(lambda: bool(other.heard("bye")) and bool(late.heard("bye")))
     late.join()
     assert late.failed().kind == "closed"
     assert "has ended" in late.failed().reason
@@ -438,6 +442,46 @@ def test_not_a_store_answers(team: Team, answer: bytes) -> None:
         team.wait(serve)
     assert node.failed().kind == "unavailable"
     assert "another program has that port" in node.failed().reason
+
+
+def test_a_store_that_cannot_compare_and_set(tmp_path: Path) -> None:
+    """As those of etcd. Node 0 of a generation then serves one for it; here the nodes are threads."""
+    from torch.distributed import FileStore
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+    from launcher.member.generation import Generation
+    from launcher.member.meeting import meet
+
+    class Backend(C10dRendezvousBackend):
+        name = "file"
+
+    def create(parameters: Any) -> Any:
+        store = FileStore(str(tmp_path / "store"))
+        return create_handler(store, Backend(store, parameters.run_id), parameters)
+
+    rendezvous_handler_registry.register("file", create)
+    settings = Rendezvous("file", ("127.0.0.1", 1), "job", 2, 2)
+    heard: dict[int, queue.SimpleQueue[tuple[int, Any]]] = {0: queue.SimpleQueue(), 1: queue.SimpleQueue()}
+
+    def take_part(number: int) -> Generation:
+        seat = meet(settings, "127.0.0.1").next()
+        generation = Generation(seat, lambda *said: heard[seat.rank].put(said), pytest.fail)
+        assert len(generation.greet({"number": number}, SLOW)) == 2
+        assert seat.is_host == (seat.rank == 0)
+        generation.start()
+        return generation
+
+    with ThreadPoolExecutor() as threads:
+        generations = list(threads.map(take_part, range(2)))
+    for generation in generations:
+        generation.say({"rank": generation.rank})
+    said = [[heard[rank].get(timeout=SLOW) for _ in range(2)] for rank in range(2)]
+    assert said[0] == said[1]
+    assert sorted(said[0]) == [(0, {"rank": 0}), (1, {"rank": 1})]
+    for generation in generations:
+        generation.retire()
 
 
 # -- decisions
