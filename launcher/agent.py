@@ -33,6 +33,7 @@ from launcher.events import (
     ZygoteLost,
     ZygoteReady,
 )
+from launcher.gpus import holders
 from launcher.membership import Alone, Membership, Rendezvous, Together
 from launcher.monitor import Monitor
 from launcher.oom import OomWatch
@@ -360,6 +361,8 @@ class Agent:
             has_saver = self._backlog is not None
             self._teller.concluded(round_, decision, self._history, has_saver=has_saver)
             self._recovery = None
+        if isinstance(round_.trouble, DeadlinePassed):
+            self._teller.stuck(holders())
         if isinstance(round_.trouble, ZygoteLost) and isinstance(decision, Again):
             self._replace_zygote()
         return decision
@@ -424,6 +427,8 @@ class Agent:
     def _answer(self, asked: Asked, round_: Round) -> None:
         """Do what `launch status`, `scale` and the others ask this job for."""
         answer: dict[str, object] = {}
+        if asked.verb not in ("status", "stacks"):
+            self._teller.asked(asked)
         match asked.verb:
             case "status":
                 answer = self._teller.status()

@@ -252,9 +252,7 @@ def ask(
         try:
             connection.connect(f"\0{record['address']}")
         except OSError:
-            raise NotRunningError(
-                f"nothing runs in {run_dir}: its launch (pid {record['pid']}) was killed"
-            ) from None
+            raise _unreachable(run_dir, record) from None
         if os.geteuid() != 0 and _peer(connection) not in (os.geteuid(), 0):
             owner = _user_name(_peer(connection))
             raise UnreachableError(f"the job in {run_dir} is of user {owner}: ask as that user")
@@ -318,4 +316,17 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 
 def _is_alive(record: Mapping[str, Any]) -> bool:
-    return Path(f"/proc/{record['pid']}").exists()
+    try:
+        return b"launch" in Path(f"/proc/{record['pid']}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _unreachable(run_dir: Path, record: Mapping[str, Any]) -> UnreachableError:
+    """Why nobody listens at the address in `record`."""
+    if _is_alive(record):
+        return UnreachableError(
+            f"launch (pid {record['pid']}) in {run_dir} cannot be reached from here: ask from within its "
+            f"container or network namespace"
+        )
+    return NotRunningError(f"nothing runs in {run_dir}: its launch (pid {record['pid']}) was killed")

@@ -31,6 +31,4 @@ class Recovery:
         for part in ("joined", "restored", "first_step"):
             parts = [getattr(one, part) for one in told]
             times[part] = None if None in parts else max(parts)
-        return {
-            part: round(time - self.detected, 3) for part, time in times.items() if time is not None
-        }
+        return {part: round(time - self.detected, 3) for part, time in times.items() if time is not None}

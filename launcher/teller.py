@@ -15,6 +15,7 @@ from launcher.config import Config
 from launcher.console import Console, Level, Sink
 from launcher.diagnosis import Verdict
 from launcher.events import (
+    Asked,
     Event,
     Joined,
     MemberFailed,
@@ -24,6 +25,7 @@ from launcher.events import (
     SaveStaged,
     StacksTaken,
 )
+from launcher.gpus import Holder
 from launcher.journal import Journal
 from launcher.progress import Progress
 from launcher.restart import Again, Decision, Finish, GiveUp, History
@@ -241,6 +243,8 @@ class Teller:
 
     def concluded(self, round_: Round, decision: Decision, history: History, *, has_saver: bool) -> None:
         """A round is over in which nothing went wrong."""
+        if round_.wishes and all(report.has_drained for report in round_.reports.values()):
+            self._journal.record("drained", step=_step(round_))
         if round_.stop_signal is not None:
             name = Signals(round_.stop_signal).name
             what = "no worker" if has_saver else "nothing"
@@ -259,8 +263,8 @@ class Teller:
             self._console.say(f"{at}{decision.reason}", style=_DIM)
 
     def _preempted(self, round_: Round) -> str:
-        steps = [report.step for report in round_.reports.values() if report.step is not None]
-        at = f" at step {max(steps)}" if steps else ""
+        step = _step(round_)
+        at = "" if step is None else f" at step {step}"
         if all(report.has_drained for report in round_.reports.values()):
             return f"saved{at}; start it again to go on"
         return f"stopped{at} without a last save; start it again to go on from the newest checkpoint"
@@ -324,7 +328,17 @@ class Teller:
             level = Level.INFO if good else Level.WARNING
             self._console.say(told, style=_BOLD if good else _ALARM, level=level)
 
+    def stuck(self, holders: Sequence[Holder]) -> None:
+        """Processes are left that nothing can end, and some of them may hold a GPU."""
+        lines = [f"  pid {one.pid} holds {one.device}: {one.command}" for one in holders]
+        if lines:
+            self._console.say("GPUs are still held:", *lines, style=_ALARM, level=Level.ERROR)
+
     # -- for those who ask
+
+    def asked(self, asked: Asked) -> None:
+        """A user wants something of the job."""
+        self._journal.record("control", verb=asked.verb, number=asked.number)
 
     def status(self) -> dict[str, object]:
         return {"status": self._board.status(time.time()).to_json()}
@@ -356,6 +370,12 @@ _WISHES = {
     "scale": "another number of workers from the next step boundary on",
     "restart": "a restart at the next step boundary",
 }
+
+
+def _step(round_: Round) -> int | None:
+    """The highest that a worker reported."""
+    steps = [report.step for report in round_.reports.values() if report.step is not None]
+    return max(steps, default=None)
 
 
 def _kind(verdict: Verdict) -> str:

@@ -23,6 +23,8 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "dlrover": ("dlrover[torch]", "grpcio"),
     "s3torchconnector": ("s3torchconnector[dcp]==1.5.0",),
     "matplotlib": ("matplotlib",),
+    "accelerate": ("accelerate==1.15.0",),
+    "ft_launcher": ("nvidia-resiliency-ext==0.4.1",),
 }
 """By the environment's name: what pip is told."""
 

@@ -213,7 +213,7 @@ def test_it_ends_while_it_is_asked(
     journal.record("job_started")
     journal.record("job_ended", exit_code=75)
     journal.close()
-    monkeypatch.setattr(agent, "_answer", lambda control, asked: control._drop(*control._clients.values()))
+    monkeypatch.setattr(agent, "_answer", lambda control, _: control._drop(*control._clients.values()))
     assert main(["status", "--watch"]) == 0
     assert "with exit code 75" in capsys.readouterr().out
 

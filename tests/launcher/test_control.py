@@ -234,6 +234,16 @@ def test_an_agent_that_was_killed(start: Callable[..., Agent], tmp_path: Path) -
     assert list(ask(tmp_path, "status"))
 
 
+def test_an_agent_in_another_network_namespace(tmp_path: Path) -> None:
+    """It lives, but its address is not known here."""
+    with subprocess.Popen(["sh", "-c", "read launch", "launch"], stdin=subprocess.PIPE) as agent:
+        record = {"pid": agent.pid, "address": "elsewhere", "host": socket.gethostname()}
+        (tmp_path / RECORD).write_text(json.dumps(record))
+        with pytest.raises(UnreachableError, match="network namespace") as error:
+            list(ask(tmp_path, "status"))
+        assert not isinstance(error.value, NotRunningError)
+
+
 def test_an_agent_that_does_not_answer(start: Callable[..., Agent], tmp_path: Path) -> None:
     start(answer_never)
     with pytest.raises(UnreachableError, match=rf"has not answered in 0.1 s.*kill -CONT {os.getpid()}"):

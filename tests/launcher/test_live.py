@@ -255,25 +255,29 @@ def test_a_flood_of_lines_is_not_held_up_by_it(terminal: Terminal, tmp_path: Pat
 
 # Takes the terminal for its own, draws a view, and after SIGUSR1 the next.
 VIEWER = """
-    import fcntl, signal, termios
+    import fcntl, os, signal, subprocess, sys, termios
     from launcher.console import Console, Sink
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    if "background" in sys.argv:
+        other = subprocess.Popen(["sleep", "60"], process_group=0)
+        os.tcsetpgrp(0, other.pid)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     console = Console(Sink(1), Sink(2))
     console.live(["first view"])
     signal.sigwait([signal.SIGUSR1])
     console.live(["second view"])
+    console.say("said")
     signal.pause()
     """
 
 
-@pytest.fixture
-def viewer() -> Iterator[tuple[subprocess.Popen[bytes], Terminal]]:
-    """A process in the foreground of a terminal of its own."""
+@pytest.fixture(params=["foreground"])
+def viewer(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[bytes], Terminal]]:
+    """A process in a session and a terminal of its own."""
     terminal = Terminal()
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(VIEWER)],
+        [sys.executable, "-c", textwrap.dedent(VIEWER), request.param],
         stdin=terminal.fd,
         stdout=terminal.fd,
         stderr=terminal.fd,
@@ -282,7 +286,16 @@ def viewer() -> Iterator[tuple[subprocess.Popen[bytes], Terminal]]:
     yield process, terminal
     process.kill()
     process.wait()
-    terminal.close()
+    terminal.close()  # and with it ends what else is in the session
+
+
+@pytest.mark.parametrize("viewer", ["background"], indirect=True)
+def test_in_the_background(viewer: tuple[subprocess.Popen[bytes], Terminal]) -> None:
+    """`launch ... &`: the terminal is somebody else's; lines are printed there, and that is all."""
+    process, terminal = viewer
+    process.send_signal(signal.SIGUSR1)
+    terminal.wait_for("launch: said")
+    assert b"view" not in terminal.raw
 
 
 def test_ctrl_z_and_fg(viewer: tuple[subprocess.Popen[bytes], Terminal]) -> None:
@@ -294,7 +307,7 @@ def test_ctrl_z_and_fg(viewer: tuple[subprocess.Popen[bytes], Terminal]) -> None
     os.write(terminal.fd, b"$ ls\nfile\n$ fg\n")
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGUSR1)
-    terminal.wait_for("first view", "$ ls", "file", "$ fg", "second view")
+    terminal.wait_for("first view", "$ ls", "file", "$ fg", "launch: said", "second view")
 
 
 def test_killed(viewer: tuple[subprocess.Popen[bytes], Terminal]) -> None:
