@@ -68,7 +68,7 @@ class Control:
         self._epoll = select.epoll()
         self._epoll.register(self._listener, select.EPOLLIN)
         try:
-            _write_record(record, {"pid": os.getpid(), "address": address, "host": socket.gethostname()})
+            _write_record(record, address)
         except OSError as error:
             self._close_sockets()
             raise RunDirError(f"{record} cannot be written: {error.strerror}") from None
@@ -203,8 +203,10 @@ def _decode(line: bytes, client: int) -> Asked | str:
     return Asked(verb, number, client)
 
 
-def _write_record(path: Path, content: Mapping[str, Any]) -> None:
+def _write_record(path: Path, address: str) -> None:
     """Write it such that no reader ever sees a part of it."""
+    pid = os.getpid()
+    content = {"pid": pid, "started": _start_of(pid), "address": address, "host": socket.gethostname()}
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(json.dumps(content) + "\n", encoding="utf-8")
     fresh.replace(path)
@@ -310,16 +312,27 @@ def _find_record(run_dir: Path) -> dict[str, Any]:
 def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {"pid": int(record["pid"]), "address": str(record["address"]), "host": str(record["host"])}
+        return {
+            "pid": int(record["pid"]),
+            "started": int(record["started"]),
+            "address": str(record["address"]),
+            "host": str(record["host"]),
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _is_alive(record: Mapping[str, Any]) -> bool:
+    started = _start_of(record["pid"])
+    return bool(started) and started == record["started"]
+
+
+def _start_of(pid: int) -> int:
+    """What tells a process from others that had its number before; 0 if there is none."""
     try:
-        return b"launch" in Path(f"/proc/{record['pid']}/cmdline").read_bytes()
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except OSError:
-        return False
+        return 0
 
 
 def _unreachable(run_dir: Path, record: Mapping[str, Any]) -> UnreachableError:

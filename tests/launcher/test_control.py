@@ -234,14 +234,17 @@ def test_an_agent_that_was_killed(start: Callable[..., Agent], tmp_path: Path) -
     assert list(ask(tmp_path, "status"))
 
 
-def test_an_agent_in_another_network_namespace(tmp_path: Path) -> None:
+def test_an_agent_in_another_network_namespace(start: Callable[..., Agent], tmp_path: Path) -> None:
     """It lives, but its address is not known here."""
-    with subprocess.Popen(["sh", "-c", "read launch", "launch"], stdin=subprocess.PIPE) as agent:
-        record = {"pid": agent.pid, "address": "elsewhere", "host": socket.gethostname()}
-        (tmp_path / RECORD).write_text(json.dumps(record))
-        with pytest.raises(UnreachableError, match="network namespace") as error:
-            list(ask(tmp_path, "status"))
-        assert not isinstance(error.value, NotRunningError)
+    start()
+    record = json.loads((tmp_path / RECORD).read_text())
+    (tmp_path / RECORD).write_text(json.dumps({**record, "address": "elsewhere"}))
+    with pytest.raises(UnreachableError, match="network namespace") as error:
+        list(ask(tmp_path, "status"))
+    assert not isinstance(error.value, NotRunningError)
+    (tmp_path / RECORD).write_text(json.dumps({**record, "address": "elsewhere", "started": 1}))
+    with pytest.raises(NotRunningError):  # the number is another process's now
+        list(ask(tmp_path, "status"))
 
 
 def test_an_agent_that_does_not_answer(start: Callable[..., Agent], tmp_path: Path) -> None:
@@ -269,13 +272,13 @@ def test_several_nodes(start: Callable[..., Agent], tmp_path: Path) -> None:
     """The agent of this host is asked; those of others cannot be."""
     others = tmp_path / "nodes/node-a"
     others.mkdir(parents=True)
-    (others / RECORD).write_text(json.dumps({"pid": 1, "address": "x", "host": "node-a"}))
+    (others / RECORD).write_text(json.dumps({"pid": 1, "started": 1, "address": "x", "host": "node-a"}))
     with pytest.raises(UnreachableError, match=r"runs on node-a, and this is .*: ask there") as error:
         list(ask(tmp_path, "status"))
     assert not isinstance(error.value, NotRunningError)
     for name in ("node-b", "node-c"):
         (tmp_path / "nodes" / name).mkdir()
-    dead = {"pid": 2**22 + 1, "address": "gone", "host": socket.gethostname()}
+    dead = {"pid": 2**22 + 1, "started": 1, "address": "gone", "host": socket.gethostname()}
     (tmp_path / "nodes/node-b" / RECORD).write_text(json.dumps(dead))
     start(record=tmp_path / "nodes/node-c" / RECORD)
     assert list(ask(tmp_path, "status"))
