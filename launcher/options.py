@@ -263,7 +263,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "metrics-port",
         parsers.port,
-        "serve Prometheus metrics at this port of 127.0.0.1 (default: none)",
+        "serve Prometheus metrics at this port, to all hosts that can reach it (default: none)",
         "PORT",
         _OUTPUT,
     ),
