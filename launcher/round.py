@@ -202,11 +202,10 @@ class Round:
         for wish in self.wishes:
             if wish.reason == "scale" and wish.node == self.team.rank and wish.slots is not None:
                 return slots.scaled(wish.slots)
-        if any(report.step is not None for report in self.reports.values()):
-            return slots.after_progress()
-        if culprit is None or culprit.rank not in self.plan.ranks:
-            return slots
-        return slots.after_failed_start(self.plan.slots[culprit.rank - self.plan.first_rank])
+        if culprit is not None and culprit.rank in self.plan.ranks and culprit.step is None:
+            return slots.after_failed_start(self.plan.slots[culprit.rank - self.plan.first_rank])
+        has_progress = any(report.step is not None for report in self.reports.values())
+        return slots.after_progress() if has_progress else slots
 
     @property
     def leavers(self) -> frozenset[int]:

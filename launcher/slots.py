@@ -13,8 +13,8 @@ _STRIKES = 2
 class Slots:
     """The places for workers on one node, numbered as its devices are.
 
-    One whose worker is the first to fail, twice in a row and before any worker has made a step, is left
-    out, if fewer workers than `wanted` are allowed.
+    One whose worker is the first to fail, twice in a row and before it has made a step, is left out, if
+    fewer workers than `wanted` are allowed.
     """
 
     present: int  # devices, or as many as were ever wanted where workers have none

@@ -1,0 +1,284 @@
+"""What a job on one node goes through and survives: hangs, crash loops, dead devices, preemption, scaling.
+
+Workers are Python scripts with a stand-in for torch that keep the worker contract by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from tests.launcher.conftest import LAUNCH, PATIENCE, Ended, Job
+
+_T = TypeVar("_T")
+
+# Says who it is and makes steps, until a file says that it is enough, or it is asked to drain.
+STEPS = """
+    import json, os, sys, time
+
+    def tell(step, drains=True):
+        facts = json.dumps({"drains": drains, "first_step": time.time()})
+        with open(os.environ["LAUNCH_PROGRESS_FILE"], "wb", buffering=0) as file:
+            file.write(f"{step:20d} {time.time():20.6f}\\n{facts:<213}\\n".encode())
+
+    def is_asked_to_drain():
+        with open(os.environ["LAUNCH_DRAIN_FILE"]) as file:
+            request = file.read()
+        if request:
+            print("asked", json.loads(request)["tiers"], flush=True)
+        return request
+
+    names = ("LAUNCH_ROUND", "RANK", "WORLD_SIZE", "LAUNCH_SLOT", "TORCHELASTIC_RESTART_COUNT")
+    number, rank, world, slot, restarts = (int(os.environ[name]) for name in names)
+    print(number, rank, world, slot, restarts, flush=True)
+    """
+
+FOREVER = """
+    step = 0
+    while not os.path.exists("finish"):
+        step += 1
+        tell(step)
+        if is_asked_to_drain():
+            sys.exit(75)
+        time.sleep(0.02)
+    """
+
+
+def until(look: Callable[[], _T]) -> _T:
+    """What `look` returns, once it is something."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def has_started(job: Job, number: int, world: int) -> list[str]:
+    """Wait for the first lines of all workers of a round."""
+
+    def look() -> list[str]:
+        logs = [job.log(rank, number=number) for rank in range(world) if _exists(job, number, rank)]
+        return [log.splitlines()[0] for log in logs] if len(logs) == world and all(logs) else []
+
+    return until(look)
+
+
+def _exists(job: Job, number: int, rank: int) -> bool:
+    return (job.path / f"runs/train/logs/round-{number:04d}/rank-{rank:05d}.out").exists()
+
+
+def ask(job: Job, *words: str) -> Ended:
+    done = subprocess.run(
+        [*LAUNCH, *words],
+        cwd=job.path,
+        env=job.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def wait_for_steps(job: Job) -> None:
+    """Return when the agent knows that its workers make steps, and so that they drain."""
+    until(lambda: json.loads(ask(job, "status", "train", "--json").out or "{}").get("step"))
+
+
+def journal(job: Job, event: str) -> list[dict[str, object]]:
+    lines = (job.path / "runs/train/events.jsonl").read_text().splitlines()
+    return [entry for line in lines if (entry := json.loads(line))["event"] == event]
+
+
+# -- hangs
+
+
+def test_a_hang_is_diagnosed_and_ended(job: Job) -> None:
+    """Before anything is killed all stacks are taken; then the job starts again."""
+    script = job.script(
+        STEPS
+        + """
+    def wait_for_peer():
+        while True:
+            time.sleep(0.1)
+
+    for step in range(1, 4):
+        tell(step)
+    if restarts == 0:
+        wait_for_peer()
+    """
+    )
+    done = job.run("--nproc=2", "--hang-timeout=1", script)
+    assert done.code == 0
+    assert "no progress for 1 s: looking where the workers are" in done.err
+    assert "wait_for_peer" in done.err
+    for rank in (0, 1):
+        stack = job.path / f"runs/train/stacks/round-0001/rank-{rank:05d}.txt"
+        assert "wait_for_peer" in stack.read_text()
+    [hang] = journal(job, "hang")
+    assert "step 3" in str(hang["summary"])
+
+
+def test_a_hang_that_comes_back(job: Job) -> None:
+    script = job.script(STEPS + "tell(1)\n    while True: time.sleep(1)\n    ")
+    done = job.run("--hang-timeout=0.5", "--max-restarts=0", script)
+    assert done.code == 76
+    assert "giving up" in done.err
+
+
+def test_workers_that_report_nothing_are_left_alone(job: Job) -> None:
+    script = job.script("import time; time.sleep(2.5); print('done')")
+    done = job.run("--hang-timeout=0.5", script)
+    assert (done.code, job.log()) == (0, "done\n")
+
+
+# -- crash loops and budgets
+
+
+def test_a_crash_loop_is_ended(job: Job) -> None:
+    """The same error at the same step three times, although a hundred restarts are allowed."""
+    script = job.script(STEPS + "tell(1200)\n    raise ValueError(f'no such sample {time.time()}')\n    ")
+    done = job.run("--max-restarts=100", script)
+    assert done.code == 77
+    assert "failed with the same error 3 times at step 1200" in done.err
+    assert len(journal(job, "round_started")) == 3
+
+
+def test_progress_refills_the_budget(job: Job) -> None:
+    script = job.script(
+        STEPS
+        + """
+    tell(10 * restarts + 10)
+    if restarts < 5:
+        raise ValueError("flaky")
+    """
+    )
+    done = job.run("--max-restarts=1", script)
+    assert done.code == 0
+    assert "finished after 5 restarts" in done.err
+
+
+# -- devices
+
+
+def test_a_dead_device_is_left_out(job: Job) -> None:
+    """8 -> 7, here 3 -> 2; local ranks are numbered anew. It is tried again when the user scales."""
+    script = job.script(
+        STEPS + "if slot == 1 and not os.path.exists('repaired'): raise OSError('device lost')" + FOREVER
+    )
+    process = job.start("--nproc=2:3", script)
+    lines = has_started(job, 3, 2)
+    assert lines == ["3 0 2 0 2", "3 1 2 2 2"]
+    wait_for_steps(job)
+    (job.path / "repaired").touch()
+    assert ask(job, "scale", "train", "3").code == 0
+    assert has_started(job, 4, 3) == ["4 0 3 0 2", "4 1 3 1 2", "4 2 3 2 2"]
+    (job.path / "finish").touch()
+    assert job.end(process).code == 0
+
+
+def test_too_few_devices_end_the_job(job: Job) -> None:
+    script = job.script(STEPS + "if slot == 0 or restarts > 1: raise OSError('device lost')")
+    done = job.run("--nproc=1:2", "--max-restarts=50", "--crash-loop=0", script)
+    assert done.code == 1
+    assert "giving up: 0 of its devices are left, and it needs 1" in done.err
+
+
+# -- what users and schedulers ask for
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_job_saves_and_can_be_resumed(job: Job, signum: int) -> None:
+    script = job.script(STEPS + FOREVER)
+    process = job.start("--nproc=2", script)
+    has_started(job, 1, 2)
+    wait_for_steps(job)
+    process.send_signal(signum)
+    done = job.end(process)
+    assert done.code == 75
+    assert "saved at step" in done.err
+    assert "asked durable" in job.log()
+    assert len(journal(job, "drained")) == 1
+    assert journal(job, "job_ended")[0]["exit_code"] == 75
+    assert "exit code 75" in ask(job, "status", "train").out
+
+
+def test_workers_that_do_not_save_in_time(job: Job) -> None:
+    """The grace is for all of it; what was saved before still stands, so the job can be resumed."""
+    script = job.script(STEPS + "tell(1)\n    while True: time.sleep(1)\n    ")
+    process = job.start("--grace=2", script)
+    wait_for_steps(job)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    done = job.end(process)
+    assert (done.code, time.monotonic() - began < 10) == (75, True)
+    assert "without a last save" in done.err
+
+
+def test_a_second_signal_ends_it_at_once(job: Job) -> None:
+    script = job.script(STEPS + "tell(1)\n    while True: time.sleep(1)\n    ")
+    process = job.start("--grace=60", script)
+    wait_for_steps(job)
+    process.send_signal(signal.SIGTERM)
+    until(lambda: journal(job, "drain_requested"))
+    process.send_signal(signal.SIGTERM)
+    assert job.end(process).code == 143
+
+
+def test_sigusr1_without_a_checkpointer(job: Job) -> None:
+    """It is a warning that nobody can heed, and no reason to end."""
+    fifo = job.fifo()
+    script = job.script("import os; open('fifo', 'w').write('here'); open('fifo').read()")
+    process = job.start(script)
+    fifo.read_text()
+    process.send_signal(signal.SIGUSR1)
+    assert process.stderr is not None
+    line = "-"
+    while line and "ignored" not in line:
+        line = process.stderr.readline()
+    assert re.search(r"SIGUSR1 is ignored: no worker has a Checkpointer", line)
+    fifo.write_text("end")
+    assert job.end(process).code == 0
+
+
+def test_a_restart_that_a_user_asks_for(job: Job) -> None:
+    """It costs no restart, and the state goes on from memory."""
+    process = job.start("--nproc=2", "--max-restarts=0", job.script(STEPS + FOREVER))
+    has_started(job, 1, 2)
+    wait_for_steps(job)
+    assert ask(job, "restart", "train").code == 0
+    assert has_started(job, 2, 2) == ["2 0 2 0 0", "2 1 2 1 0"]
+    assert "asked memory" in job.log()
+    (job.path / "finish").touch()
+    assert job.end(process).code == 0
+
+
+def test_the_timeline_of_a_recovery(job: Job) -> None:
+    script = job.script(STEPS + "if restarts == 0: 1 / 0" + FOREVER)
+    process = job.start("--nproc=2", script)
+    has_started(job, 2, 2)
+    [timeline] = until(lambda: journal(job, "recovered"))
+    assert 0 <= float(str(timeline["stopped"])) <= float(str(timeline["forked"]))
+    assert float(str(timeline["forked"])) <= float(str(timeline["first_step"]))
+    (job.path / "finish").touch()
+    assert job.end(process).code == 0
+
+
+def test_the_drain_file_is_empty_again_in_the_next_round(job: Job) -> None:
+    process = job.start(job.script(STEPS + FOREVER))
+    wait_for_steps(job)
+    ask(job, "restart", "train")
+    has_started(job, 2, 1)
+    assert Path(job.path / "runs/train/drain").read_bytes() == b""
+    (job.path / "finish").touch()
+    assert job.end(process).code == 0
+    assert os.listdir(job.path / "runs/train").count("control.json") == 0  # noqa: PTH208
