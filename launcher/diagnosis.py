@@ -33,64 +33,62 @@ _TAIL_BYTES = 64 * 1024
 _FINGERPRINT_FRAMES = 3
 _STOP_SIGNALS = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 
+# Patterns are compiled when they are used: most agents never need them, and all pay for their start.
+
 # What workers say when it was another one that went away, or did not come.
 _PEER_LOSS = (
-    (re.compile(r"connection (was likely )?reset|broken pipe", re.I), "connection reset by peer"),
-    (re.compile(r"connection (was likely )?refused", re.I), "connection refused by a peer"),
+    (r"connection (was likely )?reset|broken pipe", "connection reset by peer"),
+    (r"connection (was likely )?refused", "connection refused by a peer"),
     (
-        re.compile(r"communicator (was|is|has been) aborted|ncclRemoteError", re.I),
+        r"communicator (was|is|has been) aborted|ncclRemoteError",
         "NCCL aborted by a peer's end",
     ),
-    (re.compile(r"recvvalue failed|store.*(shut down|is not available)", re.I), "the store has gone"),
+    (r"recvvalue failed|store.*(shut down|is not available)", "the store has gone"),
     (
-        re.compile(r"connection (was likely )?closed|closed by peer|remote process exited", re.I),
+        r"connection (was likely )?closed|closed by peer|remote process exited",
         "connection closed by peer",
     ),
-    (re.compile(r"failed to (recv|send)|socket (is )?closed", re.I), "connection closed by peer"),
+    (r"failed to (recv|send)|socket (is )?closed", "connection closed by peer"),
 )
-_TIMEOUT = re.compile(
+_TIMEOUT = (
     r"timed out waiting|collective operation timeout|failed to pass monitoredbarrier"
-    r"|timed? ?out after \d+ ?(ms|seconds)|socket timeout|waiting for key|barrier timed out",
-    re.I,
+    r"|timed? ?out after \d+ ?(ms|seconds)|socket timeout|waiting for key|barrier timed out"
 )
-_DISTRIBUTED = re.compile(r"torch[./](distributed|nn[./]parallel)|c10d|gloo|nccl|processgroup|store", re.I)
-_DATA_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (\d+)")
+_DISTRIBUTED = r"torch[./](distributed|nn[./]parallel)|c10d|gloo|nccl|processgroup|store"
+_DATA_WORKER = r"DataLoader worker \(pid(?:\(s\))? (\d+)"
 
 _COLLECTIVE_HINT = (
     "another rank did not come to this collective in time; --hang-timeout tells where each is"
 )
-_HINTS = tuple(
-    (re.compile(pattern, re.I), hint)
-    for pattern, hint in (
-        (
-            r"DataLoader worker .* killed by signal: (Bus|Kill)|insufficient shared memory",
-            "a DataLoader worker had no memory left, or /dev/shm is full: fewer workers, or a larger /dev/shm",
-        ),
-        (
-            r"DataLoader worker .* exited unexpectedly",
-            "a DataLoader worker died: its own words are in the log; often memory or /dev/shm is full",
-        ),
-        (r"CUDA out of memory|OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY", "the GPU's memory is full"),
-        (r"uncorrectable ECC|GPU is lost|fallen off the bus|hardware stack error", "the GPU is broken"),
-        (r"invalid device ordinal", "fewer GPUs are visible than this rank needs"),
-        (
-            r"no CUDA-capable device|device\(s\) is/are busy or unavailable",
-            "the GPU is missing, or held by others",
-        ),
-        (
-            r"re-initialize CUDA in forked",
-            "CUDA was used before the fork: not in a preloaded module, or --cold",
-        ),
-        (
-            r"CUDA error: |device-side assert",
-            "the line may be a later one than the guilty: CUDA_LAUNCH_BLOCKING=1",
-        ),
-        (r"NCCL error|nccl\w+Error|unhandled (system|cuda) error", "NCCL_DEBUG=WARN tells more"),
-        (r"\bMemoryError\b|DefaultCPUAllocator: can't allocate", "the host's memory is full"),
-        (r"No space left on device", "a disk, or /dev/shm, is full"),
-        (r"Too many open files", "raise `ulimit -n`"),
-        (r"Address already in use", "another process has the port"),
-    )
+_HINTS = (
+    (
+        r"DataLoader worker .* killed by signal: (Bus|Kill)|insufficient shared memory",
+        "a DataLoader worker had no memory left, or /dev/shm is full: fewer workers, or a larger /dev/shm",
+    ),
+    (
+        r"DataLoader worker .* exited unexpectedly",
+        "a DataLoader worker died: its own words are in the log; often memory or /dev/shm is full",
+    ),
+    (r"CUDA out of memory|OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY", "the GPU's memory is full"),
+    (r"uncorrectable ECC|GPU is lost|fallen off the bus|hardware stack error", "the GPU is broken"),
+    (r"invalid device ordinal", "fewer GPUs are visible than this rank needs"),
+    (
+        r"no CUDA-capable device|device\(s\) is/are busy or unavailable",
+        "the GPU is missing, or held by others",
+    ),
+    (
+        r"re-initialize CUDA in forked",
+        "CUDA was used before the fork: not in a preloaded module, or --cold",
+    ),
+    (
+        r"CUDA error: |device-side assert",
+        "the line may be a later one than the guilty: CUDA_LAUNCH_BLOCKING=1",
+    ),
+    (r"NCCL error|nccl\w+Error|unhandled (system|cuda) error", "NCCL_DEBUG=WARN tells more"),
+    (r"\bMemoryError\b|DefaultCPUAllocator: can't allocate", "the host's memory is full"),
+    (r"No space left on device", "a disk, or /dev/shm, is full"),
+    (r"Too many open files", "raise `ulimit -n`"),
+    (r"Address already in use", "another process has the port"),
 )
 
 
@@ -162,7 +160,7 @@ def _find_killer(exit: WorkerExited, words: LastWords, oom: OomWatch | None, is_
         return None
     if exit.code == -signal.SIGKILL:
         return None if is_ours else oom.explain(exit.pid)
-    child = _DATA_WORKER.search(words.error or "")
+    child = re.search(_DATA_WORKER, words.error or "")
     if child and "Killed" in (words.error or ""):
         found = oom.explain(int(child[1]))
         return f"its DataLoader worker was {found}" if found else None
@@ -173,16 +171,20 @@ def _last_said(death: Death) -> str:
     return death.error or "\n".join(death.lines[-3:])
 
 
+def _says(pattern: str, said: str) -> bool:
+    return re.search(pattern, said, re.IGNORECASE) is not None
+
+
 def _peer_loss(death: Death) -> str | None:
     """What is said of a worker that says itself that a peer went away or did not come; else None."""
     said = _last_said(death)
-    if death.kill or _DATA_WORKER.search(said):
+    if death.kill or re.search(_DATA_WORKER, said):
         return None
-    if death.has_traceback and not _DISTRIBUTED.search("\n".join((*death.lines, said))):
+    if death.has_traceback and not _says(_DISTRIBUTED, "\n".join((*death.lines, said))):
         return None  # a connection of its own, to a data server perhaps
-    if _TIMEOUT.search(said):
+    if _says(_TIMEOUT, said):
         return "timed out waiting for others"
-    return next((text for pattern, text in _PEER_LOSS if pattern.search(said)), None)
+    return next((text for pattern, text in _PEER_LOSS if _says(pattern, said)), None)
 
 
 def _fails_by_itself(death: Death) -> bool:
@@ -205,7 +207,7 @@ def find_culprit(deaths: Sequence[Death], *, has_lost_node: bool = False) -> Dea
     if own or has_lost_node:
         return next(iter(own), None)
     theirs = [death for death in deaths if not (death.is_ours and death.code in _STOP_SIGNALS)]
-    waited = [death for death in theirs if _TIMEOUT.search(_last_said(death))]
+    waited = [death for death in theirs if _says(_TIMEOUT, _last_said(death))]
     return next(iter(waited or theirs), None)
 
 
@@ -218,7 +220,7 @@ def fingerprint(death: Death) -> str | None:
         return "out of memory"
     if death.has_traceback or death.error:
         # A DataLoader notices a dead worker in a signal handler, which may be anywhere.
-        is_anywhere = _DATA_WORKER.search(death.error or "")
+        is_anywhere = re.search(_DATA_WORKER, death.error or "")
         frames = [] if is_anywhere else innermost_frames(death.lines, _FINGERPRINT_FRAMES)
         return "; ".join((normalized(death.error or ""), *frames))
     if death.code in _STOP_SIGNALS:
@@ -450,7 +452,7 @@ def _cause(
 def _hint(death: Death) -> str | None:
     said = "\n".join((death.error or "", *death.lines[-3:]))
     if _peer_loss(death) is not None:
-        if _TIMEOUT.search(_last_said(death)):
+        if _says(_TIMEOUT, _last_said(death)):
             return _COLLECTIVE_HINT
         return "no rank failed by itself before that: look at the network between them"
-    return next((hint for pattern, hint in _HINTS if pattern.search(said)), None)
+    return next((hint for pattern, hint in _HINTS if _says(pattern, said)), None)

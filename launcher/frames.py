@@ -15,18 +15,19 @@ __all__ = ["Frame", "RankStack", "Thread", "locate_child", "parse_dump", "read_s
 
 _MAX_CHILDREN_SHOWN = 3
 
-_LIBRARY = re.compile(r"/lib(64)?/python\d[.\d]*/|^<frozen ")
-_TORCH_OR_STDLIB = re.compile(r"/python\d[.\d]*/(?!(site|dist)-packages/)|-packages/torch/|^<frozen ")
+# Patterns are compiled when they are used: most agents never need them, and all pay for their start.
+_LIBRARY = r"/lib(64)?/python\d[.\d]*/|^<frozen "
+_TORCH_OR_STDLIB = r"/python\d[.\d]*/(?!(site|dist)-packages/)|-packages/torch/|^<frozen "
 _OWN = tuple(f"{Path(__file__).resolve().parent.with_name(name)}/" for name in ("launcher", "shardckpt"))
 
-_COLLECTIVE = re.compile(
+_COLLECTIVE = (
     r"(all_gather|all_reduce|all_to_all|barrier|broadcast|gather|monitored_barrier|permute_tensor|reduce"
     r"|reduce_scatter|scatter|send|recv|isend|irecv|batch_isend_irecv)(_\w+)?|new_(sub)?groups?(_\w+)?"
     r"|split_group|init_process_group|destroy_process_group|init_device_mesh|wait_tensor"
 )
 """Public functions of torch.distributed and its functional collectives that wait for other ranks."""
 
-_BLOCKING_FILES = re.compile(
+_BLOCKING_FILES = (
     r"/torch/distributed/(distributed_c10d|utils|rendezvous|_functional_collectives|nn/functional)\.py$"
 )
 _LIBRARY_LABELS = (
@@ -42,11 +43,11 @@ _LIBRARY_LABELS = (
     (_OWN[1], "shardckpt"),
 )
 _NATIVE_WAITS = (
-    (re.compile(r"c10d::Reducer::"), "all_reduce (DDP)"),
-    (re.compile(r"\bnccl(Comm\w+|[A-Z]\w+)"), "NCCL"),
-    (re.compile(r"c10d::\w*Store::"), "the store"),
-    (re.compile(r"c10d::Work::wait|c10d::ProcessGroup\w*::"), "Work.wait"),
-    (re.compile(r"\bcu(da)?(Stream|Device|Event|Ctx)Synchronize"), "a CUDA synchronization"),
+    (r"c10d::Reducer::", "all_reduce (DDP)"),
+    (r"\bnccl(Comm\w+|[A-Z]\w+)", "NCCL"),
+    (r"c10d::\w*Store::", "the store"),
+    (r"c10d::Work::wait|c10d::ProcessGroup\w*::", "Work.wait"),
+    (r"\bcu(da)?(Stream|Device|Event|Ctx)Synchronize", "a CUDA synchronization"),
 )
 
 
@@ -66,7 +67,7 @@ class Frame:
     @property
     def is_users(self) -> bool:
         """Whether it is neither a library's nor Python's nor ours."""
-        return not (self.is_native or _LIBRARY.search(self.file) or self.file.startswith(_OWN))
+        return not (self.is_native or re.search(_LIBRARY, self.file) or self.file.startswith(_OWN))
 
     @property
     def place(self) -> str:
@@ -155,7 +156,7 @@ def _users_frame(frames: Sequence[Frame]) -> Frame | None:
     python = [frame for frame in frames if not frame.is_native]
     for accept in (
         lambda frame: frame.is_users,
-        lambda frame: not _TORCH_OR_STDLIB.search(frame.file) and not frame.file.startswith(_OWN),
+        lambda frame: not re.search(_TORCH_OR_STDLIB, frame.file) and not frame.file.startswith(_OWN),
     ):
         found = next(filter(accept, python), None)
         if found is not None:
@@ -173,16 +174,16 @@ def _collective(frames: Sequence[Frame]) -> str | None:
     for number, frame in enumerate(frames):
         if frame.is_users:
             break
-        if "/torch/distributed/" in frame.file and _COLLECTIVE.fullmatch(frame.name):
+        if "/torch/distributed/" in frame.file and re.fullmatch(_COLLECTIVE, frame.name):
             last = number
     if last is not None:
         return frames[last].name + _label(frames[last:])
     innermost = next((frame for frame in frames if not frame.is_native), None)
-    if innermost is not None and _BLOCKING_FILES.search(innermost.file):
+    if innermost is not None and re.search(_BLOCKING_FILES, innermost.file):
         return innermost.name + _label(frames)
     native = [frame.name for frame in frames if frame.is_native]
     for pattern, name in _NATIVE_WAITS:
-        if any(pattern.search(called) for called in native):
+        if any(re.search(pattern, called) for called in native):
             return name
     return None
 

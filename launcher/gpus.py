@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["Holder", "holders"]
 
-_DEVICE = re.compile(r"nvidia\d+")  # nvidiactl and nvidia-uvm are open also without any GPU's memory
+_DEVICE = r"nvidia\d+"  # nvidiactl and nvidia-uvm are open also without any GPU's memory
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -28,7 +28,7 @@ def holders(root: Path = Path("/")) -> list[Holder]:
     Sees the processes of this user, or everybody's as root. Looks at no process on a machine without
     GPUs. `root` is where /proc and /dev are found.
     """
-    if not any(map(_DEVICE.fullmatch, _names(root / "dev"))):
+    if not any(re.fullmatch(_DEVICE, name) for name in _names(root / "dev")):
         return []
     found = set()
     for name in filter(str.isdigit, _names(root / "proc")):
@@ -45,7 +45,7 @@ def _open_devices(process: Path) -> Iterator[str]:
         except OSError:
             continue  # closed meanwhile
         directory, _, name = target.rpartition("/")
-        if directory == "/dev" and _DEVICE.fullmatch(name):
+        if directory == "/dev" and re.fullmatch(_DEVICE, name):
             yield target
 
 

@@ -14,10 +14,8 @@ __all__ = ["OomWatch"]
 
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
 _UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number near 2**63
-_KILLED = re.compile(
-    r"(?P<cgroup>Memory cgroup out of memory|Out of memory)[^:]*: Killed process (?P<pid>\d+) "
-)
-_HELD = re.compile(r"(?:anon|shmem)-rss:(\d+)kB")
+_KILLED = r"(?P<cgroup>Memory cgroup out of memory|Out of memory)[^:]*: Killed process (?P<pid>\d+) "
+_HELD = r"(?:anon|shmem)-rss:(\d+)kB"
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,9 @@ class _Log:
         """Whether process `pid` was killed for its cgroup, and the bytes that it held."""
         self._text += "".join(self._read())
         for line in self._text.splitlines():
-            killed = _KILLED.search(line)
+            killed = re.search(_KILLED, line)
             if killed and int(killed["pid"]) == pid:
-                held = sum(map(int, _HELD.findall(line))) * 1024
+                held = sum(map(int, re.findall(_HELD, line))) * 1024
                 return killed["cgroup"].startswith("Memory cgroup"), held
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,10 +22,11 @@ _T = TypeVar("_T")
 
 _PATIENCE = 20.0  # seconds for everything
 _DUMP_PATIENCE = 5.0  # seconds for one process without native frames; it takes 0.02 normally
-_MAX_CHILDREN = 64  # processes of one rank, besides its first
+_MAX_CHILDREN = 16  # processes of one rank that are looked at, besides its first
 _MAX_PARALLEL = 8
 _MAX_PARALLEL_NATIVE = 4  # each reads the symbols of all libraries: a second of CPU, and memory
 
+_MAX_CODE = 100  # characters of a line of source
 _ATTEMPTS = 3
 _MAY_PASS = "Failed to get stack traces"  # it came to a halt just then, or its stack was being changed
 _NOT_PYTHON = "Failed to find python version"
@@ -105,7 +105,11 @@ class StackTaker:
 
 def _find_py_spy() -> str | None:
     beside = Path(sys.executable).with_name("py-spy")
-    return str(beside) if beside.exists() else shutil.which("py-spy")
+    if beside.exists():
+        return str(beside)
+    import shutil  # slow to import, and hardly ever needed
+
+    return shutil.which("py-spy")
 
 
 class _Dumps:
@@ -329,7 +333,7 @@ def _source_line(file: str, line: int) -> str | None:
         with open(file, encoding="utf-8", errors="replace") as lines:
             for number, text in enumerate(lines, start=1):
                 if number == line:
-                    return text.strip() or None
+                    return text.strip()[:_MAX_CODE] or None
     except OSError:
         pass
     return None

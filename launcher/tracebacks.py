@@ -12,23 +12,24 @@ _TAIL_LINES = 10
 _TRACEBACK_LINES = 30
 _MESSAGE_LINES = 5
 
+# Patterns are compiled when they are used: most agents never need them, and all pay for their start.
 _HEADER = "Traceback (most recent call last):"
-_RANK_PREFIX = re.compile(r"\[rank\d+\]: ")  # torch writes it before each line of an uncaught exception
-_GROUP_LINE = re.compile(r" *[|+]([ -]|$)")
-_EXCEPTION = re.compile(
+_RANK_PREFIX = r"\[rank\d+\]: "  # torch writes it before each line of an uncaught exception
+_GROUP_LINE = r" *[|+]([ -]|$)"
+_EXCEPTION = (
     r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Warning|Group|Failure|Timeout|Iteration)\b(:|$)"
 )
 _CAUSED = "The above exception was the direct cause of the following exception:"
-_FRAME = re.compile(r'\s*(?:\|\s+)?File "(?P<file>[^"]+)", line (?P<line>\d+)(?:,? in (?P<name>.+))?')
+_FRAME = r'\s*(?:\|\s+)?File "(?P<file>[^"]+)", line (?P<line>\d+)(?:,? in (?P<name>.+))?'
 _WRAPPERS = ("ChildFailedError", "ProcessExitedException", "CalledProcessError")
 """Exceptions that only say that another process failed, whose own words are more telling."""
 
-_CHATTER = re.compile(
+_CHATTER = (
     r"^(\[rank\d+\]:)?\[W\d{4,} |has NOT been destroyed|resource_tracker|warnings\.warn\(|\.py:\d+: \w*Warning:"
     r"|^Exception ignored in|^={5,}$|^-{5,}$|To enable traceback see"
 )
-_FATAL = re.compile(r"^(Fatal Python error: .+)")
-_WHAT = re.compile(r"^\s*what\(\):\s+(.+)")
+_FATAL = r"^(Fatal Python error: .+)"
+_WHAT = r"^\s*what\(\):\s+(.+)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def _uncaught_by_torch(lines: Sequence[str]) -> tuple[Sequence[str], Sequence[st
     All lines, and none, if there is no such exception.
     """
     for line in lines:
-        if (marked := _RANK_PREFIX.match(line)) and line.endswith(_HEADER):
+        if (marked := re.match(_RANK_PREFIX, line)) and line.endswith(_HEADER):
             numbers = [number for number, line in enumerate(lines) if line.startswith(marked[0])]
             return [lines[number].removeprefix(marked[0]) for number in numbers], lines[numbers[-1] + 1 :]
     return lines, ()
@@ -112,13 +113,13 @@ def _read_traceback(lines: Sequence[str], start: int) -> _Traceback:
 
 def _read_group(lines: Sequence[str], start: int) -> _Traceback:
     end = start + 1
-    while end < len(lines) and _GROUP_LINE.match(lines[end]):
+    while end < len(lines) and re.match(_GROUP_LINE, lines[end]):
         end += 1
         if lines[end - 1].strip().startswith("+-") and lines[end - 1].strip("+- ") == "":
             break
     block = list(lines[start:end])
     texts = (line.strip().lstrip("|").strip() for line in block[1:])
-    error = next((text for text in texts if _EXCEPTION.match(text)), "ExceptionGroup")
+    error = next((text for text in texts if re.match(_EXCEPTION, text)), "ExceptionGroup")
     return _Traceback(start, end, block, error)
 
 
@@ -128,7 +129,7 @@ def _syntax_error(lines: Sequence[str]) -> list[_Traceback]:
     last = said[-1] if said else 0
     if said and re.match(r"(Syntax|Indentation|Tab)Error: ", lines[last]):
         for start in range(last, max(-1, last - 6), -1):
-            if _FRAME.match(lines[start]):
+            if re.match(_FRAME, lines[start]):
                 return [_Traceback(start, last + 1, list(lines[start : last + 1]), lines[last])]
     return []
 
@@ -148,24 +149,24 @@ def _is_wrapper(error: str) -> bool:
 
 
 def _says_more(lines: Sequence[str]) -> bool:
-    return any(line.strip() and not _CHATTER.search(line) for line in lines)
+    return any(line.strip() and not re.search(_CHATTER, line) for line in lines)
 
 
 def _without_traceback(lines: Sequence[str]) -> LastWords:
     said = [line for line in lines if line.strip()]
-    said = [line for line in said if not _CHATTER.search(line)] or said
+    said = [line for line in said if not re.search(_CHATTER, line)] or said
     for pattern in (_FATAL, _WHAT):
         for start, line in enumerate(said):
-            if match := pattern.search(line):
+            if match := re.search(pattern, line):
                 return LastWords(tuple(said[start:][:_TRACEBACK_LINES]), False, match[1].strip())
-    last = _RANK_PREFIX.sub("", said[-1]) if said else ""
-    error = last if _EXCEPTION.match(last) else None
+    last = re.sub(_RANK_PREFIX, "", said[-1]) if said else ""
+    error = last if re.match(_EXCEPTION, last) else None
     return LastWords(tuple(said[-_TAIL_LINES:]), False, error)
 
 
 def innermost_frames(lines: Sequence[str], count: int) -> list[str]:
     """`train.py:88 in load_batch` for the last `count` frames of a traceback."""
-    frames = [match for line in lines if (match := _FRAME.match(line))]
+    frames = [match for line in lines if (match := re.match(_FRAME, line))]
     return [f"{f['file'].rpartition('/')[2]}:{f['line']} in {f['name'] or '?'}" for f in frames[-count:]]
 
 
