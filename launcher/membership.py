@@ -72,9 +72,9 @@ class Membership(Protocol):
         `Joined` comes when that has formed, or `MemberFailed`; nothing that was said before is heard
         after this call. May be called again at any time, also after `MemberFailed`.
 
-        `hello` is what this node tells the others of itself. "host", "addr" and "version" are added unless it
-        has them. A node whose "version" or "job" (what tells this job from others) differs from the others'
-        is refused: `MemberFailed` of kind "usage".
+        `hello` is what this node tells the others of itself. "host", "addr" and "version" are added unless
+        it has them, and "member", which is not the agent's. A node whose "version" or "job" (what tells this
+        job from others) differs from the others' is refused: `MemberFailed` of kind "usage".
         """
 
     def say(self, message: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Generation:
     ) -> None:
         self.rank = seat.rank
         self.size = seat.size
+        self.hellos: list[Message] = []
         self._store = connect_again(seat.store)
         self._hear = hear
         self._fail = fail
@@ -43,6 +44,7 @@ class Generation:
         self._unsaid = 0  # of what is in the queue or on its way
         self._all_said = threading.Condition()
         self._watch = Watch()
+        self._silent: set[int] = set()
         self._beats = 0
         self._beat_lock = threading.Lock()
         self._is_over = False
@@ -50,7 +52,7 @@ class Generation:
         self._lost_when_read: set[int] = set()
 
     def greet(self, hello: Mapping[str, Any], seconds: float) -> list[Message]:
-        """Say hello; returns the hellos of all nodes, by rank.
+        """Say hello; returns the hellos of all nodes, by rank, and keeps them in `hellos`.
 
         Raises TimeoutError if not all have come within `seconds`.
         """
@@ -61,7 +63,8 @@ class Generation:
             self._store.wait(keys, timedelta(seconds=seconds))
         except DistStoreError:
             raise TimeoutError(f"not all of {self.size} nodes said hello within {seconds:g} s") from None
-        return [json.loads(value) for value in self._store.multi_get(keys)]
+        self.hellos = [json.loads(value) for value in self._store.multi_get(keys)]
+        return self.hellos
 
     def start(self) -> None:
         """Begin to hear and to speak."""
@@ -83,19 +86,23 @@ class Generation:
         with self._all_said:
             self._all_said.wait_for(lambda: self._unsaid == 0, seconds)
 
-    def look(self, now: float) -> None:
+    def look(self, now: float) -> list[int]:
         """Give a sign of life, and tell of nodes that give none any more; to be called every `PERIOD`.
 
-        Node 0 looks at all the others, and they at it.
+        Node 0 looks at all the others, and they at it. Returns the nodes that were found lost for the first time.
         """
         with self._beat_lock:
             if self._is_over:
-                return
+                return []
             self._beat()
         watched = list(range(1, self.size)) if self.rank == 0 else [0]
         signs = self._store.multi_get([f"beat/{node}" for node in watched]) if watched else []
-        for node, seconds in self._watch.look(dict(zip(watched, signs, strict=True)), now).items():
-            self.tell_lost(node, f"no sign of life for {seconds:.1f} s")
+        silent = self._watch.look(dict(zip(watched, signs, strict=True)), now)
+        new = [node for node in silent if node not in self._silent]
+        self._silent.update(new)
+        for node in new:
+            self.tell_lost(node, f"no sign of life for {silent[node]:.1f} s")
+        return new
 
     def retire(self) -> None:
         """Be in it no more, in peace: the others expect no sign of life from now on."""

@@ -51,7 +51,7 @@ _DEFAULTS = {
     "join_timeout": "600",
     "last_call_timeout": "2",  # who comes later is taken in at a step boundary
     "keep_alive_interval": "1",
-    "keep_alive_max_attempt": "3",
+    "keep_alive_max_attempt": "10",  # by the clocks of several hosts, which need not agree better than that
     "read_timeout": "60",
 }
 
@@ -97,6 +97,9 @@ class Seat:
 class Meeting(Protocol):
     """Where generations are formed."""
 
+    name: str
+    """What this node, in this process, is known by."""
+
     store: Store | None
     """The job's store, as long as it exists; None: each generation has one of its own."""
 
@@ -114,6 +117,9 @@ class Meeting(Protocol):
 
     def end_job(self) -> None:
         """Have every node that comes from now on refused: the job is finished."""
+
+    def count_out(self, node: str) -> None:
+        """Let nobody wait for a node that is lost; `node` is the `name` of its meeting."""
 
     def withdraw(self) -> None:
         """Be no part of the rendezvous any more, and let nobody wait for this node."""
@@ -135,7 +141,7 @@ def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> Meeting:
         backend, store, is_host = _connect(settings, conf)
         if settings.backend == "static":
             return _Fixed(settings, float(conf["join_timeout"]), store, is_host)
-        gate = _Gate(backend, _name(addr))
+        gate = _Gate(backend)
         handler: RendezvousHandler = create_handler(store, gate, _parameters(settings, conf, addr))
         return _Elastic(settings, conf, addr, handler, gate, store, is_host)
     resolve(settings.endpoint)
@@ -145,7 +151,7 @@ def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> Meeting:
             from torch.distributed.elastic.rendezvous.etcd_rendezvous_backend import create_backend
 
             backend, etcd_store = create_backend(parameters)
-            gate = _Gate(backend, _name(addr))
+            gate = _Gate(backend)
             handler = create_handler(etcd_store, gate, parameters)
             return _Elastic(settings, conf, addr, handler, gate, None, False)
         handler = get_rendezvous_handler(parameters)
@@ -224,14 +230,14 @@ def _too_few(settings: Rendezvous, came: int | None, seconds: float) -> Refused:
 
 
 class _Gate(RendezvousBackend):
-    """Stands between torch's handler and its backend, to end a wait and to take this node out.
+    """Stands between torch's handler and its backend, to end a wait and to take nodes out.
 
-    torch's handler has no way to leave a rendezvous without closing it for all.
+    torch's handler has no way to leave a rendezvous without closing it for all, and none to take out a node
+    that is known to be dead; so all would wait until its keep-alive is too old.
     """
 
-    def __init__(self, backend: RendezvousBackend, name: str) -> None:
+    def __init__(self, backend: RendezvousBackend) -> None:
         self._backend = backend
-        self._name = name
         self._is_shut = False
 
     @property
@@ -252,21 +258,19 @@ class _Gate(RendezvousBackend):
         return 0 if found is None else len(pickle.loads(found[0]).participants)
 
     def shut(self) -> None:
-        """Let the handler through no more, and mark this node as dead since long.
-
-        So the others count it out at their next look, as they do with nodes without keep-alive.
-        """
+        """Let the handler through no more."""
         self._is_shut = True
+
+    def count_out(self, node: str) -> None:
+        """Mark a node as dead since long; all count it out at their next look, as one without keep-alive."""
         has_set = False
         while not has_set and (found := self._backend.get_state()) is not None:
             bits, token = found
             state = pickle.loads(bits)
-            own = [
-                node for node in state.last_heartbeats if (node.addr, node.pid) == (self._name, os.getpid())
-            ]
-            if not own:
+            dead = [desc for desc in state.last_heartbeats if f"{desc.addr}/{desc.pid}" == node]
+            if not dead:
                 return
-            state.last_heartbeats.update(dict.fromkeys(own, datetime.min.replace(tzinfo=UTC)))
+            state.last_heartbeats.update(dict.fromkeys(dead, datetime.min.replace(tzinfo=UTC)))
             outcome = self._backend.set_state(pickle.dumps(state), token)
             has_set = outcome is not None and outcome[2]
 
@@ -293,6 +297,7 @@ class _Elastic:
         self._addr = addr
         self._handler = handler
         self._gate = gate
+        self.name = f"{_name(addr)}/{os.getpid()}"
         self.store: Store | None = store
         self.is_host = is_host
         self._served: list[TCPStore] = []  # by this process, for generations whose node 0 it was
@@ -318,9 +323,14 @@ class _Elastic:
     def end_job(self) -> None:
         self._handler.set_closed()  # type: ignore[no-untyped-call]
 
+    def count_out(self, node: str) -> None:
+        if self._gate is not None:
+            self._gate.count_out(node)
+
     def withdraw(self) -> None:
         if self._gate is not None:
             self._gate.shut()
+            self._gate.count_out(self.name)
 
     def _take_part(self) -> RendezvousInfo:
         while True:
@@ -359,6 +369,7 @@ class _Fixed:
         self._patience = patience
         self._rank = settings.node_rank
         self._size = settings.max_nodes
+        self.name = str(settings.node_rank)
         self.store: Store | None = store
         self._tickets = PrefixStore(f"static.{settings.run_id}", store)
         self.is_host = is_host
@@ -394,6 +405,9 @@ class _Fixed:
 
     def end_job(self) -> None:
         pass  # who comes now waits for the others, in vain; torch's static rendezvous is never closed either
+
+    def count_out(self, node: str) -> None:
+        pass  # its place is kept
 
     def withdraw(self) -> None:
         self._has_left = True

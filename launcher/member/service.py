@@ -117,6 +117,7 @@ class Member:
             former.retire()
         own = {**self._introduce(), **hello}
         meeting = self._meeting = self._meeting or self._meet(own["addr"])
+        own["member"] = meeting.name
         charter = None if meeting.store is None else Charter(self._in_job(connect_again(meeting.store)))
         if charter is not None and former is None:
             charter.check(own)
@@ -180,7 +181,8 @@ class Member:
                     self._presence.beat()
                 generation = self._generation
                 if generation is not None:
-                    generation.look(time.monotonic())
+                    for lost in generation.look(time.monotonic()):
+                        meeting.count_out(generation.hellos[lost]["member"])
                     newcomers.look(generation)
                 self._has_answered.set()
                 time.sleep(PERIOD)
