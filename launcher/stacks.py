@@ -21,14 +21,14 @@ __all__ = ["StackTaker"]
 _T = TypeVar("_T")
 
 _PATIENCE = 20.0  # seconds for everything
-_DUMP_PATIENCE = 5.0  # seconds for one process without native frames; it takes 0.02 normally
+_DUMP_PATIENCE = 3.0  # seconds for one process without native frames; it takes 0.02 normally
 _MAX_CHILDREN = 16  # processes of one rank that are looked at, besides its first
 _MAX_PARALLEL = 8
 _MAX_PARALLEL_NATIVE = 4  # each reads the symbols of all libraries: a second of CPU, and memory
 
 _MAX_CODE = 100  # characters of a line of source
 _ATTEMPTS = 3
-_MAY_PASS = "Failed to get stack traces"  # it came to a halt just then, or its stack was being changed
+_MAY_PASS = "Failed to get stack traces"  # its stack was being changed, for one
 _NOT_PYTHON = "Failed to find python version"
 _NO_PERMISSION = (
     "no permission to trace processes: give the container the capability SYS_PTRACE, "
@@ -288,11 +288,14 @@ def _dump_tree(worker: _Process, dumps: _Dumps) -> _Tree:
 
 def _try_dump(process: _Process, dumps: _Dumps) -> tuple[tuple[Thread, ...], str | None]:
     for attempt in range(1, _ATTEMPTS + 1):
-        options = ["--nonblocking"] if _look_at(process.pid).is_still else []
+        is_still = _look_at(process.pid).is_still
+        options = ["--nonblocking"] if is_still else []
         try:
             return dumps.dump(process.pid, *options, patience=_DUMP_PATIENCE), None
         except _NoStacks as error:
-            if attempt == _ATTEMPTS or not str(error).startswith(_MAY_PASS):
+            has_halted = not is_still and _look_at(process.pid).is_still
+            may_pass = has_halted or str(error).startswith(_MAY_PASS)
+            if attempt == _ATTEMPTS or not may_pass:
                 return (), str(error)
     raise AssertionError("the last attempt returns")
 
