@@ -19,14 +19,16 @@ from launcher.events import (
 )
 from launcher.journal import encodable
 from launcher.progress import Progress
+from launcher.wording import count, duration, spans
 
-__all__ = ["Paint", "Past", "RankStatus", "Saved", "Saving", "Status", "StatusBoard", "duration", "spans"]
+__all__ = ["Paint", "Past", "RankStatus", "Saved", "Saving", "Status", "StatusBoard"]
 
 Paint = Callable[[str, int], str]
 """Puts an ANSI style on a text, or leaves it as it is."""
 
 _RATE_SECONDS = 10.0  # over which the rate of steps is measured
-_STALE_SECONDS = 5.0  # without a step, from which on it is said how long ago the last was
+_STALE_SECONDS = 5.0  # without a step, and
+_LATE = 3  # times what a step takes, after which the next is overdue
 _GROUPS = 3  # of ranks at the same step that are told one by one
 _SLOWEST = 3  # ranks that are named otherwise
 _SPANS = 4  # of ranks, as 0-3, that are told one by one
@@ -74,7 +76,7 @@ class Status:
     nodes: int = 1
     restarts: int = 0
     step: int | None = None  # that every rank which reports steps has done
-    rate: float | None = None  # steps per second, over the last 10 s or so
+    rate: float | None = None  # steps per second, over the last 10 s or so; 0: the next is overdue
     loss: float | None = None
     ranks: tuple[RankStatus, ...] = ()  # those that the agent which is asked can see
     saved: Mapping[str, Saved] = field(default_factory=dict)  # by tier, the nearest first
@@ -115,9 +117,9 @@ class Status:
         parts = [
             f"{self.run}: {self.phase}",
             f"round {self.round} for {duration(self.time - self.round_started)}" if self.round else "",
-            (_count(self.world, "rank") if self.world else "")
+            (count(self.world, "rank") if self.world else "")
             + (f" on {self.nodes} nodes" if self.nodes > 1 else ""),
-            _count(self.restarts, "restart") if self.restarts else "",
+            count(self.restarts, "restart") if self.restarts else "",
         ]
         return ", ".join(filter(None, parts))
 
@@ -128,14 +130,14 @@ class Status:
         parts = [
             f"{self.step}",
             f"no step for {duration(self.time - last)}" if self._is_stale(last) else "",
-            "" if self.rate is None else _rate(self.rate),
+            _rate(self.rate) if self.rate else "",
             "" if self.loss is None else f"loss {self.loss:.4g}",
         ]
         return ", ".join(filter(None, parts))
 
     def _is_stale(self, time: float) -> bool:
         """Whether a step that was reported at `time` should have been followed by another."""
-        return self.time - time > max(_STALE_SECONDS, 2 / self.rate if self.rate else 0.0)
+        return self.time - time > _patience(1 / self.rate if self.rate else 0.0)
 
     def _ranks_row(self) -> str:
         """Who is where, if that tells anything: ranks are seldom at the same step when they are looked at."""
@@ -148,7 +150,7 @@ class Status:
         is_held = any(self._is_stale(rank.time or 0.0) for rank in groups.get(self.step or 0, ()))
         if not groups or (are_together and not silent and not (is_held and len(groups) > 1)):
             return ""
-        parts = [f"{spans(silent)} report none"] if silent else []
+        parts = [f"{_few(silent)} report none"] if silent else []
         if len(groups) <= _GROUPS:
             told = [self._group(step, groups[step]) for step in sorted(groups, reverse=True)]
             return ", ".join([*told, *parts])
@@ -159,7 +161,7 @@ class Status:
     def _group(self, step: int, ranks: Collection[RankStatus]) -> str:
         last = max(rank.time or 0.0 for rank in ranks)
         since = f" for {duration(self.time - last)}" if self._is_stale(last) else ""
-        return f"{spans([rank.rank for rank in ranks])} at {step}{since}"
+        return f"{_few([rank.rank for rank in ranks])} at {step}{since}"
 
     def _saved_row(self) -> str:
         return ", ".join(
@@ -176,42 +178,17 @@ def _by_progress(rank: RankStatus) -> tuple[int, float]:
 
 
 def _rate(rate: float) -> str:
-    return f"{rate:.3g} steps/s" if rate >= 0.1 or rate == 0 else f"{1 / rate:.3g} s/step"
+    return f"{rate:.3g} steps/s" if rate >= 0.1 else f"{1 / rate:.3g} s/step"
 
 
 def _percent(save: Saving) -> str:
     return f"{100 * save.done // save.total if save.total else 0} %"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def spans(ranks: Iterable[int]) -> str:
-    """`0-3, 5` as `0-3+5`; only how many there are, if that would be long."""
-    found: list[list[int]] = []
-    for rank in sorted(ranks):
-        if found and rank == found[-1][1] + 1:
-            found[-1][1] = rank
-        else:
-            found.append([rank, rank])
-    if len(found) > _SPANS:
-        return _count(sum(last - first + 1 for first, last in found), "rank")
-    return "+".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `5 min 3 s`, `2 h 5 min`, `3 d 4 h`"""
-    whole = max(0, int(seconds))
-    for unit, name, lower, lower_name in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "min"),
-        (60, "min", 1, "s"),
-    ):
-        if whole >= unit:
-            rest = whole % unit // lower
-            return f"{whole // unit} {name}" + (f" {rest} {lower_name}" if rest else "")
-    return f"{whole} s"
+def _few(ranks: Collection[int]) -> str:
+    """`0-3+5`; only how many there are, if that would be long."""
+    found = spans(ranks)
+    return "+".join(found) if len(found) <= _SPANS else count(len(ranks), "rank")
 
 
 @dataclass(frozen=True)
@@ -354,14 +331,19 @@ def _extended(
 
 
 def _rate_of(track: tuple[tuple[float, int], ...], now: float) -> float | None:
-    """Steps per second. It falls as soon as the next step is later than those before."""
+    """Steps per second, as long as steps come."""
     if len(track) < 2:
         return None
     (start, first), (end, last) = track[0], track[-1]
     if end <= start:
         return None
-    interval = (end - start) / (last - first)
-    return (last - first) / (max(end, now - interval) - start)
+    rate = (last - first) / (end - start)
+    return rate if now - end <= _patience(1 / rate) else 0.0
+
+
+def _patience(interval: float) -> float:
+    """How many seconds without a step are as usual, where one takes `interval`."""
+    return max(_STALE_SECONDS, _LATE * interval)
 
 
 @dataclass(frozen=True)
@@ -418,10 +400,10 @@ class Past:
             + (f": {self.reason}" if self.reason else "")
         )
         rows = {
-            "ran": f"{duration(self.ended - self.started)}, {_count(self.rounds, 'round')}",
+            "ran": f"{duration(self.ended - self.started)}, {count(self.rounds, 'round')}",
             "step": "" if self.step is None else str(self.step),
             "saved": ", ".join(f"{step} {tier}" for tier, step in self.saved.items()),
-            "failed": f"{_count(len(self.failures), 'time')}, last: {self.failures[-1]}"
+            "failed": f"{count(len(self.failures), 'time')}, last: {self.failures[-1]}"
             if self.failures
             else "",
         }

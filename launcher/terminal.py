@@ -140,9 +140,11 @@ class LiveBlock:
     def refresh(self) -> None:
         """Bring what is on the screen up to date."""
         lines = tuple(self.lines)
+        if not self.can_draw:
+            return
         if not self._sink.is_foreground:
             self.forget()
-        elif self.can_draw and (lines != self._drawn or bool(lines) != self.is_drawn):
+        elif lines != self._drawn or bool(lines) != self.is_drawn:
             columns, rows = self._sink.size
             fitted = [fit(line, columns - 1) for line in lines[: max(0, rows - 2)]]
             text = "".join(f"{line}\n" for line, _ in fitted)

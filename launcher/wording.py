@@ -1,25 +1,35 @@
-"""How ranks and amounts are written wherever something is told about them."""
+"""How ranks, amounts and times are written wherever something is told about them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["amount", "name_ranks"]
+__all__ = ["amount", "count", "duration", "name_ranks", "spans"]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
     """`ranks 0-3, 5`"""
-    spans: list[list[int]] = []
+    found = spans(ranks)
+    is_one = len(found) == 1 and "-" not in found[0]
+    return f"rank{'' if is_one else 's'} {', '.join(found)}"
+
+
+def spans(ranks: Iterable[int]) -> list[str]:
+    """`["0-3", "5"]`"""
+    found: list[list[int]] = []
     for rank in sorted(ranks):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
+        if found and rank == found[-1][1] + 1:
+            found[-1][1] = rank
         else:
-            spans.append([rank, rank])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-    is_one = len(spans) == 1 and spans[0][0] == spans[0][1]
-    return f"rank{'' if is_one else 's'} {text}"
+            found.append([rank, rank])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in found]
+
+
+def count(number: int, what: str) -> str:
+    """`1 rank`, `8 ranks`"""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def amount(size: float) -> str:
@@ -28,3 +38,17 @@ def amount(size: float) -> str:
     while size >= 1000 ** (power + 1) and power < len(_UNITS) - 1:
         power += 1
     return f"{size / 1000**power:.{1 if power else 0}f} {_UNITS[power]}"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `5 min 3 s`, `2 h 5 min`, `3 d 4 h`"""
+    whole = max(0, int(seconds))
+    for unit, name, lower, lower_name in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= unit:
+            rest = whole % unit // lower
+            return f"{whole // unit} {name}" + (f" {rest} {lower_name}" if rest else "")
+    return f"{whole} s"

@@ -21,7 +21,7 @@ from launcher.events import (
     Tick,
 )
 from launcher.progress import Progress
-from launcher.status import Past, Saved, Saving, Status, StatusBoard, duration, spans
+from launcher.status import Past, Saved, Saving, Status, StatusBoard
 
 
 def board(ranks: int = 8, **others: Any) -> StatusBoard:
@@ -109,16 +109,18 @@ def test_the_rate_of_slow_steps() -> None:
     assert "40 s/step" in now.status(1199.0).render()[1]
 
 
-def test_the_rate_falls_when_steps_stop_coming() -> None:
+@pytest.mark.parametrize(("seconds", "overdue"), [(1, 6), (10, 31)])
+def test_a_step_that_is_overdue(seconds: int, overdue: int) -> None:
+    """After a few seconds, or three times what steps take."""
     now = board(1)
-    rates = []
-    for second in range(100):
-        now = now.sampled({0: Progress(min(second, 50), 1000.0 + min(second, 50))}, 1000.0 + second)
-        rates.append(now.status(1000.0 + second).rate)
-    assert rates[50] == pytest.approx(1)
-    assert rates[55] < 0.8
-    assert 0 < rates[99] < 0.2
-    assert rates[51:] == sorted(rates[51:], reverse=True)
+    for number in range(10):
+        now = now.sampled({0: Progress(number, 1000.0 + seconds * number)}, 1000.0 + seconds * number)
+    last = 1000.0 + seconds * 9
+    before, after = now.status(last + overdue - 2), now.status(last + overdue)
+    assert before.rate == pytest.approx(1 / seconds)
+    assert "no step for" not in before.render()[1]
+    assert after.rate == 0
+    assert after.render()[1] == f"  step    9, no step for {overdue} s"
 
 
 def test_the_rate_is_forgotten_where_training_goes_back() -> None:
@@ -191,30 +193,6 @@ def test_json_and_back() -> None:
     text = json.dumps(status.to_json(), allow_nan=False)
     assert Status.from_json(json.loads(text)) == status
     assert status.saving == (Saving(5, "local", 1, 2),)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "text"),
-    [([], ""), ([3], "3"), ([0, 1, 2, 5], "0-2+5"), (range(0, 20, 2), "10 ranks"), ([4, 3], "3-4")],
-)
-def test_spans(ranks: list[int], text: str) -> None:
-    assert spans(ranks) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-3.0, "0 s"),
-        (59.9, "59 s"),
-        (60, "1 min"),
-        (303, "5 min 3 s"),
-        (7500, "2 h 5 min"),
-        (3600, "1 h"),
-        (90000 + 7200, "1 d 3 h"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def event(time: float, name: str, **fields: object) -> dict[str, object]:
