@@ -241,7 +241,7 @@ def _take(
     natives = _parallel(
         _MAX_PARALLEL_NATIVE,
         lambda rank: _dump_native(found[rank].python_pid, dumps),
-        [rank for rank in pids if found[rank].threads],
+        sorted((rank for rank in pids if found[rank].threads), key=lambda rank: found[rank].is_waiting),
     )
     stacks = {}
     directory.mkdir(parents=True, exist_ok=True)
@@ -268,6 +268,11 @@ class _Tree:
     python_pid: int  # which process these are of: the worker's command need not be Python
     trouble: str | None
     children: tuple[tuple[_Process, tuple[Thread, ...]], ...]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for other ranks, as far as Python's frames tell: others are more telling."""
+        return read_stack(0, self.python_pid, self.threads).collective is not None
 
 
 def _dump_tree(worker: _Process, dumps: _Dumps) -> _Tree:
