@@ -23,9 +23,10 @@ from launcher.progress import Progress, read_progress
 from shardckpt import draining
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.draining import Drained, DrainFile, DrainWatch, Request, Scope, steps_until_next
-from shardckpt.errors import StorageFullError
+from shardckpt.errors import SaveError, StorageFullError
 from shardckpt.ranks import Alone
 from shardckpt.runs import iter_places
+from shardckpt.saving import SaveHandle
 from shardckpt.storage import Storage, open_storage
 from tests.faults import FailingOnce, saver_thread
 from tests.parallel import Training
@@ -74,9 +75,10 @@ def restored(checkpointer: Checkpointer) -> tuple[int, str]:
 
 
 def end_process(checkpointer: Checkpointer) -> None:
-    """What the saver sees of a trainer's end."""
+    """What the saver sees of the end of a trainer that has not said goodbye."""
     assert checkpointer._saver is not None
-    checkpointer._saver.connect()._channel.shut()
+    assert checkpointer._saver._client is not None
+    checkpointer._saver._client._channel.shut()
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,8 @@ def test_a_step_is_not_saved_twice(tmp_path: Path) -> None:
 def test_with_a_saver(tiers: str, every: int | None, tmp_path: Path) -> None:
     """It is enough that the saver has the state: the next round, on more ranks, starts from its memory."""
     with saver_thread():
-        ends = []
+        ends: list[End] = []
+        saves: list[Any] = []
 
         def train(ranks: ThreadRanks) -> None:
             file = drain_file(tmp_path, ranks.rank)
@@ -265,6 +268,7 @@ def test_with_a_saver(tiers: str, every: int | None, tmp_path: Path) -> None:
                 tmp_path / "run", ranks, every_steps=every, snapshots=2, drain_file=file
             )
             ends.append(drained(checkpointer, file, ranks.rank, (7, tiers) if ranks.rank else None))
+            saves.append(checkpointer._last)
             checkpointer.close()  # which must not tell the saver that the job is done
             end_process(checkpointer)
 
@@ -277,8 +281,8 @@ def test_with_a_saver(tiers: str, every: int | None, tmp_path: Path) -> None:
         run_threads(2, train)
         step = ends[0].step
         assert all(end.is_saved and end.step == step for end in ends)
-        if tiers == "memory" and (every is None or step % every):
-            assert step not in committed(open_storage(tmp_path / "run"))
+        is_due = tiers == "durable" or (every is not None and step % every == 0)
+        assert all(save.tiers == ("memory", "local")[: 1 + is_due] for save in saves)
         assert run_threads(3, go_on) == [(step, "memory")] * 3
     assert (
         committed(open_storage(tmp_path / "run"))[0] == step
@@ -318,6 +322,32 @@ def test_storage_that_fails_on_one_rank(tmp_path: Path, caplog: pytest.LogCaptur
     assert "step 6, after which the job drains, is not saved; the last checkpoint stands" in caplog.text
     assert "no space left" in caplog.text
     assert restored(Checkpointer(tmp_path / "run")) == (1, "local")
+
+
+class LosingCheckpoints(Checkpoints):
+    """Its node's saver is lost as soon as it has something."""
+
+    def _start(self, *arguments: Any) -> SaveHandle:
+        handle = super()._start(*arguments)
+
+        def wait(_tier: str | None = None) -> None:
+            raise SaveError("the saver of this node is gone")
+
+        handle.wait = wait  # type: ignore[assignment,method-assign]
+        return handle
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_node_that_loses_its_part(tmp_path: Path) -> None:
+    """What one node has lost is saved on none, and all ranks say so."""
+
+    def train(ranks: ThreadRanks) -> End:
+        file = drain_file(tmp_path, ranks.rank)
+        kind = LosingCheckpoints if ranks.rank == 1 else Checkpoints
+        checkpointer = kind(open_storage(tmp_path / "run"), ranks, drain_file=file)
+        return drained(checkpointer, file, ranks.rank, (2, "durable"))
+
+    assert [(end.step, end.is_saved) for end in run_threads(3, train)] == [(3, False)] * 3
 
 
 def test_a_state_that_cannot_be_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
