@@ -23,7 +23,6 @@ from launcher.events import (
     Event,
     Heard,
     Joined,
-    SaveFailed,
     SaverEnded,
     SaverWanted,
     StacksTaken,
@@ -235,6 +234,7 @@ class Agent:
 
     def _enter(self, round_: Round) -> None:
         """Do what the phase asks for that the round has just entered."""
+        self._teller.entered(round_.phase)
         match round_.phase:
             case Phase.RUNNING:
                 self._start_workers(round_)
@@ -248,7 +248,7 @@ class Agent:
                 self._stop_workers(round_)
             case Phase.OVER:
                 self._monitor.set_deadline(None)
-                self._teller.unfollow()
+                self._teller.workers_ended(self._look_at_progress(), round_)
                 self._membership.say({"kind": "report", "report": self._report(round_).to_json()})
 
     def _get_ready(self, round_: Round) -> None:
@@ -421,8 +421,8 @@ class Agent:
         askers, self._stack_askers = self._stack_askers, []
         for client in askers:
             self._control.answer(client, {"summary": list(taken.summary), "directory": taken.directory})
-        is_asked = bool(askers) and not round_.is_hung
-        self._teller.stacks(taken, self._stillness.longest, is_asked=is_asked)
+        if round_.is_hung or not askers:
+            self._teller.stacks(taken, self._stillness.longest, is_in_verdict=round_.is_hung)
 
     def _answer(self, asked: Asked, round_: Round) -> None:
         """Do what `launch status`, `scale` and the others ask this job for."""
@@ -438,7 +438,7 @@ class Agent:
                 self._monitor.push(StopRequested(signal.SIGTERM))
             case _ if round_.phase is not Phase.RUNNING:
                 answer = {
-                    "error": f"no round is running: it is {self._teller.phase(round_)}; ask again later"
+                    "error": f"no round is running: it is {self._teller.phase}; ask again later"
                 }
             case "stacks":
                 self._stack_askers.append(asked.client)
@@ -520,8 +520,9 @@ class Agent:
         self._monitor.set_deadline(drain.timeout)
         for event in self._monitor.events():
             drain = drain.after(event)
-            if isinstance(event, SaveFailed):
-                self._teller.take(event)
+            self._teller.take(event)
+            if isinstance(event, Asked):
+                self._answer(event, Round(phase=Phase.SETTLED))
             if drain.ending is not None:
                 break
             self._teller.draining(drain)

@@ -4,7 +4,7 @@ Every line has `time` (seconds since the epoch) and `event`; what else it has de
 tells what each field means.
 
 event            fields
-job_started      command, nproc, nodes, pid, host, version
+job_started      command, nproc, nodes, pid, host
 round_started    round, world, nodes, restarts, slots
 progress         round, step, rate, loss
 staged           step
@@ -16,7 +16,6 @@ drain_requested  reason, by
 drained          step
 node_joined      node, hosts
 node_lost        node, host, why
-scaled           nproc, world
 recovered        round, stopped, forked, joined, restored, first_step
 control          verb, number
 job_ended        exit_code, reason

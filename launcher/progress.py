@@ -15,6 +15,7 @@ __all__ = ["Progress", "read_progress", "report"]
 _LINE_BYTES = 42
 _FACTS_BYTES = 214
 _FILE_BYTES = _LINE_BYTES + _FACTS_BYTES
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ _files: dict[str, _ProgressFile] = {}
 
 def _encoded(facts: Mapping[str, Any]) -> bytes:
     """The second part of the file. More than fits in it is cut off, and then not understood."""
-    text = json.dumps(facts, separators=(",", ":")).encode()
+    text = _compact(facts).encode()
     return text.ljust(_FACTS_BYTES - 1)[: _FACTS_BYTES - 1] + b"\n"
 
 

@@ -88,6 +88,7 @@ class Round:
     readies: Mapping[int, Ready] = field(default_factory=dict)
     exits: tuple[WorkerExited, ...] = ()  # of this node, in order of death
     exits_before_stop: int | None = None  # how many had ended when the rest was first told to
+    exits_before_kill: int | None = None  # ... when the rest was killed
     wishes: tuple[Wish, ...] = ()
     trouble: SpawnFailed | ZygoteLost | DeadlinePassed | MemberFailed | None = None
     stop_signal: int | None = None  # someone wants the whole job to end, now
@@ -155,8 +156,9 @@ class Round:
 
     def is_ours(self, exit_: WorkerExited) -> bool:
         """Whether a worker of this node ended because it was sent a signal to that end."""
-        told = self.exits_before_stop is not None and exit_ in self.exits[self.exits_before_stop :]
-        return told and exit_.code in (-signal.SIGTERM, -signal.SIGKILL)
+        before = {-signal.SIGTERM: self.exits_before_stop, -signal.SIGKILL: self.exits_before_kill}
+        first = before.get(exit_.code)
+        return first is not None and exit_ in self.exits[first:]
 
     @property
     def has_failed_here(self) -> bool:
@@ -289,9 +291,12 @@ class Round:
             return self
         if phase is Phase.OVER and isinstance(self.trouble, MemberFailed):
             phase = Phase.SETTLED  # there is nobody to tell
-        is_first_stop = phase.value >= Phase.STOPPING.value and self.exits_before_stop is None
-        before = len(self.exits) if is_first_stop else self.exits_before_stop
-        return replace(self, phase=phase, exits_before_stop=before)
+        after = replace(self, phase=phase)
+        if phase.value >= Phase.STOPPING.value and self.exits_before_stop is None:
+            after = replace(after, exits_before_stop=len(self.exits))
+        if phase.value >= Phase.KILLING.value and self.exits_before_kill is None:
+            after = replace(after, exits_before_kill=len(self.exits))
+        return after
 
     def _settled(self) -> Round:
         """Settled, if nothing is left here and every node that is left has said what became of it."""

@@ -31,7 +31,8 @@ from launcher.progress import Progress
 from launcher.restart import Again, Decision, Finish, GiveUp, History
 from launcher.round import Phase, Round, Wish
 from launcher.run_dir import RankFiles, RunDir
-from launcher.status import StatusBoard
+from launcher.status import Status, StatusBoard
+from launcher.wording import count
 
 __all__ = ["Teller"]
 
@@ -160,7 +161,7 @@ class Teller:
             restarts=history.restarts,
         )
         self._console.follow(files, self._config.shown)
-        workers = _count(plan.world, "worker")
+        workers = count(plan.world, "worker")
         if plan.nodes > 1:
             workers += f" on {plan.nodes} nodes, ranks {plan.ranks[0]}-{plan.ranks[-1]} here"
         logs = _short(files[0].out.parent)
@@ -174,19 +175,26 @@ class Teller:
             slots=plan.slots,
         )
 
+    def entered(self, phase: Phase) -> None:
+        self._board = self._board.in_phase(_PHASES[phase])
+
     def sampled(self, progress: Mapping[int, Progress], round_: Round) -> None:
         """How far workers are, about once a second."""
         now = time.time()
         seen = {rank: one for rank, one in progress.items() if one.step is not None}
-        self._board = self._board.sampled(seen, now).in_phase(_PHASES[round_.phase])
+        self._board = self._board.sampled(seen, now)
+        self.entered(round_.phase)
         status = self._board.status(now)
         if self._console.has_live_view:
             self._console.live(status.render(self._console.paint))
         if self._metrics is not None:
             self._metrics.update(status)
-        told_at, told_step = self._progress_told
-        if status.step is not None and status.step != told_step and now - told_at >= _PROGRESS_SECONDS:
-            self._progress_told = (now, status.step)
+        if now - self._progress_told[0] >= _PROGRESS_SECONDS:
+            self._record_progress(status)
+
+    def _record_progress(self, status: Status) -> None:
+        if status.step is not None and status.step != self._progress_told[1]:
+            self._progress_told = (status.time, status.step)
             self._journal.record(
                 "progress", round=status.round, step=status.step, rate=status.rate, loss=status.loss
             )
@@ -215,15 +223,14 @@ class Teller:
         text = f"no progress for {seconds:.0f} s: looking where the workers are (--hang-timeout)"
         self._console.say(text, style=_WARN, level=Level.WARNING)
 
-    def stacks(self, taken: StacksTaken, still: float, *, is_asked: bool) -> None:
-        """Where all workers of this node were."""
+    def stacks(self, taken: StacksTaken, still: float, *, is_in_verdict: bool) -> None:
+        """Where all workers of this node were that made no progress."""
         self._journal.record(
             "hang", round=self._board.round, summary=taken.summary, directory=taken.directory
         )
-        if not is_asked:
-            first = f"no progress for {still:.0f} s; stacks in {_short(Path(taken.directory))}:"
-            lines = [f"  {line}" for line in taken.summary]
-            self._console.say(first, *lines, style=_WARN, level=Level.WARNING)
+        first = f"no progress for {still:.0f} s; stacks in {_short(Path(taken.directory))}"
+        lines = [] if is_in_verdict else [f"  {line}" for line in taken.summary]
+        self._console.say(first, *lines, style=_WARN, level=Level.WARNING)
 
     def stopping(self, round_: Round, grace: float) -> None:
         if round_.stop_signal is not None and round_.phase is Phase.STOPPING:
@@ -237,9 +244,11 @@ class Teller:
         if round_.stop_signal is None and not round_.has_finished:
             self._console.mute_victims([exit_.rank for exit_ in round_.exits])
 
-    def unfollow(self) -> None:
-        """The workers are dead: print the rest of what they wrote."""
+    def workers_ended(self, progress: Mapping[int, Progress], round_: Round) -> None:
+        """The workers are dead: tell the rest of what they wrote."""
         self._console.unfollow()
+        self.sampled(progress, round_)
+        self._record_progress(self._board.status(time.time()))
 
     def concluded(self, round_: Round, decision: Decision, history: History, *, has_saver: bool) -> None:
         """A round is over in which nothing went wrong."""
@@ -255,7 +264,7 @@ class Teller:
         elif round_.leavers and isinstance(decision, Finish):
             self._console.say(self._preempted(round_), style=_BOLD)
         elif isinstance(decision, Finish) and history.restarts:
-            self._console.say(f"finished after {_count(history.restarts, 'restart')}", style=_BOLD)
+            self._console.say(f"finished after {count(history.restarts, 'restart')}", style=_BOLD)
         elif isinstance(decision, GiveUp):
             self._console.say(decision.reason, style=_ALARM, level=Level.ERROR)
         elif isinstance(decision, Again):
@@ -343,9 +352,10 @@ class Teller:
     def status(self) -> dict[str, object]:
         return {"status": self._board.status(time.time()).to_json()}
 
-    @staticmethod
-    def phase(round_: Round) -> str:
-        return _PHASES[round_.phase]
+    @property
+    def phase(self) -> str:
+        """What the job does, in a word or two."""
+        return self._board.phase
 
     @staticmethod
     def next_in_words(decision: Decision) -> str:
@@ -387,10 +397,6 @@ def _kind(verdict: Verdict) -> str:
     if verdict.rank is None:
         return "node" if verdict.lost else "launcher"
     return "crash" if verdict.code is not None and verdict.code >= 0 else "signal"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _short(path: Path) -> Path:

@@ -115,6 +115,7 @@ class Generation:
         self._is_over = True
         farewell = {"kind": "lost", "node": self.rank, "why": why}
         self._writer.append([farewell], self._see, self._is_still_news)
+        self._store.set(f"beat/{self.rank}", GONE.decode())
 
     def stop(self) -> None:
         """Hear and speak no more."""
