@@ -16,6 +16,7 @@ _log = logging.getLogger("shardckpt")
 _LINE_BYTES = 42
 _FACTS_BYTES = 214
 _NO_STEP = -1
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass
@@ -56,7 +57,7 @@ class ProgressFile:
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             data = _line(step) if step is not None else self._last_line(self._descriptor)
             if whole:
-                text = json.dumps(self._facts, separators=(",", ":")).encode()
+                text = _compact(self._facts).encode()
                 data += text.ljust(_FACTS_BYTES - 1) + b"\n"
             os.pwrite(self._descriptor, data, 0)
         except OSError as error:
