@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.cli import parse
 from launcher.config import Config
-from launcher.errors import UsageError
+from launcher.errors import ExitCode, UsageError
 from launcher.schedulers import hosts, settings_from_scheduler, slurm_port
 
 SLURM: Mapping[str, Mapping[str, str]] = json.loads(
     (Path(__file__).parent / "environs/slurm.json").read_text()
 )
 """Recorded in steps and scripts of Slurm 22.05."""
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 JOB = {"JOB_COMPLETION_INDEX": "3", "HOSTNAME": "train-3", "PET_NNODES": "4"}
 JOBSET = {**JOB, "HOSTNAME": "big-run-nodes-0-3", "JOBSET_NAME": "big-run", "JOB_UID": "7d1f"}
@@ -173,6 +177,71 @@ def test_a_jobset(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_pods_are_not_asked(change: dict[str, str]) -> None:
     """One pod alone, and a pod in its host's network: its name says nothing of others."""
     assert said(JOB | change) == {}
+
+
+def manifest(name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The documents in a file by kind, and what it says of the Job."""
+    documents = {one["kind"]: one for one in yaml.safe_load_all((CONFIGS / name).read_text())}
+    if "Job" in documents:
+        return documents, documents["Job"]["spec"]
+    (replicated,) = documents["JobSet"]["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == 1
+    return documents, replicated["template"]["spec"]
+
+
+def environ_of_pod(documents: Mapping[str, dict[str, Any]], spec: Mapping[str, Any]) -> dict[str, str]:
+    """What Kubernetes sets in the last pod of the Job, which has the labels that controllers set."""
+    if "Job" in documents:
+        job = documents["Job"]["metadata"]["name"]
+        labels = {"batch.kubernetes.io/job-name": job, "batch.kubernetes.io/controller-uid": "u-1"}
+    else:
+        jobset = documents["JobSet"]["metadata"]["name"]
+        job = f"{jobset}-{documents['JobSet']['spec']['replicatedJobs'][0]['name']}-0"
+        labels = {"jobset.sigs.k8s.io/jobset-name": jobset, "jobset.sigs.k8s.io/jobset-uid": "u-1"}
+    environ = {"JOB_COMPLETION_INDEX": str(spec["completions"] - 1)}
+    environ["HOSTNAME"] = f"{job}-{environ['JOB_COMPLETION_INDEX']}"
+    for variable in spec["template"]["spec"]["containers"][0]["env"]:
+        path = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
+        key = path.removeprefix("metadata.labels['").removesuffix("']")
+        environ[variable["name"]] = variable["value"] if "value" in variable else labels[key]
+    return environ
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("job.yaml", "train-0.train"), ("jobset.yaml", "train-nodes-0-0.train")]
+)
+def test_pods_of_the_manifests_meet(name: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents, spec = manifest(name)
+    (container,) = spec["template"]["spec"]["containers"]
+    options = [argument for argument in container["args"] if argument.startswith("--")]
+    config = configure(monkeypatch, environ_of_pod(documents, spec), *options)
+    assert config.nnodes == (spec["parallelism"],) * 2 == (spec["completions"],) * 2
+    assert (config.rdzv_endpoint, config.rdzv_id) == ((first, 29400), "u-1")
+    assert config.grace < spec["template"]["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_the_name_of_the_first_pod_is_the_services() -> None:
+    documents, spec = manifest("job.yaml")
+    service = documents["Service"]
+    assert service["metadata"]["name"] == documents["Job"]["metadata"]["name"]
+    assert service["metadata"]["name"] == spec["template"]["spec"]["subdomain"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": service["metadata"]["name"]}
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "jobset.yaml"])
+def test_the_manifests_know_the_exit_codes(name: str) -> None:
+    """Saved and left is no failure; what would only fail again is not tried again."""
+    _, spec = manifest(name)
+    pod = spec["template"]["spec"]
+    rules = [rule for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
+    said = {code: rule["action"] for rule in rules for code in rule["onExitCodes"]["values"]}
+    assert said.pop(ExitCode.PREEMPTED) == "Ignore"
+    final = {ExitCode.BAD_USAGE, ExitCode.CRASH_LOOP, ExitCode.NOT_EXECUTABLE, ExitCode.NOT_FOUND}
+    assert said == dict.fromkeys(final, "FailJob")
+    assert {rule["onExitCodes"]["containerName"] for rule in rules} == {pod["containers"][0]["name"]}
+    assert pod["restartPolicy"] == "Never"
+    assert {"/dev/shm"} <= {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
 
 
 @pytest.mark.parametrize(
