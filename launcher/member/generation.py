@@ -69,7 +69,7 @@ class Generation:
     def start(self) -> None:
         """Begin to hear and to speak."""
         for run in (self._run_reader, self._run_writer):
-            threading.Thread(target=self._guarded, args=(run,), daemon=True).start()
+            threading.Thread(target=self._guarded, args=(run,), name="generation", daemon=True).start()
 
     def say(self, message: Message) -> None:
         """Have all nodes hear `message`; returns at once."""

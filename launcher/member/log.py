@@ -18,7 +18,7 @@ from launcher.member.stores import Store
 
 __all__ = ["Entry", "Reader", "Writer"]
 
-_LONG = timedelta(seconds=30)  # of waiting for an entry at a time
+_WHILE = timedelta(seconds=2)  # of waiting for an entry at a time
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Reader:
         self._next = 0
 
     def next(self) -> Entry | None:
-        """Wait for the next entry; None: there is none yet, after a long time.
+        """Wait for the next entry; None: there is none yet, after a while.
 
         Raises RuntimeError if the store is gone.
         """
         key = f"log/{self._next}"
         try:
-            self._store.wait([key], _LONG)
+            self._store.wait([key], _WHILE)
         except DistStoreError:
             return None
         entry = _decode(self._store.get(key))
