@@ -101,6 +101,10 @@ class Slurm:
             )
 
     def stop(self) -> None:
+        """Also what a test that failed has left behind."""
+        if self("squeue", "-h").stdout:
+            self("scancel", "--user", getpass.getuser())
+            wait_until(lambda: not self("squeue", "-h").stdout)
         for daemon in reversed(self.daemons):
             daemon.terminate()
             daemon.wait(PATIENCE)
