@@ -42,8 +42,12 @@ class Rendezvous:
     `backend` is "c10d", "static", "etcd-v2", "etcd" or another one that torch's registry knows. `endpoint` is
     host and port. `node_rank` is this node's number with "static", where all `max_nodes` nodes must come.
     `local_addr` is the address at which other nodes reach this one; None: found by the way to the
-    endpoint. `conf` is what torchrun takes as --rdzv-conf: `join_timeout`, `last_call_timeout`,
-    `keep_alive_interval`, `keep_alive_max_attempt`, `read_timeout`, all in seconds, `is_host` and others.
+    endpoint. `conf` is what torchrun takes as --rdzv-conf; unless given, `join_timeout` is 600 s,
+    `last_call_timeout` 2 s, `read_timeout` (for somebody to answer at the endpoint) 60 s, `keep_alive_interval`
+    1 s and `keep_alive_max_attempt` 10; `is_host` says whether to serve the store of "c10d" and "static", which
+    is otherwise done by the first process on the endpoint's machine.
+
+    A node beyond `max_nodes` waits, without a limit, until another one is lost or the job has ended.
     """
 
     backend: str
