@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["MARK", "exit_on_sigterm", "kill_marked", "marked", "remove_leftovers"]
+__all__ = ["MARK", "contained", "exit_on_sigterm", "kill_marked", "marked", "remove_leftovers"]
 
 MARK = "SHARDCKPT_BENCH_WORLD"
 """The variable that holds a text of a world's own, in its processes and whatever they start."""
@@ -17,16 +21,57 @@ MARK = "SHARDCKPT_BENCH_WORLD"
 _SHARED = (Path("/dev/shm"), Path("/tmp/ckpt_sock"))
 _POLL_SECONDS = 0.01
 _GONE_SECONDS = 10.0
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def exit_on_sigterm() -> None:
-    """Have SIGTERM end this process by SystemExit, so that what it has started is ended and removed."""
+    """Have SIGTERM and SIGHUP end this process by SystemExit, so that what it has started is ended, removed."""
 
-    def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.exit(128 + signal.SIGTERM)
+    def end(signum: int, _: object) -> None:
+        for one in _ENDING:
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(128 + signum)
 
-    signal.signal(signal.SIGTERM, end)
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(one) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(one, end)
+
+
+@contextmanager
+def _deferred() -> Iterator[None]:
+    """Signals that end this process do so when the context does, not in the middle of it."""
+    came: list[int] = []
+    handlers = {one: signal.getsignal(one) for one in _ENDING}
+    for one, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(one, lambda signum, _: came.append(signum))
+    try:
+        yield
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def contained(mark: str) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """subprocess.Popen for processes with the mark. Whatever ends the context, nothing of them is left then."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str], *, env: dict[str, str], **options: Any) -> subprocess.Popen[bytes]:
+        with _deferred():  # or one that has just been started might not be known
+            started.append(subprocess.Popen(command, env={**env, MARK: mark}, **options))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        with _deferred():
+            kill_marked(mark)
+            for process in started:
+                process.kill()
+                process.wait()
 
 
 def marked(mark: str) -> list[int]:

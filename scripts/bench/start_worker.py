@@ -1,7 +1,7 @@
 """A rank of scripts/bench/start: joins, reduces once, notes the time, then waits to be killed.
 
-Appends a line "ROUND RANK PID TIME" to the file named by its argument. In the last round (the second
-argument) it ends instead of waiting.
+Appends a line "NODE WORLD PID TIME" to the file named by its argument, where NODE is the BENCH_NODE of its
+environment. While there is a file of that name and ".deaf", it ignores SIGTERM.
 """
 
 import os
@@ -12,8 +12,9 @@ import time
 import torch
 import torch.distributed as dist
 
-log, rounds = sys.argv[1], int(sys.argv[2])
-restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+log = sys.argv[1]
+if os.path.exists(f"{log}.deaf"):  # noqa: PTH110 - pathlib would be imported in the time that is measured
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 dist.init_process_group("gloo")
 total = torch.ones(1)
@@ -21,8 +22,8 @@ dist.all_reduce(total)
 now = time.time()
 assert total.item() == dist.get_world_size()
 
-line = f"{restarts} {dist.get_rank()} {os.getpid()} {now:.6f}\n"
+line = f"{os.environ['BENCH_NODE']} {dist.get_world_size()} {os.getpid()} {now:.6f}\n"
 fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 os.write(fd, line.encode())
-if restarts + 1 < rounds:
+while True:
     signal.pause()
