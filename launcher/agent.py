@@ -175,6 +175,7 @@ class Agent:
     def _after(self, round_: Round, event: Event) -> Round:
         """The round after `event`. A scheduler's signal asks to save and leave, where workers can save."""
         if isinstance(event, StopRequested) and not self._insists(round_):
+            self._look_at_progress()
             if event.signum in DRAIN_SIGNALS and self._can_resume:
                 self._leave_by = time.monotonic() + self.config.grace
                 self._teller.told_to_leave(event.signum, self.config.grace)
@@ -372,7 +373,6 @@ class Agent:
     def _look(self, round_: Round) -> None:
         """Read how far the workers are, and see what follows from it."""
         progress = self._look_at_progress()
-        self._can_resume = self._can_resume or self._can_drain()
         self._teller.sampled(progress, round_)
         if self._recovery is not None and round_.phase is Phase.RUNNING:
             timeline = self._recovery.timeline(self._files, progress)
@@ -388,6 +388,7 @@ class Agent:
             progress = read_progress(files.progress)
             if progress is not None:
                 self._progress[rank] = progress
+        self._can_resume = self._can_resume or self._can_drain()
         return self._progress
 
     def _look_for_hang(self, round_: Round) -> None:

@@ -38,6 +38,7 @@ def serve(*, is_warm: bool) -> None:
     processes.adopt_orphans()
     # Signals are for the agent to decide about; a scheduler sends them to every process of a job.
     handlers = {name: signal.signal(getattr(signal, name), signal.SIG_IGN) for name in _HELD}
+    handlers["SIGUSR1"] = signal.SIG_IGN  # a worker that does not handle it lives on, and is asked to save
     started = time.monotonic()
     error = _warm_up(orders) if is_warm else None
     zygote = _Zygote(orders, handlers, forks_warm=is_warm and error is None)

@@ -32,7 +32,7 @@ from launcher.restart import Again, Decision, Finish, GiveUp, History
 from launcher.round import Phase, Round, Wish
 from launcher.run_dir import RankFiles, RunDir
 from launcher.status import Status, StatusBoard
-from launcher.wording import count
+from launcher.wording import count, name_ranks
 
 __all__ = ["Teller"]
 
@@ -163,7 +163,7 @@ class Teller:
         self._console.follow(files, self._config.shown)
         workers = count(plan.world, "worker")
         if plan.nodes > 1:
-            workers += f" on {plan.nodes} nodes, ranks {plan.ranks[0]}-{plan.ranks[-1]} here"
+            workers += f" on {plan.nodes} nodes, {name_ranks(plan.ranks)} here"
         logs = _short(files[0].out.parent)
         self._console.say(f"round {plan.number}: {workers}, output in {logs}", style=_DIM)
         self._journal.record(

@@ -283,9 +283,12 @@ class Checkpointer:
             handle = self._start(step, state, metrics, self._due(step))
         if handle is None or scope is Scope.DURABLE or not self._session.outlives_trainer:
             handle = self.save(step, state, metrics)
+        # Other nodes may go on at once without this one, and find only what is durable.
+        is_alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        is_staging_enough = self._session.outlives_trainer and (is_alone or scope is Scope.MEMORY)
         error: SaveError | None = None
         try:
-            handle.wait(MEMORY if self._session.outlives_trainer else None)
+            handle.wait(MEMORY if is_staging_enough else None)
         except SaveError as failure:
             error = failure
         agree(self._ranks, error)

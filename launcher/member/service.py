@@ -32,7 +32,7 @@ __all__ = ["Member"]
 _GREETING = 10.0  # seconds for all nodes of a generation to say hello; else there is to be another one
 _UNREACHABLE = 5.0  # seconds without an answer of the store, after which this node is on its own
 _FAREWELL = 2.0  # seconds for each thing that is done when leaving
-_LINGER = 10.0  # seconds that a store is served after its node has left in peace
+_LINGER = 10.0  # seconds that a store is served after the job's end
 _ASK_WAITING = 1.0  # seconds between two looks at who waits to be taken in
 
 
@@ -72,7 +72,7 @@ class Member:
         if finished and self._meeting is not None:
             self._try(self._meeting.end_job)
         self._withdraw()
-        self._linger(_LINGER)
+        self._linger(_LINGER if finished else math.inf)
 
     def desert(self) -> None:
         """The agent is dead, or has heard of a failure: tell the others, and return when they can do without."""
