@@ -283,7 +283,9 @@ class Teller:
         assert round_.team is not None
         me = round_.team.rank
         speaker = min(set(range(round_.team.size)) - set(round_.lost), default=me)
-        lines = verdict.render() if me in (speaker, verdict.node) else verdict.render()[:2]
+        lines = verdict.render()
+        if me not in (speaker, verdict.node):
+            lines = [*lines[:2], lines[-1]]
         self._console.say(*lines, style=_ALARM, level=Level.ERROR)
         self._board = self._board.failed(_kind(verdict))
         self._journal.record("failure", **asdict(verdict))
