@@ -228,9 +228,12 @@ class Teller:
         self._journal.record(
             "hang", round=self._board.round, summary=taken.summary, directory=taken.directory
         )
-        first = f"no progress for {still:.0f} s; stacks in {_short(Path(taken.directory))}"
-        lines = [] if is_in_verdict else [f"  {line}" for line in taken.summary]
-        self._console.say(first, *lines, style=_WARN, level=Level.WARNING)
+        where = f"stacks of all workers here: {_short(Path(taken.directory))}"
+        if is_in_verdict:
+            self._console.say(where, style=_DIM)
+        else:
+            lines = [f"  {line}" for line in (*taken.summary, where)]
+            self._console.say(f"no progress for {still:.0f} s:", *lines, style=_WARN, level=Level.WARNING)
 
     def stopping(self, round_: Round, grace: float) -> None:
         if round_.stop_signal is not None and round_.phase is Phase.STOPPING:
