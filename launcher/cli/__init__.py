@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ __all__ = ["main", "parse"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `launch` with `argv` (default: the process's own), and return its exit code."""
+    _open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _control(words) if asks_a_job(words) else _launch(words)
@@ -22,6 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:  # before there was anything to stop, or after everything was
         return 128 + 2
+
+
+def _open_streams() -> None:
+    """Put /dev/null where a stream is closed (`launch … >&-`), or sockets would get the workers' descriptors."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _control(words: list[str]) -> int:
