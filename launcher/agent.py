@@ -13,10 +13,11 @@ from types import TracebackType
 
 from launcher.backlog import Backlog, Drain
 from launcher.command import Kind
+from launcher.condition import Condition, look_at_what_is_left
 from launcher.config import Config
 from launcher.control import RECORD, Control
 from launcher.diagnosis import find_culprit, fingerprint, gather, judge
-from launcher.errors import ExitCode, InternalError, UsageError, shell_code
+from launcher.errors import ExitCode, InternalError, RunDirError, UsageError, shell_code
 from launcher.events import (
     Asked,
     DeadlinePassed,
@@ -29,14 +30,13 @@ from launcher.events import (
     StopRequested,
     Tick,
     WorkerStarted,
-    ZygoteLost,
     ZygoteReady,
 )
 from launcher.gpus import holders
 from launcher.membership import Alone, Membership, Rendezvous, Together
 from launcher.monitor import Monitor
 from launcher.oom import OomWatch
-from launcher.processes import Subreaper
+from launcher.processes import Subreaper, descendants
 from launcher.progress import Progress, read_progress
 from launcher.recovery import Recovery
 from launcher.rendezvous import meet
@@ -68,25 +68,27 @@ class Agent:
     """Runs one job on this node. Enter it as a context, then call `run`, once.
 
     On leaving the context no process that it started exists any more, but for a saver that still
-    persists when it is not waited for any longer, and the node's part in the rendezvous while other nodes
-    depend on it.
+    persists when it is not waited for any longer, the node's part in the rendezvous while other nodes
+    depend on it, and processes that even SIGKILL does not end.
     """
 
     def __init__(self, config: Config, zygote: Zygote, reaper: Subreaper) -> None:
         self.config = config
         self._zygote = zygote
         self._reaper = reaper
-        try:
+        with ExitStack() as undo:
+            undo.callback(zygote.close)
             if config.is_alone:
                 with meet(config.master_addr, config.master_port):
                     pass  # what is wrong with them is found before anything is changed
             self._run_dir = RunDir(config.directory, config.logs, is_shared=not config.is_alone)
+            undo.callback(self._run_dir.close)
             self._teller = Teller(config, self._run_dir)
+            undo.callback(self._teller.close)
             self._control = Control(self._run_dir.own / RECORD)
+            undo.callback(self._control.close)
             self._membership = _membership(config, self._run_dir, reaper)
-        except BaseException:
-            zygote.close()
-            raise
+            undo.pop_all()
         self._monitor = Monitor()
         self._saver = Saver(self._run_dir.saver_log, reaper)
         self._backlog: Backlog | None = None  # of the saver that runs
@@ -102,6 +104,7 @@ class Agent:
         self._recovery: Recovery | None = None
         self._can_resume = False  # workers have said that they can save when they are asked to
         self._leave_by: float | None = None  # monotonic: when a scheduler will have lost its patience
+        self._left: list[Condition] = []  # processes that nothing can end
 
     def __enter__(self) -> Agent:
         self._monitor.__enter__()
@@ -114,7 +117,7 @@ class Agent:
         exc: BaseException | None,
         exc_traceback: TracebackType | None,
     ) -> None:
-        self._zygote.close()
+        self._zygote.close(0.0 if self._left else _KILL_PATIENCE)
         self._saver.close()
         self._membership.close()
         self._control.close()
@@ -137,6 +140,8 @@ class Agent:
                 self._attend(event, round_)
                 if round_.phase is not before.phase:
                     self._enter(round_)
+                elif round_.phase is Phase.DRAINING and round_.wishes != before.wishes:
+                    self._request_drain(round_)
                 if round_.phase is Phase.SETTLED:
                     break
             decision = self._conclude(round_)
@@ -149,19 +154,18 @@ class Agent:
         """Come together with the other nodes, or with those of the round before after a pause."""
         self._history = decision.history
         self._forget_round()
-        if round_.team is not None:
-            self._monitor.set_deadline(decision.pause)
-        else:
-            self._monitor.set_deadline(None)
-            self._teller.gathering()
-            self._membership.join(
-                {
-                    "host": os.uname().nodename,
-                    "job": _fingerprint(self.config),
-                    "history": self._history.to_json(),
-                }
-            )
+        self._monitor.set_deadline(decision.pause)
         return round_
+
+    def _join(self) -> None:
+        self._teller.gathering()
+        self._membership.join(
+            {
+                "host": os.uname().nodename,
+                "job": _fingerprint(self.config),
+                "history": self._history.to_json(),
+            }
+        )
 
     def _forget_round(self) -> None:
         self._files: dict[int, RankFiles] = {}
@@ -169,6 +173,7 @@ class Agent:
         self._progress: dict[int, Progress] = {}
         self._stillness = Stillness()
         self._looked = self._started = time.monotonic()
+        self._drain_began: float | None = None
         self._has_told_hang = False
         self._meeting.close()
 
@@ -177,10 +182,7 @@ class Agent:
         if isinstance(event, StopRequested) and not self._insists(round_):
             self._look_at_progress()
             if event.signum in DRAIN_SIGNALS and self._can_resume:
-                self._leave_by = time.monotonic() + self.config.grace
-                self._teller.told_to_leave(event.signum, self.config.grace)
-                self._wish(round_, "leave")
-                return round_
+                return self._leave(round_, event.signum)
             if event.signum == signal.SIGUSR1:
                 self._teller.cannot_save(event.signum)
                 return round_
@@ -190,10 +192,19 @@ class Agent:
     def _insists(self, round_: Round) -> bool:
         return round_.stop_signal is not None or self._leave_by is not None
 
-    def _wish(self, round_: Round, reason: str, slots: int | None = None) -> None:
-        """Tell all nodes why the round should end at its next step boundary."""
+    def _leave(self, round_: Round, signum: int) -> Round:
+        """Save and end in the grace that the scheduler gives; at once where this node is in no team."""
+        self._leave_by = time.monotonic() + self.config.grace
+        if round_.team is None:
+            return round_.after(Heard(0, Wish("leave", 0, can_drain=False).to_json()))
+        self._teller.told_to_leave(signum, self.config.grace)
+        self._wish(round_, "leave")
+        return round_
+
+    def _wish(self, round_: Round, reason: str, *, slots: int | None = None, at_once: bool = False) -> None:
+        """Tell all nodes why the round should end, at its next step boundary or `at_once`."""
         assert round_.team is not None
-        wish = Wish(reason, round_.team.rank, self._can_drain(), slots)
+        wish = Wish(reason, round_.team.rank, self._can_drain() and not at_once, slots)
         self._membership.say(wish.to_json())
 
     def _can_drain(self) -> bool:
@@ -212,6 +223,8 @@ class Agent:
                     self._addr = hellos[rank]["addr"]
                     self._teller.joined(event)
                 self._get_ready(round_)
+            case DeadlinePassed() if round_.phase is Phase.GATHERING and round_.team is None:
+                self._join()
             case DeadlinePassed() if round_.phase is Phase.GATHERING:
                 self._get_ready(round_)
             case Heard(node=node, message=message):
@@ -242,11 +255,13 @@ class Agent:
             case Phase.DRAINING:
                 self._request_drain(round_)
             case Phase.DIAGNOSING:
-                self._teller.hangs(self._stillness.longest)
+                self._teller.hangs(self._still, is_draining=self._drain_began is not None)
                 self._monitor.set_deadline(_DIAGNOSIS_PATIENCE)
                 self._take_stacks(round_)
             case Phase.STOPPING | Phase.KILLING:
                 self._stop_workers(round_)
+            case Phase.SETTLED if round_.cut_off is not None and self._files:
+                self._teller.workers_ended(self._look_at_progress(), round_)
             case Phase.OVER:
                 self._monitor.set_deadline(None)
                 self._teller.workers_ended(self._look_at_progress(), round_)
@@ -283,11 +298,20 @@ class Agent:
 
     def _request_drain(self, round_: Round) -> None:
         """Have the workers save at their next step boundary, and end."""
-        tiers = round_.wishes[0].tiers if round_.wishes else "durable"
-        reason = "preemption" if tiers == "durable" else "restart"
-        self._run_dir.request_drain(reason, tiers)
+        now, grace = time.monotonic(), self.config.grace
+        self._drain_began = now if self._drain_began is None else self._drain_began
+        tiers = round_.drain_tiers
         if self._leave_by is not None:
-            self._monitor.set_deadline(_DRAIN_SHARE * self.config.grace)
+            self._monitor.set_deadline(self._leave_by - now - (1 - _DRAIN_SHARE) * grace)
+        elif not round_.wishes and not self._can_drain():
+            self._monitor.set_deadline(
+                grace
+            )  # one has left by itself, and the others may wait for it for ever
+        try:
+            self._run_dir.request_drain("preemption" if tiers == "durable" else "restart", tiers)
+        except RunDirError as error:
+            self._teller.cannot_ask(str(error))
+            self._monitor.set_deadline(0.0)
 
     def _stop_workers(self, round_: Round) -> None:
         """Signal all that is left of a round, and set the time that it has to disappear."""
@@ -334,7 +358,7 @@ class Agent:
             has_drained=round_.has_drained,
             deaths=deaths,
             trouble=round_.trouble_in_words,
-            is_stuck=isinstance(round_.trouble, DeadlinePassed),
+            is_stuck=round_.is_stuck,
             step=max(steps, default=None),
             hang=round_.hang,
         )
@@ -362,9 +386,9 @@ class Agent:
             has_saver = self._backlog is not None
             self._teller.concluded(round_, decision, self._history, has_saver=has_saver)
             self._recovery = None
-        if isinstance(round_.trouble, DeadlinePassed):
-            self._teller.stuck(holders())
-        if isinstance(round_.trouble, ZygoteLost) and isinstance(decision, Again):
+        if round_.is_stuck:
+            self._tell_what_is_left()
+        if self._zygote.lost is not None and isinstance(decision, Again):
             self._replace_zygote()
         return decision
 
@@ -379,8 +403,9 @@ class Agent:
             if timeline is not None:
                 self._teller.recovered(timeline)
                 self._recovery = None
-        if round_.phase is Phase.RUNNING:
+        if round_.phase in (Phase.RUNNING, Phase.DRAINING):
             self._look_for_hang(round_)
+        if round_.phase is Phase.RUNNING:
             self._look_for_newcomers(round_)
 
     def _look_at_progress(self) -> Mapping[int, Progress]:
@@ -397,14 +422,21 @@ class Agent:
         self._stillness = self._stillness.after(steps, now - self._looked)
         self._looked = now
         timeout = self.config.hang_timeout
-        still = self._stillness.longest
-        if timeout and still >= timeout:
+        still = self._still
+        if timeout and still >= timeout and not round_.leavers:  # who leaves has --grace
             self._membership.say({"kind": "hang"})
         elif timeout is None and still < _HANG_REPORT:
             self._has_told_hang = False
         elif timeout is None and not self._has_told_hang:
             self._has_told_hang = True
             self._take_stacks(round_)
+
+    @property
+    def _still(self) -> float:
+        """Seconds for which workers have made no progress, or have not done what they were asked to."""
+        if self._drain_began is not None:
+            return time.monotonic() - self._drain_began
+        return self._stillness.longest
 
     def _look_for_newcomers(self, round_: Round) -> None:
         """Have nodes taken in that wait, when the workers can save, or never will be able to."""
@@ -423,7 +455,7 @@ class Agent:
         for client in askers:
             self._control.answer(client, {"summary": list(taken.summary), "directory": taken.directory})
         if round_.is_hung or not askers:
-            self._teller.stacks(taken, self._stillness.longest, is_in_verdict=round_.is_hung)
+            self._teller.stacks(taken, self._still, is_in_verdict=round_.is_hung)
 
     def _answer(self, asked: Asked, round_: Round) -> None:
         """Do what `launch status`, `scale` and the others ask this job for."""
@@ -437,14 +469,15 @@ class Agent:
                 self._monitor.push(StopRequested(signal.SIGTERM), StopRequested(signal.SIGTERM))
             case "stop":
                 self._monitor.push(StopRequested(signal.SIGTERM))
-            case _ if round_.phase is not Phase.RUNNING:
-                answer = {
-                    "error": f"no round is running: it is {self._teller.phase}; ask again later"
-                }
-            case "stacks":
+            case "restart" if round_.phase is Phase.DRAINING and not round_.leavers:
+                self._wish(round_, "restart", at_once=True)
+                answer = {"at_once": True}
+            case "stacks" if round_.phase in (Phase.RUNNING, Phase.DRAINING):
                 self._stack_askers.append(asked.client)
                 self._take_stacks(round_)
                 return
+            case _ if round_.phase is not Phase.RUNNING:
+                answer = {"error": f"no round is running: it is {self._teller.phase}; ask again later"}
             case "restart":
                 self._wish(round_, "restart")
             case "scale":
@@ -456,8 +489,15 @@ class Agent:
             replace(self.config, nproc=slots, min_nproc=min(slots, self.config.min_nproc))
         except UsageError as error:
             return {"error": str(error)}
-        self._wish(round_, "scale", slots)
+        self._wish(round_, "scale", slots=slots)
         return {"from": len(round_.plan.slots), "to": slots}
+
+    def _tell_what_is_left(self) -> None:
+        """Nothing can end these processes: tell of them, and wait for them no longer."""
+        left = map(look_at_what_is_left, descendants([self._zygote.pid]))
+        self._left = [process for process in left if process is not None]
+        pids = {process.pid for process in self._left}
+        self._teller.stuck(self._left, [holder for holder in holders() if holder.pid in pids])
 
     # -- zygote and saver
 

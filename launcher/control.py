@@ -7,7 +7,8 @@ user and root. A client sends one line, `{"verb": "scale", "number": 6}`, and ge
 verb     number           what the client wants
 status                    how the job is
 stacks                    where every worker is, without disturbing it
-restart                   a new round, begun at a step boundary where the workers can do that
+restart                   a new round, begun at a step boundary where the workers can do that; asked
+                          again before they are there, at once: the answer has the key "at_once"
 scale    workers          that many workers on this node from now on
 stop                      save, then end: as SIGTERM
 kill                      end at once: as a second SIGTERM

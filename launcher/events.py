@@ -80,6 +80,7 @@ class ZygoteLost:
 
     code: int
     at: float
+    is_ours: bool = False  # the agent has killed it, because it was not to start any workers
 
 
 @dataclass(frozen=True, slots=True)

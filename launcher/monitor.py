@@ -72,6 +72,7 @@ class Monitor:
 
     def set_deadline(self, seconds: float | None) -> None:
         """Yield `DeadlinePassed` in `seconds` from now, or not at all; replaces the one before."""
+        self._pending = deque(event for event in self._pending if not isinstance(event, DeadlinePassed))
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
     def set_ticks(self, seconds: float | None) -> None:

@@ -50,9 +50,6 @@ class NodeReport:
     is_stuck: bool = False  # processes are left that nothing can end: no more rounds on this node
     step: int | None = None  # the highest that one of its workers reported
     hang: tuple[str, ...] = ()  # a hang that was diagnosed: what the stacks say, a line each
-    nproc: int = 1  # workers that this node wants in the next round; 0: it cannot have enough
-    left_out: tuple[int, ...] = ()  # local slots (devices) that it will not use any more
-    restarts: int = 0  # by its count, of the whole job
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,5 +61,4 @@ class NodeReport:
             plain,
             deaths=tuple(Death.from_json(death) for death in value["deaths"]),
             hang=tuple(value["hang"]),
-            left_out=tuple(value["left_out"]),
         )

@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.errors import ExitCode, shell_code
-from launcher.events import MemberFailed
 from launcher.report import Death
 from launcher.round import Round
+from launcher.wording import count
 
 __all__ = ["Again", "Decision", "Failure", "Finish", "GiveUp", "History", "Limits", "decide"]
 
 _LONGEST_PAUSE = 30.0
+_JOIN_ATTEMPTS = 5  # in a row, of which none brings this node into a team
 _MEMBER_CODES = {
     "usage": ExitCode.BAD_USAGE,
     "unavailable": ExitCode.UNAVAILABLE,
+    "lost": ExitCode.UNAVAILABLE,
     "closed": ExitCode.UNAVAILABLE,
     "quorum": ExitCode.QUORUM_LOST,
 }
@@ -46,6 +48,7 @@ class History:
     restarts: int = 0  # after failures, since the job's start
     best_step: int | None = None  # the highest that any round has reported
     failures: tuple[Failure, ...] = ()  # since the last progress
+    failed_joins: int = 0  # in a row, of this node alone; a node that has joined has none
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,6 +103,8 @@ class GiveUp:
 
 Decision = Again | Finish | GiveUp
 
+_STUCK = GiveUp(ExitCode.INTERNAL, "no more rounds where processes are left that nothing can end")
+
 
 def decide(
     round_: Round, culprit: Death | None, fingerprint: str | None, history: History, limits: Limits
@@ -111,39 +116,57 @@ def decide(
     """
     if round_.stop_signal is not None:
         return Finish(128 + round_.stop_signal)
-    if isinstance(round_.trouble, MemberFailed):
-        return _after_exclusion(round_.trouble, history)
+    if round_.cut_off is not None:
+        return _after_exclusion(round_, history)
     reports = round_.reports.values()
     step = max((report.step for report in reports if report.step is not None), default=None)
     if reports and all(report.has_finished for report in reports) and not round_.lost:
         return Finish(ExitCode.OK)
-    if any(report.is_stuck for report in reports):
-        return GiveUp(ExitCode.INTERNAL, "no more rounds where processes are left that nothing can end")
     if round_.leavers:
         return _after_leave(round_, history.after_step(step), limits)
+    if _is_stuck(round_):
+        return _STUCK
     if round_.lost:
         reason = "going on without it" if len(round_.lost) == 1 else "going on without them"
         return Again(history.after_step(step), reason, same_team=False)
-    if all(report.has_drained for report in reports) or (round_.wishes and culprit is None):
+    is_asked = bool(round_.wishes) and culprit is None and not round_.is_hung
+    if is_asked or all(report.has_drained for report in reports):
         return _after_drain(round_, history.after_step(step))
     failure = Failure(step, "a hang" if round_.is_hung else fingerprint)
     return _after_failure(round_, culprit, failure, history.after_step(step), limits)
 
 
-def _after_exclusion(trouble: MemberFailed, history: History) -> Decision:
-    if trouble.kind == "lost":
-        return Again(history, "joining again", same_team=False)
-    return GiveUp(_MEMBER_CODES.get(trouble.kind, ExitCode.INTERNAL), trouble.reason)
+def _after_exclusion(round_: Round, history: History) -> Decision:
+    assert round_.cut_off is not None
+    if round_.is_stuck:
+        return _STUCK
+    failed = 0 if round_.team is not None else history.failed_joins + 1
+    if round_.cut_off.kind == "lost" and failed < _JOIN_ATTEMPTS:
+        after = replace(history, failed_joins=failed)
+        return Again(after, "joining again", _pause(failed + 1), same_team=False)
+    return GiveUp(_MEMBER_CODES.get(round_.cut_off.kind, ExitCode.INTERNAL), round_.cut_off.reason)
+
+
+def _pause(failures: int) -> float:
+    """Seconds to wait after so many in a row: none after the first."""
+    return 0.0 if failures <= 1 else min(2.0 ** (failures - 3), _LONGEST_PAUSE)
 
 
 def _after_leave(round_: Round, history: History, limits: Limits) -> Decision:
-    assert round_.team is not None
+    if round_.team is None:
+        return Finish(ExitCode.PREEMPTED, is_final=False)
     left = round_.team.size - len(round_.leavers | set(round_.lost))
     if left < limits.min_nodes:
         return Finish(ExitCode.PREEMPTED)
     if round_.team.rank in round_.leavers:
         return Finish(ExitCode.PREEMPTED, is_final=False)
+    if _is_stuck(round_):
+        return _STUCK
     return Again(history, "going on without the nodes that were told to leave", same_team=False)
+
+
+def _is_stuck(round_: Round) -> bool:
+    return any(report.is_stuck for report in round_.reports.values())
 
 
 def _after_drain(round_: Round, history: History) -> Decision:
@@ -172,10 +195,9 @@ def _after_failure(
     spent = len(after.failures)
     if spent > limits.max_restarts:
         return GiveUp(_code(round_, culprit), _used_up(spent - 1, history.best_step))
-    pause = 0.0 if spent == 1 else min(2.0 ** (spent - 3), _LONGEST_PAUSE)
     since = "" if history.best_step is None else " without progress"
     reason = f"{spent} of at most {limits.max_restarts} restarts{since}"
-    return Again(after, reason, pause, same_team=not round_.waiting)
+    return Again(after, reason, _pause(spent), same_team=not round_.waiting)
 
 
 def _code(round_: Round, culprit: Death | None) -> int:
@@ -188,4 +210,4 @@ def _used_up(restarts: int, best_step: int | None) -> str:
     if not restarts:
         return "no restarts allowed"
     since = "" if best_step is None else f" without getting beyond step {best_step}"
-    return f"{restarts} restart{'s' if restarts > 1 else ''} used up{since}"
+    return f"{count(restarts, 'restart')} used up{since}"

@@ -58,7 +58,7 @@ class Wish:
     """leave: a node was told to end; join: nodes wait to be taken in; scale, restart: a user asks for it."""
     node: int
     can_drain: bool  # else the workers are stopped where they are
-    slots: int | None = None  # to scale this node to
+    slots: int | None = None  # to scale that node to
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -73,11 +73,6 @@ class Wish:
     def from_json(cls, message: Mapping[str, Any]) -> Wish:
         return cls(message["reason"], message["node"], message["can_drain"], message["slots"])
 
-    @property
-    def tiers(self) -> str:
-        """Where the save must go: those who go on have it in memory."""
-        return "durable" if self.reason == "leave" else "memory"
-
 
 @dataclass(frozen=True)
 class Round:
@@ -90,7 +85,8 @@ class Round:
     exits_before_stop: int | None = None  # how many had ended when the rest was first told to
     exits_before_kill: int | None = None  # ... when the rest was killed
     wishes: tuple[Wish, ...] = ()
-    trouble: SpawnFailed | ZygoteLost | DeadlinePassed | MemberFailed | None = None
+    trouble: SpawnFailed | ZygoteLost | DeadlinePassed | None = None
+    cut_off: MemberFailed | None = None  # this node is in no team any more
     stop_signal: int | None = None  # someone wants the whole job to end, now
     hang: tuple[str, ...] = ()  # what was found out about it on this node
     is_hung: bool = False
@@ -116,10 +112,11 @@ class Round:
             case DeadlinePassed():
                 return self._after_deadline(event)
             case ZygoteLost() if self.phase is not Phase.GATHERING:
-                return replace(self, trouble=event)._at_least(Phase.OVER)
+                trouble = self.trouble if event.is_ours else event
+                return replace(self, trouble=trouble)._at_least(Phase.OVER)
             case MemberFailed():
-                cut_off = replace(self, trouble=event)
-                return cut_off._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)
+                after = replace(self, cut_off=event)
+                return after._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)
             case RoundDrained():
                 return self._at_least(Phase.OVER)
             case _:
@@ -154,6 +151,11 @@ class Round:
         """Of this node, in order of death."""
         return [exit_ for exit_ in self.exits if exit_.code not in (0, ExitCode.PREEMPTED)]
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether processes are left on this node that even SIGKILL does not end."""
+        return isinstance(self.trouble, DeadlinePassed)
+
     def is_ours(self, exit_: WorkerExited) -> bool:
         """Whether a worker of this node ended because it was sent a signal to that end."""
         before = {-signal.SIGTERM: self.exits_before_stop, -signal.SIGKILL: self.exits_before_kill}
@@ -163,8 +165,7 @@ class Round:
     @property
     def has_failed_here(self) -> bool:
         """Whether something went wrong on this node before anything was stopped."""
-        is_failing = isinstance(self.trouble, SpawnFailed | ZygoteLost | DeadlinePassed)
-        return is_failing or any(not self.is_ours(exit_) for exit_ in self.failed_exits)
+        return self.trouble is not None or any(not self.is_ours(exit_) for exit_ in self.failed_exits)
 
     @property
     def is_explained(self) -> bool:
@@ -192,8 +193,6 @@ class Round:
                 return f"the zygote was lost, and all workers with it: {describe_exit(code)}"
             case DeadlinePassed():
                 return "processes are left that do not die of SIGKILL (stuck in a driver or file system)"
-            case MemberFailed(reason=reason):
-                return reason
             case _:
                 return None
 
@@ -201,13 +200,18 @@ class Round:
         """This node's slots for the next round; `culprit` is the worker that failed first, wherever."""
         if self.team is None:
             return slots
-        for wish in self.wishes:
+        for wish in reversed(self.wishes):
             if wish.reason == "scale" and wish.node == self.team.rank and wish.slots is not None:
                 return slots.scaled(wish.slots)
         if culprit is not None and culprit.rank in self.plan.ranks and culprit.step is None:
             return slots.after_failed_start(self.plan.slots[culprit.rank - self.plan.first_rank])
         has_progress = any(report.step is not None for report in self.reports.values())
         return slots.after_progress() if has_progress else slots
+
+    @property
+    def drain_tiers(self) -> str:
+        """Where the workers that are asked to end have to save: those who go on here find it in memory."""
+        return "memory" if self.wishes and not self.leavers else "durable"
 
     @property
     def leavers(self) -> frozenset[int]:
@@ -268,7 +272,8 @@ class Round:
         return after
 
     def _after_stop(self, signum: int) -> Round:
-        insists = self.stop_signal is not None or self.phase is Phase.DRAINING
+        is_leaving = self.team is not None and self.team.rank in self.leavers
+        insists = self.stop_signal is not None or (self.phase is Phase.DRAINING and is_leaving)
         after = replace(self, stop_signal=signum)
         if not self.is_started:
             waits = self.phase is Phase.OVER and not insists
@@ -289,7 +294,7 @@ class Round:
     def _at_least(self, phase: Phase) -> Round:
         if phase.value <= self.phase.value:
             return self
-        if phase is Phase.OVER and isinstance(self.trouble, MemberFailed):
+        if phase is Phase.OVER and self.cut_off is not None:
             phase = Phase.SETTLED  # there is nobody to tell
         after = replace(self, phase=phase)
         if phase.value >= Phase.STOPPING.value and self.exits_before_stop is None:

@@ -128,8 +128,14 @@ class RunDir:
         return files
 
     def request_drain(self, reason: str, tiers: str) -> None:
-        """Ask the workers of this node to save at their next step boundary, and to end."""
-        self.drain.write_text(json.dumps({"reason": reason, "tiers": tiers}) + "\n")
+        """Ask the workers of this node to save at their next step boundary, and to end.
+
+        Raises `RunDirError` if that cannot be written.
+        """
+        try:
+            self.drain.write_text(json.dumps({"reason": reason, "tiers": tiers}) + "\n")
+        except OSError as error:
+            raise RunDirError(f"{self.drain} cannot be written: {error.strerror}") from None
 
     def record(self, line: str) -> None:
         """Append one JSON line to verdicts.jsonl."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from launcher import processes
+from launcher.condition import Condition, look_at
 from launcher.events import Event, StacksTaken
 from launcher.frames import RankStack, Thread, locate_child, parse_dump, read_stack, summarize
 
@@ -186,57 +187,11 @@ def _explain(err: str) -> str:
     return text or "py-spy said nothing"
 
 
-@dataclass(frozen=True)
-class _Process:
-    """What /proc tells about a process."""
-
-    pid: int
-    state: str  # as in /proc/PID/stat; "" if it is gone
-    wchan: str  # where it sleeps in the kernel
-    command: str
-
-    @property
-    def is_still(self) -> bool:
-        """Whether it does not run anyway: then it cannot be stopped for its dump, and need not."""
-        return self.state in ("T", "D")
-
-    @property
-    def kernel(self) -> str | None:
-        what = {"R": "running", "S": "asleep", "D": "in uninterruptible sleep"}.get(self.state)
-        return f"{what} in {self.wchan}" if what and self.wchan else what
-
-    def halt(self, before: _Process) -> str | None:
-        """Why it cannot go on, whatever others do.
-
-        `before` is a look at it some time ago: anybody may be in uninterruptible sleep for a moment.
-        """
-        if self.state in ("", "Z", "X"):
-            return "dead"
-        if self.state == "T":
-            return "stopped by a signal (SIGSTOP)"
-        if self.state == before.state == "D":
-            return f"in uninterruptible sleep{f' in {self.wchan}' if self.wchan else ''}"
-        return None
-
-
-def _look_at(pid: int) -> _Process:
-    def read(name: str) -> str:
-        try:
-            return Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace")
-        except OSError:
-            return ""
-
-    state = read("stat").rpartition(")")[2].split()[:1]
-    wchan = read("wchan").strip()
-    command = read("cmdline").replace("\0", " ").strip()
-    return _Process(pid, state[0] if state else "", wchan if wchan != "0" else "", command)
-
-
 def _take(
     pids: Mapping[int, int], steps: Mapping[int, int | None], directory: Path, dumps: _Dumps
 ) -> StacksTaken:
     """First what is quick, of all; then native frames, as far as time allows."""
-    before = {rank: _look_at(pid) for rank, pid in pids.items()}
+    before = {rank: look_at(pid) for rank, pid in pids.items()}
     found = _parallel(_MAX_PARALLEL, lambda rank: _dump_tree(before[rank], dumps), pids)
     natives = _parallel(
         _MAX_PARALLEL_NATIVE,
@@ -246,7 +201,7 @@ def _take(
     stacks = {}
     directory.mkdir(parents=True, exist_ok=True)
     for rank, pid in pids.items():
-        now, tree, native = _look_at(pid), found[rank], natives.get(rank)
+        now, tree, native = look_at(pid), found[rank], natives.get(rank)
         stacks[rank] = _conclude(rank, before[rank], now, tree, native)
         text = _render(stacks[rank], now, steps.get(rank), tree, native)
         (directory / f"rank-{rank:05d}.txt").write_text(text)
@@ -267,7 +222,7 @@ class _Tree:
     threads: tuple[Thread, ...]  # of the worker
     python_pid: int  # which process these are of: the worker's command need not be Python
     trouble: str | None
-    children: tuple[tuple[_Process, tuple[Thread, ...]], ...]
+    children: tuple[tuple[Condition, tuple[Thread, ...]], ...]
 
     @property
     def is_waiting(self) -> bool:
@@ -275,11 +230,11 @@ class _Tree:
         return read_stack(0, self.python_pid, self.threads).collective is not None
 
 
-def _dump_tree(worker: _Process, dumps: _Dumps) -> _Tree:
+def _dump_tree(worker: Condition, dumps: _Dumps) -> _Tree:
     threads, trouble = _try_dump(worker, dumps)
     children = []
     for pid in processes.descendants([worker.pid])[:_MAX_CHILDREN]:
-        child = _look_at(pid)
+        child = look_at(pid)
         of_child, why = _try_dump(child, dumps)
         if of_child:
             children.append((child, of_child))
@@ -291,14 +246,14 @@ def _dump_tree(worker: _Process, dumps: _Dumps) -> _Tree:
     return _Tree(first[1], first[0].pid, None, tuple(others))
 
 
-def _try_dump(process: _Process, dumps: _Dumps) -> tuple[tuple[Thread, ...], str | None]:
+def _try_dump(process: Condition, dumps: _Dumps) -> tuple[tuple[Thread, ...], str | None]:
     for attempt in range(1, _ATTEMPTS + 1):
-        is_still = _look_at(process.pid).is_still
+        is_still = look_at(process.pid).is_still
         options = ["--nonblocking"] if is_still else []
         try:
             return dumps.dump(process.pid, *options, patience=_DUMP_PATIENCE), None
         except _NoStacks as error:
-            has_halted = not is_still and _look_at(process.pid).is_still
+            has_halted = not is_still and look_at(process.pid).is_still
             may_pass = has_halted or str(error).startswith(_MAY_PASS)
             if attempt == _ATTEMPTS or not may_pass:
                 return (), str(error)
@@ -306,7 +261,7 @@ def _try_dump(process: _Process, dumps: _Dumps) -> tuple[tuple[Thread, ...], str
 
 
 def _dump_native(pid: int, dumps: _Dumps) -> tuple[Thread, ...] | None:
-    if _look_at(pid).is_still:
+    if look_at(pid).is_still:
         return None  # native frames can be read of a process only that py-spy has stopped
     try:
         return dumps.dump(pid, "--native", patience=dumps.seconds_left) or None
@@ -315,7 +270,7 @@ def _dump_native(pid: int, dumps: _Dumps) -> tuple[Thread, ...] | None:
 
 
 def _conclude(
-    rank: int, before: _Process, now: _Process, tree: _Tree, native: tuple[Thread, ...] | None
+    rank: int, before: Condition, now: Condition, tree: _Tree, native: tuple[Thread, ...] | None
 ) -> RankStack:
     """What is said of one rank: native frames tell of waits that Python's do not."""
     if tree.threads or tree.trouble is None:
@@ -349,7 +304,7 @@ def _source_line(file: str, line: int) -> str | None:
 
 def _render(
     stack: RankStack,
-    now: _Process,
+    now: Condition,
     step: int | None,
     tree: _Tree,
     native: tuple[Thread, ...] | None,

@@ -11,6 +11,7 @@ from signal import Signals
 from typing import Any
 
 from launcher.backlog import Backlog, Drain
+from launcher.condition import Condition
 from launcher.config import Config
 from launcher.console import Console, Level, Sink
 from launcher.diagnosis import Verdict
@@ -18,7 +19,6 @@ from launcher.events import (
     Asked,
     Event,
     Joined,
-    MemberFailed,
     SaveFailed,
     SavePersisted,
     SaverEnded,
@@ -219,9 +219,12 @@ class Teller:
         text = f"{name} is ignored: no worker has a Checkpointer that could save"
         self._console.say(text, style=_WARN, level=Level.WARNING)
 
-    def hangs(self, seconds: float) -> None:
-        text = f"no progress for {seconds:.0f} s: looking where the workers are (--hang-timeout)"
-        self._console.say(text, style=_WARN, level=Level.WARNING)
+    def cannot_ask(self, reason: str) -> None:
+        self._warn(f"workers cannot be asked to save, and are stopped: {reason}")
+
+    def hangs(self, seconds: float, *, is_draining: bool) -> None:
+        what = "workers have not saved and ended" if is_draining else "no progress"
+        self._warn(f"{what} for {seconds:.0f} s: looking where the workers are (--hang-timeout)")
 
     def stacks(self, taken: StacksTaken, still: float, *, is_in_verdict: bool) -> None:
         """Where all workers of this node were that made no progress."""
@@ -255,15 +258,16 @@ class Teller:
 
     def concluded(self, round_: Round, decision: Decision, history: History, *, has_saver: bool) -> None:
         """A round is over in which nothing went wrong."""
-        if round_.wishes and all(report.has_drained for report in round_.reports.values()):
+        if round_.wishes and _have_all_drained(round_):
             self._journal.record("drained", step=_step(round_))
         if round_.stop_signal is not None:
             name = Signals(round_.stop_signal).name
             what = "no worker" if has_saver else "nothing"
-            self._console.say(f"stopped by {name}; {what} is left running", style=_BOLD)
-        elif isinstance(round_.trouble, MemberFailed):
+            left = "" if round_.is_stuck else f"; {what} is left running"
+            self._console.say(f"stopped by {name}{left}", style=_BOLD)
+        elif round_.cut_off is not None:
             again = f"; {decision.reason}" if isinstance(decision, Again) else ""
-            self._console.say(f"{round_.trouble.reason}{again}", style=_ALARM, level=Level.ERROR)
+            self._console.say(f"{round_.cut_off.reason}{again}", style=_ALARM, level=Level.ERROR)
         elif round_.leavers and isinstance(decision, Finish):
             self._console.say(self._preempted(round_), style=_BOLD)
         elif isinstance(decision, Finish) and history.restarts:
@@ -271,13 +275,13 @@ class Teller:
         elif isinstance(decision, GiveUp):
             self._console.say(decision.reason, style=_ALARM, level=Level.ERROR)
         elif isinstance(decision, Again):
-            at = "round ended at a step boundary: " if round_.wishes else ""
+            at = "round ended at a step boundary: " if round_.wishes and _have_all_drained(round_) else ""
             self._console.say(f"{at}{decision.reason}", style=_DIM)
 
     def _preempted(self, round_: Round) -> str:
         step = _step(round_)
         at = "" if step is None else f" at step {step}"
-        if all(report.has_drained for report in round_.reports.values()):
+        if _have_all_drained(round_):
             return f"saved{at}; start it again to go on"
         return f"stopped{at} without a last save; start it again to go on from the newest checkpoint"
 
@@ -342,11 +346,17 @@ class Teller:
             level = Level.INFO if good else Level.WARNING
             self._console.say(told, style=_BOLD if good else _ALARM, level=level)
 
-    def stuck(self, holders: Sequence[Holder]) -> None:
-        """Processes are left that nothing can end, and some of them may hold a GPU."""
-        lines = [f"  pid {one.pid} holds {one.device}: {one.command}" for one in holders]
+    def stuck(self, left: Sequence[Condition], holders: Sequence[Holder]) -> None:
+        """Processes are left that nothing can end, and some of them may hold GPUs."""
+        lines = []
+        for process in left:
+            devices = [holder.device for holder in holders if holder.pid == process.pid]
+            held = f", holds {', '.join(devices)}" if devices else ""
+            state = process.kernel or f"in state {process.state}"
+            lines.append(f"  pid {process.pid} is {state}{held}: {process.command}")
         if lines:
-            self._console.say("GPUs are still held:", *lines, style=_ALARM, level=Level.ERROR)
+            what = f"{count(len(lines), 'process', 'processes')} left that even SIGKILL does not end:"
+            self._console.say(what, *lines, style=_ALARM, level=Level.ERROR)
 
     # -- for those who ask
 
@@ -391,6 +401,12 @@ def _step(round_: Round) -> int | None:
     """The highest that a worker reported."""
     steps = [report.step for report in round_.reports.values() if report.step is not None]
     return max(steps, default=None)
+
+
+def _have_all_drained(round_: Round) -> bool:
+    """Whether workers have run, and all of them have saved or finished."""
+    reports = round_.reports.values()
+    return bool(reports) and all(report.has_drained for report in reports)
 
 
 def _kind(verdict: Verdict) -> str:

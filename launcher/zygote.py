@@ -73,6 +73,7 @@ class Zygote:
         self._unread = b""
         self.lost: ZygoteLost | None = None
         """The last event, once it has been told."""
+        self._is_killed = False  # by the agent
         self.is_ready = False  # with its imports; until then it does not obey
 
     @property
@@ -108,25 +109,27 @@ class Zygote:
         self.is_ready = self.is_ready or any(isinstance(event, ZygoteReady) for event in events)
         if not received and self._process.poll() is not None:
             self._reaper.end_children(_KILL_PATIENCE)
-            self.lost = ZygoteLost(self._process.returncode, time.monotonic())
+            self.lost = ZygoteLost(self._process.returncode, time.monotonic(), self._is_killed)
             events.append(self.lost)
         return events
 
     def kill(self) -> None:
         """Kill the zygote; `receive` tells of the end."""
+        self._is_killed = True
         self._process.kill()
 
-    def close(self) -> None:
-        """End the zygote and everything below it, and wait until nothing is left that can die."""
+    def close(self, patience: float = _KILL_PATIENCE) -> None:
+        """End the zygote and everything below it, and wait until nothing is left, `patience` seconds at most."""
+        deadline = time.monotonic() + patience
         self._socket.close()
         if not self.is_ready:
             self._process.kill()
         try:
-            self._process.wait(_KILL_PATIENCE)
+            self._process.wait(patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._reaper.end_children(_KILL_PATIENCE)
+        self._reaper.end_children(deadline - time.monotonic())
         os.close(self._pidfd)
 
     def _send(self, **order: object) -> None:

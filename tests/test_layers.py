@@ -32,7 +32,7 @@ LAYERS = {
     "launcher": [
         [
             *["errors", "events", "processes", "progress", "devices", "logs", "foresight", "report"],
-            *["wording", "gpus", "tracebacks", "journal", "terminal", "slots", "stillness", "team"],
+            *["wording", "gpus", "condition", "tracebacks", "journal", "terminal", "slots", "stillness", "team"],
         ],
         [
             *["frames", "oom", "parsers", "nodes", "command", "rendezvous", "run_dir", "spawner", "saver"],

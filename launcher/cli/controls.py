@@ -22,6 +22,7 @@ __all__ = ["CONTROLS", "ControlCommand", "control"]
 _RUNS = Path("runs")
 _STACKS_SECONDS = 90.0  # more than the agent takes for them, busy as the machine may be
 _WATCH_SECONDS = 1.0
+_SAVE = "save at the next step boundary"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ CONTROLS = (
         switches=(("--json", "for programs"), ("--watch", "again every second, until the job ends")),
     ),
     ControlCommand("stacks", "where every worker is, in Python and native code, without stopping it"),
-    ControlCommand("restart", "save at the next step boundary, then begin a new round"),
+    ControlCommand(
+        "restart", "save at the next step boundary, then begin a new round; again: without waiting"
+    ),
     ControlCommand("scale", "go on with N workers on this node from the next step boundary on", True),
     ControlCommand(
         "stop",
@@ -95,8 +98,9 @@ def _carry_out(words: Sequence[str]) -> int:
             for answer in ask(run, "stacks", timeout=_STACKS_SECONDS):
                 _print(*answer["summary"], f"whole stacks: {answer['directory']}")
         case "restart":
-            list(ask(run, "restart"))
-            _print(f"{run}: asked to save at the next step boundary and begin a new round")
+            answer = list(ask(run, "restart"))[-1]
+            how = "stop the workers, which do not answer" if answer.get("at_once") else _SAVE
+            _print(f"{run}: asked to {how} and begin a new round")
         case "scale":
             answer = list(ask(run, "scale", request.number))[-1]
             _print(
@@ -107,7 +111,7 @@ def _carry_out(words: Sequence[str]) -> int:
             _print(f"{run}: asked to end at once")
         case "stop":
             list(ask(run, "stop"))
-            _print(f"{run}: asked to save at the next step boundary and end")
+            _print(f"{run}: asked to {_SAVE} and end")
     return ExitCode.OK
 
 

@@ -277,6 +277,46 @@ def test_a_worker_may_hear_of_a_drain_before_its_launch() -> None:
     assert play(exited(0, 75)).phase is Phase.DRAINING
 
 
+def test_a_stop_while_a_restart_is_saved_leaves_the_grace() -> None:
+    assert play(wish("restart"), StopRequested(signal.SIGINT)).phase is Phase.STOPPING
+
+
+def test_who_leaves_while_a_restart_is_saved_needs_it_durable() -> None:
+    round_ = play(wish("restart"))
+    assert round_.drain_tiers == "memory"
+    assert round_.after(wish("leave")).drain_tiers == "durable"
+
+
+def test_a_restart_that_is_asked_for_again_does_not_wait() -> None:
+    stopped = (wish("restart", can_drain=False), exited(0, -15), exited(1, -15), RoundDrained())
+    deaths = tuple(Death(rank, "host0", 1, -15, 1.0, is_ours=True) for rank in (0, 1))
+    assert play(wish("restart"), *stopped).phase is Phase.OVER
+    decision = end(wish("restart"), *stopped, report(deaths=deaths))
+    assert isinstance(decision, Again)
+    assert decision.history.restarts == 0
+
+
+def test_a_drain_that_hangs_is_a_hang() -> None:
+    events = [wish("restart"), Heard(0, {"kind": "hang"}), StacksTaken(("where",), "stacks")]
+    deaths = tuple(Death(rank, "host0", 1, -15, 1.0, is_ours=True) for rank in (0, 1))
+    events += [exited(0, -15), exited(1, -15), RoundDrained(), report(deaths=deaths, hang=("where",))]
+    assert play(*events).has_failed
+    assert end(*events, limits=Limits(max_restarts=0)) == GiveUp(ExitCode.HUNG, "no restarts allowed")
+
+
+def test_told_to_leave_before_there_is_a_team() -> None:
+    round_ = Round().after(wish("leave", can_drain=False))
+    assert round_.phase is Phase.SETTLED
+    assert decide(round_, None, None, History(), Limits()) == Finish(ExitCode.PREEMPTED, is_final=False)
+
+
+def test_a_zygote_that_launch_kills_is_no_trouble() -> None:
+    """What failed is on another node, and here nothing was forked yet."""
+    round_ = play(Heard(1, {"kind": "ended"}), ZygoteLost(-9, 1.0, is_ours=True), nodes=2)
+    assert (round_.phase, round_.trouble) == (Phase.OVER, None)
+    assert not round_.has_failed_here
+
+
 @pytest.mark.parametrize("reason", ["restart", "scale"])
 def test_what_a_user_asks_for_costs_no_restart(reason: str) -> None:
     decision = end(
@@ -409,6 +449,24 @@ def test_this_node_is_cut_off() -> None:
     decision = end(failed, exited(0, -15), exited(1, -15), RoundDrained(), nodes=2)
     assert isinstance(decision, Again)
     assert not decision.same_team
+
+
+@pytest.mark.parametrize("ends", [[ZygoteLost(-9, 1.0)], [DeadlinePassed(), DeadlinePassed()]])
+def test_trouble_of_a_node_that_is_cut_off(ends: list[Event]) -> None:
+    """It must not wait for a report that nobody hears."""
+    assert play(MemberFailed("lost", "x"), *ends, nodes=2).phase is Phase.SETTLED
+
+
+def test_joining_fails_again_and_again() -> None:
+    """Each time after a longer pause; a node that has joined starts anew."""
+    failed = Round().after(MemberFailed("lost", "it cannot be started"))
+    history, pauses = History(), []
+    while isinstance(decision := decide(failed, None, None, history, Limits()), Again):
+        history = decision.history
+        pauses.append(decision.pause)
+    assert pauses == [0.5, 1, 2, 4]
+    assert decision == GiveUp(ExitCode.UNAVAILABLE, "it cannot be started")
+    assert History.of_team([History.from_json(history.to_json())]).failed_joins == 0
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,75 @@ def test_a_restart_that_a_user_asks_for(job: Job) -> None:
     assert job.end(process).code == 0
 
 
+NEVER = """
+    tell(1)
+    while restarts == 0 and number == 1: time.sleep(1)
+    """
+
+
+def test_a_restart_that_nobody_answers(job: Job) -> None:
+    """Asked for again, it does not wait for a step boundary, and still costs no restart."""
+    process = job.start("--max-restarts=0", job.script(STEPS + NEVER))
+    wait_for_steps(job)
+    assert "next step boundary" in ask(job, "restart", "train").out
+    until(lambda: ask(job, "stacks", "train").out)  # also while it waits
+    assert "which do not answer" in ask(job, "restart", "train").out
+    done = job.end(process)
+    assert done.code == 0
+    assert len(journal(job, "round_started")) == 2
+
+
+def test_a_drain_that_hangs(job: Job) -> None:
+    """Workers that go on without ever looking at the request: --hang-timeout is for that too."""
+    script = job.script(
+        STEPS
+        + """
+    step = 0
+    while restarts == 0:
+        tell(step := step + 1)
+        time.sleep(0.02)
+    """
+    )
+    process = job.start("--hang-timeout=1", script)
+    wait_for_steps(job)
+    ask(job, "restart", "train")
+    done = job.end(process)
+    assert done.code == 0
+    assert re.search(r"workers have not saved and ended for \d s", done.err)
+    assert len(journal(job, "hang")) == 1
+
+
+def test_preempted_while_a_restart_hangs(job: Job) -> None:
+    process = job.start("--grace=2", job.script(STEPS + NEVER))
+    wait_for_steps(job)
+    ask(job, "restart", "train")
+    until(lambda: journal(job, "drain_requested"))
+    process.send_signal(signal.SIGTERM)
+    assert job.end(process).code == 75
+    assert json.loads((job.path / "runs/train/drain").read_text())["tiers"] == "durable"
+
+
+def test_one_leaves_by_itself(job: Job) -> None:
+    """The others cannot be asked to follow: they have the grace to do it, and then the round is over."""
+    script = job.script(
+        STEPS + "if number == 2: sys.exit(0)\n    while rank: time.sleep(1)\n    sys.exit(75)\n    "
+    )
+    assert job.run("--nproc=2", "--grace=0.5", script).code == 0
+
+
+def test_workers_that_cannot_be_asked(job: Job) -> None:
+    """As on a full disk: the job ends all the same."""
+    process = job.start(job.script(STEPS + NEVER))
+    wait_for_steps(job)
+    request = job.path / "runs/train/drain"
+    request.unlink()
+    request.mkdir()
+    process.send_signal(signal.SIGTERM)
+    done = job.end(process)
+    assert done.code == 75
+    assert "workers cannot be asked to save, and are stopped" in done.err
+
+
 def test_the_timeline_of_a_recovery(job: Job) -> None:
     script = job.script(STEPS + "if restarts == 0: 1 / 0" + FOREVER)
     process = job.start("--nproc=2", script)

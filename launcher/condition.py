@@ -1,0 +1,75 @@
+"""How a process is, as /proc tells it: whether it runs, and where in the kernel it sleeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+__all__ = ["Condition", "look_at", "look_at_what_is_left"]
+
+_DEAD = ("", "Z", "X")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What /proc tells about a process."""
+
+    pid: int
+    state: str  # as in /proc/PID/stat; "" if it is gone
+    wchan: str  # where it sleeps in the kernel
+    command: str
+
+    @property
+    def is_still(self) -> bool:
+        """Whether it does not run anyway: then it cannot be stopped for its dump, and need not."""
+        return self.state in ("T", "D")
+
+    @property
+    def kernel(self) -> str | None:
+        """`in uninterruptible sleep in nfs_wait`"""
+        what = {"R": "running", "S": "asleep", "D": "in uninterruptible sleep"}.get(self.state)
+        return f"{what} in {self.wchan}" if what and self.wchan else what
+
+    def halt(self, before: Condition) -> str | None:
+        """Why it cannot go on, whatever others do.
+
+        `before` is a look at it some time ago: anybody may be in uninterruptible sleep for a moment.
+        """
+        if self.state in _DEAD:
+            return "dead"
+        if self.state == "T":
+            return "stopped by a signal (SIGSTOP)"
+        return self.kernel if self.state == before.state == "D" else None
+
+
+def look_at(pid: int) -> Condition:
+    """How process `pid` is now."""
+    return _read(pid, Path(f"/proc/{pid}"))
+
+
+def look_at_what_is_left(pid: int) -> Condition | None:
+    """How process `pid` is now; None if it is dead.
+
+    Where its first thread is dead, and another one is not, that one counts.
+    """
+    process = look_at(pid)
+    threads = [process]
+    if process.state == "Z":
+        threads = [_read(pid, path) for path in Path(f"/proc/{pid}/task").glob("*")]
+    living = [thread for thread in threads if thread.state not in _DEAD]
+    return replace(living[0], command=process.command) if living else None
+
+
+def _read(pid: int, directory: Path) -> Condition:
+    def read(name: str) -> str:
+        try:
+            return (directory / name).read_bytes().decode(errors="replace")
+        except OSError:
+            return ""
+
+    stat = read("stat")
+    state = stat.rpartition(")")[2].split()[:1]
+    wchan = read("wchan").strip()
+    # A process that is ending has no command line any more, only a name.
+    command = read("cmdline").replace("\0", " ").strip() or stat.partition("(")[2].rpartition(")")[0]
+    return Condition(pid, state[0] if state else "", wchan if wchan != "0" else "", command)
