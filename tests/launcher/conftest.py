@@ -7,16 +7,20 @@ import select
 import subprocess
 import sys
 import textwrap
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 FAKE_TORCH = Path(__file__).parent / "fake"
 LAUNCH = [sys.executable, str(Path(sys.executable).with_name("launch"))]
 PATIENCE = 30.0  # seconds; far more than anything here takes
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,16 @@ class Job:
                     os.kill(int(path.name), 9)
             except OSError:
                 pass
+
+
+def until(look: Callable[[], _T]) -> _T:
+    """What `look` returns, once it is something."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if found := look():
+            return found
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
 
 
 def wait_for_death(pid: int) -> None:

@@ -14,16 +14,13 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import pytest
 
-from tests.launcher.conftest import PATIENCE, Ended, Job, wait_for_death
-
-_T = TypeVar("_T")
+from tests.launcher.conftest import PATIENCE, Ended, Job, until, wait_for_death
 
 # Reports steps, drains when it is asked to, and does what its node was started for.
 WORKER = """
@@ -128,16 +125,6 @@ class Nodes:
             if any(event.get("pid") == pid for event in events):
                 return events
         return []
-
-
-def until(look: Callable[[], _T]) -> _T:
-    """What `look` returns, once it is something."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it did not come to that")
 
 
 @pytest.fixture
@@ -290,6 +277,40 @@ def test_too_few_nodes(nodes: Nodes) -> None:
     end = nodes.job.end(nodes.agents.pop("a"))
     assert end.code == 78
     assert "1 of at least 2 nodes" in end.err
+
+
+def test_preempted_while_it_waits_for_nodes(nodes: Nodes) -> None:
+    """There is no team that could be told, nor anything to save; what is saved can be resumed."""
+    nodes.start("a")
+    nodes.start("b")
+    nodes.gather("a", "b")
+    until(lambda: knows_that_workers_drain(nodes, "a"))
+    nodes.agents["b"].kill()
+    err = nodes.agents["a"].stderr
+    assert err is not None
+    lines = iter(err.readline, "")
+    waits = [next(line for line in lines if "waiting for 2 nodes" in line) for _ in range(2)]
+    nodes.agents["a"].send_signal(signal.SIGTERM)
+    end = nodes.job.end(nodes.agents.pop("a"))
+    assert (len(waits), end.code) == (2, 75), end.err
+    assert "start it again to go on" in end.err
+
+
+def test_a_node_that_cannot_write(nodes: Nodes) -> None:
+    """It ends and says why; the others go on without it."""
+    (nodes.job.path / "run/ranks").mkdir(parents=True)
+    (nodes.job.path / "run/ranks/rank-00002").touch()  # where a directory should be
+    nodes.start("a", nodes="1:2")
+    nodes.start("b", nodes="1:2")
+    until(lambda: any(agent.poll() is not None for agent in nodes.agents.values()))
+    [name] = [name for name, agent in nodes.agents.items() if agent.poll() is None]
+    nodes.gather(name, after=1)
+    ends = nodes.finish()
+    ended = ends.pop(name)
+    [failed] = ends.values()
+    assert (ended.code, failed.code) == (0, 73)
+    assert "cannot be written (File exists: " in failed.err.splitlines()[-1]
+    assert "is lost" in ended.err
 
 
 def test_an_endpoint_that_refuses(nodes: Nodes) -> None:

@@ -11,15 +11,11 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
-from tests.launcher.conftest import LAUNCH, PATIENCE, Ended, Job
-
-_T = TypeVar("_T")
+from tests.launcher.conftest import LAUNCH, PATIENCE, Ended, Job, until
 
 # Says who it is and makes steps, until a file says that it is enough, or it is asked to drain.
 STEPS = """
@@ -53,22 +49,13 @@ FOREVER = """
     """
 
 
-def until(look: Callable[[], _T]) -> _T:
-    """What `look` returns, once it is something."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := look():
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it did not come to that")
-
-
 def has_started(job: Job, number: int, world: int) -> list[str]:
     """Wait for the first lines of all workers of a round."""
 
     def look() -> list[str]:
         logs = [job.log(rank, number=number) for rank in range(world) if _exists(job, number, rank)]
-        return [log.splitlines()[0] for log in logs] if len(logs) == world and all(logs) else []
+        is_whole = len(logs) == world and all("\n" in log for log in logs)
+        return [log.splitlines()[0] for log in logs] if is_whole else []
 
     return until(look)
 
