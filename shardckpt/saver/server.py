@@ -441,7 +441,7 @@ class Saver:
             for pack in packs:
                 held.parts[pack.rank].checksums = pack.checksums
             if not error:
-                held.is_persisted = True
+                self._shelf.note_persisted(held)
                 seconds = time.monotonic() - started
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
                 self._tell_trainers(held, Outcome(held.id, tier.name, committed=0 in held.parts))

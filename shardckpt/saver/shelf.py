@@ -104,11 +104,13 @@ class Held:
     step: int
     world_size: int
     local_ranks: int
+    number: int
+    """Of this node's saves, in the order in which they came."""
     parts: dict[int, Part] = field(default_factory=dict)
     tasks: int = 0
     """Tiers that it is being persisted in, or waits to be."""
     is_persisted: bool = False
-    """Whether it has become durable in some tier."""
+    """Whether its step has become durable in some tier, by this save or by another one of the same step."""
     readers: set[Trainer] = field(default_factory=set)
 
     @property
@@ -132,9 +134,9 @@ class Held:
         return any(part.buffer.is_granted for part in self.parts.values())
 
     @cached_property
-    def order(self) -> tuple[int, int, str]:
-        """Sorts a run's saves by attempt, then step."""
-        return checkpoint_order(self.path)
+    def order(self) -> tuple[int, int, str, int]:
+        """Sorts a run's saves by attempt, then step; of several saves of one step, the last is the newest."""
+        return (*checkpoint_order(self.path), self.number)
 
 
 class Shelf:
@@ -145,6 +147,7 @@ class Shelf:
         self.snapshots: dict[str, Held] = {}
         self._trainers: set[Trainer] = set()
         self._count = 0
+        self._saves = 0
         self._lost: deque[str] = deque(maxlen=_REMEMBERED)
 
     def newest(self, run: str) -> Held | None:
@@ -260,8 +263,15 @@ class Shelf:
             return None
         held = self.snapshots.get(stage.id)
         if held is None:
+            self._saves += 1
             held = self.snapshots[stage.id] = Held(
-                trainer.run, stage.id, stage.path, stage.step, stage.world_size, stage.local_ranks
+                trainer.run,
+                stage.id,
+                stage.path,
+                stage.step,
+                stage.world_size,
+                stage.local_ranks,
+                self._saves,
             )
         buffer.snapshot = held
         held.parts[stage.rank] = Part(trainer, stage, buffer, plan)
@@ -269,6 +279,12 @@ class Shelf:
             self.abandon(stage.id)
             return None
         return held
+
+    def note_persisted(self, held: Held) -> None:
+        """A save has become durable in some tier, and with it what else is held of its step."""
+        held.is_persisted = True
+        for other in self._of(held.run):
+            other.is_persisted = other.is_persisted or other.path == held.path
 
     def abandon(self, save_id: str) -> Held | None:
         """A save will not be whole: give up what there is of it, and return it, if there is anything."""

@@ -289,6 +289,26 @@ def test_with_a_saver(tiers: str, every: int | None, tmp_path: Path) -> None:
     )  # once the last is gone, durable all the same
 
 
+@pytest.mark.parametrize("tiers", ["memory", "durable"])
+def test_at_a_step_that_is_in_memory_only(tiers: str, tmp_path: Path) -> None:
+    """It becomes durable once, by the drain's own save or when the saver ends; nothing has failed."""
+    file = drain_file(tmp_path)
+    with saver_thread() as saver:
+        checkpointer = Checkpoints(
+            tmp_path / "run", Alone(), every_steps=4, url_every_steps=100, snapshots=2, drain_file=file
+        )
+        handle = checkpointer.step(4, state_at(4))
+        assert handle is not None
+        assert handle.tiers == ("memory",)
+        ask(file, tiers)
+        with pytest.raises(Drained) as end:
+            checkpointer.step(4, state_at(4))
+        assert end.value.is_saved
+        end_process(checkpointer)
+        assert saver.drain() == 0
+    assert committed(open_storage(tmp_path / "run")) == [4]
+
+
 def test_memory_without_a_saver(tmp_path: Path) -> None:
     """What no memory would keep is made durable."""
     file = drain_file(tmp_path)

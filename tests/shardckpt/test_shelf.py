@@ -135,6 +135,24 @@ def test_two_snapshots_alternate_and_the_older_is_given_up_at_the_next_begin() -
     assert node.steps == [1, 2], "but it is still there, as nobody has written into it"
 
 
+def test_of_two_saves_of_a_step_the_second_is_the_newest() -> None:
+    node = Node()
+    (trainer,) = node.world(1, GIB)
+    saves = []
+    for save_id in ("first", "second"):
+        held = node.stage(trainer, node.begin(trainer, save_id), 0, 1, 1)
+        assert held is not None
+        saves.append(held)
+    first, second = saves
+    assert node.shelf.newest("run") is second
+    assert (first.is_persisted, second.is_persisted) == (False, False)
+    node.shelf.note_persisted(second)
+    assert (first.is_persisted, second.is_persisted) == (True, True)
+    node.serve()
+    node.begin(trainer, "next")
+    assert node.shelf.whole("run") == [second], "the first is given up before the second"
+
+
 def test_while_one_is_written_the_newest_whole_one_stays() -> None:
     node = Node()
     world = node.world(2, GIB)

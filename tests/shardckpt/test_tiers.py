@@ -465,6 +465,45 @@ def test_the_last_one_is_persisted_at_the_end(tiers: Tiers) -> None:
     assert (committed(tiers.local), committed(tiers.remote)) == ([5, 4, 2], [5, 4])
 
 
+@pytest.mark.parametrize("says_goodbye", [True, False])
+@pytest.mark.parametrize("snapshots", [1, 2])
+def test_a_snapshot_that_is_then_saved_is_persisted_once(
+    snapshots: int, says_goodbye: bool, tiers: Tiers
+) -> None:
+    """A last save at the end of training, of a step that went to memory only: nothing is left to persist."""
+    with saver_thread(tiers.open) as saver:
+        options = {"every_steps": 1, "url_every_steps": 100, "local_every_steps": 100}
+        checkpointer = tiers.checkpointer(snapshots=snapshots, **options)
+        for step in (1, 2):
+            handle = checkpointer.step(step, state_at(step))
+            assert handle is not None
+            assert handle.tiers == ("memory",)
+            handle.wait()
+            save(checkpointer, step)
+        if says_goodbye:
+            checkpointer.close()
+        else:
+            assert checkpointer._saver is not None
+            assert checkpointer._saver._client is not None
+            checkpointer._saver._client._channel.shut()  # as if it were dead
+        assert saver.drain() == 0
+    assert (committed(tiers.local), committed(tiers.remote)) == ([2, 1], [2, 1])
+
+
+def test_a_snapshot_whose_second_save_never_came_is_persisted(tiers: Tiers) -> None:
+    with saver_thread(tiers.open) as saver:
+        checkpointer = tiers.checkpointer(every_steps=1, url_every_steps=100, local_every_steps=100)
+        handle = checkpointer.step(1, state_at(1))
+        assert handle is not None
+        handle.wait()
+        assert checkpointer._saver is not None
+        assert checkpointer._saver._client is not None
+        checkpointer._saver.begin("another save of the step")  # in the copy of which the trainer dies
+        checkpointer._saver._client._channel.shut()
+        assert saver.drain() == 0
+    assert (committed(tiers.local), committed(tiers.remote)) == ([1], [1])
+
+
 def test_no_memory_to_keep_saves_in(tiers: Tiers) -> None:
     """Without a saver, a save that goes to no durable tier would be for nothing."""
     checkpointer = tiers.checkpointer(every_steps=1, url_every_steps=4, local_every_steps=2, snapshots=0)
