@@ -6,7 +6,9 @@ living trainer.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.errors import FormatError, SaveError, ShardckptError
+from shardckpt.errors import FormatError, SaveError, ShardckptError, SupersededError
 from shardckpt.manifest import (
     MANIFEST,
     REFS,
@@ -29,7 +31,7 @@ from shardckpt.manifest import (
     part_path,
 )
 from shardckpt.plan import SavePlan
-from shardckpt.runs import FAILED, Place
+from shardckpt.runs import FAILED, Place, Succession, succession
 from shardckpt.storage import Storage
 from shardckpt.version import __version__
 from shardckpt.zarr_view import encode_refs
@@ -38,6 +40,8 @@ __all__ = ["Proposal", "commit", "wait_committed", "was_committed"]
 
 _FIRST_PAUSE = 0.002
 _LONGEST_PAUSE = 0.25
+_LOOK_EVERY = 3.0  # seconds of waiting between two looks for newer attempts
+_AFTERMATH = 60.0  # seconds, at least, for who is still writing when a newer attempt starts
 
 
 @dataclass(frozen=True)
@@ -103,16 +107,24 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 def commit(
-    place: Place, proposal: Proposal, timeout: float, is_given_up: Callable[[], bool] = lambda: False
+    place: Place,
+    proposal: Proposal,
+    timeout: float,
+    is_given_up: Callable[[], bool] = lambda: False,
+    *,
+    own_seconds: float = 0.0,
 ) -> Manifest:
     """Wait for every rank's part, then make the checkpoint exist.
 
-    Raises SaveError if a rank reports that it failed, if no further part appears for `timeout` seconds or
-    `is_given_up` says so meanwhile, or if what the ranks wrote is not what was planned. Then there is no
-    checkpoint.
+    Raises SaveError if a rank reports that it failed, if no further part appears for `timeout` seconds, or if
+    what the ranks wrote is not what was planned. Then there is no checkpoint.
+
+    Raises SupersededError while parts are lacking if `is_given_up` says so, or if a newer attempt of the run has
+    a checkpoint in this storage and no further part appears for `own_seconds`, the time that this process
+    took to write its own; or, where the newer attempt has only started, for a minute if that is longer.
     """
     storage = place.storage
-    parts = _wait_for_parts(storage, proposal, timeout, is_given_up)
+    parts = _wait_for_parts(storage, proposal, _Patience(place, timeout, is_given_up, own_seconds))
     manifest = _assemble(proposal, parts, place.url)
     _check_packs(storage, parts)
     storage.write(REFS, encode_refs(manifest, place.url))
@@ -132,7 +144,7 @@ def wait_committed(place: Place, save_id: str, timeout: float) -> Manifest:
     Raises SaveError if it reports a failure, or nothing is to be seen for `timeout` seconds.
     """
     storage = place.storage
-    for _ in _pauses(lambda: False, timeout):
+    for _ in _pauses(timeout):
         try:
             manifest = decode_manifest(storage.read(MANIFEST), place.url)
         except FileNotFoundError:
@@ -155,35 +167,64 @@ def was_committed(place: Place, save_id: str) -> bool:
         return False
 
 
-def _wait_for_parts(
-    storage: Storage, proposal: Proposal, timeout: float, is_given_up: Callable[[], bool]
-) -> list[Part]:
+class _Patience:
+    """How long to wait for parts that others are to write."""
+
+    def __init__(
+        self, place: Place, timeout: float, is_given_up: Callable[[], bool], own_seconds: float
+    ) -> None:
+        self._place = place
+        self._timeout = timeout
+        self._grace = {
+            Succession.NONE: math.inf,
+            Succession.CLAIMED: max(_AFTERMATH, own_seconds),
+            Succession.COMMITTED: own_seconds,
+        }
+        self._is_given_up = is_given_up
+        self._succession = Succession.NONE
+        self._looked = time.monotonic()
+
+    def check(self, idle: float, missing: str) -> None:
+        """Raise SaveError if it is at an end, after `idle` seconds without a further part. `missing`: whose."""
+        self._look()
+        if self._is_given_up() or idle >= self._grace[self._succession]:
+            raise SupersededError(
+                f"{self._place.url}: given up, since the run goes on in a newer attempt, and {missing} has not "
+                "finished writing"
+            )
+        if idle >= self._timeout:
+            raise SaveError(
+                f"{self._place.url}: {missing} did not finish writing: no further part appeared for "
+                f"{self._timeout:g} s. The checkpoint was not committed; the one before it stands."
+            )
+
+    def _look(self) -> None:
+        """See what there is of newer attempts, now and then."""
+        now = time.monotonic()
+        if self._succession is Succession.COMMITTED or now < self._looked + _LOOK_EVERY:
+            return
+        with contextlib.suppress(OSError):  # which says nothing about newer attempts
+            self._succession = succession(self._place)
+        self._looked = time.monotonic()
+
+
+def _wait_for_parts(storage: Storage, proposal: Proposal, patience: _Patience) -> list[Part]:
     """The part of every rank, read from the storage."""
     parts: dict[int, Part] = {}
-    count = 0
-
-    def progressed() -> bool:
-        nonlocal count
-        before, count = count, len(parts)
-        return count > before
-
-    for _ in _pauses(progressed, timeout):
+    pause, progressed = _FIRST_PAUSE, time.monotonic()
+    while True:
+        known = len(parts)
         for rank in range(proposal.world_size):
             if rank not in parts and (part := _read_part(storage, rank, proposal)) is not None:
                 parts[rank] = part
         if len(parts) == proposal.world_size:
             return [parts[rank] for rank in range(proposal.world_size)]
-        if is_given_up():
-            raise SaveError(
-                f"{storage.url}: given up, since a newer attempt saves and {proposal.world_size - len(parts)} of "
-                f"{proposal.world_size} ranks have not written their part"
-            )
-    missing = [str(rank) for rank in range(proposal.world_size) if rank not in parts]
-    raise SaveError(
-        f"{storage.url}: rank {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} of "
-        f"{proposal.world_size} did not finish writing: no further part appeared for {timeout:g} s. "
-        "The checkpoint was not committed; the one before it stands."
-    )
+        if len(parts) > known:
+            pause, progressed = _FIRST_PAUSE, time.monotonic()
+        missing = [str(rank) for rank in range(proposal.world_size) if rank not in parts]
+        shown = f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"
+        patience.check(time.monotonic() - progressed, f"rank {shown} of {proposal.world_size}")
+        pause = _rest(pause)
 
 
 def _read_part(storage: Storage, rank: int, proposal: Proposal) -> Part | None:
@@ -242,15 +283,16 @@ def _check_packs(storage: Storage, parts: Sequence[Part]) -> None:
             )
 
 
-def _pauses(progressed: Callable[[], bool], timeout: float) -> Iterator[None]:
-    """Yield, then pause ever longer, until nothing has progressed for `timeout` seconds."""
-    pause = _FIRST_PAUSE
-    deadline = time.monotonic() + timeout
-    while True:
+def _pauses(timeout: float) -> Iterator[None]:
+    """Yield, then pause ever longer, for `timeout` seconds."""
+    pause, deadline = _FIRST_PAUSE, time.monotonic() + timeout
+    yield
+    while time.monotonic() < deadline:
+        pause = _rest(pause)
         yield
-        if progressed():
-            pause, deadline = _FIRST_PAUSE, time.monotonic() + timeout
-        elif time.monotonic() >= deadline:
-            return
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _rest(seconds: float) -> float:
+    """Wait so long. Returns how long to wait the next time."""
+    time.sleep(seconds)
+    return min(2 * seconds, _LONGEST_PAUSE)

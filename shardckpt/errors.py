@@ -16,6 +16,7 @@
     |   +-- StorageFullError        no space, or over quota
     |   +-- CredentialsError        no or wrong credentials, or no permission
     +-- SaveError               a save did not become durable: the checkpoint before it stands
+    |   +-- SupersededError         a newer attempt goes on, and nobody needs this save any more
     +-- SaverError              this node's saver is gone: save again, with a new one
 
 Every message names the rank, the tensor or the path; what was expected; what was found; and the remedy.
@@ -39,6 +40,7 @@ __all__ = [
     "StateError",
     "StorageError",
     "StorageFullError",
+    "SupersededError",
     "UnknownVersionError",
     "UnsupportedValueError",
 ]
@@ -113,3 +115,7 @@ class SaverError(ShardckptError):
 
 class SaveError(ShardckptError):
     """A save did not become durable. Checkpoints committed before it are untouched."""
+
+
+class SupersededError(SaveError):
+    """A save lacks parts that will not come: the run goes on in a newer attempt, without it."""

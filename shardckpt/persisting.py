@@ -6,6 +6,7 @@ Every process that has staged packs of a save does this on its own; they meet in
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ def persist_save(
     """Make the packs durable; with a proposal (rank 0's) also commit the save, and prune. The manifest, if so.
 
     What goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
-    `is_given_up` is asked while parts of other processes are lacking. `progress` is called with the bytes of all
-    packs that the storage has taken so far, from several threads.
+    Of the wait for other processes' parts, `commit` says when it ends, and what it has to do with `is_given_up`.
+    `progress` is called with the bytes of all packs that the storage has taken so far, from several threads.
     """
     place = destination.place
     taken = dict.fromkeys((pack.rank for pack in packs), 0)
@@ -99,6 +100,7 @@ def persist_save(
             raise
         pack.checksums = part.crc32c
 
+    started = time.monotonic()
     try:
         if len(packs) == 1:
             persist_one(packs[0])
@@ -107,7 +109,8 @@ def persist_save(
                 list(pool.map(persist_one, packs))
         if proposal is None:
             return None
-        manifest = commit(place, proposal, timeout, is_given_up)
+        own_seconds = time.monotonic() - started
+        manifest = commit(place, proposal, timeout, is_given_up, own_seconds=own_seconds)
     except Exception as error:
         if proposal is not None:
             report_failure(place.storage, "", save_id, error)

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from shardckpt.errors import CorruptError, NotACheckpointError, StorageError
@@ -20,6 +21,7 @@ __all__ = [
     "BAD",
     "FAILED",
     "Place",
+    "Succession",
     "attempt_number",
     "checkpoint_order",
     "claim_attempt",
@@ -29,6 +31,7 @@ __all__ = [
     "iter_places",
     "read_manifest",
     "step_path",
+    "succession",
 ]
 
 ATTEMPT = "attempt.json"
@@ -147,6 +150,27 @@ def iter_good(root: Storage) -> Iterator[Place]:
             f"every checkpoint of {root.url} is marked as bad, the newest is {bad}. Its {BAD} says why; delete "
             "that file to have it tried again, or start anew under another URL."
         )
+
+
+class Succession(Enum):
+    """How far the attempts after a checkpoint's own have come."""
+
+    NONE = 0  # there is none
+    CLAIMED = 1  # a job has started
+    COMMITTED = 2  # and has a good checkpoint
+
+
+def succession(place: Place) -> Succession:
+    """What the run of `place` has of later attempts. Lists folders, so it is not to be asked all the time."""
+    own = place.order[0]
+    if not own or all(_number(_ATTEMPT, name) <= own for name in place.root.list()):
+        return Succession.NONE
+    for other in iter_places(place.root):
+        if other.order[0] <= own:
+            break
+        if other.is_committed() and not other.is_bad():
+            return Succession.COMMITTED
+    return Succession.CLAIMED
 
 
 def read_manifest(place: Place) -> Manifest:

@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from shardckpt.commit import Proposal
+from shardckpt.errors import SupersededError
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.runs import Place
 from shardckpt.saver.lanes import Lanes, Progress, Task
@@ -422,25 +423,34 @@ class Saver:
     def _task(self, held: Held, tier: Tier, packs: list[StagedPack], timeout: float) -> Task:
         url = f"{tier.url.rstrip('/')}/{held.path}"
         started = time.monotonic()
+        superseded = ""
 
         def work(progress: Progress) -> None:
+            nonlocal superseded
             destination = Destination(tier.name, Place(self._root(tier), held.path), tier.keep_last)
-            persist_save(
-                destination,
-                held.id,
-                packs,
-                _proposal(held),
-                timeout,
-                progress.reach,
-                is_given_up=lambda: self._shelf.is_outdated(held),
-            )
+            try:
+                persist_save(
+                    destination,
+                    held.id,
+                    packs,
+                    _proposal(held),
+                    timeout,
+                    progress.reach,
+                    is_given_up=lambda: self._shelf.is_outdated(held),
+                )
+            except SupersededError as error:  # the job goes on without it, so nothing has failed
+                superseded = str(error)
+                _log.info("%s", superseded)
 
         def note(error: str) -> None:
             held.tasks -= 1
             self._tasks -= 1
             for pack in packs:
                 held.parts[pack.rank].checksums = pack.checksums
-            if not error:
+            if superseded:
+                self._tell(event="superseded", step=held.step, tier=tier.name, url=url)
+                self._tell_trainers(held, Outcome(held.id, tier.name, superseded))
+            elif not error:
                 self._shelf.note_persisted(held)
                 seconds = time.monotonic() - started
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
