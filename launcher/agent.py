@@ -36,11 +36,11 @@ from launcher.gpus import holders
 from launcher.membership import Alone, Membership, Rendezvous, Together
 from launcher.monitor import Monitor
 from launcher.oom import OomWatch
+from launcher.outcome import Death, NodeReport
 from launcher.processes import Subreaper, descendants
 from launcher.progress import Progress, read_progress
 from launcher.recovery import Recovery
 from launcher.rendezvous import meet
-from launcher.report import Death, NodeReport
 from launcher.restart import Again, Decision, Finish, GiveUp, History, Limits, decide
 from launcher.round import DRAIN_SIGNALS, Phase, Round, Wish
 from launcher.run_dir import RankFiles, RunDir

@@ -17,10 +17,9 @@ from launcher.events import (
     SaverEnded,
     StopRequested,
 )
+from launcher.wording import part
 
 __all__ = ["Backlog", "Drain"]
-
-_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Backlog:
     def __str__(self) -> str:
         """`step 120: 1.2 of 2.0 GB (remote)`, and so on; empty if nothing is known to be pending."""
         return ", ".join(
-            f"step {save.step}: {_amount(save.done, save.total)} ({save.tier})"
+            f"step {save.step}: {part(save.done, save.total)} ({save.tier})"
             for save in self.pending.values()
         )
 
@@ -55,16 +54,6 @@ class Backlog:
             f"the saver was lost: {describe_exit(ended.code)}; the snapshots in memory are gone{lost}, "
             f"but no committed checkpoint; log: {log}"
         )
-
-
-def _amount(done: int, total: int) -> str:
-    """`1.2 of 2.0 GB`"""
-    power = 0
-    while total >= 1000 ** (power + 1) and power < len(_UNITS) - 1:
-        power += 1
-    digits = 1 if power else 0
-    scale = 1000**power
-    return f"{done / scale:.{digits}f} of {total / scale:.{digits}f} {_UNITS[power]}"
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ class Console:
         return self._orders.get()
 
     def _open(self, order: _Follow) -> None:
-        width = len(str(len(order.files) - 1))
+        width = len(str(max(files.rank for files in order.files)))
         for files in order.files:
             for path, sink in ((files.out, self._out), (files.err, self._err)):
                 if order.shown.shows(files.rank, stderr=sink is self._err):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from launcher.events import WorkerExited
 from launcher.oom import OomWatch
+from launcher.outcome import Death, NodeReport
 from launcher.progress import read_progress
-from launcher.report import Death, NodeReport
 from launcher.run_dir import RankFiles
 from launcher.tracebacks import LastWords, innermost_frames, normalized, read_last_words
-from launcher.wording import name_ranks
+from launcher.wording import count, name_ranks
 
 __all__ = [
     "LostNode",
@@ -356,8 +356,8 @@ class Verdict:
             return f"step {self.step} reached"
         if self.steps_lost == 0:
             return f"step {self.step} reached and saved: nothing is lost"
-        lost = f"{self.steps_lost} step{'s' if self.steps_lost > 1 else ''} lost"
-        return f"step {self.step} reached, snapshot of step {self.newest_saved}: {lost}"
+        lost = count(self.steps_lost, "step")
+        return f"step {self.step} reached, snapshot of step {self.newest_saved}: {lost} lost"
 
 
 def judge(

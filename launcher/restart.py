@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.errors import ExitCode, shell_code
-from launcher.report import Death
+from launcher.outcome import Death
 from launcher.round import Round
 from launcher.wording import count
 

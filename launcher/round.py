@@ -27,7 +27,7 @@ from launcher.events import (
     WorkerExited,
     ZygoteLost,
 )
-from launcher.report import Death, NodeReport
+from launcher.outcome import Death, NodeReport
 from launcher.slots import Slots
 from launcher.team import Plan, Ready, Team
 

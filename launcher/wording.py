@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["amount", "count", "duration", "name_ranks", "spans"]
+__all__ = ["amount", "count", "duration", "name_ranks", "part", "spans"]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -34,10 +34,25 @@ def count(number: int, what: str, several: str = "") -> str:
 
 def amount(size: float) -> str:
     """`64.0 GB`"""
+    power = _power(size)
+    return f"{_in_units(size, power)} {_UNITS[power]}"
+
+
+def part(done: float, total: float) -> str:
+    """`1.2 of 64.0 GB`"""
+    power = _power(total)
+    return f"{_in_units(done, power)} of {_in_units(total, power)} {_UNITS[power]}"
+
+
+def _power(size: float) -> int:
     power = 0
     while size >= 1000 ** (power + 1) and power < len(_UNITS) - 1:
         power += 1
-    return f"{size / 1000**power:.{1 if power else 0}f} {_UNITS[power]}"
+    return power
+
+
+def _in_units(size: float, power: int) -> str:
+    return f"{size / 1000**power:.{1 if power else 0}f}"
 
 
 def duration(seconds: float) -> str:

@@ -31,7 +31,7 @@ LAYERS = {
     ],
     "launcher": [
         [
-            *["errors", "events", "processes", "progress", "devices", "logs", "foresight", "report"],
+            *["errors", "events", "processes", "progress", "devices", "logs", "foresight", "outcome"],
             *["wording", "gpus", "condition", "tracebacks", "journal", "terminal", "slots", "stillness", "team"],
         ],
         [

@@ -15,7 +15,7 @@ import pytest
 from launcher.diagnosis import Verdict, describe_exit, find_culprit, fingerprint, gather, judge
 from launcher.events import WorkerExited
 from launcher.oom import OomWatch
-from launcher.report import Death, NodeReport
+from launcher.outcome import Death, NodeReport
 from launcher.run_dir import RankFiles
 
 TRACEBACK = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -16,6 +17,7 @@ def test_public_names() -> None:
     assert sorted(launcher.__all__) == PUBLIC
     for name in PUBLIC:
         assert getattr(launcher, name).__name__ == name
+        assert find_spec(f"launcher.{name}") is None, "a module, once imported, would take the name"
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = launcher.nope
 

@@ -26,7 +26,7 @@ from launcher.events import (
     ZygoteLost,
     ZygoteReady,
 )
-from launcher.report import Death, NodeReport
+from launcher.outcome import Death, NodeReport
 from launcher.restart import Again, Decision, Failure, Finish, GiveUp, History, Limits, decide
 from launcher.round import Phase, Round, Wish
 from launcher.slots import Slots

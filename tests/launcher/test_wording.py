@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from launcher.wording import amount, count, duration, name_ranks, spans
+from launcher.wording import amount, count, duration, name_ranks, part, spans
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,16 @@ def test_amounts(size: float, text: str) -> None:
 
 def test_counts() -> None:
     assert [count(number, "rank") for number in (0, 1, 2)] == ["0 ranks", "1 rank", "2 ranks"]
+
+
+def test_parts_are_in_the_units_of_the_whole() -> None:
+    assert part(5e8, 64e9) == "0.5 of 64.0 GB"
+    assert part(12, 999) == "12 of 999 B"
+
+
+def test_counts_of_what_has_another_plural() -> None:
+    assert [count(number, "process", "processes") for number in (0, 1, 2)] == [
+        "0 processes",
+        "1 process",
+        "2 processes",
+    ]
