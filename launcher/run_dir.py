@@ -28,9 +28,15 @@ from pathlib import Path
 
 from launcher.errors import BusyError, RunDirError
 
-__all__ = ["RankFiles", "RunDir"]
+__all__ = ["RankFiles", "RunDir", "as_typed"]
 
 _AGENTS_PER_HOST = 16
+
+
+def as_typed(path: Path) -> Path:
+    """`path` as the user would type it: from the current directory on, if it is below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,6 @@ class RunDir:
         self._locks: list[int] = []
         try:
             path.mkdir(parents=True, exist_ok=True)
-            logs.mkdir(parents=True, exist_ok=True)
             self._lock(path, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX)
             self.own = self._take_node() if is_shared else path
             self.drain.write_bytes(b"")
@@ -75,9 +80,13 @@ class RunDir:
         except OSError as error:
             self.close()
             raise RunDirError(
-                f"run directory {path} cannot be written ({error.strerror}: {error.filename}): "
-                f"choose another with --run-dir"
+                f"run directory {path} cannot be written ({_reason(error, path)}): choose another with --run-dir"
             ) from None
+        try:
+            _make_logs(logs)
+        except RunDirError:
+            self.close()
+            raise
 
     @property
     def saver_log(self) -> Path:
@@ -123,7 +132,7 @@ class RunDir:
                 of_rank.err.touch()
         except OSError as error:
             raise RunDirError(
-                f"run directory {self.path} cannot be written ({error.strerror}: {error.filename})"
+                f"run directory {self.path} cannot be written ({_reason(error, self._round_dir(number))})"
             ) from None
         return files
 
@@ -199,3 +208,19 @@ class RunDir:
             error=logs / f"{name}.error.json",
             directory=self.path / "ranks" / name,
         )
+
+
+def _make_logs(path: Path) -> None:
+    """Make the directory in which every round gets one; raises `RunDirError` if it cannot get one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        why = None if os.access(path, os.W_OK | os.X_OK) else "not writable"
+    except OSError as error:
+        why = _reason(error, path)
+    if why is not None:
+        raise RunDirError(f"log directory {path} cannot be written ({why}): choose another with --log-dir")
+
+
+def _reason(error: OSError, path: Path) -> str:
+    """What is wrong, and with which file; `path` if the system does not say that."""
+    return f"{error.strerror}: {error.filename or path}"
