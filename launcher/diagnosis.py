@@ -14,7 +14,7 @@ from launcher.events import WorkerExited
 from launcher.oom import OomWatch
 from launcher.outcome import Death, NodeReport
 from launcher.progress import read_progress
-from launcher.run_dir import RankFiles
+from launcher.run_dir import RankFiles, as_typed
 from launcher.tracebacks import LastWords, innermost_frames, normalized, read_last_words
 from launcher.wording import count, name_ranks
 
@@ -31,6 +31,8 @@ __all__ = [
 
 _TAIL_BYTES = 64 * 1024
 _FINGERPRINT_FRAMES = 3
+_HEADLINE = 200  # characters; what is longer is cut, and is in the log
+_NO_PROGRESS = "no rank made progress any more"
 _STOP_SIGNALS = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 
 # Patterns are compiled when they are used: most agents never need them, and all pay for their start.
@@ -55,6 +57,7 @@ _TIMEOUT = (
     r"|timed? ?out after \d+ ?(ms|seconds)|socket timeout|waiting for key|barrier timed out"
 )
 _DISTRIBUTED = r"torch[./](distributed|nn[./]parallel)|c10d|gloo|nccl|processgroup|store"
+_NAMED = r"[\w.]+: rank (\d+): "  # how an exception begins that tells of another rank's
 _DATA_WORKER = r"DataLoader worker \(pid(?:\(s\))? (\d+)"
 
 _COLLECTIVE_HINT = (
@@ -196,16 +199,26 @@ def _fails_by_itself(death: Death) -> bool:
     return death.has_traceback and not (death.error or "").startswith(("KeyboardInterrupt", "SystemExit"))
 
 
+def _told_of(death: Death, deaths: Sequence[Death]) -> Death | None:
+    """The death of the rank whose failure `death` only passes on, as an operation of all ranks does."""
+    named = re.match(_NAMED, death.error or "")
+    if not named or death.kill or int(named[1]) == death.rank:
+        return None
+    return next((other for other in deaths if other.rank == int(named[1])), None)
+
+
 def find_culprit(deaths: Sequence[Death], *, has_lost_node: bool = False) -> Death | None:
     """The worker that failed first, of all nodes' in order of death; None if no worker is to blame.
 
     That is the first to die, unless it says that a peer went away, or did not come to a collective, or
-    launch had told it to end: then the first of which that does not hold. If all say so, a lost node
-    explains them; else the first that waited for others in vain, else the first whose peer went away.
+    launch had told it to end, or it passes on what another one failed of: then the first of which that does
+    not hold. If all say so, a lost node explains them; else the first that waited for others in vain, else
+    the first whose peer went away.
     """
     own = [death for death in deaths if _fails_by_itself(death)]
     if own or has_lost_node:
-        return next(iter(own), None)
+        first = (death for death in own if _told_of(death, own) is None)
+        return next(first, next(iter(own), None))
     theirs = [death for death in deaths if not (death.is_ours and death.code in _STOP_SIGNALS)]
     waited = [death for death in theirs if _says(_TIMEOUT, _last_said(death))]
     return next(iter(waited or theirs), None)
@@ -289,12 +302,14 @@ class Verdict:
     has_traceback: bool
     victims: tuple[Victim, ...]  # the others that failed by themselves or of it, in order
     stopped: tuple[int, ...]  # the others that launch stopped
+    finished: tuple[int, ...]  # had returned 0 before, which explains that others missed them
     trouble: tuple[str, ...]  # what else went wrong, a line each
     hang: tuple[str, ...]  # what the stacks said
     lost: tuple[LostNode, ...]
     nodes: int  # of the round
     step: int | None  # the highest that a rank reported
     newest_saved: int | None  # step of the newest snapshot or checkpoint
+    is_only_in_memory: bool  # that one; it may be lost with this host, or with its saver
     log: str | None
     next: str
 
@@ -311,7 +326,9 @@ class Verdict:
     def render(self) -> list[str]:
         """The block for the terminal."""
         what = "hung" if self.hang and self.rank is None else "failed"
-        text = [f"round {self.round} {what} after {self.seconds:.1f} s", f"  {self._headline()}"]
+        text = [f"round {self.round} {what} after {self.seconds:.1f} s", f"  {_cut(self._headline())}"]
+        if self.finished:
+            text.append(f"  {name_ranks(self.finished)} had ended before, with exit code 0")
         if self.hint:
             text.append(f"  hint: {self.hint}")
         text += [f"  {line}" for line in self.hang]
@@ -326,12 +343,12 @@ class Verdict:
         if self.step is not None:
             text.append(f"  {self._progress()}")
         if self.log is not None:
-            text.append(f"  log: {self.log}")
+            text.append(f"  log: {as_typed(Path(self.log))}")
         return [*text, f"  {self.next}"]
 
     def _headline(self) -> str:
         if self.rank is None:
-            return self.cause
+            return f"{self.cause}:" if self.cause == _NO_PROGRESS else self.cause
         moment = time.strftime("%H:%M:%S", time.localtime(self.time))
         where = f" on {self.host}" if self.nodes > 1 else ""
         return (
@@ -344,7 +361,7 @@ class Verdict:
         for victim in self.victims:
             alike.setdefault((victim.of_it, victim.how), []).append(victim.rank)
         text = [
-            f"  then{', of it' if of_it else ''}: {name_ranks(ranks)}: {how}"
+            _cut(f"  then{', of it' if of_it else ''}: {name_ranks(ranks)}: {how}")
             for (of_it, how), ranks in alike.items()
         ]
         text += [f"  lost: node {one.node} ({one.host}): {one.why}" for one in self.lost]
@@ -354,10 +371,16 @@ class Verdict:
     def _progress(self) -> str:
         if self.newest_saved is None or self.steps_lost is None:
             return f"step {self.step} reached"
+        if self.is_only_in_memory:
+            return f"step {self.step} reached; snapshot of step {self.newest_saved} in memory"
         if self.steps_lost == 0:
             return f"step {self.step} reached and saved: nothing is lost"
         lost = count(self.steps_lost, "step")
         return f"step {self.step} reached, snapshot of step {self.newest_saved}: {lost} lost"
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _HEADLINE else f"{line[: _HEADLINE - 1]}…"
 
 
 def judge(
@@ -367,11 +390,13 @@ def judge(
     *,
     started: float,
     newest_saved: int | None,
+    is_only_in_memory: bool = False,
 ) -> Verdict:
     """The verdict on a round that failed, from what each node says of it; there is one report at least.
 
     `lost` has the nodes that say nothing any more: their host, and why. `decision_text` is what happens
-    next. `started` is when the round began, in seconds since the epoch.
+    next. `started` is when the round began, in seconds since the epoch. `newest_saved` is the step of the
+    newest snapshot or checkpoint, `is_only_in_memory` whether no other tier has it.
     """
     deaths = sorted((death for report in reports for death in report.deaths), key=lambda death: death.at)
     trouble = tuple(_on(report, len(reports), report.trouble) for report in reports if report.trouble)
@@ -380,6 +405,7 @@ def judge(
     culprit = find_culprit(deaths, has_lost_node=explains)
     at = culprit.at if culprit else min(report.ended for report in reports)
     victims, stopped = _sort_others(deaths, culprit, at)
+    finished = _ended_before(reports, culprit, at)
     losses = tuple(LostNode(node, host, why) for node, (host, why) in sorted(lost.items()))
     return Verdict(
         round=reports[0].round,
@@ -391,17 +417,19 @@ def judge(
         node=next((report.node for report in reports if culprit in report.deaths), None),
         cause=_cause(culprit, losses, trouble, hang),
         kill=culprit.kill if culprit else None,
-        hint=_hint(culprit) if culprit else None,
+        hint=_hint(culprit) if culprit and not finished else None,
         lines=culprit.lines if culprit else (),
         has_traceback=culprit.has_traceback if culprit else False,
         victims=victims,
         stopped=stopped,
+        finished=finished,
         trouble=trouble,
         hang=hang,
         lost=losses,
         nodes=len(reports) + len(lost),
         step=max((report.step for report in reports if report.step is not None), default=None),
         newest_saved=newest_saved,
+        is_only_in_memory=is_only_in_memory,
         log=culprit.log if culprit else None,
         next=decision_text,
     )
@@ -421,7 +449,10 @@ def _sort_others(
         if death is culprit:
             continue
         loss = _peer_loss(death)
-        if loss is not None:
+        told = _told_of(death, deaths)
+        if told is not None and told is culprit:
+            victims.append(Victim(death.rank, f"told of rank {told.rank}'s failure", True, death.at - at))
+        elif loss is not None:
             victims.append(Victim(death.rank, loss, True, death.at - at))
         elif _fails_by_itself(death):
             how = death.kill or death.error or describe_exit(death.code)
@@ -429,6 +460,14 @@ def _sort_others(
         else:
             stopped.append(death.rank)
     return tuple(victims), tuple(sorted(stopped))
+
+
+def _ended_before(reports: Sequence[NodeReport], culprit: Death | None, at: float) -> tuple[int, ...]:
+    """The ranks whose end explains the failure, if nothing better does: others waited for them, or lost them."""
+    if culprit is not None and _peer_loss(culprit) is None:
+        return ()
+    ended = (rank for report in reports for rank, when in report.finished if when <= at)
+    return tuple(sorted(ended))
 
 
 def _cause(
@@ -445,7 +484,7 @@ def _cause(
     if lost:
         return f"lost: node {lost[0].node} ({lost[0].host}): {lost[0].why}"
     if hang:
-        return "no rank made progress any more:"
+        return _NO_PROGRESS
     return "no worker failed, but the round ended"
 
 

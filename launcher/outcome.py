@@ -46,6 +46,7 @@ class NodeReport:
     has_finished: bool = False  # every worker of it returned 0
     has_drained: bool = False  # every worker of it returned 0 or saved and left, as it was asked to
     deaths: tuple[Death, ...] = ()  # in order of death
+    finished: tuple[tuple[int, float], ...] = ()  # ranks that returned 0, and when, in seconds since the epoch
     trouble: str | None = None  # what went wrong that is not a worker's own failure, in one line
     is_stuck: bool = False  # processes are left that nothing can end: no more rounds on this node
     step: int | None = None  # the highest that one of its workers reported
@@ -60,5 +61,6 @@ class NodeReport:
         return replace(
             plain,
             deaths=tuple(Death.from_json(death) for death in value["deaths"]),
+            finished=tuple((rank, at) for rank, at in value.get("finished", ())),
             hang=tuple(value["hang"]),
         )

@@ -294,6 +294,17 @@ class StatusBoard:
         return min((rank.step for rank in self.ranks.values() if rank.step is not None), default=None)
 
     @property
+    def newest_saved(self) -> int | None:
+        """The step of the newest checkpoint in any tier, as far as the saver has told."""
+        return max((saved.step for saved in self.saved.values()), default=None)
+
+    @property
+    def is_only_in_memory(self) -> bool:
+        """Whether that checkpoint is in no other tier, so that it is as good as the saver that holds it."""
+        newest = [tier for tier, saved in self.saved.items() if saved.step == self.newest_saved]
+        return newest == ["memory"]
+
+    @property
     def loss(self) -> float | None:
         """As the lowest rank that reports one tells it."""
         return self.losses[min(self.losses)] if self.losses else None

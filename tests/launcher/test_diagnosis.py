@@ -169,6 +169,21 @@ def test_the_culprit(deaths: list[Death], culprit: int) -> None:
     assert found.rank == culprit
 
 
+def test_a_rank_that_passes_on_the_failure_of_another_is_its_victim() -> None:
+    """An operation of all ranks raises on all what went wrong on one; who ends first is chance."""
+    own = died(0, 1, "shardckpt.errors.CredentialsError: s3://bucket: no credentials")
+    told = died(1, 1, "shardckpt.errors.CredentialsError: rank 0: s3://bucket: no credentials")
+    assert find_culprit([told, own]) is own
+    assert judged(reported(told, own)).victims[0].of_it
+    itself = died(0, 1, "CredentialsError: rank 0: s3://bucket: no credentials")
+    assert find_culprit([told, itself]) is itself
+    assert find_culprit([told]) is told
+    mutual = died(0, 1, "ValueError: rank 1: bad")
+    assert find_culprit([told, mutual]) is told
+    stopped = died(0, -15, is_ours=True)
+    assert find_culprit([told, stopped]) is told
+
+
 def test_no_culprit() -> None:
     assert find_culprit([]) is None
     assert find_culprit([died(0, -15, is_ours=True), died(1, -9, is_ours=True)]) is None
@@ -312,6 +327,36 @@ def test_steps_lost(step: int, saved: int | None, line: str) -> None:
     assert line in judged(reported(died(0, 1, OWN), step=step), saved=saved).render()
 
 
+def test_a_snapshot_in_memory_alone_is_not_promised() -> None:
+    verdict = judge(
+        [reported(died(0, 1, OWN), step=5)], {}, "", started=1e9, newest_saved=5, is_only_in_memory=True
+    )
+    assert "  step 5 reached; snapshot of step 5 in memory" in verdict.render()
+
+
+@pytest.mark.parametrize("error", [CLOSED, TIMEOUT])
+def test_a_rank_that_had_ended_explains_that_others_lost_it(error: str) -> None:
+    """sys.exit(0) in one rank breaks the others, and is no failure itself."""
+    report = reported(died(1, 1, error), finished=((0, 1e9), (2, 1e9 + 5)))
+    verdict = judged(NodeReport.from_json(json.loads(json.dumps(report.to_json()))))
+    assert (verdict.rank, verdict.finished, verdict.hint) == (1, (0,), None)
+    assert verdict.render()[2] == "  rank 0 had ended before, with exit code 0"
+    assert judged(reported(died(1, 1, OWN), finished=((0, 1e9),))).finished == ()
+
+
+def test_headlines_are_short_and_paths_as_they_would_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = replace(died(0, 1, f"ValueError: {'x' * 3000}"), log=str(tmp_path / "runs/a/rank-00000.err"))
+    text = verdict_on(long).render()
+    assert len(text[1]) < 210
+    assert text[1].endswith("…")
+    assert "  log: runs/a/rank-00000.err" in text
+    assert "x" * 3000 in "\n".join(text)
+    assert len(verdict_on(long).cause) > 3000
+
+
 def test_verdict_on_several_nodes() -> None:
     """Order is that of death on all nodes, and the first one's host is told."""
     near = reported(died(0, 1, RESET), died(1, 1, CLOSED), step=7)
@@ -345,6 +390,7 @@ def test_verdict_on_a_hang() -> None:
     stopped = [died(rank, -15, is_ours=True) for rank in range(4)]
     verdict = judged(reported(*stopped, hang=stacks, step=119))
     assert verdict.rank is None
+    assert verdict.cause == "no rank made progress any more"
     assert verdict.render() == [
         "round 2 hung after 0.5 s",
         "  no rank made progress any more:",
