@@ -17,13 +17,14 @@ from launcher.condition import Condition, look_at_what_is_left
 from launcher.config import Config
 from launcher.control import RECORD, Control
 from launcher.diagnosis import find_culprit, fingerprint, gather, judge
-from launcher.errors import ExitCode, InternalError, RunDirError, UsageError, shell_code
+from launcher.errors import ExitCode, InternalError, LaunchError, RunDirError, UsageError, shell_code
 from launcher.events import (
     Asked,
     DeadlinePassed,
     Event,
     Heard,
     Joined,
+    MemberFailed,
     SaverEnded,
     SaverWanted,
     StacksTaken,
@@ -117,15 +118,18 @@ class Agent:
         exc: BaseException | None,
         exc_traceback: TracebackType | None,
     ) -> None:
-        self._zygote.close(0.0 if self._left else _KILL_PATIENCE)
-        self._saver.close()
-        self._membership.close()
-        self._control.close()
-        self._stacks.close()
-        self._meeting.close()
-        self._monitor.__exit__(exc_type, exc, exc_traceback)
-        self._teller.close()
-        self._run_dir.close()
+        if isinstance(exc, LaunchError):
+            self._teller.job_ended(exc.exit_code, str(exc))
+        with ExitStack() as closing:  # from the last to the first, whatever fails
+            closing.callback(self._run_dir.close)
+            closing.callback(self._teller.close)
+            closing.push(self._monitor)
+            closing.callback(self._meeting.close)
+            closing.callback(self._stacks.close)
+            closing.callback(self._control.close)
+            closing.callback(self._membership.close)
+            closing.callback(self._saver.close)
+            closing.callback(self._zygote.close, 0.0 if self._left else _KILL_PATIENCE)
 
     def run(self) -> int:
         """Run the job to its end, and return the exit code of `launch`."""
@@ -155,7 +159,7 @@ class Agent:
         self._history = decision.history
         self._forget_round()
         self._monitor.set_deadline(decision.pause)
-        return round_
+        return self._leave(round_) if self._is_leaving else round_
 
     def _join(self) -> None:
         self._teller.gathering()
@@ -182,22 +186,29 @@ class Agent:
         if isinstance(event, StopRequested) and not self._insists(round_):
             self._look_at_progress()
             if event.signum in DRAIN_SIGNALS and self._can_resume:
-                return self._leave(round_, event.signum)
+                self._leave_by = time.monotonic() + self.config.grace
+                if round_.is_started:
+                    self._teller.told_to_leave(event.signum, self.config.grace)
+                return self._leave(round_)
             if event.signum == signal.SIGUSR1:
                 self._teller.cannot_save(event.signum)
                 return round_
             self._membership.say({"kind": "stop", "signum": event.signum})
-        return round_.after(event)
+        after = round_.after(event)
+        return self._leave(after) if isinstance(event, MemberFailed) and self._is_leaving else after
+
+    @property
+    def _is_leaving(self) -> bool:
+        """Whether a scheduler has told this node to end, and the job can be resumed."""
+        return self._leave_by is not None
 
     def _insists(self, round_: Round) -> bool:
-        return round_.stop_signal is not None or self._leave_by is not None
+        return round_.stop_signal is not None or self._is_leaving
 
-    def _leave(self, round_: Round, signum: int) -> Round:
-        """Save and end in the grace that the scheduler gives; at once where this node is in no team."""
-        self._leave_by = time.monotonic() + self.config.grace
-        if round_.team is None:
-            return round_.after(Heard(0, Wish("leave", 0, can_drain=False).to_json()))
-        self._teller.told_to_leave(signum, self.config.grace)
+    def _leave(self, round_: Round) -> Round:
+        """Tell the other nodes that this one leaves; `round_` without them, if it is in no team."""
+        if round_.team is None or round_.cut_off is not None:
+            return round_.withdrawn()
         self._wish(round_, "leave")
         return round_
 
@@ -227,7 +238,7 @@ class Agent:
                 self._join()
             case DeadlinePassed() if round_.phase is Phase.GATHERING:
                 self._get_ready(round_)
-            case Heard(node=node, message=message):
+            case Heard(node=node, message=message) if round_.team is not None:
                 self._teller.heard(node, message, round_)
             case WorkerStarted(rank=rank, pid=pid):
                 self._pids[rank] = pid
@@ -357,6 +368,7 @@ class Agent:
             has_finished=round_.has_finished,
             has_drained=round_.has_drained,
             deaths=deaths,
+            finished=tuple((exit_.rank, epoch - (now - exit_.at)) for exit_ in round_.exits if exit_.code == 0),
             trouble=round_.trouble_in_words,
             is_stuck=round_.is_stuck,
             step=max(steps, default=None),

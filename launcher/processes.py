@@ -133,5 +133,8 @@ class Subreaper:
         while (doomed := children(os.getpid()) - self._spared) and time.monotonic() < deadline:
             kill_all([*doomed, *descendants(doomed)], signal.SIGKILL)
             for pid in doomed:
-                os.waitpid(pid, os.WNOHANG)
+                try:
+                    os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:
+                    pass  # a thread of this process has reaped it
             time.sleep(0.001)

@@ -138,6 +138,8 @@ def decide(
 
 def _after_exclusion(round_: Round, history: History) -> Decision:
     assert round_.cut_off is not None
+    if round_.is_leaving:
+        return Finish(ExitCode.PREEMPTED, is_final=False)
     if round_.is_stuck:
         return _STUCK
     failed = 0 if round_.team is not None else history.failed_joins + 1

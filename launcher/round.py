@@ -99,7 +99,7 @@ class Round:
         match event:
             case Joined(rank=rank, hellos=hellos):
                 return replace(self, team=Team(rank, tuple(hello["host"] for hello in hellos)))
-            case Heard(node=node, message=message):
+            case Heard(node=node, message=message) if self.team is not None:
                 return self._after_message(node, message)
             case WorkerExited():
                 return self._after_exit(event)
@@ -121,6 +121,12 @@ class Round:
                 return self._at_least(Phase.OVER)
             case _:
                 return self
+
+    def withdrawn(self) -> Round:
+        """The round of a node that leaves and is in no team that could be told."""
+        wish = Wish("leave", 0 if self.team is None else self.team.rank, can_drain=False)
+        after = replace(self, wishes=(*self.wishes, wish))
+        return after if self.is_started else after._at_least(Phase.SETTLED)
 
     @property
     def plan(self) -> Plan:
@@ -219,6 +225,11 @@ class Round:
         return frozenset(wish.node for wish in self.wishes if wish.reason == "leave")
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether this node is one of them."""
+        return (0 if self.team is None else self.team.rank) in self.leavers
+
+    @property
     def deaths(self) -> list[Death]:
         """Of all nodes, in order as far as their clocks agree."""
         deaths = [death for report in self.reports.values() for death in report.deaths]
@@ -272,8 +283,7 @@ class Round:
         return after
 
     def _after_stop(self, signum: int) -> Round:
-        is_leaving = self.team is not None and self.team.rank in self.leavers
-        insists = self.stop_signal is not None or (self.phase is Phase.DRAINING and is_leaving)
+        insists = self.stop_signal is not None or (self.phase is Phase.DRAINING and self.is_leaving)
         after = replace(self, stop_signal=signum)
         if not self.is_started:
             waits = self.phase is Phase.OVER and not insists

@@ -198,6 +198,7 @@ def listening() -> list[str]:
 
 def test_a_node_that_is_frozen_is_lost_and_comes_back(nodes: Nodes) -> None:
     nodes.start("a", nodes="1:2")
+    until(lambda: port_is_open(nodes.port))  # or the frozen node may be the one that serves the store
     nodes.start("b", nodes="1:2")
     number = nodes.gather("a", "b")[0].round
     frozen = processes_of(nodes.job, nodes.agents["b"].pid)
@@ -311,6 +312,8 @@ def test_a_node_that_cannot_write(nodes: Nodes) -> None:
     assert (ended.code, failed.code) == (0, 73)
     assert "cannot be written (File exists: " in failed.err.splitlines()[-1]
     assert "is lost" in ended.err
+    ended_with = [event["exit_code"] for other in ends for event in nodes.events(other)[-1:]]
+    assert ended_with == [73]
 
 
 def test_an_endpoint_that_refuses(nodes: Nodes) -> None:

@@ -305,9 +305,20 @@ def test_a_drain_that_hangs_is_a_hang() -> None:
 
 
 def test_told_to_leave_before_there_is_a_team() -> None:
-    round_ = Round().after(wish("leave", can_drain=False))
+    round_ = Round().withdrawn()
     assert round_.phase is Phase.SETTLED
     assert decide(round_, None, None, History(), Limits()) == Finish(ExitCode.PREEMPTED, is_final=False)
+
+
+def test_told_to_leave_while_cut_off() -> None:
+    round_ = play(MemberFailed("lost", "x"), nodes=2, rank=1).withdrawn()
+    assert round_.phase is Phase.STOPPING
+    round_ = round_.after(RoundDrained())
+    assert decide(round_, None, None, History(), Limits()) == Finish(ExitCode.PREEMPTED, is_final=False)
+
+
+def test_what_was_said_in_a_team_before_is_not_heard() -> None:
+    assert Round().after(lost(1)) == Round()
 
 
 def test_a_zygote_that_launch_kills_is_no_trouble() -> None:
