@@ -80,6 +80,14 @@ class _Stream:
     sink: Sink
     prefix: bytes
     drawn_at: float = 0.0  # when a progress bar was printed last
+    drawn: bytes = b""  # that state of it; empty: its line has ended since
+
+    def not_shown(self, lines: list[bytes]) -> list[bytes]:
+        """`lines` that came to an end, without what is shown of the first of them already."""
+        if not lines:
+            return lines
+        shown, self.drawn = self.drawn, b""
+        return lines[1:] if shown and lines[0] == shown else lines
 
 
 class Console:
@@ -183,6 +191,7 @@ class Console:
             match order:
                 case _Follow():
                     self._open(order)
+                    self._print_new()  # what was written before they were watched
                 case _Say():
                     self._print_message(order)
                 case _Show():
@@ -231,10 +240,11 @@ class Console:
         now = time.monotonic()
         for stream in self._streams:
             for lines in stream.tail.read():
-                self._print(stream, lines)
+                self._print(stream, stream.not_shown(lines))
             drawn = stream.tail.lines.drawn
-            if drawn and now - stream.drawn_at >= _REDRAW_SECONDS:
+            if drawn and drawn != stream.drawn and now - stream.drawn_at >= _REDRAW_SECONDS:
                 stream.drawn_at = now
+                stream.drawn = drawn
                 self._print(stream, [drawn])
 
     def _print(self, stream: _Stream, lines: Sequence[bytes]) -> None:
@@ -256,7 +266,7 @@ class Console:
 
     def _print_rest(self) -> None:
         for stream in self._streams:
-            self._print(stream, stream.tail.lines.flush())
+            self._print(stream, stream.not_shown(stream.tail.lines.flush()))
             stream.tail.close()
         self._streams = []
         if self._watch is not None:

@@ -137,6 +137,21 @@ def run_dir(tmp_path: Path) -> Iterator[RunDir]:
     run_dir.close()
 
 
+def test_a_log_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    """The option that is to be changed is the one that is named; the run directory is let go."""
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirError, match=r"log directory .* --log-dir$"):
+        RunDir(tmp_path / "run", tmp_path / "file/logs")
+    RunDir(tmp_path / "run", tmp_path / "logs").close()
+
+
+def test_a_full_disk_names_what_could_not_be_written(run_dir: RunDir) -> None:
+    """The system does not say which file it was that could not grow."""
+    (run_dir.path / "round").symlink_to("/dev/full")
+    with pytest.raises(RunDirError, match=r"No space left on device: .*round-0001"):
+        run_dir.begin_round(1, [0])
+
+
 def test_console_keeps_lines_whole_and_in_order(run_dir: RunDir) -> None:
     """Each line once, with its rank, unbroken; messages after all that was written before them."""
     files = run_dir.begin_round(1, range(11))
@@ -170,6 +185,24 @@ def test_console_keeps_lines_whole_and_in_order(run_dir: RunDir) -> None:
     err._thread.join()
     assert err._text == b"[ 4] \xff\x00\nlaunch: done\nmore\n"
     err._file.close()
+
+
+@pytest.mark.parametrize("end", ["", "\r", "\n"])
+def test_a_progress_bar_that_stands_still_is_shown_once(run_dir: RunDir, end: str) -> None:
+    """Whether its line is ended or not; a line that says the same again is another one."""
+    (files,) = run_dir.begin_round(1, [0])
+    reader, writer = os.pipe()
+    console = Console(Sink(1), Sink(writer))
+    console.follow([files], Shown())
+    with files.err.open("wb", buffering=0) as file:
+        file.write(b"\r 10%\r 100%")
+        assert os.read(reader, 100) == b"[0]  100%\n"
+        file.write(end.encode() + b" 100%\nbye\n" * (end == "\n"))
+    console.unfollow()
+    console.close()
+    os.close(writer)
+    with os.fdopen(reader, "rb") as rest:
+        assert rest.read() == (b"[0]  100%\n[0] bye\n" if end == "\n" else b"")
 
 
 def test_console_without_inotify(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
