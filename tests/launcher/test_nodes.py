@@ -46,7 +46,7 @@ WORKER = """
         with open(os.environ["LAUNCH_DRAIN_FILE"]) as file:
             if file.read():
                 sys.exit(75)
-        step += 1
+        step = min(step + 1, int(os.environ.get("STEPS", "1000000")))
         tell(step)
         time.sleep(0.02)
     """
@@ -136,9 +136,9 @@ def nodes(job: Job) -> Iterator[Nodes]:
 
 
 def test_a_failure_on_one_node_restarts_all(nodes: Nodes) -> None:
-    """One verdict, one count of restarts, and one end."""
-    nodes.start("a", "--max-restarts=1")
-    nodes.start("b", "--max-restarts=1")
+    """One verdict, one count of restarts, and one end. Progress would refill the budget."""
+    nodes.start("a", "--max-restarts=1", STEPS="1")
+    nodes.start("b", "--max-restarts=1", STEPS="1")
     first = nodes.gather("a", "b")
     assert sorted(line.rank for line in first) == [0, 1, 2, 3]
     assert {(line.round, line.world, line.restarts) for line in first} == {(1, 4, 0)}
