@@ -23,7 +23,7 @@ from shardckpt.progress import ProgressFile
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.restoring import Newest
 from shardckpt.runs import Place, attempt_number, claim_attempt, step_path
-from shardckpt.saver.client import SaverClient
+from shardckpt.saver.client import SaverClient, is_first_on_node
 from shardckpt.saver.wire import LINGER, Tier
 from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
 from shardckpt.sinks import OwnThread, SaverSink, Sink
@@ -46,6 +46,29 @@ class _DurableTier:
 
     def is_due(self, step: int) -> bool:
         return self.every is None or step % self.every == 0
+
+
+class _Failures:
+    """The saves that failed since they were last told of.
+
+    Attributes:
+        first: the first of them.
+        standing: those that no later save has made good, by being durable wherever they were to be; of
+            several that were to go to the same tiers, the first.
+    """
+
+    def __init__(self) -> None:
+        self.first: SaveHandle | None = None
+        self.standing: list[SaveHandle] = []
+
+    def note(self, save: SaveHandle, *, failed: bool) -> None:
+        """Note what became of a save, which is later than those noted before."""
+        if not failed:
+            self.standing = [other for other in self.standing if not set(other.tiers) <= set(save.tiers)]
+            return
+        self.first = self.first or save
+        if all(other.tiers != save.tiers for other in self.standing):
+            self.standing.append(save)
 
 
 class Checkpointer:
@@ -130,7 +153,7 @@ class Checkpointer:
         self._is_prepared = False
         self._last: SaveHandle | None = None
         self._saves: list[SaveHandle] = []  # that may be under way, the same ones on every rank
-        self._failed: SaveHandle | None = None  # the first, until `wait` tells of it
+        self._failures = _Failures()
         self.url = self._root.url
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
@@ -176,7 +199,7 @@ class Checkpointer:
 
         Returns the save's handle, or None if none was started: not now, or because those before take up all
         the memory there is for saves, which is logged. Safe to change the state when it returns. A save that
-        fails in the background is logged, and raised by `wait` and `close`.
+        fails in the background is logged, and raised by `wait`, or by `close` if no later save makes it good.
 
         Under `launch` this also tells how far training is, with `metrics["loss"]` if it is a number on the host;
         and where the launcher asks the job to leave, to be started again (a preemption, or ranks to be added or
@@ -228,22 +251,49 @@ class Checkpointer:
         """
         if self._has_left:
             return
-        saves = [*([self._failed] if self._failed else []), *self._saves]
-        self._failed, self._saves = None, []
-        for handle in saves:
-            handle.join()
-        for handle in saves:
-            handle.wait()
+        self._finish_saves()
+        failures, self._failures = self._failures, _Failures()
+        if failures.first is not None:
+            failures.first.wait()
 
     def close(self) -> None:
-        """`wait`, and be done. Call it when training ends; `with` does."""
+        """Wait until everything asked for is over, and be done. Call it when training ends; `with` does.
+
+        Raises SaveError for a save that did not become durable, unless a later one did, in all tiers that it
+        was to go to, or `wait` has told. Under `launch` that is logged and not raised, since nothing is to be
+        trained again: the node's saver outlives this process and answers for the save, and `launch` ends with
+        74 if it does not become durable after all. What the saver cannot answer for, as for one that was lost
+        with it, is raised.
+        """
         self._answer_no_more()
         if self._has_left:
             return  # without a goodbye to the saver, which has what the next round starts from
         try:
-            self.wait()
+            self._finish_saves()
+            self._tell_failures()
         finally:
+            self._failures = _Failures()
             self._session.close()
+
+    def _finish_saves(self) -> None:
+        """Wait for all saves under way, and note what became of them."""
+        saves, self._saves = self._saves, []
+        for handle in saves:
+            handle.join()
+        for handle in saves:
+            self._failures.note(handle, failed=handle.outcome() is not None)
+
+    def _tell_failures(self) -> None:
+        """Raise what has failed and is not made good, unless that is for the launcher to tell."""
+        standing = self._failures.standing
+        is_launchers = "LAUNCH_SAVER" in os.environ and self._session.outlives_trainer
+        for handle in standing:
+            if not (is_launchers and handle.is_saver_answerable):
+                handle.wait()
+        if standing and is_first_on_node():
+            _log.error(
+                "training is over, and not all that it saved is durable; launch tells what becomes of it"
+            )
 
     # -- draining
 
@@ -360,8 +410,7 @@ class Checkpointer:
                 left.append(save)
                 continue
             save.settle(failed=bool(failed))
-            if failed and self._failed is None:
-                self._failed = save
+            self._failures.note(save, failed=bool(failed))
         self._saves = left
         return not not_ready
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardckpt.commit import wait_committed
-from shardckpt.errors import SaveError
+from shardckpt.errors import SaveError, SaverError
 from shardckpt.persisting import Destination
 
 __all__ = ["MEMORY", "SaveHandle"]
@@ -75,6 +75,21 @@ class SaveHandle:
         with self._changed:
             state.is_over, state.error, state.is_committed = True, error, committed or tier == MEMORY
             self._changed.notify_all()
+
+    @property
+    def is_saver_answerable(self) -> bool:
+        """Whether all that has failed was in the hands of a saver that lives on and knows."""
+        with self._changed:
+            errors = [state.error for state in self._states.values() if state.error is not None]
+        return not any(isinstance(error, SaverError | MemoryError) for error in errors)
+
+    def outcome(self) -> SaveError | None:
+        """Wait as `wait` does; what it would raise."""
+        try:
+            self.wait()
+        except SaveError as error:
+            return error
+        return None
 
     def settle(self, *, failed: bool) -> None:
         """Note what became of it, as all ranks know once none is at work on it any more.

@@ -244,7 +244,8 @@ class SaverSink:
     def submit(self, save: Save, handle: SaveHandle) -> None:
         """See Sink."""
         assert self._taken is not None
-        assert self._client is not None
+        client = self._client
+        assert client is not None
         proposal = save.proposal.encode() if save.proposal is not None else b""
         stage = Stage(
             self._taken.number,
@@ -261,7 +262,8 @@ class SaverSink:
         places = {destination.tier: destination.place for destination in save.destinations}
 
         def done(outcome: Outcome) -> None:
-            error = SaveError(outcome.error) if outcome.error else None
+            kind = SaverError if client.is_lost else SaveError
+            error = kind(outcome.error) if outcome.error else None
             if (
                 error is not None
                 and outcome.tier in places
@@ -270,7 +272,7 @@ class SaverSink:
                 error = None  # the saver died after the commit, before it could tell
             handle.note(outcome.tier, error, committed=outcome.committed)
 
-        self._client.stage(stage, done)
+        client.stage(stage, done)
 
     def abandon(self, save_id: str, error: BaseException, /) -> None:
         """See Sink."""

@@ -85,6 +85,14 @@ class _Client(Trainer):
     has_left: bool = False
 
 
+@dataclass(frozen=True)
+class _End:
+    """What became of the newest save of a run that was to go to a tier."""
+
+    order: tuple[int, int, str, int]
+    is_durable: bool
+
+
 class Saver:
     """Serves until it is told to drain, or until the last trainer is gone, and everything is durable.
 
@@ -116,7 +124,7 @@ class Saver:
         self._opening = threading.Lock()
         self._tasks = 0
         self._finished: set[str] = set()  # runs whose trainers said goodbye
-        self._failed = False
+        self._ends: dict[tuple[str, str], _End] = {}  # by run and tier
         self._is_draining = False
         self._may_linger = True
         self._empty_since = time.monotonic() + max(0.0, _FIRST - linger)  # nobody has come yet
@@ -128,7 +136,10 @@ class Saver:
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def run(self) -> int:
-        """Serve. Returns the exit code: 0 if everything became durable, 1 if something did not."""
+        """Serve. Returns the exit code: 0 if the newest save that was to go to a tier is durable there, else 1.
+
+        An older save that failed is no failure of the job: a newer one has taken its place.
+        """
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._wake)
@@ -147,7 +158,7 @@ class Saver:
         self._listener.close()
         self._tell(event="drained")
         self._shelf.close()
-        return int(self._failed)
+        return int(not all(end.is_durable for end in self._ends.values()))
 
     # -- the loop
 
@@ -201,13 +212,27 @@ class Saver:
             return
         self._has_flushed = True
         for run in {held.run for held in self._shelf.snapshots.values()}:
-            self._persist_newest(run)
+            self._persist_newest(run, again=True)
 
-    def _persist_newest(self, run: str) -> None:
-        """Have the newest snapshot persisted in all tiers, if it was to be in memory only."""
+    def _persist_newest(self, run: str, *, again: bool) -> None:
+        """Have the newest snapshot persisted in all tiers, if it is in memory only.
+
+        `again`: also where it has failed before, or where an older save has that it can take the place of.
+        """
         newest = self._shelf.newest(run)
-        if newest is not None and not newest.tasks and not newest.is_persisted:
-            self._persist(newest, list(_client_of(newest).tiers))
+        if newest is None or newest.tasks or (newest.failed and not again):
+            return
+        tiers = list(_client_of(newest).tiers)
+        if newest.is_persisted:
+            tiers = self._lacking(newest) if again else []
+        self._persist(newest, tiers)
+
+    def _lacking(self, newest: Held) -> list[str]:
+        """Tiers whose last save has failed, and that the run's newest snapshot is not durable in either."""
+        failed = {
+            tier for (run, tier), end in self._ends.items() if run == newest.run and not end.is_durable
+        }
+        return [tier for tier in _client_of(newest).tiers if tier in failed - newest.durable]
 
     def _tell(self, **line: object) -> None:
         """A line to who started this process, who may be dead."""
@@ -233,7 +258,8 @@ class Saver:
             served = bool(clients) and all(self._has_its_buffers(client) for client in clients)
             self._shelf.tidy(run, everyone_is_served=served)
         for run in self._finished:
-            self._shelf.release(run)
+            newest = self._shelf.newest(run)
+            self._shelf.release(run, keep=newest if newest and self._lacking(newest) else None)
 
     # -- clients
 
@@ -295,7 +321,7 @@ class Saver:
             self._report_lost(lost, _LOST)
         if client.has_left and all(other.run != client.run for other in self._clients):
             self._finished.add(client.run)
-            self._persist_newest(client.run)
+            self._persist_newest(client.run, again=self._control is None)  # else the drain does that
         if not self._clients:
             self._empty_since = time.monotonic()
             self._may_linger = not client.has_left
@@ -451,19 +477,27 @@ class Saver:
                 self._tell(event="superseded", step=held.step, tier=tier.name, url=url)
                 self._tell_trainers(held, Outcome(held.id, tier.name, superseded))
             elif not error:
-                self._shelf.note_persisted(held)
+                self._shelf.note_persisted(held, tier.name)
+                self._note_end(held, tier.name, is_durable=True)
                 seconds = time.monotonic() - started
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
                 self._tell_trainers(held, Outcome(held.id, tier.name, committed=0 in held.parts))
             else:
-                self._failed = True
-                self._tell(event="failed", step=held.step, tier=tier.name, url=url, error=error)
+                if tier.name not in held.failed:  # or it has been told
+                    self._tell(event="failed", step=held.step, tier=tier.name, url=url, error=error)
+                held.failed.add(tier.name)
+                self._note_end(held, tier.name, is_durable=False)
                 self._tell_trainers(held, Outcome(held.id, tier.name, error))
 
         total = sum(len(pack.content) for pack in packs)
         return Task(
             tier.name, held.step, url, work, lambda error: self._later(lambda: note(error)), Progress(total)
         )
+
+    def _note_end(self, held: Held, tier: str, *, is_durable: bool) -> None:
+        known = self._ends.get((held.run, tier))
+        if known is None or known.order <= held.order:
+            self._ends[held.run, tier] = _End(held.order, is_durable)
 
     def _root(self, tier: Tier) -> Storage:
         """The tier's storage. Opening may import a good deal, so it is for the threads that persist."""

@@ -5,6 +5,8 @@
 - A snapshot is usable when each local rank has staged its part. It is never given up for a newer one that is
   not, unless it is durable already, nor while it is being persisted or read. So a slow tier that is at work on
   one snapshot does not keep later ones out of a fast one.
+- A snapshot that failed to become durable is held like any other: it can be restored from until newer ones
+  take its place.
 - The buffers of trainers that died are orphans: they are granted to those that come after, which spares
   these the seconds that new memory takes.
 - A trainer has at most `snapshots` buffers, each at most an eighth larger than its pack. What those before it
@@ -109,14 +111,21 @@ class Held:
     parts: dict[int, Part] = field(default_factory=dict)
     tasks: int = 0
     """Tiers that it is being persisted in, or waits to be."""
-    is_persisted: bool = False
-    """Whether its step has become durable in some tier, by this save or by another one of the same step."""
+    durable: set[str] = field(default_factory=set)
+    """Tiers in which its step has become durable, by this save or by another one of the same step."""
+    failed: set[str] = field(default_factory=set)
+    """Tiers in which it was tried, and failed."""
     readers: set[Trainer] = field(default_factory=set)
 
     @property
     def is_whole(self) -> bool:
         """Whether every rank of this node has staged its part."""
         return len(self.parts) == self.local_ranks
+
+    @property
+    def is_persisted(self) -> bool:
+        """Whether its step is durable in some tier."""
+        return bool(self.durable)
 
     @property
     def is_idle(self) -> bool:
@@ -280,11 +289,11 @@ class Shelf:
             return None
         return held
 
-    def note_persisted(self, held: Held) -> None:
-        """A save has become durable in some tier, and with it what else is held of its step."""
-        held.is_persisted = True
-        for other in self._of(held.run):
-            other.is_persisted = other.is_persisted or other.path == held.path
+    def note_persisted(self, held: Held, tier: str) -> None:
+        """A save has become durable in a tier, and with it what else is held of its step."""
+        for other in [held, *self._of(held.run)]:
+            if other.path == held.path:
+                other.durable.add(tier)
 
     def abandon(self, save_id: str) -> Held | None:
         """A save will not be whole: give up what there is of it, and return it, if there is anything."""
@@ -324,10 +333,10 @@ class Shelf:
             for buffer in list(self._spare(run)):
                 self._close(buffer)
 
-    def release(self, run: str) -> None:
-        """Give up what is not in use: nobody will come for it."""
+    def release(self, run: str, keep: Held | None = None) -> None:
+        """Give up what is not in use, but for `keep`: nobody will come for it."""
         for held in self._of(run):
-            if held.is_idle:
+            if held.is_idle and held is not keep:
                 self._drop(held)
         for buffer in list(self._spare(run)):
             self._close(buffer)

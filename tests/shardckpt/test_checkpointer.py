@@ -388,6 +388,32 @@ def test_close_raises_and_with_does_not_hide(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
 
+@pytest.mark.parametrize("launcher", [False, True])
+def test_close_is_silent_about_what_a_later_save_made_good(
+    launcher: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two saves fails: `close` has nothing to tell, though `wait` has. Of the last one it does."""
+    if launcher:  # which knows nothing of saves without its saver
+        monkeypatch.setenv("LAUNCH_SAVER", "nobody")
+    storage = FailingOnce(open_storage(tmp_path), fail_at=2, error=StorageError("no more space"))
+    with shardckpt.Checkpointer(storage) as checkpointer:
+        checkpointer.save(1, state_at(1)).join()
+        checkpointer.save(2, state_at(2)).join()
+    assert committed(open_storage(tmp_path)) == [2]
+    storage = FailingOnce(open_storage(tmp_path), fail_at=2, error=StorageError("no more space"))
+    checkpointer = shardckpt.Checkpointer(storage)
+    checkpointer.save(1, state_at(1)).join()
+    checkpointer.save(2, state_at(2)).join()
+    with pytest.raises(SaveError, match="step-00000001 failed"):
+        checkpointer.wait()
+    checkpointer.close()
+    storage = FaultyStorage(open_storage(tmp_path), fail_at=2, error=StorageError("gone"))
+    checkpointer = shardckpt.Checkpointer(storage)
+    checkpointer.save(1, state_at(1)).join()
+    with pytest.raises(SaveError, match="step-00000001 failed"):
+        checkpointer.close()
+
+
 def test_one_ranks_failure_is_everyones(tmp_path: Path) -> None:
     """If one rank's part of a save fails, wait raises on all ranks, also when `save` has gone on since."""
 

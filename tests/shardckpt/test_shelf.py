@@ -146,7 +146,7 @@ def test_of_two_saves_of_a_step_the_second_is_the_newest() -> None:
     first, second = saves
     assert node.shelf.newest("run") is second
     assert (first.is_persisted, second.is_persisted) == (False, False)
-    node.shelf.note_persisted(second)
+    node.shelf.note_persisted(second, "local")
     assert (first.is_persisted, second.is_persisted) == (True, True)
     node.serve()
     node.begin(trainer, "next")
@@ -350,6 +350,18 @@ def test_a_finished_run_gives_up_all_but_what_is_persisted() -> None:
     node.shelf.release("run")
     assert node.total == 2 * GIB
     held.tasks = 0
+    node.shelf.release("run")
+    assert node.shelf.buffers == {}
+
+
+def test_of_a_finished_run_one_can_be_kept() -> None:
+    node = Node()
+    world = node.world(2, GIB)
+    node.save(world, 1)
+    held = node.save(world, 2)
+    node.die_all(world)
+    node.shelf.release("run", keep=held)
+    assert node.steps == [2]
     node.shelf.release("run")
     assert node.shelf.buffers == {}
 

@@ -5,9 +5,12 @@ The saver runs in a thread of the test, with storages that wait or fail as the t
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +30,7 @@ from shardckpt.errors import CheckpointError, SaveError, StorageError
 from shardckpt.loading import Loaded
 from shardckpt.runs import BAD, iter_places
 from shardckpt.storage import Storage, open_storage
-from tests.faults import HookedStorage, saver_thread
+from tests.faults import HookedStorage, SaverThread, saver_thread
 from tests.servers import S3Server, faulty_proxy
 from tests.worlds import outcomes
 
@@ -547,6 +550,83 @@ def test_one_tier_fails(
     assert (committed(getattr(tiers, tier)), committed(getattr(tiers, other))) == ([3, 1], [3, 2])
     for url in (tiers.local, tiers.remote):
         shardckpt.open(url).verify()
+
+
+def told_by(saver: SaverThread) -> list[dict[str, Any]]:
+    """Drain a saver, and all that it has told."""
+    saver._control.shutdown(socket.SHUT_WR)
+    lines = b""
+    while more := saver._control.recv(1 << 16):
+        lines += more
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize("broken", [["local"], ["remote"], ["local", "remote"]], ids=" ".join)
+def test_a_snapshot_that_failed_is_restored_from_and_tried_once_more(
+    broken: list[str], tiers: Tiers
+) -> None:
+    """Training ends well all the same, and once there is space the job's end makes the snapshot durable."""
+    with saver_thread(tiers.open) as saver:
+        with contextlib.ExitStack() as faults, tiers.checkpointer(every_steps=1) as checkpointer:
+            save(checkpointer, 1)
+            for tier in broken:
+                faults.enter_context(tiers.failing(tier, FULL))
+            assert checkpointer.step(2, state_at(2)) is not None
+        checkpointer = tiers.checkpointer()
+        loaded = restored(checkpointer)
+        assert (loaded.tier, loaded.step) == ("memory", 2)
+        checkpointer.close()
+        told = told_by(saver)
+        assert saver.drain() == 0
+    assert (committed(tiers.local), committed(tiers.remote)) == ([2, 1], [2, 1])
+    assert sorted(line["tier"] for line in told if line["event"] == "failed") == broken
+
+
+def test_what_fails_again_is_told_once(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
+    with saver_thread(tiers.open) as saver, tiers.failing("remote", FULL):
+        with tiers.checkpointer() as checkpointer:
+            checkpointer.save(1, state_at(1)).join()
+        assert "training is over, and not all that it saved is durable" in caplog.text
+        told = told_by(saver)
+        assert saver.drain() == 1
+    assert committed(tiers.local) == [1]
+    assert [line["tier"] for line in told if line["event"] == "failed"] == ["remote"]
+
+
+def test_a_newer_save_replaces_one_that_failed(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
+    with saver_thread(tiers.open) as saver:
+        with tiers.checkpointer() as checkpointer:
+            with tiers.failing("local", FULL):
+                checkpointer.save(1, state_at(1)).join()
+            checkpointer.save(2, state_at(2)).join()
+        assert saver.drain() == 0
+    assert "training is over" not in caplog.text
+    assert (committed(tiers.local), committed(tiers.remote)) == ([2], [2, 1])
+
+
+def test_the_newest_snapshot_takes_the_place_of_a_failed_save(tiers: Tiers) -> None:
+    """What failed in one tier only is made good there by a later one, that was not meant for it."""
+    with saver_thread(tiers.open) as saver:
+        with tiers.checkpointer(every_steps=1, local_every_steps=1, url_every_steps=2) as checkpointer:
+            for step in (1, 2, 3):
+                with tiers.failing("remote", FULL):
+                    handle = checkpointer.step(step, state_at(step))
+                    assert handle is not None
+                    handle.join()
+        assert saver.drain() == 0
+    assert (committed(tiers.local), committed(tiers.remote)) == ([3, 2, 1], [3])
+
+
+def test_a_save_that_is_lost_with_its_saver_is_raised(tiers: Tiers) -> None:
+    """The next saver knows nothing of it, and so `launch` would not tell."""
+    with saver_thread(tiers.open), tiers.held_up("remote"):
+        checkpointer = tiers.checkpointer()
+        checkpointer.save(1, state_at(1)).wait("local")
+        assert checkpointer._saver is not None
+        assert checkpointer._saver._client is not None
+        checkpointer._saver._client._channel.shut()
+        with pytest.raises(SaveError, match="the saver of this node is gone"):
+            checkpointer.close()
 
 
 @pytest.mark.usefixtures("saver")
