@@ -271,7 +271,19 @@ def config_from_settings(
         if key in values:
             values[key] = Path(values[key]).expanduser().absolute()
     known = {item.name for item in fields(Config)}
-    return Config(command=command, **{key: value for key, value in values.items() if key in known})
+    config = Config(command=command, **{key: value for key, value in values.items() if key in known})
+    _check_shown(config, given)
+    return config
+
+
+def _check_shown(config: Config, given: Mapping[str, Given]) -> None:
+    """Raise `UsageError` if ranks are to be shown that a job on one node has not."""
+    beyond = sorted(rank for rank in config.shown.ranks or () if rank >= config.nproc)
+    if beyond and config.is_alone:
+        raise UsageError(
+            f"{given['local_ranks_filter'].source}: expected ranks from 0 to {config.nproc - 1}, as many as "
+            f"--nproc says, found {beyond[0]}"
+        )
 
 
 def _kind(given: Mapping[str, Given], is_program: bool) -> Kind:

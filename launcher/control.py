@@ -241,7 +241,7 @@ def is_running(run_dir: Path) -> bool:
 
 
 def ask(
-    run_dir: Path, verb: str, number: int | None = None, *, timeout: float = 10.0
+    run_dir: Path, verb: str, number: int | None = None, *, timeout: float = 3.0
 ) -> Iterator[dict[str, Any]]:
     """Ask the job that runs in `run_dir`, and yield its answers as they come.
 

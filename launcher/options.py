@@ -52,7 +52,8 @@ def find(name: str, source: str) -> Option:
 
         near = difflib.get_close_matches(wanted, list(_BY_NAME), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "`launch --help` lists the options"
-        raise UsageError(f"{source}: unknown option {name}: {hint}")
+        named = "" if source.lstrip("-") == name else f" {name}"  # a line of a file does not say it
+        raise UsageError(f"{source}: unknown option{named}: {hint}")
     return option
 
 
@@ -100,7 +101,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "hang-timeout",
         parsers.seconds,
-        "restart if a rank makes no progress (default: after 600 write stacks down only); 0: never look",
+        "restart if a rank makes no progress, as Checkpointer.step or launcher.report tells it (default: "
+        "after 600 write stacks down only); 0: never look",
         "SECONDS",
         _JOB,
     ),

@@ -16,6 +16,7 @@ from launcher.events import (
     SavePersisting,
     SaverEnded,
     SaveStaged,
+    SaveSuperseded,
 )
 from launcher.journal import encodable
 from launcher.progress import Progress
@@ -32,6 +33,7 @@ _LATE = 3  # times what a step takes, after which the next is overdue
 _GROUPS = 3  # of ranks at the same step that are told one by one
 _SLOWEST = 3  # ranks that are named otherwise
 _SPANS = 4  # of ranks, as 0-3, that are told one by one
+_STEPS = ("progress", "failure", "drained")  # events that tell how far the job was
 _BOLD, _DIM, _ALARM = 1, 2, 31
 
 
@@ -271,7 +273,7 @@ class StatusBoard:
                 return replace(self, saving={**self.saving, (step, tier): Saving(step, tier, done, total)})
             case SavePersisted(step=step, tier=tier):
                 return self._without_saving(step, tier)._with_saved(tier, step, now)
-            case SaveFailed(step=step, tier=tier):
+            case SaveFailed(step=step, tier=tier) | SaveSuperseded(step=step, tier=tier):
                 return self._without_saving(step, tier)
             case SaverEnded():  # and its memory with it
                 others = {tier: saved for tier, saved in self.saved.items() if tier != "memory"}
@@ -383,11 +385,13 @@ class Past:
 
     def _after(self, event: Mapping[str, Any]) -> Past:
         after = replace(self, ended=event["time"])
-        if event["event"] in ("progress", "failure", "drained") and event.get("step") is not None:
+        if event["event"] in _STEPS and event.get("step") is not None:
             after = replace(after, step=event["step"])
         match event["event"]:
             case "round_started":
                 return replace(after, rounds=self.rounds + 1)
+            case "staged":  # a step is saved when it is done, and progress is told only now and then
+                return replace(after, step=max(self.step or 0, event["step"]))
             case "failure":
                 return replace(after, failures=(*self.failures, str(event.get("cause", "unknown"))))
             case "persisted":
@@ -405,7 +409,7 @@ class Past:
         """A few lines; `now` is in seconds since the epoch."""
         ago = f"{duration(now - self.ended)} ago"
         how = (
-            f"was killed with its launch, at most {ago}"
+            f"did not end by itself: its launch was killed, {duration(now - self.ended)} ago or less"
             if self.exit_code is None
             else f"ended {ago} with exit code {self.exit_code}"
             + (f": {self.reason}" if self.reason else "")

@@ -42,8 +42,10 @@ def parse(argv: Sequence[str]) -> Config:
 
 def configure(parsed: Parsed) -> Config:
     """The job that `parsed` describes, with what environment, file and scheduler add to it."""
-    if not parsed.words:
+    if not parsed.words or not parsed.words[0]:
         raise UsageError("nothing to run: give a script, `-m module`, or `-- command` (launch --help)")
+    if not (parsed.is_program or parsed.asks_for("module") or parsed.asks_for("no-python")):
+        _check_word(parsed.words[0])
     files = [setting.text for setting in parsed.settings if setting.option.name == "config"]
     from_file = [setting for path in files for setting in settings_from_file(path)]
     return config_from_settings(
@@ -54,6 +56,16 @@ def configure(parsed: Parsed) -> Config:
         settings_from_scheduler(),
         is_program=parsed.is_program,
     )
+
+
+def _check_word(word: str) -> None:
+    """Raise `UsageError` if `word` is no script, but nearly a word that asks a running job."""
+    if not word.isalpha() or Path(word).exists():
+        return
+    import difflib  # only a mistake needs it
+
+    for name in difflib.get_close_matches(word, CONTROL_NAMES, n=1, cutoff=0.7):
+        raise UsageError(f"script {word} does not exist: did you mean `launch {name}`?")
 
 
 def split(argv: Sequence[str]) -> Parsed:

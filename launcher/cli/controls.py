@@ -96,7 +96,10 @@ def _carry_out(words: Sequence[str]) -> int:
             _print(_tell(_look(run), run, as_json="--json" in request.switches))
         case "stacks":
             for answer in ask(run, "stacks", timeout=_STACKS_SECONDS):
-                _print(*answer["summary"], f"whole stacks: {answer['directory']}")
+                found = [*answer["summary"], f"whole stacks: {answer['directory']}"]
+                _print(
+                    *(found if answer["summary"] else ["no worker has begun yet: ask again in a moment"])
+                )
         case "restart":
             answer = list(ask(run, "restart"))[-1]
             how = "stop the workers, which do not answer" if answer.get("at_once") else _SAVE
@@ -136,16 +139,14 @@ def _read(command: ControlCommand, words: Sequence[str]) -> _Request:
         raise UsageError(f"{word}: unknown option of launch {command.name}: usage: {command.usage}")
     number = _read_number(command, rest.pop() if rest else None) if command.takes_number else None
     if len(rest) > 1:
-        raise UsageError(f"launch {command.name}: expected one run, found {' '.join(rest)}")
+        raise UsageError(f"{command.name}: expected one run, found {' '.join(rest)}: {command.usage}")
     return _Request(command, rest[0] if rest else None, number, switches)
 
 
 def _read_number(command: ControlCommand, text: str | None) -> int:
     if text is None or not text.isdecimal() or int(text) < 1:
         found = "nothing" if text is None else repr(text)
-        raise UsageError(
-            f"launch {command.name}: expected a number of workers, found {found}: {command.usage}"
-        )
+        raise UsageError(f"{command.name}: expected a number of workers, found {found}: {command.usage}")
     return int(text)
 
 
@@ -154,11 +155,12 @@ def _find_run(name: str | None) -> Path:
     if name is None:
         return _only_run()
     for path in (Path(name), _RUNS / name):
-        if _is_run(path):
+        if name and _is_run(path):
             return path
     others = ", ".join(path.name for path in _runs())
     raise UsageError(
-        f"no run {name}: expected a run directory, or a name in runs/" + (f": {others}" if others else "")
+        f"no run {name or repr(name)}: expected a run directory, or a name in runs/"
+        + (f": {others}" if others else "")
     )
 
 

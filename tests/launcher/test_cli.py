@@ -126,6 +126,15 @@ def test_what_is_asked(
     assert printed in capsys.readouterr().out
 
 
+def test_stacks_of_workers_that_are_still_to_come(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ANSWERS, "stacks", {"summary": [], "directory": "/runs/train/stacks"})
+    runs.start()
+    assert main(["stacks"]) == 0
+    assert capsys.readouterr().out == "no worker has begun yet: ask again in a moment\n"
+
+
 def test_status(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs.start()
     assert main(["status"]) == 0
@@ -142,14 +151,16 @@ def test_status(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
             "--jsn: unknown option of launch status: usage: launch status [RUN] [--json]",
         ),
         (["stop", "--json"], "--json: unknown option of launch stop"),
-        (["status", "a", "b"], "launch status: expected one run, found a b"),
+        (["status", "a", "b"], "launch: status: expected one run, found a b"),
         (["status", "nope"], "no run nope: expected a run directory, or a name in runs/: train"),
-        (["scale"], "launch scale: expected a number of workers, found nothing"),
-        (["scale", "train"], "launch scale: expected a number of workers, found 'train'"),
-        (["scale", "train", "0"], "launch scale: expected a number of workers, found '0'"),
+        (["scale"], "launch: scale: expected a number of workers, found nothing"),
+        (["scale", "train"], "launch: scale: expected a number of workers, found 'train'"),
+        (["scale", "train", "0"], "launch: scale: expected a number of workers, found '0'"),
         (["scale", "train", "1.5"], "found '1.5'"),
-        (["scale", "train", "7", "8"], "launch scale: expected one run, found train 7"),
-        (["status", ""], "no run "),
+        (["scale", "train", "7", "8"], "launch: scale: expected one run, found train 7"),
+        (["status", ""], "no run '': "),
+        ([""], "nothing to run: give a script"),
+        (["statsu"], "script statsu does not exist: did you mean `launch status`?"),
     ],
 )
 def test_mistakes(runs: Runs, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -368,7 +379,7 @@ def test_a_killed_launch(job: Job) -> None:
         stream.read()  # until the workers are dead too
     done = stepping.ask("status", "train")
     assert done.returncode == 0
-    assert "was killed with its launch" in done.stdout
+    assert "its launch was killed" in done.stdout
     assert f"(pid {stepping.process.pid}) was killed" in stepping.ask("stop", "train").stderr
 
 

@@ -183,7 +183,7 @@ def test_commands(argv: list[str], kind: Kind, target: str, args: int) -> None:
 
 def test_streams_shown_here() -> None:
     """torchrun's masks: 1 stdout, 2 stderr; what is teed is shown even if it is redirected."""
-    shown = parse(["-r", "0:3,1:1", "-t0:2", "--local-ranks-filter", "0,1", "train.py"]).shown
+    shown = parse(["--nproc=3", "-r", "0:3,1:1", "-t0:2", "--local-ranks-filter", "0,1", "train.py"]).shown
     assert not shown.shows(0, stderr=False)
     assert shown.shows(0, stderr=True)
     assert not shown.shows(1, stderr=False)
@@ -264,7 +264,8 @@ def test_unreadable_files(folder: Path, content: bytes | None) -> None:
         ),
         (["--nproc", "xpu", "train.py"], "found 'xpu'"),
         (["--nproc", "gpu", "train.py"], "a node with GPUs"),
-        (["--nprok", "2", "train.py"], "--nprok: unknown option nprok: did you mean nproc"),
+        (["--nprok", "2", "train.py"], "--nprok: unknown option: did you mean nproc"),
+        (["--nproc", "2", "--local-ranks-filter", "0,2", "train.py"], "filter: expected ranks from 0 to 1"),
         (["--cold=maybe", "train.py"], "--cold: expected true or false"),
         (["-x", "train.py"], "-x: unknown option"),
         (["--max-restarts", "-1", "train.py"], "0 or more, found '-1'"),

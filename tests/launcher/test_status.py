@@ -230,7 +230,23 @@ def test_a_job_that_was_killed() -> None:
     past = Past.of(HISTORY)
     assert past is not None
     assert past.exit_code is None
-    assert past.render("train", 161.0)[0] == "train: was killed with its launch, at most 1 s ago"
+    assert past.render("train", 161.0)[0] == (
+        "train: did not end by itself: its launch was killed, 1 s ago or less"
+    )
+
+
+def test_a_step_that_was_saved_was_reached() -> None:
+    past = Past.of([event(1, "job_started"), event(2, "progress", step=3), event(3, "staged", step=20)])
+    assert past is not None
+    assert past.step == 20
+
+
+def test_what_is_saved_where() -> None:
+    now = board().after(SaveStaged(5), 1.0)
+    assert (now.newest_saved, now.is_only_in_memory) == (5, True)
+    now = now.after(SavePersisted(5, "remote", "s3://b", 1.0), 2.0)
+    assert (now.newest_saved, now.is_only_in_memory) == (5, False)
+    assert (board().newest_saved, board().is_only_in_memory) == (None, False)
 
 
 def test_no_job_ever() -> None:
