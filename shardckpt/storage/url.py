@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.protocol import Storage
 
 __all__ = ["open_storage"]
+
+_REMOTE = "s3|s3a|gs|gcs|az|abfs|abfss|adl|hf|http|https|hdfs|webhdfs|ftp|sftp|ssh|smb|oci|oss|memory"
+_SLIP = re.compile(rf"(?:(?P<remote>{_REMOTE}):/?|(?P<local>file|local):)")
+"""A URL of fsspec's that lacks slashes. As a path it would be a folder called "s3:"."""
 
 
 def open_storage(
@@ -23,7 +28,8 @@ def open_storage(
     the first operation. `~` stands for the home directory in local paths. `storage_options` are
     the arguments of the fsspec file system (for S3: `key`, `secret`, `token`, `profile`,
     `endpoint_url`, `anon`, `client_kwargs`, `config_kwargs`). What they do not say comes from where
-    the protocol's own tools take it. A Storage is returned as it is.
+    the protocol's own tools take it. A Storage is returned as it is. Raises StorageError for what names
+    none, also where slashes are missing, as in `s3:/bucket`.
     """
     if not isinstance(url, str | os.PathLike):
         if storage_options:
@@ -38,6 +44,9 @@ def open_storage(
         from shardckpt.storage.remote import open_remote
 
         return open_remote(protocol, rest, dict(storage_options or {}))
+    if not separator and (slip := _SLIP.match(text)):
+        meant = f"{slip['remote'] or slip['local']}://{text[slip.end() :]}"
+        raise StorageError(f"{text}: did you mean {meant}? (A folder of this name would be ./{text})")
     if storage_options:
         raise StorageError(
             f"{text} is a local path, which takes no storage_options: is 's3://' missing before it?"

@@ -304,6 +304,24 @@ class TestOpening:
             open_storage(url)
         assert url in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("url", "meant"),
+        [
+            ("s3:/b/run", "s3://b/run"),
+            ("s3:b", "s3://b"),
+            ("gs:/b", "gs://b"),
+            ("file:/d/x", "file:///d/x"),
+        ],
+    )
+    def test_a_url_that_lacks_a_slash_is_no_folder(self, url: str, meant: str) -> None:
+        with pytest.raises(StorageError, match=f"^{url}: did you mean {meant}[?]"):
+            open_storage(url)
+
+    def test_names_with_a_colon(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in ("run:1", "lr:/x", "./s3:/x", "a/s3:/x", "C:/run", "s3x:/y", "17:30:05"):
+            assert open_storage(name).url == str((tmp_path / name).absolute())
+
     def test_options_for_a_local_path_are_a_forgotten_protocol(self) -> None:
         with pytest.raises(StorageError, match="is 's3://' missing before it"):
             open_storage("bucket/run", {"key": "k"})
