@@ -25,12 +25,16 @@ class Generation:
     """This node's part in one generation.
 
     `hear(node, message)` is called for every message in the order of the log, `fail(reason)` if the team goes
-    on without this node or the store is gone; both from threads of this object, and not after `stop`. Its
-    methods raise RuntimeError if the store is gone.
+    on without this node, `lose(error)` if the store is gone; all from threads of this object, and not after
+    `stop`. Its methods raise RuntimeError if the store is gone.
     """
 
     def __init__(
-        self, seat: Seat, hear: Callable[[int, Message], None], fail: Callable[[str], None]
+        self,
+        seat: Seat,
+        hear: Callable[[int, Message], None],
+        fail: Callable[[str], None],
+        lose: Callable[[RuntimeError], None],
     ) -> None:
         self.rank = seat.rank
         self.size = seat.size
@@ -38,6 +42,7 @@ class Generation:
         self._store = connect_again(seat.store)
         self._hear = hear
         self._fail = fail
+        self._lose = lose
         self._reader = Reader(connect_again(seat.store))
         self._writer = Writer(connect_again(seat.store), seat.rank)
         self._said: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: the end
@@ -131,7 +136,7 @@ class Generation:
             run()
         except RuntimeError as error:
             if not self._is_over:
-                self._fail(f"the connection to the store broke: {error}".partition("\n")[0])
+                self._lose(error)
 
     def _run_reader(self) -> None:
         while not self._is_over:

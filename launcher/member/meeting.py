@@ -7,6 +7,7 @@ endpoint, or else one that node 0 of the generation serves.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import socket
@@ -32,10 +33,16 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import (
     create_backend as create_c10d_backend,
 )
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend, Token, create_handler
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousBackend,
+    Token,
+    create_handler,
+)
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launcher.member.endpoint import is_here, reach, resolve, show
+from launcher.member.pulse import Arrivals
 from launcher.member.refusal import Refused
 from launcher.member.stores import PrefixStore, Store, TCPStore
 from launcher.membership import Rendezvous
@@ -47,6 +54,7 @@ _ANSWER = timedelta(seconds=5)
 
 _HANDSHAKE = 10.0  # seconds at most, for what listens at the endpoint to show that it is a store
 _ROLL_CALL = 0.1  # seconds between two looks at who has come
+_MISSED_SIGNS = 4  # of a node that waits, after which it is not counted on
 _DEFAULTS = {
     "join_timeout": "600",
     "last_call_timeout": "2",  # who comes later is taken in at a step boundary
@@ -113,7 +121,7 @@ class Meeting(Protocol):
         """
 
     def waiting(self) -> int:
-        """How many nodes wait to be taken in."""
+        """How many nodes wait to be taken in, and have given signs of life since the last generation formed."""
 
     def end_job(self) -> None:
         """Have every node that comes from now on refused: the job is finished."""
@@ -257,9 +265,18 @@ class _Gate(RendezvousBackend):
         found = self._backend.get_state()
         return 0 if found is None else len(pickle.loads(found[0]).participants)
 
+    def waiting(self) -> Mapping[str, str]:
+        """Who waits to be taken in, each with its last sign of life."""
+        found = self._backend.get_state()
+        if found is None:
+            return {}
+        state = pickle.loads(found[0])
+        return {str(desc): str(state.last_heartbeats.get(desc)) for desc in state.wait_list}
+
     def shut(self) -> None:
-        """Let the handler through no more."""
+        """Let the handler through no more. It goes on to try, and need not say so each time."""
         self._is_shut = True
+        logging.getLogger(DynamicRendezvousHandler.__module__).setLevel(logging.CRITICAL)
 
     def count_out(self, node: str) -> None:
         """Mark a node as dead since long; all count it out at their next look, as one without keep-alive."""
@@ -300,6 +317,8 @@ class _Elastic:
         self.name = f"{_name(addr)}/{os.getpid()}"
         self.store: Store | None = store
         self.is_host = is_host
+        self._sign_patience = _MISSED_SIGNS * float(conf["keep_alive_interval"])
+        self._arrivals = Arrivals(self._sign_patience)
         self._served: list[TCPStore] = []  # by this process, for generations whose node 0 it was
 
     def next(self) -> Seat:
@@ -313,12 +332,15 @@ class _Elastic:
                 "closed",
                 f"the job with the id {self._settings.run_id} has ended: choose another --rdzv-id for a new one",
             ) from None
+        self._arrivals = Arrivals(self._sign_patience)
         if self.store is not None:
             return Seat(info.rank, info.world_size, info.store, self.is_host)
         return Seat(info.rank, info.world_size, self._serve(info.store, info.rank), info.rank == 0)
 
     def waiting(self) -> int:
-        return self._handler.num_nodes_waiting()
+        if self._gate is None:
+            return self._handler.num_nodes_waiting()
+        return self._arrivals.look(self._gate.waiting(), time.monotonic())
 
     def end_job(self) -> None:
         self._handler.set_closed()  # type: ignore[no-untyped-call]

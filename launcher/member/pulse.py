@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["GONE", "PERIOD", "Watch"]
+__all__ = ["GONE", "PERIOD", "Arrivals", "Watch"]
 
 PERIOD = 0.5
 """Seconds between two signs of life, and between two looks at them."""
@@ -37,3 +37,24 @@ class Watch:
             self._silent[node] = self._silent[node] + passed if is_old else 0.0
             self._signs[node] = sign
         return {node: self._silent[node] for node in signs if self._silent[node] >= _SILENCE}
+
+
+class Arrivals:
+    """Knows who waits and lives: whose sign has changed since this watch began, and of late.
+
+    One that announced itself and then stands still is not waited for. `patience` is how many seconds a sign
+    may stay the same.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._signs: dict[str, str] = {}
+        self._changed: dict[str, float] = {}
+
+    def look(self, signs: Mapping[str, str], now: float) -> int:
+        """How many of those that `signs` has wait and live, by this node's monotonic clock."""
+        for name, sign in signs.items():
+            if self._signs.setdefault(name, sign) != sign:
+                self._changed[name] = now
+        self._signs.update(signs)
+        return sum(name in self._changed and now - self._changed[name] <= self._patience for name in signs)

@@ -97,6 +97,18 @@ class Member:
     def _lose(self, reason: str) -> None:
         self._fail("lost", reason)
 
+    def _miss_store(self, error: Exception) -> None:
+        """The store is gone, as `error` says in torch's words, which go to the log."""
+        if not self._is_ending:
+            print(error, file=sys.stderr)
+        what = "the rendezvous" if self._is_elsewhere else "the node that serves the store"
+        self._lose(f"{what} ({show(self._settings.endpoint)}) is gone, or cannot be reached")
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether a server beside the job's nodes is at the endpoint."""
+        return self._settings.backend not in ("c10d", "static")
+
     def _run_joins(self) -> None:
         try:
             while True:
@@ -104,7 +116,7 @@ class Member:
         except Refused as refused:
             self._fail(refused.kind, refused.reason)
         except (RuntimeError, RendezvousError) as error:
-            self._lose(_broken(error))
+            self._miss_store(error)
         except Exception as error:
             traceback.print_exc()
             self._lose(f"the rendezvous failed: {type(error).__name__}: {error}")
@@ -125,7 +137,7 @@ class Member:
             seat = meeting.next()
             if meeting.store is None:
                 self._depend_on(seat.store, seat.is_host)
-            generation = Generation(seat, partial(self._hear, number), self._lose)
+            generation = Generation(seat, partial(self._hear, number), self._lose, self._miss_store)
             try:
                 hellos = generation.greet(own, _GREETING)
             except TimeoutError as error:
@@ -187,7 +199,7 @@ class Member:
                 self._has_answered.set()
                 time.sleep(PERIOD)
         except (RuntimeError, RendezvousError) as error:
-            self._lose(_broken(error))
+            self._miss_store(error)
 
     def _watch_store(self) -> None:
         """Notice a store that does not answer; time in which this process stood still does not count."""
@@ -243,7 +255,3 @@ class _Newcomers:
         if count not in (0, self._told):
             generation.say({"kind": "waiting", "count": count})
         self._told = count
-
-
-def _broken(error: Exception) -> str:
-    return f"the connection to the store broke: {error}".partition("\n")[0]

@@ -19,7 +19,7 @@ import pytest
 
 from launcher.events import Event, Heard, Joined, MemberFailed
 from launcher.member.endpoint import is_here, local_address, resolve
-from launcher.member.pulse import GONE, PERIOD, Watch
+from launcher.member.pulse import GONE, PERIOD, Arrivals, Watch
 from launcher.member.refusal import Refused
 from launcher.membership import Alone, Membership, Rendezvous, Together
 from launcher.processes import Subreaper
@@ -314,6 +314,29 @@ def test_a_silent_node_is_lost_and_may_come_back(team: Team) -> None:
     team.form()
 
 
+def test_a_node_that_stands_still_while_it_waits_is_not_waited_for_twice(team: Team) -> None:
+    """It would have the others stop for nothing, again and again. Who lives is told of as ever."""
+    team.most = 3
+    host, late, third = (team.add() for _ in range(3))
+    host.join()
+    team.wait(lambda: host.size() == 1)
+    late.join()
+    team.wait(lambda: bool(host.heard("waiting")))
+    os.kill(late.pid, signal.SIGSTOP)
+    try:
+        host.join()
+        team.wait(lambda: host.size() == 1)
+        third.join()
+        team.wait(lambda: bool(host.heard("waiting")))
+        assert host.heard("waiting") == [{"kind": "waiting", "count": 1}]
+        host.join()
+        team.wait(lambda: host.size() > 0)
+        assert (host.size(), third.size() or 2) == (2, 2)  # it was the third that was told of
+    finally:
+        os.kill(late.pid, signal.SIGCONT)
+    team.wait(lambda: bool(host.heard("waiting")))
+
+
 def test_a_node_outlives_the_store(team: Team) -> None:
     """Whoever has lost it says so soon; all may join again, at a new store."""
     host, other = team.add(), team.add()
@@ -322,7 +345,11 @@ def test_a_node_outlives_the_store(team: Team) -> None:
     assert team.wait(lambda: host.failure() is not None and other.failure() is not None) < 7.0
     assert host.failed().kind == other.failed().kind == "lost"
     assert "was killed by SIGKILL" in host.failed().reason
-    assert "connection to the store broke" in other.failed().reason
+    endpoint = f"{team.endpoint[0]}:{team.endpoint[1]}"
+    assert (
+        other.failed().reason
+        == f"the node that serves the store ({endpoint}) is gone, or cannot be reached"
+    )
     assert host.member.descriptors == ()
     team.form()
 
@@ -469,7 +496,7 @@ def test_a_store_that_cannot_compare_and_set(tmp_path: Path) -> None:
 
     def take_part(number: int) -> Generation:
         seat = meet(settings, "127.0.0.1").next()
-        generation = Generation(seat, lambda *said: heard[seat.rank].put(said), pytest.fail)
+        generation = Generation(seat, lambda *said: heard[seat.rank].put(said), pytest.fail, pytest.fail)
         assert len(generation.greet({"number": number}, SLOW)) == 2
         assert seat.is_host == (seat.rank == 0)
         generation.start()
@@ -503,7 +530,10 @@ class Heap:
         def make(rank: int) -> Generation:
             heard = self.heard[rank]
             return Generation(
-                Seat(rank, size, self.store, rank == 0), lambda *said: heard.put(said), self.failures.put
+                Seat(rank, size, self.store, rank == 0),
+                lambda *said: heard.put(said),
+                self.failures.put,
+                lambda error: self.failures.put(str(error)),
             )
 
         self.nodes = [make(rank) for rank in range(size)]
@@ -585,6 +615,16 @@ def test_a_sign_that_does_not_change_is_silence() -> None:
     first = next(i for i, silent in enumerate(looks) if silent)
     assert first * PERIOD == 4.0
     assert looks[first] == {1: 4.0}
+
+
+def test_who_waits_must_show_life_anew() -> None:
+    arrivals = Arrivals(4.0)
+    assert arrivals.look({"a": "1", "b": "7"}, 0.0) == 0
+    assert arrivals.look({"a": "2", "b": "7"}, 1.0) == 1
+    assert arrivals.look({"a": "3", "b": "8"}, 2.0) == 2
+    assert arrivals.look({"a": "3", "b": "9"}, 6.5) == 1
+    assert arrivals.look({"a": "3"}, 7.0) == 0
+    assert arrivals.look({"a": "4"}, 8.0) == 1
 
 
 def test_time_in_which_nobody_looked_is_not_silence() -> None:
