@@ -60,6 +60,7 @@ _TICK = 1.0  # seconds between looks at how far the workers are
 _KILL_PATIENCE = 10.0  # seconds that dead processes get to disappear (uninterruptible sleep)
 _DIAGNOSIS_PATIENCE = 30.0  # seconds that taking stacks may take
 _HANG_REPORT = 600.0  # seconds without progress after which stacks are taken, if nothing else is asked for
+_SILENCE = 30.0  # seconds after which it is told that no worker reports steps, if hangs are looked for
 _JOIN_PATIENCE = 30.0  # seconds after which workers that report nothing are taken not to be able to drain
 # Of the grace that a scheduler gives: to reach a step boundary, and to end after that was missed.
 _DRAIN_SHARE, _STOP_SHARE = 0.7, 0.1
@@ -330,7 +331,7 @@ class Agent:
         self._teller.stopping(round_, grace)
         if round_.has_failed_here:
             self._membership.say({"kind": "ended"})
-        if self._recovery is None and round_.has_failed_here:
+        if self._recovery is None and not (round_.is_asked_to_end or round_.has_drained):
             self._recovery = Recovery(time.time())
         if not self._zygote.is_ready:
             self._zygote.kill()  # nothing is forked yet
@@ -368,7 +369,9 @@ class Agent:
             has_finished=round_.has_finished,
             has_drained=round_.has_drained,
             deaths=deaths,
-            finished=tuple((exit_.rank, epoch - (now - exit_.at)) for exit_ in round_.exits if exit_.code == 0),
+            finished=tuple(
+                (exit_.rank, epoch - (now - exit_.at)) for exit_ in round_.exits if exit_.code == 0
+            ),
             trouble=round_.trouble_in_words,
             is_stuck=round_.is_stuck,
             step=max(steps, default=None),
@@ -381,7 +384,9 @@ class Agent:
         culprit = find_culprit(round_.deaths, has_lost_node=round_.is_explained)
         print_ = fingerprint(culprit) if culprit else None
         decision = decide(round_, culprit, print_, self._history, self._limits)
-        self._slots = round_.slots_after(self._slots, culprit)
+        before, self._slots = self._slots, round_.slots_after(self._slots, culprit)
+        if len(self._slots.left_out) > len(before.left_out):
+            self._teller.left_out(self._slots)
         if isinstance(decision, Again) and not self._slots.chosen:
             decision = self._out_of_slots(round_, culprit)
         if round_.has_failed and round_.reports:
@@ -435,6 +440,8 @@ class Agent:
         self._looked = now
         timeout = self.config.hang_timeout
         still = self._still
+        if timeout and not self._stillness.steps and now - self._started > max(timeout, _SILENCE):
+            self._teller.reports_nothing()
         if timeout and still >= timeout and not round_.leavers:  # who leaves has --grace
             self._membership.say({"kind": "hang"})
         elif timeout is None and still < _HANG_REPORT:
@@ -479,7 +486,10 @@ class Agent:
                 answer = self._teller.status()
             case "kill":
                 self._monitor.push(StopRequested(signal.SIGTERM), StopRequested(signal.SIGTERM))
+            case "stop" if self._insists(round_):
+                answer = {"error": f"{self._teller.how_it_ends(self._leave_by)}: --now ends it at once"}
             case "stop":
+                answer = {"can_drain": self._can_drain()}
                 self._monitor.push(StopRequested(signal.SIGTERM))
             case "restart" if round_.phase is Phase.DRAINING and not round_.leavers:
                 self._wish(round_, "restart", at_once=True)
@@ -489,8 +499,9 @@ class Agent:
                 self._take_stacks(round_)
                 return
             case _ if round_.phase is not Phase.RUNNING:
-                answer = {"error": f"no round is running: it is {self._teller.phase}; ask again later"}
+                answer = {"error": f"the job is {self._teller.phase}: ask again later"}
             case "restart":
+                answer = {"can_drain": self._can_drain()}
                 self._wish(round_, "restart")
             case "scale":
                 answer = self._scale(asked.number or 0, round_)
@@ -502,7 +513,7 @@ class Agent:
         except UsageError as error:
             return {"error": str(error)}
         self._wish(round_, "scale", slots=slots)
-        return {"from": len(round_.plan.slots), "to": slots}
+        return {"from": len(round_.plan.slots), "to": slots, "can_drain": self._can_drain()}
 
     def _tell_what_is_left(self) -> None:
         """Nothing can end these processes: tell of them, and wait for them no longer."""
@@ -555,6 +566,8 @@ class Agent:
     def _end(self, decision: Finish | GiveUp) -> int:
         self._membership.leave(finished=decision.is_final)
         exit_code = self._drain(decision.exit_code)
+        if exit_code == ExitCode.PREEMPTED:
+            self._teller.preempted()
         self._teller.job_ended(exit_code, decision.reason)
         return exit_code
 

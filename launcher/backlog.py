@@ -15,6 +15,7 @@ from launcher.events import (
     SavePersisted,
     SavePersisting,
     SaverEnded,
+    SaveSuperseded,
     StopRequested,
 )
 from launcher.wording import part
@@ -34,7 +35,11 @@ class Backlog:
         match event:
             case SavePersisting(step=step, tier=tier):
                 return Backlog({**self.pending, (step, tier): event})
-            case SavePersisted(step=step, tier=tier) | SaveFailed(step=step, tier=tier):
+            case (
+                SavePersisted(step=step, tier=tier)
+                | SaveFailed(step=step, tier=tier)
+                | SaveSuperseded(step=step, tier=tier)
+            ):
                 others = {key: value for key, value in self.pending.items() if key != (step, tier)}
                 return Backlog(others)
             case _:

@@ -18,6 +18,7 @@ __all__ = [
     "SavePersisted",
     "SavePersisting",
     "SaveStaged",
+    "SaveSuperseded",
     "SaverEnded",
     "SaverWanted",
     "SpawnFailed",
@@ -126,6 +127,14 @@ class SaveFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveSuperseded:
+    """A checkpoint will not be committed in a tier, since the run goes on in a newer attempt. No failure."""
+
+    step: int
+    tier: str
+
+
+@dataclass(frozen=True, slots=True)
 class SaverEnded:
     """The saver is dead. `code` is as in `WorkerExited`; 0: all that it was given is durable."""
 
@@ -213,6 +222,7 @@ Event = (
     | SavePersisting
     | SavePersisted
     | SaveFailed
+    | SaveSuperseded
     | SaverEnded
     | StopRequested
     | DeadlinePassed

@@ -46,7 +46,7 @@ class NodeReport:
     has_finished: bool = False  # every worker of it returned 0
     has_drained: bool = False  # every worker of it returned 0 or saved and left, as it was asked to
     deaths: tuple[Death, ...] = ()  # in order of death
-    finished: tuple[tuple[int, float], ...] = ()  # ranks that returned 0, and when, in seconds since the epoch
+    finished: tuple[tuple[int, float], ...] = ()  # ranks that returned 0, and when (since the epoch)
     trouble: str | None = None  # what went wrong that is not a worker's own failure, in one line
     is_stuck: bool = False  # processes are left that nothing can end: no more rounds on this node
     step: int | None = None  # the highest that one of its workers reported

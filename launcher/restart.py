@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from launcher.errors import ExitCode, shell_code
@@ -13,6 +14,7 @@ from launcher.wording import count
 
 __all__ = ["Again", "Decision", "Failure", "Finish", "GiveUp", "History", "Limits", "decide"]
 
+_PREEMPTED = "preempted: it is to be started again"
 _LONGEST_PAUSE = 30.0
 _JOIN_ATTEMPTS = 5  # in a row, of which none brings this node into a team
 _MEMBER_CODES = {
@@ -88,7 +90,7 @@ class Finish:
     """The job ends because its workers have finished, or because it, or this node, was told to."""
 
     exit_code: int
-    reason: str = ""
+    reason: str = field(default="", compare=False)
     is_final: bool = True  # for all nodes, not for this one alone
 
 
@@ -115,7 +117,7 @@ def decide(
     failure from others.
     """
     if round_.stop_signal is not None:
-        return Finish(128 + round_.stop_signal)
+        return Finish(128 + round_.stop_signal, f"stopped by {signal.Signals(round_.stop_signal).name}")
     if round_.cut_off is not None:
         return _after_exclusion(round_, history)
     reports = round_.reports.values()
@@ -127,8 +129,9 @@ def decide(
     if _is_stuck(round_):
         return _STUCK
     if round_.lost:
-        reason = "going on without it" if len(round_.lost) == 1 else "going on without them"
-        return Again(history.after_step(step), reason, same_team=False)
+        return Again(
+            history.after_step(step), "the nodes that are left come together anew", same_team=False
+        )
     is_asked = bool(round_.wishes) and culprit is None and not round_.is_hung
     if is_asked or all(report.has_drained for report in reports):
         return _after_drain(round_, history.after_step(step))
@@ -139,7 +142,7 @@ def decide(
 def _after_exclusion(round_: Round, history: History) -> Decision:
     assert round_.cut_off is not None
     if round_.is_leaving:
-        return Finish(ExitCode.PREEMPTED, is_final=False)
+        return Finish(ExitCode.PREEMPTED, _PREEMPTED, is_final=False)
     if round_.is_stuck:
         return _STUCK
     failed = 0 if round_.team is not None else history.failed_joins + 1
@@ -156,12 +159,12 @@ def _pause(failures: int) -> float:
 
 def _after_leave(round_: Round, history: History, limits: Limits) -> Decision:
     if round_.team is None:
-        return Finish(ExitCode.PREEMPTED, is_final=False)
+        return Finish(ExitCode.PREEMPTED, _PREEMPTED, is_final=False)
     left = round_.team.size - len(round_.leavers | set(round_.lost))
     if left < limits.min_nodes:
-        return Finish(ExitCode.PREEMPTED)
+        return Finish(ExitCode.PREEMPTED, _PREEMPTED)
     if round_.team.rank in round_.leavers:
-        return Finish(ExitCode.PREEMPTED, is_final=False)
+        return Finish(ExitCode.PREEMPTED, _PREEMPTED, is_final=False)
     if _is_stuck(round_):
         return _STUCK
     return Again(history, "going on without the nodes that were told to leave", same_team=False)
@@ -173,7 +176,7 @@ def _is_stuck(round_: Round) -> bool:
 
 def _after_drain(round_: Round, history: History) -> Decision:
     if not round_.wishes:
-        return Finish(ExitCode.PREEMPTED)  # the workers wanted it so themselves
+        return Finish(ExitCode.PREEMPTED, _PREEMPTED)  # the workers wanted it so themselves
     return Again(history, _REASONS[round_.wishes[0].reason], same_team=not round_.waiting)
 
 

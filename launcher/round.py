@@ -174,6 +174,11 @@ class Round:
         return self.trouble is not None or any(not self.is_ours(exit_) for exit_ in self.failed_exits)
 
     @property
+    def is_asked_to_end(self) -> bool:
+        """Whether it ends, or will, because somebody wants it to."""
+        return self.stop_signal is not None or bool(self.wishes)
+
+    @property
     def is_explained(self) -> bool:
         """Whether something other than a worker's failure is known, of which workers may have failed."""
         told = any(report.trouble or report.hang for report in self.reports.values())

@@ -25,6 +25,7 @@ from launcher.events import (
     SaverEnded,
     SaverWanted,
     SaveStaged,
+    SaveSuperseded,
 )
 from launcher.processes import Subreaper
 
@@ -199,6 +200,7 @@ _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "staged": lambda m: SaveStaged(m["step"]),
     "persisting": lambda m: SavePersisting(m["step"], m["tier"], m["done"], m["total"]),
     "persisted": lambda m: SavePersisted(m["step"], m["tier"], m["url"], m["seconds"]),
+    "superseded": lambda m: SaveSuperseded(m["step"], m["tier"]),
     "failed": lambda m: SaveFailed(m["step"], m["tier"], m["url"], m["error"]),
 }
 

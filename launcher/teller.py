@@ -15,6 +15,7 @@ from launcher.condition import Condition
 from launcher.config import Config
 from launcher.console import Console, Level, Sink
 from launcher.diagnosis import Verdict
+from launcher.errors import ExitCode
 from launcher.events import (
     Asked,
     Event,
@@ -31,6 +32,7 @@ from launcher.progress import Progress
 from launcher.restart import Again, Decision, Finish, GiveUp, History
 from launcher.round import Phase, Round, Wish
 from launcher.run_dir import RankFiles, RunDir
+from launcher.slots import Slots
 from launcher.status import Status, StatusBoard
 from launcher.wording import count, name_ranks
 
@@ -42,8 +44,8 @@ _PROGRESS_SECONDS = 5.0  # between two lines of progress in the journal
 _PHASES = {
     Phase.GATHERING: "waiting for nodes",
     Phase.RUNNING: "running",
-    Phase.DRAINING: "saving at the next step, to stop",
-    Phase.DIAGNOSING: "looking where it hangs",
+    Phase.DRAINING: "saving at its next step boundary",
+    Phase.DIAGNOSING: "hanging, and being looked at",
     Phase.STOPPING: "stopping",
     Phase.KILLING: "stopping",
     Phase.OVER: "waiting for the other nodes",
@@ -70,6 +72,8 @@ class Teller:
             except BaseException:
                 self._console.close()
                 raise
+        self._left_at: tuple[int | None, bool] = (None, False)  # step, and whether all saved there
+        self._has_told_silence = False
         self._progress_told: tuple[float, int | None] = (0.0, None)  # when, and which step
 
     @property
@@ -142,8 +146,10 @@ class Teller:
             case "wish":
                 wish = Wish.from_json(message)
                 self._journal.record("drain_requested", reason=wish.reason, by=hosts[node])
-                if node != round_.team.rank:
-                    self._console.say(f"{hosts[node]}: {_WISHES[wish.reason]}", style=_BOLD)
+                if node != round_.team.rank or wish.reason != "leave":
+                    on = f"{hosts[node]}: " if len(hosts) > 1 else ""
+                    how = _WISHES[wish.reason] if wish.can_drain else _AT_ONCE[wish.reason]
+                    self._console.say(f"{on}{how}", style=_BOLD)
             case "hang" if node != round_.team.rank:
                 self._console.say(f"{hosts[node]} has found a hang", style=_WARN, level=Level.WARNING)
 
@@ -268,8 +274,8 @@ class Teller:
         elif round_.cut_off is not None:
             again = f"; {decision.reason}" if isinstance(decision, Again) else ""
             self._console.say(f"{round_.cut_off.reason}{again}", style=_ALARM, level=Level.ERROR)
-        elif round_.leavers and isinstance(decision, Finish):
-            self._console.say(self._preempted(round_), style=_BOLD)
+        elif isinstance(decision, Finish) and decision.exit_code == ExitCode.PREEMPTED:
+            self._left_at = (_step(round_), _have_all_drained(round_))
         elif isinstance(decision, Finish) and history.restarts:
             self._console.say(f"finished after {count(history.restarts, 'restart')}", style=_BOLD)
         elif isinstance(decision, GiveUp):
@@ -278,12 +284,42 @@ class Teller:
             at = "round ended at a step boundary: " if round_.wishes and _have_all_drained(round_) else ""
             self._console.say(f"{at}{decision.reason}", style=_DIM)
 
-    def _preempted(self, round_: Round) -> str:
-        step = _step(round_)
+    def preempted(self) -> None:
+        """The job was told to leave, and has: what it goes on from when it is started again."""
+        step, has_drained = self._left_at
         at = "" if step is None else f" at step {step}"
-        if _have_all_drained(round_):
-            return f"saved{at}; start it again to go on"
-        return f"stopped{at} without a last save; start it again to go on from the newest checkpoint"
+        durable = [saved.step for tier, saved in self._board.saved.items() if tier != "memory"]
+        if has_drained and (not durable or step in durable):
+            self._console.say(f"saved{at}; start it again to go on", style=_BOLD)
+            return
+        place = f"step {max(durable)}" if durable else "the newest checkpoint"
+        text = f"stopped{at}, which is not saved; start it again to go on from {place}"
+        self._console.say(text, style=_WARN, level=Level.WARNING)
+
+    def how_it_ends(self, leave_by: float | None) -> str:
+        """What a job does that was told to end; `leave_by` is when it has to have ended, monotonic."""
+        if leave_by is None:
+            return "it is stopping already"
+        left = max(0.0, leave_by - time.monotonic())
+        return f"it is saving already, to end within {left:.0f} s"
+
+    def left_out(self, slots: Slots) -> None:
+        """A device is not used any more."""
+        out = ", ".join(map(str, slots.left_out))
+        if slots.chosen:
+            self._warn(
+                f"slot {out} left out, since its worker fails at the start; going on with "
+                f"{len(slots.chosen)} of {slots.wanted}; `launch scale` tries it again"
+            )
+
+    def reports_nothing(self) -> None:
+        """Hangs are looked for, and no worker tells how far it is."""
+        if not self._has_told_silence:
+            self._has_told_silence = True
+            self._warn(
+                "--hang-timeout has nothing to look at yet: no worker has reported a step "
+                "(Checkpointer.step does, or launcher.report)"
+            )
 
     def failed(self, verdict: Verdict, round_: Round) -> None:
         """A round is over in which something went wrong: the verdict, once in full for all nodes."""
@@ -394,6 +430,12 @@ _WISHES = {
     "join": "nodes are taken in at the next step boundary",
     "scale": "another number of workers from the next step boundary on",
     "restart": "a restart at the next step boundary",
+}
+_AT_ONCE = {
+    "leave": "it was told to leave; its workers cannot save, and are stopped",
+    "join": "nodes are taken in; the workers cannot save, and are stopped",
+    "scale": "another number of workers; those that run cannot save, and are stopped",
+    "restart": "a restart; the workers cannot save, and are stopped",
 }
 
 

@@ -22,6 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         sys.stderr.write(f"launch: {error}\n")
         return error.exit_code
+    except Exception:
+        import traceback  # only a defect needs it
+
+        traceback.print_exc()
+        sys.stderr.write("launch: this is a defect of launch itself; its workers are stopped\n")
+        return ExitCode.INTERNAL
     except KeyboardInterrupt:  # before there was anything to stop, or after everything was
         return 128 + 2
 

@@ -16,6 +16,7 @@ from launcher.errors import ExitCode, NotRunningError, UnreachableError, UsageEr
 from launcher.journal import JOURNAL, read_journal
 from launcher.status import Past, Status
 from launcher.terminal import LiveBlock, Sink
+from launcher.wording import count
 
 __all__ = ["CONTROLS", "ControlCommand", "control"]
 
@@ -102,20 +103,25 @@ def _carry_out(words: Sequence[str]) -> int:
                 )
         case "restart":
             answer = list(ask(run, "restart"))[-1]
-            how = "stop the workers, which do not answer" if answer.get("at_once") else _SAVE
-            _print(f"{run}: asked to {how} and begin a new round")
+            _print(f"{run}: asked to {_how(answer)}, and to begin a new round")
         case "scale":
             answer = list(ask(run, "scale", request.number))[-1]
-            _print(
-                f"{run}: asked to go from {answer['from']} to {answer['to']} workers at the next step boundary"
-            )
+            workers = count(answer["to"], "worker")
+            _print(f"{run}: asked to {_how(answer)}, and to go on with {workers} instead of {answer['from']}")
         case "stop" if "--now" in request.switches:
             list(ask(run, "kill"))
             _print(f"{run}: asked to end at once")
         case "stop":
-            list(ask(run, "stop"))
-            _print(f"{run}: asked to {_SAVE} and end")
+            answer = list(ask(run, "stop"))[-1]
+            _print(f"{run}: asked to {_how(answer)}, and to end")
     return ExitCode.OK
+
+
+def _how(answer: Mapping[str, Any]) -> str:
+    """What becomes of the workers that run."""
+    if answer.get("at_once"):
+        return "stop its workers, which do not answer"
+    return _SAVE if answer.get("can_drain", True) else "stop its workers, which cannot save"
 
 
 def _print(*lines: str) -> None:

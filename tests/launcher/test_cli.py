@@ -100,14 +100,14 @@ def test_a_script_of_that_name_comes_first(runs: Runs, capsys: pytest.CaptureFix
         (
             ["restart", "train"],
             ("restart", None),
-            "asked to save at the next step boundary and begin a new",
+            "asked to save at the next step boundary, and to begin a new",
         ),
-        (["scale", "train", "1"], ("scale", 1), "asked to go from 2 to 1 workers"),
-        (["scale", "1"], ("scale", 1), "from 2 to 1"),
+        (["scale", "train", "1"], ("scale", 1), "and to go on with 1 worker instead of 2"),
+        (["scale", "1"], ("scale", 1), "1 worker instead of 2"),
         (
             ["stop", "runs/train"],
             ("stop", None),
-            "runs/train: asked to save at the next step boundary and end",
+            "runs/train: asked to save at the next step boundary, and to end",
         ),
         (["stop", "--now", "train"], ("kill", None), "asked to end at once"),
         (["stop", "train", "--now"], ("kill", None), "asked to end at once"),

@@ -208,7 +208,7 @@ def test_workers_that_do_not_save_in_time(job: Job) -> None:
     began = time.monotonic()
     done = job.end(process)
     assert (done.code, time.monotonic() - began < 10) == (75, True)
-    assert "without a last save" in done.err
+    assert "stopped at step 1, which is not saved" in done.err
 
 
 def test_a_second_signal_ends_it_at_once(job: Job) -> None:
