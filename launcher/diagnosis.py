@@ -31,7 +31,7 @@ __all__ = [
 
 _TAIL_BYTES = 64 * 1024
 _FINGERPRINT_FRAMES = 3
-_HEADLINE = 200  # characters; what is longer is cut, and is in the log
+_LONGEST = 200  # characters of an error in one line; what is cut is in the traceback, and in the log
 _NO_PROGRESS = "no rank made progress any more"
 _STOP_SIGNALS = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT)
 
@@ -326,7 +326,7 @@ class Verdict:
     def render(self) -> list[str]:
         """The block for the terminal."""
         what = "hung" if self.hang and self.rank is None else "failed"
-        text = [f"round {self.round} {what} after {self.seconds:.1f} s", f"  {_cut(self._headline())}"]
+        text = [f"round {self.round} {what} after {self.seconds:.1f} s", f"  {self._headline()}"]
         if self.finished:
             text.append(f"  {name_ranks(self.finished)} had ended before, with exit code 0")
         if self.hint:
@@ -361,7 +361,7 @@ class Verdict:
         for victim in self.victims:
             alike.setdefault((victim.of_it, victim.how), []).append(victim.rank)
         text = [
-            _cut(f"  then{', of it' if of_it else ''}: {name_ranks(ranks)}: {how}")
+            f"  then{', of it' if of_it else ''}: {name_ranks(ranks)}: {how}"
             for (of_it, how), ranks in alike.items()
         ]
         text += [f"  lost: node {one.node} ({one.host}): {one.why}" for one in self.lost]
@@ -379,8 +379,8 @@ class Verdict:
         return f"step {self.step} reached, snapshot of step {self.newest_saved}: {lost} lost"
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= _HEADLINE else f"{line[: _HEADLINE - 1]}…"
+def _cut(error: str) -> str:
+    return error if len(error) <= _LONGEST else f"{error[: _LONGEST - 1]}…"
 
 
 def judge(
@@ -455,7 +455,7 @@ def _sort_others(
         elif loss is not None:
             victims.append(Victim(death.rank, loss, True, death.at - at))
         elif _fails_by_itself(death):
-            how = death.kill or death.error or describe_exit(death.code)
+            how = death.kill or _cut(death.error or "") or describe_exit(death.code)
             victims.append(Victim(death.rank, how, False, death.at - at))
         else:
             stopped.append(death.rank)
@@ -478,7 +478,7 @@ def _cause(
         if culprit.kill and culprit.code == -signal.SIGKILL:
             return culprit.kill
         why = f"; {culprit.kill}" if culprit.kill else ""
-        return f"{culprit.error} ({how}){why}" if culprit.error else f"{how}{why}"
+        return f"{_cut(culprit.error)} ({how}){why}" if culprit.error else f"{how}{why}"
     if trouble:
         return trouble[0]
     if lost:

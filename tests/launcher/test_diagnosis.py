@@ -350,11 +350,10 @@ def test_headlines_are_short_and_paths_as_they_would_be_typed(
     monkeypatch.chdir(tmp_path)
     long = replace(died(0, 1, f"ValueError: {'x' * 3000}"), log=str(tmp_path / "runs/a/rank-00000.err"))
     text = verdict_on(long).render()
-    assert len(text[1]) < 210
-    assert text[1].endswith("…")
+    assert len(text[1]) < 280
+    assert text[1].endswith("x… (exit code 1)")
     assert "  log: runs/a/rank-00000.err" in text
     assert "x" * 3000 in "\n".join(text)
-    assert len(verdict_on(long).cause) > 3000
 
 
 def test_verdict_on_several_nodes() -> None:
