@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from shardckpt.boundary import plain_errors
 from shardckpt.box import Box
 from shardckpt.dtypes import numpy_dtype
 from shardckpt.errors import MissingKeysError
@@ -123,6 +124,7 @@ class Checkpoint:
         return sum(read.nbytes for read in reads)
 
 
+@plain_errors
 def open_checkpoint(
     url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None
 ) -> Checkpoint:

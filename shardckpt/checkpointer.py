@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import msgspec
 
+from shardckpt.boundary import plain_errors
 from shardckpt.draining import Drained, DrainWatch, Request, Scope
 from shardckpt.errors import SaveError, SaverError, StorageError
 from shardckpt.handle import MEMORY
@@ -82,6 +83,7 @@ class Checkpointer:
     newest that it finds, in any tier, and of several equal ones the nearest.
     """
 
+    @plain_errors
     def __init__(
         self,
         url: str | os.PathLike[str] | Storage | None = None,
@@ -171,6 +173,7 @@ class Checkpointer:
         if error is None:
             self.close()
 
+    @plain_errors
     def restore(self, state: dict[str, Any], *, strict: bool = True) -> Loaded | None:
         """Load the newest good checkpoint of the run into `state`, as `load` does. Collective.
 
@@ -190,6 +193,7 @@ class Checkpointer:
             self._tell(restored_step=loaded.step, restored_tier=loaded.tier)
         return loaded
 
+    @plain_errors
     def step(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> SaveHandle | None:
@@ -227,6 +231,7 @@ class Checkpointer:
             return None
         return self._start(step, state, metrics, tiers)
 
+    @plain_errors
     def save(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> SaveHandle:
@@ -244,6 +249,7 @@ class Checkpointer:
             return last
         return self._start(step, state, metrics, tiers)
 
+    @plain_errors
     def wait(self) -> None:
         """Return when everything asked for so far is durable; at once after `Drained`.
 
@@ -256,6 +262,7 @@ class Checkpointer:
         if failures.first is not None:
             failures.first.wait()
 
+    @plain_errors
     def close(self) -> None:
         """Wait until everything asked for is over, and be done. Call it when training ends; `with` does.
 

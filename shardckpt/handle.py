@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardckpt.boundary import plain_errors
 from shardckpt.commit import wait_committed
 from shardckpt.errors import SaveError, SaverError
 from shardckpt.persisting import Destination
+from shardckpt.saver.client import is_first_on_node
 
-__all__ = ["MEMORY", "SaveHandle"]
+__all__ = ["MEMORY", "FailureLog", "SaveHandle"]
 
 _log = logging.getLogger("shardckpt")
 
 MEMORY = "memory"
 """The tier that every save reaches first."""
+
+
+class FailureLog:
+    """Logs why saves fail: in full where a tier has a new reason. On one rank of each node."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+
+    def tell(self, step: int, tier: str, error: BaseException) -> None:
+        """A save has failed in a tier."""
+        if not is_first_on_node():
+            return
+        reason = re.sub(r"\d+", "#", str(error))  # steps, ranks and free bytes differ
+        is_known = self._reasons.get(tier) == reason
+        self._reasons[tier] = reason
+        _log.error("step %d is not saved (%s): %s", step, tier, "the same" if is_known else error)
 
 
 @dataclass
@@ -38,7 +57,12 @@ class SaveHandle:
     """
 
     def __init__(
-        self, save_id: str, step: int, destinations: Sequence[Destination], commit_timeout: float
+        self,
+        save_id: str,
+        step: int,
+        destinations: Sequence[Destination],
+        commit_timeout: float,
+        failures: FailureLog,
     ) -> None:
         self.step = step
         self.tiers = (MEMORY, *(destination.tier for destination in destinations))
@@ -46,6 +70,7 @@ class SaveHandle:
         self._id = save_id
         self._places = {destination.tier: destination.place for destination in destinations}
         self._timeout = commit_timeout
+        self._failures = failures
         self._states = {tier: _State() for tier in self.tiers}
         self._changed = threading.Condition()
 
@@ -71,7 +96,7 @@ class SaveHandle:
         if state.is_over:
             return
         if error is not None:
-            _log.error("saving %s failed: %s", self._where(tier), error)
+            self._failures.tell(self.step, tier, error)
         with self._changed:
             state.is_over, state.error, state.is_committed = True, error, committed or tier == MEMORY
             self._changed.notify_all()
@@ -107,6 +132,7 @@ class SaveHandle:
         with self._changed:
             self._changed.wait_for(lambda: all(state.is_over for state in self._states.values()))
 
+    @plain_errors
     def wait(self, tier: str | None = None) -> None:
         """Return when the save is safe in `tier`; None: in all of its tiers.
 

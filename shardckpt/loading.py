@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardckpt.boundary import plain_errors
 from shardckpt.errors import NotACheckpointError, ShardckptError
 from shardckpt.garbage import no_garbage_collection
 from shardckpt.manifest import MANIFEST, Manifest, decode_checked, decode_manifest
@@ -55,6 +56,7 @@ class Loaded:
     kept: tuple[str, ...] = ()
 
 
+@plain_errors
 def load(
     url: str | os.PathLike[str] | Storage,
     state: dict[str, Any],

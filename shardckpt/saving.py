@@ -17,10 +17,11 @@ from typing import Any
 import crc32c
 import msgspec
 
+from shardckpt.boundary import plain_errors
 from shardckpt.commit import Proposal
 from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaverError, StateError
 from shardckpt.garbage import no_garbage_collection
-from shardckpt.handle import SaveHandle
+from shardckpt.handle import FailureLog, SaveHandle
 from shardckpt.memo import Memo
 from shardckpt.persisting import Destination, tier_of
 from shardckpt.plan import Layout, SavePlan, plan_save
@@ -60,6 +61,7 @@ class SaveSession:
         self._sink: Sink = sink if sink is not None else OwnThread(commit_timeout)
         self._memo = Memo()
         self._prepared: _Prepared | None = None
+        self._failures = FailureLog()
         self._secret = ""
         self._count = 0
 
@@ -94,7 +96,7 @@ class SaveSession:
             flat, numbers, prepared, copies = self._prepare(state, metrics, destinations)
             self._count += 1
             save_id = f"{self._secret}-{self._count}"
-            handle = SaveHandle(save_id, step, destinations, self._timeout)
+            handle = SaveHandle(save_id, step, destinations, self._timeout, self._failures)
             try:
                 self._sink.begin(save_id).fill(copies)
             except (SaverError, MemoryError) as error:  # this save is lost, and training is not
@@ -231,6 +233,7 @@ def _check_free(place: Place) -> None:
         )
 
 
+@plain_errors
 def save_async(
     url: str | os.PathLike[str] | Storage,
     state: dict[str, Any],
@@ -251,6 +254,7 @@ def save_async(
     return session.start("", [destination], state, step=step, attempt=0, metrics=metrics)
 
 
+@plain_errors
 def save(
     url: str | os.PathLike[str] | Storage,
     state: dict[str, Any],

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "shardckpt": [
         ["errors", "dtypes", "garbage", "pages", "progress", "version"],
-        ["box", "values", "storage", "ranks", "zarr_dtypes"],
+        ["boundary", "box", "values", "storage", "ranks", "zarr_dtypes"],
         ["manifest", "objects", "draining"],
         ["plan", "reads", "zarr_view"],
         ["runs", "local", "sharing"],
@@ -21,7 +21,8 @@ LAYERS = {
         ["state"],
         ["targets", "replicas", "writer", "reader", "commit", "retention"],
         ["persisting"],
-        ["saver", "handle"],
+        ["saver"],
+        ["handle"],
         ["sinks", "recall"],
         ["saving", "loading", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],
         ["restoring", "export", "resharding"],
@@ -32,7 +33,17 @@ LAYERS = {
     "launcher": [
         [
             *["errors", "events", "processes", "progress", "devices", "logs", "foresight", "outcome"],
-            *["wording", "gpus", "condition", "tracebacks", "journal", "terminal", "slots", "stillness", "team"],
+            *[
+                "wording",
+                "gpus",
+                "condition",
+                "tracebacks",
+                "journal",
+                "terminal",
+                "slots",
+                "stillness",
+                "team",
+            ],
         ],
         [
             *["frames", "oom", "parsers", "nodes", "command", "rendezvous", "run_dir", "spawner", "saver"],

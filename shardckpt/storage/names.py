@@ -6,7 +6,7 @@ import uuid
 
 from shardckpt.errors import StorageError
 
-__all__ = ["is_temporary", "join", "temporary_name"]
+__all__ = ["is_temporary", "join", "temporary_name", "without_temporary"]
 
 _TEMPORARY = ".shardckpt-"
 
@@ -19,6 +19,12 @@ def temporary_name() -> str:
 def is_temporary(name: str) -> bool:
     """Whether `temporary_name` made this name."""
     return name.startswith(_TEMPORARY)
+
+
+def without_temporary(path: str) -> str:
+    """What messages call `path`: its folder, if it ends in a name that nobody but this library knows."""
+    folder, _, name = path.rpartition("/")
+    return folder if is_temporary(name) else path
 
 
 def join(base: str, path: str, url: str) -> str:

@@ -25,13 +25,12 @@ class ExclusiveProbe:
         with self._lock:
             if self._answer is None:
                 name = temporary_name()
+                storage.create(name, b"first")
                 try:
-                    storage.create(name, b"first")
-                    try:
-                        storage.create(name, b"second")
-                        self._answer = False
-                    except FileExistsError:
-                        self._answer = storage.read(name) == b"first"
+                    storage.create(name, b"second")
+                    self._answer = False
+                except FileExistsError:
+                    self._answer = storage.read(name) == b"first"
                 finally:
                     storage.delete(name)
             return self._answer

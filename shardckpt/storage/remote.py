@@ -12,7 +12,7 @@ import fsspec
 
 from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
 from shardckpt.storage.buffers import as_bytes
-from shardckpt.storage.names import is_temporary, join
+from shardckpt.storage.names import is_temporary, join, without_temporary
 from shardckpt.storage.probe import ExclusiveProbe
 from shardckpt.storage.protocol import Before
 from shardckpt.storage.s3 import S3Storage, open_s3
@@ -178,7 +178,7 @@ class FsspecStorage:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
             if isinstance(error, FileExistsError) and verb == "create":
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from error
-            text = f"cannot {verb} {name}: {error or type(error).__name__}"
+            text = f"cannot {verb} {without_temporary(name)}: {error or type(error).__name__}"
             if isinstance(error, PermissionError):
                 raise CredentialsError(text) from error
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import random
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,13 +17,15 @@ import fsspec
 
 from shardckpt.errors import CorruptError, StorageError
 from shardckpt.storage.buffers import as_bytes
-from shardckpt.storage.names import is_temporary, join
+from shardckpt.storage.names import is_temporary, join, without_temporary
 from shardckpt.storage.probe import ExclusiveProbe
 from shardckpt.storage.protocol import Before
 from shardckpt.storage.s3_body import Body
-from shardckpt.storage.s3_errors import BeyondEndError, TransientError, explain
+from shardckpt.storage.s3_errors import BeyondEndError, TransientError, UnreachableError, explain
 
 __all__ = ["S3Storage", "open_s3"]
+
+_log = logging.getLogger("shardckpt")
 
 T = TypeVar("T")
 
@@ -30,6 +34,7 @@ _MAX_PARTS = 10_000
 _RANGE = 8 << 20  # of one request, when a large range is read
 _PARALLEL = 8  # requests of one read or upload under way at a time; bounds its memory
 _ATTEMPTS = 8  # of a request, unless the options say otherwise
+_SILENCE = 2.0  # seconds of trouble that nothing is said about
 _FIRST_PAUSE = 0.1  # seconds, at most; each later one is twice as long
 _WRITER = "shardckpt-writer"  # metadata of an object: which call wrote it
 _CONFIG = {"max_pool_connections": 32, "connect_timeout": 5, "read_timeout": 30}
@@ -54,6 +59,19 @@ def open_s3(rest: str, options: dict[str, Any]) -> S3Storage:
     return S3Storage(bucket, folder, options, system)
 
 
+class _Outage:
+    """Says once that a server does not answer; again only after it has. Shared by all folders of a storage."""
+
+    is_told = False
+
+    def tell(self, error: TransientError, seconds: float) -> None:
+        """Say what is being waited out, and for how long at most."""
+        if not self.is_told:
+            self.is_told = True
+            what = error.summary if isinstance(error, UnreachableError) else str(error)
+            _log.warning("%s, trying again for up to %.0f s", what, max(1.0, seconds))
+
+
 class S3Storage:
     """The objects below one prefix of a bucket. See `Storage` for what each method guarantees.
 
@@ -68,6 +86,7 @@ class S3Storage:
         self._system = system
         self._attempts = _attempts(options)
         self._probe = ExclusiveProbe()
+        self._outage = _Outage()
 
     @property
     def url(self) -> str:
@@ -82,7 +101,7 @@ class S3Storage:
     def at(self, path: str) -> S3Storage:
         folder = join(self._folder, path, self.url)
         below = S3Storage(self._bucket, folder, self._options, self._system)
-        below._probe = self._probe
+        below._probe, below._outage = self._probe, self._outage
         return below
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -163,6 +182,8 @@ class S3Storage:
         future = asyncio.run_coroutine_threadsafe(work, self._system.loop)
         try:
             return future.result()
+        except (TransientError, BeyondEndError) as error:  # which nobody outside knows
+            raise StorageError(str(error)) from error
         except BaseException:
             future.cancel()
             raise
@@ -173,12 +194,22 @@ class S3Storage:
 
     async def _repeat(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of `work`, repeated after ever longer pauses while its failure may pass."""
+        started = time.monotonic()
+        was_sent = False
         for attempt in itertools.count(1):
             try:
-                return await work()
+                result = await work()
             except TransientError as error:
+                was_sent = was_sent or not isinstance(error, UnreachableError)
                 if attempt >= self._attempts:
-                    raise TransientError(f"{error}. Gave up after {attempt} attempts") from error
+                    raise _last(error, attempt, was_sent=was_sent) from error
+                if time.monotonic() > started + _SILENCE:
+                    self._outage.tell(
+                        error, _FIRST_PAUSE * (2 ** (self._attempts - 1) - 2 ** (attempt - 1))
+                    )
+            else:
+                self._outage.is_told = False
+                return result
             await asyncio.sleep(random.uniform(0.5, 1) * _FIRST_PAUSE * 2 ** (attempt - 1))
         raise AssertionError
 
@@ -203,7 +234,7 @@ class S3Storage:
         except StorageError:
             raise
         except Exception as error:
-            raise explain(error, self._name(key)) from error
+            raise explain(error, self._name(without_temporary(key))) from error
 
     async def _head(self, key: str) -> Any:
         try:
@@ -264,6 +295,8 @@ class S3Storage:
         body = memoryview(data)
         try:
             await self._request("put_object", key, Body=body, IfNoneMatch="*", Metadata={_WRITER: writer})
+        except UnreachableError:
+            raise
         except (FileExistsError, TransientError):
             # The answer to a put that succeeded may be lost, and its repetition is refused.
             if not await self._wrote(key, writer):
@@ -335,6 +368,14 @@ class S3Storage:
                     f"cannot delete {self._name(refused['Key'])}: {refused.get('Code')} "
                     f"{refused.get('Message')}"
                 )
+
+
+def _last(error: TransientError, attempts: int, *, was_sent: bool) -> TransientError:
+    """The last error of a request that is given up."""
+    text = f"{error}. Gave up after {attempts} attempts"
+    if isinstance(error, UnreachableError) and not was_sent:
+        return UnreachableError(text, error.summary)
+    return TransientError(text)
 
 
 async def _gather(work: Iterable[Callable[[], Coroutine[Any, Any, T]]], parallel: int) -> list[T]:

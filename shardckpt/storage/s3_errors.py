@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
 
 from shardckpt.errors import CredentialsError, StorageError, StorageFullError
 
-__all__ = ["BeyondEndError", "TransientError", "explain"]
+__all__ = ["BeyondEndError", "TransientError", "UnreachableError", "explain"]
 
 _CONVENTIONS = (
     "Credentials come from storage_options (key, secret, token; profile; anon=True for a public "
@@ -64,6 +66,18 @@ class TransientError(StorageError):
     """It may pass: try again. Whether the request was carried out is not known."""
 
 
+class UnreachableError(TransientError):
+    """There is no connection to the endpoint: the request was not carried out.
+
+    Attributes:
+        summary: which endpoint, and why, without what to do about it.
+    """
+
+    def __init__(self, message: str, summary: str) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
 def explain(error: Exception, url: str) -> Exception:
     """The error of the library's tree, or of the storage's contract, that `error` amounts to."""
     if isinstance(error, _NO_CREDENTIALS):
@@ -71,14 +85,33 @@ def explain(error: Exception, url: str) -> Exception:
     response = _response(error)
     if response is None:
         if isinstance(error, _UNREACHABLE):
-            return TransientError(
-                f"{url}: the endpoint cannot be reached: {error}. Check the network, and endpoint_url "
-                "in storage_options or AWS_ENDPOINT_URL"
+            summary = f"cannot reach {_endpoint(error)} ({_reason(error)})"
+            return UnreachableError(
+                f"{url}: {summary}. Check the network, and endpoint_url in storage_options or AWS_ENDPOINT_URL",
+                summary,
             )
         if isinstance(error, _BROKEN):
             return TransientError(f"{url}: the connection failed: {error or type(error).__name__}")
         return StorageError(f"{url}: {type(error).__name__}: {error}")
     return _explain_response(response, url)
+
+
+def _endpoint(error: botocore.BotoCoreError) -> str:
+    """Where a request was to go, without its path."""
+    parts = urlsplit(str(error.kwargs.get("endpoint_url") or error.kwargs.get("proxy_url") or ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else "the endpoint"
+
+
+def _reason(error: BaseException) -> str:
+    """Why there was no connection, in the system's words if it has said so."""
+    below = error.__cause__ or error.__context__
+    while below is not None:
+        if isinstance(below, socket.gaierror):
+            return str(below.strerror)
+        if isinstance(below, OSError) and (below.errno or 0) > 0:
+            return os.strerror(below.errno or 0).lower()
+        below = below.__cause__ or below.__context__
+    return "no connection in time" if isinstance(error, botocore.ConnectTimeoutError) else str(error)
 
 
 def _response(error: BaseException | None) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,32 @@ def test_no_credentials(moto_s3: S3Server) -> None:
     for function in (shardckpt.save, shardckpt.load):
         with pytest.raises((CredentialsError, SaveError), match="AWS_ACCESS_KEY_ID"):
             function(moto_s3.url(), {}, storage_options=options)
+
+
+def test_what_the_storage_refuses_is_told_without_what_is_below(
+    moto_s3: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sentence about the URL that was given, and the user's line; the rest is in the log at debug level."""
+    caplog.set_level("DEBUG", "shardckpt")
+    options = {"endpoint_url": moto_s3.endpoint}
+    url = moto_s3.url()
+    checkpointer = shardckpt.Checkpointer(url, storage_options=options, snapshots=0)
+    for function in (
+        lambda: checkpointer.restore({}),
+        lambda: shardckpt.load(url, {}, storage_options=options),
+        lambda: shardckpt.open(url, options),
+        lambda: shardckpt.Checkpointer("s3:/bucket/run"),
+        lambda: shardckpt.load(tmp_path / "none", {}),
+    ):
+        caplog.clear()
+        with pytest.raises(ShardckptError) as caught:
+            function()
+        assert type(caught.value).__module__ == "shardckpt.errors"
+        assert ".shardckpt-" not in str(caught.value)
+        told = "".join(traceback.format_exception(caught.value))
+        assert told.count("Traceback") == 1
+        assert len(told.splitlines()) < 12
+        assert "Traceback" in caplog.text
 
 
 # -- what is stored is not what was written

@@ -388,6 +388,23 @@ def test_close_raises_and_with_does_not_hide(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
 
+def test_a_reason_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where each save fails for the same reason the log says so shortly; on a node's first rank only."""
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        attempt = tmp_path / f"attempt-{int(rank) + 1:04d}"
+        checkpointer = shardckpt.Checkpointer(tmp_path, snapshots=0)
+        checkpointer.restore(state_at(0))
+        for step in (1, 2, 3):
+            (attempt / f"step-{step:08d}").write_bytes(b"")  # a file in the way of its folder
+            checkpointer.save(step, state_at(step)).join()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert told[1:] == ["step 2 is not saved (local): the same", "step 3 is not saved (local): the same"]
+    assert told[0].startswith("step 1 is not saved (local): ")
+
+
 @pytest.mark.parametrize("launcher", [False, True])
 def test_close_is_silent_about_what_a_later_save_made_good(
     launcher: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -493,7 +493,7 @@ class TestS3:
             options = {"key": "k", "secret": "s", "endpoint_url": endpoint, "config_kwargs": retries}
             storage = open_storage("s3://bucket/run", options)
             began = time.monotonic()
-            with pytest.raises(StorageError, match="cannot be reached") as caught:
+            with pytest.raises(StorageError, match=r"cannot reach .* \(connection refused\)") as caught:
                 storage.list()
             assert time.monotonic() - began < 10
         assert "s3://bucket/run" in str(caught.value)
@@ -640,6 +640,38 @@ class TestTrouble:
         storm(3)
         storage.delete("claim")
         assert storage.list() == []
+
+    def test_an_outage_that_lasts_is_told_once(
+        self,
+        proxied: tuple[Storage, FaultyProxy],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Of all folders; again when the server has answered in between."""
+        monkeypatch.setattr("shardckpt.storage.s3._SILENCE", 0.0)
+        storage, proxy = proxied
+        for folder, warnings in ((storage, 1), (storage.at("below"), 2)):
+            proxy.faults = _times(3, 503)
+            folder.write("x", b"x")
+            assert caplog.text.count("the server answered 503") == warnings
+            assert caplog.text.count("trying again for up to 1 s") == warnings
+
+    def test_where_nobody_listens_that_is_told(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("shardckpt.storage.s3._SILENCE", 0.0)
+        with socket.socket() as held:  # bound and not listening: connections are refused
+            held.bind(("127.0.0.1", 0))
+            endpoint = f"http://127.0.0.1:{held.getsockname()[1]}"
+            storage = open_storage("s3://bucket/run", {"key": "k", "secret": "s", "endpoint_url": endpoint})
+            with pytest.raises(
+                StorageError, match=r"^s3://bucket/run: cannot reach .*after 8 attempts"
+            ) as caught:
+                storage.exclusive()
+        assert type(caught.value) is StorageError
+        (record,) = [record for record in caplog.records if record.name == "shardckpt"]
+        said = record.getMessage()
+        assert said == f"cannot reach {endpoint} (connection refused), trying again for up to 1 s"
 
     @pytest.mark.parametrize("retries", [{"total_max_attempts": 3}, {"max_attempts": 2}])
     def test_a_storm_that_does_not_end_is_an_error(
