@@ -397,6 +397,7 @@ class Agent:
                 self._teller.next_in_words(decision),
                 started=self._teller.round_began,
                 newest_saved=self._teller.newest_saved,
+                is_only_in_memory=self._teller.is_only_in_memory,
             )
             self._teller.failed(verdict, round_)
         else:

@@ -31,7 +31,7 @@ from launcher.journal import Journal
 from launcher.progress import Progress
 from launcher.restart import Again, Decision, Finish, GiveUp, History
 from launcher.round import Phase, Round, Wish
-from launcher.run_dir import RankFiles, RunDir
+from launcher.run_dir import RankFiles, RunDir, as_typed
 from launcher.slots import Slots
 from launcher.status import Status, StatusBoard
 from launcher.wording import count, name_ranks
@@ -84,7 +84,12 @@ class Teller:
     @property
     def newest_saved(self) -> int | None:
         """The step of the newest checkpoint in any tier, as far as the saver has told."""
-        return max((saved.step for saved in self._board.saved.values()), default=None)
+        return self._board.newest_saved
+
+    @property
+    def is_only_in_memory(self) -> bool:
+        """Whether that is in no tier that outlives the node's saver."""
+        return self._board.is_only_in_memory
 
     def close(self) -> None:
         """Print everything to the end. Waits as long as the reader takes."""
@@ -170,7 +175,7 @@ class Teller:
         workers = count(plan.world, "worker")
         if plan.nodes > 1:
             workers += f" on {plan.nodes} nodes, {name_ranks(plan.ranks)} here"
-        logs = _short(files[0].out.parent)
+        logs = as_typed(files[0].out.parent)
         self._console.say(f"round {plan.number}: {workers}, output in {logs}", style=_DIM)
         self._journal.record(
             "round_started",
@@ -237,7 +242,7 @@ class Teller:
         self._journal.record(
             "hang", round=self._board.round, summary=taken.summary, directory=taken.directory
         )
-        where = f"stacks of all workers here: {_short(Path(taken.directory))}"
+        where = f"stacks of all workers here: {as_typed(Path(taken.directory))}"
         if is_in_verdict:
             self._console.say(where, style=_DIM)
         else:
@@ -364,7 +369,7 @@ class Teller:
         self._console.say(f"{reason}; {_NO_MORE_SAVERS}", style=_ALARM, level=Level.ERROR)
 
     def saver_lost(self, backlog: Backlog, ended: SaverEnded, *, is_closed: bool) -> None:
-        text = backlog.obituary(ended, str(_short(self._run_dir.saver_log)))
+        text = backlog.obituary(ended, str(as_typed(self._run_dir.saver_log)))
         if is_closed:
             text += f"; it keeps ending: {_NO_MORE_SAVERS}"
         self._console.say(text, style=_WARN, level=Level.WARNING)
@@ -376,7 +381,7 @@ class Teller:
             self._console.show(f"persisting {drain.backlog}")
 
     def drained(self, drain: Drain, pid: int | None) -> None:
-        told = drain.render(pid, str(_short(self._run_dir.saver_log)))
+        told = drain.render(pid, str(as_typed(self._run_dir.saver_log)))
         if told:
             good = drain.succeeded
             level = Level.INFO if good else Level.WARNING
@@ -460,8 +465,3 @@ def _kind(verdict: Verdict) -> str:
     if verdict.rank is None:
         return "node" if verdict.lost else "launcher"
     return "crash" if verdict.code is not None and verdict.code >= 0 else "signal"
-
-
-def _short(path: Path) -> Path:
-    """`path` as the user would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

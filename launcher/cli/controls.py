@@ -107,7 +107,9 @@ def _carry_out(words: Sequence[str]) -> int:
         case "scale":
             answer = list(ask(run, "scale", request.number))[-1]
             workers = count(answer["to"], "worker")
-            _print(f"{run}: asked to {_how(answer)}, and to go on with {workers} instead of {answer['from']}")
+            _print(
+                f"{run}: asked to {_how(answer)}, and to go on with {workers} instead of {answer['from']}"
+            )
         case "stop" if "--now" in request.switches:
             list(ask(run, "kill"))
             _print(f"{run}: asked to end at once")

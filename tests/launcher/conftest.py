@@ -18,6 +18,8 @@ import pytest
 
 FAKE_TORCH = Path(__file__).parent / "fake"
 LAUNCH = [sys.executable, str(Path(sys.executable).with_name("launch"))]
+# Workers ignore SIGUSR1, as the worker contract says: it is for launch, and schedulers send it to all.
+WITHOUT_SIGUSR1 = ["sh", "-c", """trap '' USR1; exec "$@" """, "sh"]
 PATIENCE = 30.0  # seconds; far more than anything here takes
 
 _T = TypeVar("_T")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.conftest import Job
+from tests.launcher.conftest import WITHOUT_SIGUSR1, Job
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 PATIENCE = (
@@ -668,7 +668,7 @@ def torchrun_variables() -> dict[str, str]:
 
 def run_plain(job: Job, style: Style) -> Outcome:
     done = subprocess.run(
-        [sys.executable, "-u", *style.words],
+        [*WITHOUT_SIGUSR1, sys.executable, "-u", *style.words],
         cwd=job.path,
         env={**job.environment, **torchrun_variables()},
         input=style.stdin.encode(),
@@ -748,16 +748,15 @@ def test_bytes_of_a_source(job: Job, head: bytes) -> None:
 
 
 def test_stdin_closed(job: Job) -> None:
-    """`<&-`: a script that does not ask does not notice."""
+    """`<&-`: a script finds an empty stdin."""
     job.script("import os, sys; print(sys.stdin); print(open(os.devnull).fileno() >= 0)")
-    command = 'exec "$@" <&-'
     done = {}
-    for name, words in (
-        ("plain", [sys.executable, "-u", "train.py"]),
-        ("launch", [sys.executable, "-m", "launcher", "--run-dir=runs/train", "train.py"]),
+    for name, stdin, words in (
+        ("plain", "</dev/null", [sys.executable, "-u", "train.py"]),
+        ("launch", "<&-", [sys.executable, "-m", "launcher", "--run-dir=runs/train", "train.py"]),
     ):
         done[name] = subprocess.run(
-            ["sh", "-c", command, "sh", *words],
+            ["sh", "-c", f'exec "$@" {stdin}', "sh", *words],
             cwd=job.path,
             env=job.environment,
             capture_output=True,
