@@ -14,7 +14,6 @@ from launcher.wording import count
 
 __all__ = ["Again", "Decision", "Failure", "Finish", "GiveUp", "History", "Limits", "decide"]
 
-_PREEMPTED = "preempted: it is to be started again"
 _LONGEST_PAUSE = 30.0
 _JOIN_ATTEMPTS = 5  # in a row, of which none brings this node into a team
 _MEMBER_CODES = {
@@ -91,7 +90,7 @@ class Finish:
 
     exit_code: int
     reason: str = field(default="", compare=False)
-    is_final: bool = True  # for all nodes, not for this one alone
+    is_final: bool = True  # nobody will go on with it, here or on another node
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +104,8 @@ class GiveUp:
 
 Decision = Again | Finish | GiveUp
 
+# Not final: the job may go on on other nodes, and is to be started again on this one.
+_PREEMPTED = Finish(ExitCode.PREEMPTED, "preempted: it is to be started again", is_final=False)
 _STUCK = GiveUp(ExitCode.INTERNAL, "no more rounds where processes are left that nothing can end")
 
 
@@ -142,7 +143,7 @@ def decide(
 def _after_exclusion(round_: Round, history: History) -> Decision:
     assert round_.cut_off is not None
     if round_.is_leaving:
-        return Finish(ExitCode.PREEMPTED, _PREEMPTED, is_final=False)
+        return _PREEMPTED
     if round_.is_stuck:
         return _STUCK
     failed = 0 if round_.team is not None else history.failed_joins + 1
@@ -159,12 +160,10 @@ def _pause(failures: int) -> float:
 
 def _after_leave(round_: Round, history: History, limits: Limits) -> Decision:
     if round_.team is None:
-        return Finish(ExitCode.PREEMPTED, _PREEMPTED, is_final=False)
+        return _PREEMPTED
     left = round_.team.size - len(round_.leavers | set(round_.lost))
-    if left < limits.min_nodes:
-        return Finish(ExitCode.PREEMPTED, _PREEMPTED)
-    if round_.team.rank in round_.leavers:
-        return Finish(ExitCode.PREEMPTED, _PREEMPTED, is_final=False)
+    if left < limits.min_nodes or round_.team.rank in round_.leavers:
+        return _PREEMPTED
     if _is_stuck(round_):
         return _STUCK
     return Again(history, "going on without the nodes that were told to leave", same_team=False)
@@ -176,7 +175,7 @@ def _is_stuck(round_: Round) -> bool:
 
 def _after_drain(round_: Round, history: History) -> Decision:
     if not round_.wishes:
-        return Finish(ExitCode.PREEMPTED, _PREEMPTED)  # the workers wanted it so themselves
+        return _PREEMPTED  # the workers wanted it so themselves
     return Again(history, _REASONS[round_.wishes[0].reason], same_team=not round_.waiting)
 
 

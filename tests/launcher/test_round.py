@@ -32,6 +32,8 @@ from launcher.round import Phase, Round, Wish
 from launcher.slots import Slots
 from launcher.team import Plan, Ready
 
+PREEMPTED = Finish(ExitCode.PREEMPTED, is_final=False)
+
 
 def ready(node: int, workers: int = 2, number: int = 1) -> Heard:
     return Heard(node, Ready(tuple(range(workers)), f"host{node}", 1000 + node, number).to_json())
@@ -251,7 +253,7 @@ def test_a_drain_is_no_failure() -> None:
     assert round_.has_drained
     assert not round_.has_failed_here
     decision = end(wish("leave"), exited(0, 75), exited(1, 75), RoundDrained(), report(has_drained=True))
-    assert decision == Finish(ExitCode.PREEMPTED)
+    assert decision == PREEMPTED
 
 
 def test_a_drain_that_comes_too_late_is_stopped() -> None:
@@ -262,7 +264,7 @@ def test_a_drain_that_comes_too_late_is_stopped() -> None:
     for event in (exited(0, -15), exited(1, -15), RoundDrained(), report(deaths=())):
         round_ = round_.after(event)
     assert not round_.has_failed
-    assert decide(round_, None, None, History(), Limits()) == Finish(ExitCode.PREEMPTED)
+    assert decide(round_, None, None, History(), Limits()) == PREEMPTED
 
 
 def test_a_second_signal_while_saving_ends_it_at_once() -> None:
@@ -307,14 +309,14 @@ def test_a_drain_that_hangs_is_a_hang() -> None:
 def test_told_to_leave_before_there_is_a_team() -> None:
     round_ = Round().withdrawn()
     assert round_.phase is Phase.SETTLED
-    assert decide(round_, None, None, History(), Limits()) == Finish(ExitCode.PREEMPTED, is_final=False)
+    assert decide(round_, None, None, History(), Limits()) == PREEMPTED
 
 
 def test_told_to_leave_while_cut_off() -> None:
     round_ = play(MemberFailed("lost", "x"), nodes=2, rank=1).withdrawn()
     assert round_.phase is Phase.STOPPING
     round_ = round_.after(RoundDrained())
-    assert decide(round_, None, None, History(), Limits()) == Finish(ExitCode.PREEMPTED, is_final=False)
+    assert decide(round_, None, None, History(), Limits()) == PREEMPTED
 
 
 def test_what_was_said_in_a_team_before_is_not_heard() -> None:
@@ -433,7 +435,7 @@ def drained(*events: Event, nodes: int = 2) -> list[Event]:
 
 
 def test_a_node_that_leaves() -> None:
-    assert end(*drained(wish("leave", 0)), nodes=2) == Finish(ExitCode.PREEMPTED, is_final=False)
+    assert end(*drained(wish("leave", 0)), nodes=2) == PREEMPTED
     stays = end(*drained(wish("leave", 1)), nodes=2)
     assert isinstance(stays, Again)
     assert not stays.same_team
@@ -442,8 +444,8 @@ def test_a_node_that_leaves() -> None:
 def test_too_few_stay() -> None:
     both = Limits(min_nodes=2)
     for node in (0, 1):
-        assert end(*drained(wish("leave", node)), nodes=2, limits=both) == Finish(ExitCode.PREEMPTED)
-    assert end(*drained(wish("leave", 0), wish("leave", 1)), nodes=2) == Finish(ExitCode.PREEMPTED)
+        assert end(*drained(wish("leave", node)), nodes=2, limits=both) == PREEMPTED
+    assert end(*drained(wish("leave", 0), wish("leave", 1)), nodes=2) == PREEMPTED
 
 
 def test_nodes_that_wait_are_taken_in() -> None:
