@@ -409,7 +409,7 @@ def test_closed_streams(job: Job, closed: str) -> None:
     """Descriptors 0 to 2 are then free for others, who must not get a worker's output."""
     job.script("import sys; print('out'); sys.stderr.write('err'); sys.exit(3)")
     done = subprocess.run(
-        ["sh", "-c", f'exec "$@" {closed}', "sh", *LAUNCH, "--nproc=2", "--max-restarts=1", "train.py"],
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *LAUNCH, "--nproc=1", "--max-restarts=1", "train.py"],
         cwd=job.path,
         env=job.environment,
         stdin=subprocess.DEVNULL,
