@@ -118,7 +118,9 @@ def decide(
     failure from others.
     """
     if round_.stop_signal is not None:
-        return Finish(128 + round_.stop_signal, f"stopped by {signal.Signals(round_.stop_signal).name}")
+        reason = f"stopped by {signal.Signals(round_.stop_signal).name}"
+        has_told_others = round_.team is not None and round_.cut_off is None
+        return Finish(128 + round_.stop_signal, reason, is_final=has_told_others)
     if round_.cut_off is not None:
         return _after_exclusion(round_, history)
     reports = round_.reports.values()
@@ -150,7 +152,8 @@ def _after_exclusion(round_: Round, history: History) -> Decision:
     if round_.cut_off.kind == "lost" and failed < _JOIN_ATTEMPTS:
         after = replace(history, failed_joins=failed)
         return Again(after, "joining again", _pause(failed + 1), same_team=False)
-    return GiveUp(_MEMBER_CODES.get(round_.cut_off.kind, ExitCode.INTERNAL), round_.cut_off.reason)
+    code = _MEMBER_CODES.get(round_.cut_off.kind, ExitCode.INTERNAL)
+    return GiveUp(code, round_.cut_off.reason, is_final=False)
 
 
 def _pause(failures: int) -> float:

@@ -139,9 +139,12 @@ def test_the_first_stop_during_a_restart_leaves_the_grace() -> None:
 
 
 def test_a_stop_between_rounds_ends_the_job() -> None:
-    round_ = Round().after(StopRequested(signal.SIGINT))
-    assert round_.phase is Phase.SETTLED
-    assert decide(round_, None, None, History(), Limits()) == Finish(130)
+    """Of the whole team; of a node that is in none it ends this node's part alone."""
+    alone = Round().after(StopRequested(signal.SIGINT))
+    assert alone.phase is Phase.SETTLED
+    assert decide(alone, None, None, History(), Limits()) == Finish(130, is_final=False)
+    joined = Round().after(Joined(0, [{"host": "a"}])).after(StopRequested(signal.SIGINT))
+    assert decide(joined, None, None, History(), Limits()) == Finish(130)
 
 
 def test_what_survives_sigkill_ends_the_job() -> None:
@@ -478,7 +481,7 @@ def test_joining_fails_again_and_again() -> None:
         history = decision.history
         pauses.append(decision.pause)
     assert pauses == [0.5, 1, 2, 4]
-    assert decision == GiveUp(ExitCode.UNAVAILABLE, "it cannot be started")
+    assert decision == GiveUp(ExitCode.UNAVAILABLE, "it cannot be started", is_final=False)
     assert History.of_team([History.from_json(history.to_json())]).failed_joins == 0
 
 
@@ -488,7 +491,7 @@ def test_joining_fails_again_and_again() -> None:
 def test_no_team_to_join(kind: str, code: int) -> None:
     round_ = Round().after(MemberFailed(kind, "why"))
     assert round_.phase is Phase.SETTLED
-    assert decide(round_, None, None, History(), Limits()) == GiveUp(code, "why")
+    assert decide(round_, None, None, History(), Limits()) == GiveUp(code, "why", is_final=False)
 
 
 def test_histories_of_a_team() -> None:
