@@ -167,7 +167,7 @@ class Agent:
         self._membership.join(
             {
                 "host": os.uname().nodename,
-                "job": _fingerprint(self.config),
+                "job": _describe_job(self.config),
                 "history": self._history.to_json(),
             }
         )
@@ -316,9 +316,8 @@ class Agent:
         if self._leave_by is not None:
             self._monitor.set_deadline(self._leave_by - now - (1 - _DRAIN_SHARE) * grace)
         elif not round_.wishes and not self._can_drain():
-            self._monitor.set_deadline(
-                grace
-            )  # one has left by itself, and the others may wait for it for ever
+            # One has left by itself, and the others may wait for it for ever.
+            self._monitor.set_deadline(grace)
         try:
             self._run_dir.request_drain("preemption" if tiers == "durable" else "restart", tiers)
         except RunDirError as error:
@@ -360,7 +359,7 @@ class Agent:
             )
             for exit_ in round_.failed_exits
         )
-        steps = [one.step for one in self._look_at_progress().values() if one.step is not None]
+        steps = [one.step for one in self._progress.values() if one.step is not None]
         return NodeReport(
             node=round_.team.rank,
             host=host,
@@ -382,8 +381,8 @@ class Agent:
         """Decide what comes after a round that is settled, and tell about it."""
         self._monitor.set_deadline(None)
         culprit = find_culprit(round_.deaths, has_lost_node=round_.is_explained)
-        print_ = fingerprint(culprit) if culprit else None
-        decision = decide(round_, culprit, print_, self._history, self._limits)
+        mark = fingerprint(culprit) if culprit else None
+        decision = decide(round_, culprit, mark, self._history, self._limits)
         before, self._slots = self._slots, round_.slots_after(self._slots, culprit)
         if len(self._slots.left_out) > len(before.left_out):
             self._teller.left_out(self._slots)
@@ -614,7 +613,7 @@ def _membership(config: Config, run_dir: RunDir, reaper: Subreaper) -> Membershi
     return Together(settings, run_dir.member_log, reaper)
 
 
-def _fingerprint(config: Config) -> str:
+def _describe_job(config: Config) -> str:
     """What tells this job from another that happens to meet at the same place."""
     least, most = config.nnodes
     words = [Path(config.command.target).name, *config.command.args[: config.command.kind is Kind.PROGRAM]]

@@ -13,26 +13,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.companion import Companion, module_command
 from launcher.errors import InternalError
 from launcher.events import Event, Heard, Joined, MemberFailed
 from launcher.processes import Subreaper
 
 __all__ = ["Alone", "Membership", "Rendezvous", "Together"]
 
-# -P: not what happens to lie in the current directory, but what lies beside this package.
-_COMMAND = (sys.executable, "-P", "-m", "launcher.member")
-_HOME = str(Path(__file__).parents[1])
-_SCHEDULERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_COMMAND = module_command("launcher.member")
 _FAREWELL = 2.0  # seconds
-_PATIENCE = 5.0  # seconds; a member that does not read what it is told for so long is of no use
 
 
 @dataclass(frozen=True)
@@ -151,7 +145,7 @@ class Together:
         self._reaper = reaper
         self._has_left = False
         self._joins = 0  # what is told of an earlier one is out of date
-        self._process: _Process | None = self._start()
+        self._process: Companion | None = self._start()
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -171,7 +165,8 @@ class Together:
         if self._process is None:
             return []
         code = self._process.poll()  # before its last words are read, so that none can be missed
-        events = [event for number, event in self._process.read() if number == self._joins]
+        told = map(_decode, self._process.read())
+        events = [event for number, event in told if number == self._joins]
         failed = next((i for i, event in enumerate(events) if isinstance(event, MemberFailed)), None)
         if failed is not None:
             events = events[: failed + 1]
@@ -186,18 +181,18 @@ class Together:
         self._joins += 1
         if self._process is None:
             self._process = self._start()
-        self._process.send(order="join", number=self._joins, hello=hello)
+        _order(self._process, order="join", number=self._joins, hello=hello)
 
     def say(self, message: Mapping[str, Any]) -> None:
         """Have every node of the generation hear `message`; lost if this node is in none."""
         if self._process is not None:
-            self._process.send(order="say", number=self._joins, message=message)
+            _order(self._process, order="say", number=self._joins, message=message)
 
     def leave(self, finished: bool = False) -> None:
         """Leave for good and in peace: nobody is told that this node is lost."""
         self._has_left = True
         if self._process is not None:
-            self._process.send(order="leave", finished=finished)
+            _order(self._process, order="leave", finished=finished)
 
     def close(self) -> None:
         """Let go of the process, which ends by itself, soon. There are no more events.
@@ -209,15 +204,15 @@ class Together:
                 self._process.wait(_FAREWELL)
             self._let_go()
 
-    def _start(self) -> _Process:
+    def _start(self) -> Companion:
         try:
-            process = _Process(self._log)
+            process = Companion(_COMMAND, self._log)
         except OSError as error:
             raise InternalError(
                 f"the process for the rendezvous cannot be started: {error.strerror}: {error.filename}"
             ) from None
         self._reaper.spare(process.pid)
-        process.send(order="settings", **asdict(self._settings))
+        _order(process, order="settings", **asdict(self._settings))
         return process
 
     def _let_go(self) -> None:
@@ -228,81 +223,8 @@ class Together:
         self._process = None
 
 
-class _Process:
-    """A running member, and the stream of JSON lines between it and this process."""
-
-    def __init__(self, log: Path) -> None:
-        ours, theirs = socket.socketpair()
-        path = (os.environ.get("PYTHONPATH"), _HOME)
-        with theirs, open(log, "ab") as output:
-            # Schedulers send signals to every process of a job; they wait until it ignores them.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULERS)
-            try:
-                self._popen = subprocess.Popen(
-                    [*_COMMAND, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
-            except OSError:
-                ours.close()
-                raise
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self.pid = self._popen.pid
-        self._pidfd = os.pidfd_open(self.pid)
-        self._socket = ours
-        self._unread = b""
-        self._has_hung_up = False
-
-    @property
-    def descriptors(self) -> tuple[int, ...]:
-        return (self._pidfd,) if self._has_hung_up else (self._socket.fileno(), self._pidfd)
-
-    def poll(self) -> int | None:
-        """Its exit code, or minus the signal that killed it, once it is dead."""
-        return self._popen.poll()
-
-    def wait(self, seconds: float) -> None:
-        """Wait until it is dead, for so long at most."""
-        try:
-            self._popen.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pass
-
-    def read(self) -> list[tuple[int, Event]]:
-        """All that it has told since the last call, each with the number of the `join` that it belongs to."""
-        self._socket.settimeout(0)
-        while received := self._receive():
-            self._unread += received
-        *lines, self._unread = self._unread.split(b"\n")
-        return [_decode(line) for line in lines]
-
-    def _receive(self) -> bytes:
-        try:
-            received = self._socket.recv(1 << 16)
-        except BlockingIOError:
-            return b""
-        except ConnectionResetError:
-            received = b""
-        self._has_hung_up = not received
-        return received
-
-    def send(self, **order: Any) -> None:
-        self._socket.settimeout(_PATIENCE)
-        try:
-            self._socket.sendall(json.dumps(order).encode() + b"\n")
-        except TimeoutError:
-            self._popen.kill()  # `receive` tells of the end
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # `receive` tells that it is dead
-
-    def close(self) -> None:
-        self._socket.close()
-        os.close(self._pidfd)
+def _order(member: Companion, **order: Any) -> None:
+    member.send(json.dumps(order).encode())
 
 
 _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {

@@ -124,22 +124,21 @@ def decide(
     if round_.cut_off is not None:
         return _after_exclusion(round_, history)
     reports = round_.reports.values()
-    step = max((report.step for report in reports if report.step is not None), default=None)
     if reports and all(report.has_finished for report in reports) and not round_.lost:
         return Finish(ExitCode.OK)
     if round_.leavers:
-        return _after_leave(round_, history.after_step(step), limits)
+        return _after_leave(round_, history.after_step(round_.step), limits)
     if _is_stuck(round_):
         return _STUCK
     if round_.lost:
         return Again(
-            history.after_step(step), "the nodes that are left come together anew", same_team=False
+            history.after_step(round_.step), "the nodes that are left come together anew", same_team=False
         )
     is_asked = bool(round_.wishes) and culprit is None and not round_.is_hung
     if is_asked or all(report.has_drained for report in reports):
-        return _after_drain(round_, history.after_step(step))
-    failure = Failure(step, "a hang" if round_.is_hung else fingerprint)
-    return _after_failure(round_, culprit, failure, history.after_step(step), limits)
+        return _after_drain(round_, history.after_step(round_.step))
+    failure = Failure(round_.step, "a hang" if round_.is_hung else fingerprint)
+    return _after_failure(round_, culprit, failure, history.after_step(round_.step), limits)
 
 
 def _after_exclusion(round_: Round, history: History) -> Decision:

@@ -216,13 +216,18 @@ class Round:
                 return slots.scaled(wish.slots)
         if culprit is not None and culprit.rank in self.plan.ranks and culprit.step is None:
             return slots.after_failed_start(self.plan.slots[culprit.rank - self.plan.first_rank])
-        has_progress = any(report.step is not None for report in self.reports.values())
-        return slots.after_progress() if has_progress else slots
+        return slots if self.step is None else slots.after_progress()
 
     @property
     def drain_tiers(self) -> str:
         """Where the workers that are asked to end have to save: those who go on here find it in memory."""
         return "memory" if self.wishes and not self.leavers else "durable"
+
+    @property
+    def step(self) -> int | None:
+        """The highest that a worker of any node has reported, once its node has."""
+        steps = [report.step for report in self.reports.values() if report.step is not None]
+        return max(steps, default=None)
 
     @property
     def leavers(self) -> frozenset[int]:

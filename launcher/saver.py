@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.companion import Companion, module_command
 from launcher.errors import InternalError
 from launcher.events import (
     Event,
@@ -31,11 +29,8 @@ from launcher.processes import Subreaper
 
 __all__ = ["Saver"]
 
-# -P: not what happens to lie in the current directory, but what lies beside this package.
-_COMMAND = (sys.executable, "-P", "-m", "shardckpt.saver")
-_HOME = str(Path(__file__).parents[1])
+_COMMAND = module_command("shardckpt.saver")
 _SILENT_ENDS = 3  # in a row, after which no more savers are started
-_SCHEDULERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Saver:
@@ -54,7 +49,8 @@ class Saver:
         self._listener: socket.socket | None = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(f"\0{self.address}")
         self._listener.listen()
-        self._process: _Process | None = None
+        self._process: Companion | None = None
+        self._has_spoken = False  # the process that runs
         self._silent_ends = 0
 
     @property
@@ -81,12 +77,15 @@ class Saver:
         """
         assert self._listener is not None
         try:
-            self._process = _Process(self._command, self._listener, self.log)
+            listener = self._listener.fileno()
+            command = [*self._command, "--listen", str(listener), "--control"]
+            self._process = Companion(command, self.log, inherits=[listener])
         except OSError as error:
             self._refuse()
             raise InternalError(
                 f"the saver cannot be started: {error.strerror}: {error.filename}"
             ) from None
+        self._has_spoken = False
         self._reaper.spare(self._process.pid)
 
     def receive(self) -> list[Event]:
@@ -98,12 +97,13 @@ class Saver:
             return [SaverWanted()]
         process = self._process
         code = process.poll()  # before its last words are read, so that none can be missed
-        events = process.read()
+        events = [event for line in process.read() if (event := _decode(line))]
+        self._has_spoken = self._has_spoken or bool(events)
         if code is not None:
             self._reaper.forget(process.pid)
             process.close()
             self._process = None
-            self._silent_ends = 0 if process.has_spoken else self._silent_ends + 1
+            self._silent_ends = 0 if self._has_spoken else self._silent_ends + 1
             if self._silent_ends == _SILENT_ENDS:
                 self._refuse()  # or one would be started for the same connection for ever
             events.append(SaverEnded(code))
@@ -112,7 +112,7 @@ class Saver:
     def drain(self) -> None:
         """Ask the process to persist what it holds, and to end. No worker may be left."""
         if self._process is not None:
-            self._process.drain()
+            self._process.end_input()
 
     def close(self) -> None:
         """Let go. A process that still runs persists what it holds, and ends by itself."""
@@ -124,76 +124,6 @@ class Saver:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-
-
-class _Process:
-    """A running saver, and the stream on which it tells what it does."""
-
-    def __init__(self, command: Sequence[str], listener: socket.socket, log: Path) -> None:
-        ours, theirs = socket.socketpair()
-        inherited = (listener.fileno(), theirs.fileno())
-        path = (os.environ.get("PYTHONPATH"), _HOME)
-        with theirs, open(log, "ab") as output:
-            # Schedulers send signals to every process of a job; they wait until it ignores them.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULERS)
-            try:
-                self._popen = subprocess.Popen(
-                    [*command, "--listen", str(inherited[0]), "--control", str(inherited[1])],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
-                    pass_fds=inherited,
-                    start_new_session=True,
-                )
-            except OSError:
-                ours.close()
-                raise
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self.pid = self._popen.pid
-        self.has_spoken = False
-        self._pidfd = os.pidfd_open(self.pid)
-        self._control = ours
-        self._unread = b""
-        self._has_hung_up = False
-
-    @property
-    def descriptors(self) -> tuple[int, ...]:
-        return (self._pidfd,) if self._has_hung_up else (self._control.fileno(), self._pidfd)
-
-    def poll(self) -> int | None:
-        """Its exit code, or minus the signal that killed it, once it is dead."""
-        return self._popen.poll()
-
-    def read(self) -> list[Event]:
-        """All that it has told since the last call."""
-        while received := self._receive():
-            self._unread += received
-        *lines, self._unread = self._unread.split(b"\n")
-        events = [event for line in lines if (event := _decode(line))]
-        self.has_spoken = self.has_spoken or bool(events)
-        return events
-
-    def _receive(self) -> bytes:
-        try:
-            received = self._control.recv(1 << 16, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return b""
-        except ConnectionResetError:
-            received = b""
-        self._has_hung_up = not received
-        return received
-
-    def drain(self) -> None:
-        try:
-            self._control.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # `receive` tells that it is dead
-
-    def close(self) -> None:
-        self._control.close()
-        os.close(self._pidfd)
 
 
 _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {

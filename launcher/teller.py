@@ -270,7 +270,7 @@ class Teller:
     def concluded(self, round_: Round, decision: Decision, history: History, *, has_saver: bool) -> None:
         """A round is over in which nothing went wrong."""
         if round_.wishes and _have_all_drained(round_):
-            self._journal.record("drained", step=_step(round_))
+            self._journal.record("drained", step=round_.step)
         if round_.stop_signal is not None:
             name = Signals(round_.stop_signal).name
             what = "no worker" if has_saver else "nothing"
@@ -280,7 +280,7 @@ class Teller:
             again = f"; {decision.reason}" if isinstance(decision, Again) else ""
             self._console.say(f"{round_.cut_off.reason}{again}", style=_ALARM, level=Level.ERROR)
         elif isinstance(decision, Finish) and decision.exit_code == ExitCode.PREEMPTED:
-            self._left_at = (_step(round_), _have_all_drained(round_))
+            self._left_at = (round_.step, _have_all_drained(round_))
         elif isinstance(decision, Finish) and history.restarts:
             self._console.say(f"finished after {count(history.restarts, 'restart')}", style=_BOLD)
         elif isinstance(decision, GiveUp):
@@ -442,12 +442,6 @@ _AT_ONCE = {
     "scale": "another number of workers; those that run cannot save, and are stopped",
     "restart": "a restart; the workers cannot save, and are stopped",
 }
-
-
-def _step(round_: Round) -> int | None:
-    """The highest that a worker reported."""
-    steps = [report.step for report in round_.reports.values() if report.step is not None]
-    return max(steps, default=None)
 
 
 def _have_all_drained(round_: Round) -> bool:

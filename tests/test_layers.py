@@ -40,6 +40,7 @@ LAYERS = {
                 "tracebacks",
                 "journal",
                 "terminal",
+                "companion",
                 "slots",
                 "stillness",
                 "team",
