@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -39,19 +38,18 @@ from launcher.monitor import Monitor
 from launcher.oom import OomWatch
 from launcher.outcome import Death, NodeReport
 from launcher.processes import Subreaper, descendants
-from launcher.progress import Progress, read_progress
 from launcher.recovery import Recovery
 from launcher.rendezvous import meet
 from launcher.restart import Again, Decision, Finish, GiveUp, History, Limits, decide
 from launcher.round import DRAIN_SIGNALS, Phase, Round, Wish
-from launcher.run_dir import RankFiles, RunDir
+from launcher.run_dir import RunDir
 from launcher.saver import Saver
 from launcher.slots import Slots
 from launcher.stacks import StackTaker
-from launcher.stillness import Stillness
 from launcher.team import Ready
 from launcher.teller import Teller
 from launcher.worker import worker_orders
+from launcher.workers import Workers
 from launcher.zygote import Zygote
 
 __all__ = ["Agent"]
@@ -173,19 +171,14 @@ class Agent:
         )
 
     def _forget_round(self) -> None:
-        self._files: dict[int, RankFiles] = {}
-        self._pids: dict[int, int] = {}
-        self._progress: dict[int, Progress] = {}
-        self._stillness = Stillness()
-        self._looked = self._started = time.monotonic()
-        self._drain_began: float | None = None
+        self._workers = Workers()
         self._has_told_hang = False
         self._meeting.close()
 
     def _after(self, round_: Round, event: Event) -> Round:
         """The round after `event`. A scheduler's signal asks to save and leave, where workers can save."""
         if isinstance(event, StopRequested) and not self._insists(round_):
-            self._look_at_progress()
+            self._read_progress()
             if event.signum in DRAIN_SIGNALS and self._can_resume:
                 self._leave_by = time.monotonic() + self.config.grace
                 if round_.is_started:
@@ -216,12 +209,8 @@ class Agent:
     def _wish(self, round_: Round, reason: str, *, slots: int | None = None, at_once: bool = False) -> None:
         """Tell all nodes why the round should end, at its next step boundary or `at_once`."""
         assert round_.team is not None
-        wish = Wish(reason, round_.team.rank, self._can_drain() and not at_once, slots)
+        wish = Wish(reason, round_.team.rank, self._workers.can_drain and not at_once, slots)
         self._membership.say(wish.to_json())
-
-    def _can_drain(self) -> bool:
-        """Whether the workers of this node answer when they are asked to save and end."""
-        return any(progress.drains for progress in self._progress.values())
 
     def _attend(self, event: Event, round_: Round) -> None:
         """Do what an event asks for, and tell of it, where that does not change the round's phase."""
@@ -242,8 +231,8 @@ class Agent:
             case Heard(node=node, message=message) if round_.team is not None:
                 self._teller.heard(node, message, round_)
             case WorkerStarted(rank=rank, pid=pid):
-                self._pids[rank] = pid
-                if self._recovery is not None and len(self._pids) == len(self._files):
+                self._workers.pids[rank] = pid
+                if self._recovery is not None and self._workers.have_all_started:
                     self._recovery = replace(self._recovery, forked=time.time())
             case Tick():
                 self._look(round_)
@@ -267,16 +256,18 @@ class Agent:
             case Phase.DRAINING:
                 self._request_drain(round_)
             case Phase.DIAGNOSING:
-                self._teller.hangs(self._still, is_draining=self._drain_began is not None)
+                self._teller.hangs(self._workers.still, is_draining=self._workers.are_draining)
                 self._monitor.set_deadline(_DIAGNOSIS_PATIENCE)
                 self._take_stacks(round_)
             case Phase.STOPPING | Phase.KILLING:
                 self._stop_workers(round_)
-            case Phase.SETTLED if round_.cut_off is not None and self._files:
-                self._teller.workers_ended(self._look_at_progress(), round_)
+            case Phase.SETTLED if round_.cut_off is not None and self._workers.files:
+                self._read_progress()
+                self._teller.workers_ended(self._workers.progress, round_)
             case Phase.OVER:
                 self._monitor.set_deadline(None)
-                self._teller.workers_ended(self._look_at_progress(), round_)
+                self._read_progress()
+                self._teller.workers_ended(self._workers.progress, round_)
                 self._membership.say({"kind": "report", "report": self._report(round_).to_json()})
 
     def _get_ready(self, round_: Round) -> None:
@@ -292,8 +283,7 @@ class Agent:
         plan = round_.plan
         self._monitor.set_deadline(None)
         files = self._run_dir.begin_round(plan.number, plan.ranks)
-        self._files = {of_rank.rank: of_rank for of_rank in files}
-        self._started = self._looked = time.monotonic()
+        self._workers = Workers(files)
         self._oom.mark()
         self._teller.round_started(round_, files, self._history)
         orders = worker_orders(
@@ -310,12 +300,11 @@ class Agent:
 
     def _request_drain(self, round_: Round) -> None:
         """Have the workers save at their next step boundary, and end."""
-        now, grace = time.monotonic(), self.config.grace
-        self._drain_began = now if self._drain_began is None else self._drain_began
-        tiers = round_.drain_tiers
+        tiers, grace = round_.drain_tiers, self.config.grace
+        self._workers.ask_to_drain()
         if self._leave_by is not None:
-            self._monitor.set_deadline(self._leave_by - now - (1 - _DRAIN_SHARE) * grace)
-        elif not round_.wishes and not self._can_drain():
+            self._monitor.set_deadline(self._leave_by - time.monotonic() - (1 - _DRAIN_SHARE) * grace)
+        elif not round_.wishes and not self._workers.can_drain:
             # One has left by itself, and the others may wait for it for ever.
             self._monitor.set_deadline(grace)
         try:
@@ -350,7 +339,7 @@ class Agent:
         host = round_.team.hosts[round_.team.rank]
         deaths = tuple(
             gather(
-                self._files[exit_.rank],
+                self._workers.files[exit_.rank],
                 exit_,
                 host,
                 epoch - (now - exit_.at),
@@ -359,7 +348,6 @@ class Agent:
             )
             for exit_ in round_.failed_exits
         )
-        steps = [one.step for one in self._progress.values() if one.step is not None]
         return NodeReport(
             node=round_.team.rank,
             host=host,
@@ -373,7 +361,7 @@ class Agent:
             ),
             trouble=round_.trouble_in_words,
             is_stuck=round_.is_stuck,
-            step=max(steps, default=None),
+            step=self._workers.step,
             hang=round_.hang,
         )
 
@@ -413,10 +401,10 @@ class Agent:
 
     def _look(self, round_: Round) -> None:
         """Read how far the workers are, and see what follows from it."""
-        progress = self._look_at_progress()
-        self._teller.sampled(progress, round_)
+        self._read_progress()
+        self._teller.sampled(self._workers.progress, round_)
         if self._recovery is not None and round_.phase is Phase.RUNNING:
-            timeline = self._recovery.timeline(self._files, progress)
+            timeline = self._recovery.timeline(self._workers.files, self._workers.progress)
             if timeline is not None:
                 self._teller.recovered(timeline)
                 self._recovery = None
@@ -425,22 +413,13 @@ class Agent:
         if round_.phase is Phase.RUNNING:
             self._look_for_newcomers(round_)
 
-    def _look_at_progress(self) -> Mapping[int, Progress]:
-        for rank, files in self._files.items():
-            progress = read_progress(files.progress)
-            if progress is not None:
-                self._progress[rank] = progress
-        self._can_resume = self._can_resume or self._can_drain()
-        return self._progress
+    def _read_progress(self) -> None:
+        self._workers.look()
+        self._can_resume = self._can_resume or self._workers.can_drain
 
     def _look_for_hang(self, round_: Round) -> None:
-        now = time.monotonic()
-        steps = {rank: progress.step for rank, progress in self._progress.items()}
-        self._stillness = self._stillness.after(steps, now - self._looked)
-        self._looked = now
-        timeout = self.config.hang_timeout
-        still = self._still
-        if timeout and not self._stillness.steps and now - self._started > max(timeout, _SILENCE):
+        timeout, still = self.config.hang_timeout, self._workers.still
+        if timeout and self._workers.step is None and self._workers.age > max(timeout, _SILENCE):
             self._teller.reports_nothing()
         if timeout and still >= timeout and not round_.leavers:  # who leaves has --grace
             self._membership.say({"kind": "hang"})
@@ -450,31 +429,24 @@ class Agent:
             self._has_told_hang = True
             self._take_stacks(round_)
 
-    @property
-    def _still(self) -> float:
-        """Seconds for which workers have made no progress, or have not done what they were asked to."""
-        if self._drain_began is not None:
-            return time.monotonic() - self._drain_began
-        return self._stillness.longest
-
     def _look_for_newcomers(self, round_: Round) -> None:
         """Have nodes taken in that wait, when the workers can save, or never will be able to."""
         assert round_.team is not None
         if not round_.waiting or round_.wishes or round_.team.rank != 0:
             return
-        if self._can_drain() or time.monotonic() - self._started > _JOIN_PATIENCE:
+        if self._workers.can_drain or self._workers.age > _JOIN_PATIENCE:
             self._wish(round_, "join")
 
     def _take_stacks(self, round_: Round) -> None:
-        steps = {rank: progress.step for rank, progress in self._progress.items()}
-        self._stacks.start(self._pids, steps, self._run_dir.stacks(round_.plan.number))
+        directory = self._run_dir.stacks(round_.plan.number)
+        self._stacks.start(self._workers.pids, self._workers.steps, directory)
 
     def _tell_stacks(self, taken: StacksTaken, round_: Round) -> None:
         askers, self._stack_askers = self._stack_askers, []
         for client in askers:
             self._control.answer(client, {"summary": list(taken.summary), "directory": taken.directory})
         if round_.is_hung or not askers:
-            self._teller.stacks(taken, self._still, is_in_verdict=round_.is_hung)
+            self._teller.stacks(taken, self._workers.still, is_in_verdict=round_.is_hung)
 
     def _answer(self, asked: Asked, round_: Round) -> None:
         """Do what `launch status`, `scale` and the others ask this job for."""
@@ -489,7 +461,7 @@ class Agent:
             case "stop" if self._insists(round_):
                 answer = {"error": f"{self._teller.how_it_ends(self._leave_by)}: --now ends it at once"}
             case "stop":
-                answer = {"can_drain": self._can_drain()}
+                answer = {"can_drain": self._workers.can_drain}
                 self._monitor.push(StopRequested(signal.SIGTERM))
             case "restart" if round_.phase is Phase.DRAINING and not round_.leavers:
                 self._wish(round_, "restart", at_once=True)
@@ -501,7 +473,7 @@ class Agent:
             case _ if round_.phase is not Phase.RUNNING:
                 answer = {"error": f"the job is {self._teller.phase}: ask again later"}
             case "restart":
-                answer = {"can_drain": self._can_drain()}
+                answer = {"can_drain": self._workers.can_drain}
                 self._wish(round_, "restart")
             case "scale":
                 answer = self._scale(asked.number or 0, round_)
@@ -513,7 +485,7 @@ class Agent:
         except UsageError as error:
             return {"error": str(error)}
         self._wish(round_, "scale", slots=slots)
-        return {"from": len(round_.plan.slots), "to": slots, "can_drain": self._can_drain()}
+        return {"from": len(round_.plan.slots), "to": slots, "can_drain": self._workers.can_drain}
 
     def _tell_what_is_left(self) -> None:
         """Nothing can end these processes: tell of them, and wait for them no longer."""

@@ -53,7 +53,7 @@ LAYERS = {
         ["options", "diagnosis", "stacks", "membership", "metrics"],
         ["member", "config", "schedulers", "backlog", "round"],
         ["restart", "console"],
-        ["worker", "teller"],
+        ["worker", "workers", "teller"],
         ["zygote"],
         ["monitor"],
         ["agent"],
