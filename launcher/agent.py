@@ -352,12 +352,14 @@ class Agent:
             node=round_.team.rank,
             host=host,
             round=round_.plan.number,
-            ended=deaths[0].at if deaths else epoch,
+            at=deaths[0].at if deaths else epoch,
             has_finished=round_.has_finished,
             has_drained=round_.has_drained,
             deaths=deaths,
-            finished=tuple(
-                (exit_.rank, epoch - (now - exit_.at)) for exit_ in round_.exits if exit_.code == 0
+            ended=tuple(
+                (exit_.rank, exit_.code, epoch - (now - exit_.at))
+                for exit_ in round_.exits
+                if exit_ not in round_.failed_exits
             ),
             trouble=round_.trouble_in_words,
             is_stuck=round_.is_stuck,

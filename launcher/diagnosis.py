@@ -303,6 +303,7 @@ class Verdict:
     victims: tuple[Victim, ...]  # the others that failed by themselves or of it, in order
     stopped: tuple[int, ...]  # the others that launch stopped
     finished: tuple[int, ...]  # had returned 0 before, which explains that others missed them
+    drained: tuple[int, ...]  # had ended before as those do that have saved and leave: likewise
     trouble: tuple[str, ...]  # what else went wrong, a line each
     hang: tuple[str, ...]  # what the stacks said
     lost: tuple[LostNode, ...]
@@ -327,8 +328,9 @@ class Verdict:
         """The block for the terminal."""
         what = "hung" if self.hang and self.rank is None else "failed"
         text = [f"round {self.round} {what} after {self.seconds:.1f} s", f"  {self._headline()}"]
-        if self.finished:
-            text.append(f"  {name_ranks(self.finished)} had ended before, with exit code 0")
+        for ranks, how in ((self.finished, "0"), (self.drained, "75, as after saving to leave")):
+            if ranks:
+                text.append(f"  {name_ranks(ranks)} had ended before, with exit code {how}")
         if self.hint:
             text.append(f"  hint: {self.hint}")
         text += [f"  {line}" for line in self.hang]
@@ -403,9 +405,9 @@ def judge(
     hang = tuple(_on(report, len(reports), line) for report in reports for line in report.hang)
     explains = bool(lost or trouble or hang)
     culprit = find_culprit(deaths, has_lost_node=explains)
-    at = culprit.at if culprit else min(report.ended for report in reports)
+    at = culprit.at if culprit else min(report.at for report in reports)
     victims, stopped = _sort_others(deaths, culprit, at)
-    finished = _ended_before(reports, culprit, at)
+    ended = _ended_before(reports, culprit, at)
     losses = tuple(LostNode(node, host, why) for node, (host, why) in sorted(lost.items()))
     return Verdict(
         round=reports[0].round,
@@ -415,14 +417,15 @@ def judge(
         code=culprit.code if culprit else None,
         host=culprit.host if culprit else None,
         node=next((report.node for report in reports if culprit in report.deaths), None),
-        cause=_cause(culprit, losses, trouble, hang),
+        cause=_cause(culprit, losses, trouble, hang, ended),
         kill=culprit.kill if culprit else None,
-        hint=_hint(culprit) if culprit and not finished else None,
+        hint=_hint(culprit) if culprit and not ended else None,
         lines=culprit.lines if culprit else (),
         has_traceback=culprit.has_traceback if culprit else False,
         victims=victims,
         stopped=stopped,
-        finished=finished,
+        finished=tuple(rank for rank, code in ended.items() if code == 0),
+        drained=tuple(rank for rank, code in ended.items() if code != 0),
         trouble=trouble,
         hang=hang,
         lost=losses,
@@ -462,16 +465,22 @@ def _sort_others(
     return tuple(victims), tuple(sorted(stopped))
 
 
-def _ended_before(reports: Sequence[NodeReport], culprit: Death | None, at: float) -> tuple[int, ...]:
-    """The ranks whose end explains the failure, if nothing better does: others waited for them, or lost them."""
+def _ended_before(reports: Sequence[NodeReport], culprit: Death | None, at: float) -> dict[int, int]:
+    """The ranks whose end explains the failure, if nothing better does, and with which code they ended.
+
+    Others waited for them, or lost them.
+    """
     if culprit is not None and _peer_loss(culprit) is None:
-        return ()
-    ended = (rank for report in reports for rank, when in report.finished if when <= at)
-    return tuple(sorted(ended))
+        return {}
+    return dict(sorted((rank, code) for one in reports for rank, code, when in one.ended if when <= at))
 
 
 def _cause(
-    culprit: Death | None, lost: Sequence[LostNode], trouble: Sequence[str], hang: Sequence[str]
+    culprit: Death | None,
+    lost: Sequence[LostNode],
+    trouble: Sequence[str],
+    hang: Sequence[str],
+    ended: Mapping[int, int],
 ) -> str:
     if culprit is not None:
         how = describe_exit(culprit.code)
@@ -485,6 +494,8 @@ def _cause(
         return f"lost: node {lost[0].node} ({lost[0].host}): {lost[0].why}"
     if hang:
         return _NO_PROGRESS
+    if ended:
+        return "some workers came to their end, and the others did not follow"
     return "no worker failed, but the round ended"
 
 

@@ -42,11 +42,11 @@ class NodeReport:
     node: int
     host: str
     round: int
-    ended: float  # seconds since the epoch: when the first of its workers failed, or else the last ended
+    at: float  # seconds since the epoch: when the first of its workers failed, or else the last ended
     has_finished: bool = False  # every worker of it returned 0
     has_drained: bool = False  # every worker of it returned 0 or saved and left, as it was asked to
     deaths: tuple[Death, ...] = ()  # in order of death
-    finished: tuple[tuple[int, float], ...] = ()  # ranks that returned 0, and when (since the epoch)
+    ended: tuple[tuple[int, int, float], ...] = ()  # without failing: rank, code, seconds since the epoch
     trouble: str | None = None  # what went wrong that is not a worker's own failure, in one line
     is_stuck: bool = False  # processes are left that nothing can end: no more rounds on this node
     step: int | None = None  # the highest that one of its workers reported
@@ -61,6 +61,6 @@ class NodeReport:
         return replace(
             plain,
             deaths=tuple(Death.from_json(death) for death in value["deaths"]),
-            finished=tuple((rank, at) for rank, at in value.get("finished", ())),
+            ended=tuple((rank, code, at) for rank, code, at in value["ended"]),
             hang=tuple(value["hang"]),
         )

@@ -49,6 +49,7 @@ class History:
     restarts: int = 0  # after failures, since the job's start
     best_step: int | None = None  # the highest that any round has reported
     failures: tuple[Failure, ...] = ()  # since the last progress
+    losses: int = 0  # rounds that ended because nodes were lost, since the last progress
     failed_joins: int = 0  # in a row, of this node alone; a node that has joined has none
 
     def to_json(self) -> dict[str, Any]:
@@ -57,18 +58,18 @@ class History:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> History:
         failures = tuple(Failure(**failure) for failure in value["failures"])
-        return cls(value["restarts"], value["best_step"], failures)
+        return cls(value["restarts"], value["best_step"], failures, value["losses"])
 
     @classmethod
     def of_team(cls, histories: Sequence[History]) -> History:
         """What the nodes of a new team go on with: the longest that one of them remembers."""
-        return max(histories, key=lambda history: (history.restarts, history.best_step or 0))
+        return max(histories, key=lambda one: (one.restarts, one.best_step or 0, one.losses))
 
     def after_step(self, step: int | None) -> History:
-        """After a round that got to `step`. Progress makes the failures before it forgotten."""
+        """After a round that got to `step`. Progress makes what failed before it forgotten."""
         if step is None or (self.best_step is not None and step <= self.best_step):
             return self
-        return replace(self, best_step=step, failures=())
+        return replace(self, best_step=step, failures=(), losses=0)
 
     def after_failure(self, failure: Failure) -> History:
         return replace(self, restarts=self.restarts + 1, failures=(*self.failures, failure))
@@ -106,7 +107,9 @@ Decision = Again | Finish | GiveUp
 
 # Not final: the job may go on on other nodes, and is to be started again on this one.
 _PREEMPTED = Finish(ExitCode.PREEMPTED, "preempted: it is to be started again", is_final=False)
-_STUCK = GiveUp(ExitCode.INTERNAL, "no more rounds where processes are left that nothing can end")
+_STUCK = GiveUp(
+    ExitCode.INTERNAL, "no more rounds where processes are left that nothing can end", is_final=False
+)
 
 
 def decide(
@@ -126,14 +129,8 @@ def decide(
     reports = round_.reports.values()
     if reports and all(report.has_finished for report in reports) and not round_.lost:
         return Finish(ExitCode.OK)
-    if round_.leavers:
-        return _after_leave(round_, history.after_step(round_.step), limits)
-    if _is_stuck(round_):
-        return _STUCK
-    if round_.lost:
-        return Again(
-            history.after_step(round_.step), "the nodes that are left come together anew", same_team=False
-        )
+    if round_.leavers or round_.stuck or round_.lost:
+        return _without_some_nodes(round_, history.after_step(round_.step), limits)
     is_asked = bool(round_.wishes) and culprit is None and not round_.is_hung
     if is_asked or all(report.has_drained for report in reports):
         return _after_drain(round_, history.after_step(round_.step))
@@ -160,19 +157,22 @@ def _pause(failures: int) -> float:
     return 0.0 if failures <= 1 else min(2.0 ** (failures - 3), _LONGEST_PAUSE)
 
 
-def _after_leave(round_: Round, history: History, limits: Limits) -> Decision:
+def _without_some_nodes(round_: Round, history: History, limits: Limits) -> Decision:
+    """What those do that are left, and those that are not. Too few may be left for the job to go on."""
     if round_.team is None:
         return _PREEMPTED
-    left = round_.team.size - len(round_.leavers | set(round_.lost))
-    if left < limits.min_nodes or round_.team.rank in round_.leavers:
+    gone = round_.leavers | round_.stuck | set(round_.lost)
+    can_go_on = round_.team.size - len(gone) >= limits.min_nodes
+    if round_.team.rank in round_.leavers or (round_.leavers and not can_go_on):
         return _PREEMPTED
-    if _is_stuck(round_):
-        return _STUCK
-    return Again(history, "going on without the nodes that were told to leave", same_team=False)
-
-
-def _is_stuck(round_: Round) -> bool:
-    return any(report.is_stuck for report in round_.reports.values())
+    if round_.team.rank in round_.stuck or (round_.stuck and not can_go_on):
+        return replace(_STUCK, is_final=not can_go_on)
+    if not round_.lost:
+        why = "were told to leave" if round_.leavers else "cannot get rid of their processes"
+        return Again(history, f"going on without the nodes that {why}", same_team=False)
+    after = replace(history, losses=history.losses + 1)
+    reason = "the nodes that are left come together anew"
+    return Again(after, reason, _pause(after.losses), same_team=False)
 
 
 def _after_drain(round_: Round, history: History) -> Decision:

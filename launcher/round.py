@@ -235,6 +235,11 @@ class Round:
         return frozenset(wish.node for wish in self.wishes if wish.reason == "leave")
 
     @property
+    def stuck(self) -> frozenset[int]:
+        """The nodes on which processes are left that nothing can end."""
+        return frozenset(node for node, report in self.reports.items() if report.is_stuck)
+
+    @property
     def is_leaving(self) -> bool:
         """Whether this node is one of them."""
         return (0 if self.team is None else self.team.rank) in self.leavers

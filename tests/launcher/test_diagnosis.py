@@ -265,7 +265,7 @@ def test_nothing_can_be_said_of_some(death: Death) -> None:
 
 
 def reported(*deaths: Death, node: int = 0, host: str = "here", **fields: object) -> NodeReport:
-    known = {"ended": deaths[0].at if deaths else 1e9 + 9, "deaths": deaths, **fields}
+    known = {"at": deaths[0].at if deaths else 1e9 + 9, "deaths": deaths, **fields}
     return NodeReport(node, host, 2, **known)  # type: ignore[arg-type]
 
 
@@ -334,14 +334,27 @@ def test_a_snapshot_in_memory_alone_is_not_promised() -> None:
     assert "  step 5 reached; snapshot of step 5 in memory" in verdict.render()
 
 
+def test_a_worker_that_leaves_without_the_others() -> None:
+    stopped = died(1, -signal.SIGTERM, is_ours=True)
+    verdict = judged(reported(stopped, ended=((0, 75, 1e9),)))
+    assert verdict.rank is None
+    assert verdict.render()[1:3] == [
+        "  some workers came to their end, and the others did not follow",
+        "  rank 0 had ended before, with exit code 75, as after saving to leave",
+    ]
+
+
 @pytest.mark.parametrize("error", [CLOSED, TIMEOUT])
 def test_a_rank_that_had_ended_explains_that_others_lost_it(error: str) -> None:
     """sys.exit(0) in one rank breaks the others, and is no failure itself."""
-    report = reported(died(1, 1, error), finished=((0, 1e9), (2, 1e9 + 5)))
+    report = reported(died(1, 1, error), ended=((0, 0, 1e9), (2, 0, 1e9 + 5)))
     verdict = judged(NodeReport.from_json(json.loads(json.dumps(report.to_json()))))
     assert (verdict.rank, verdict.finished, verdict.hint) == (1, (0,), None)
     assert verdict.render()[2] == "  rank 0 had ended before, with exit code 0"
-    assert judged(reported(died(1, 1, OWN), finished=((0, 1e9),))).finished == ()
+    left = judged(reported(died(1, 1, error), ended=((0, 75, 1e9),)))
+    assert (left.finished, left.drained) == ((), (0,))
+    assert left.render()[2].startswith("  rank 0 had ended before, with exit code 75")
+    assert judged(reported(died(1, 1, OWN), ended=((0, 0, 1e9),))).finished == ()
 
 
 def test_headlines_are_short_and_paths_as_they_would_be_typed(

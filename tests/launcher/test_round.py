@@ -153,7 +153,7 @@ def test_what_survives_sigkill_ends_the_job() -> None:
     assert "SIGKILL" in (round_.trouble_in_words or "")
     decision = end(exited(0, 1), DeadlinePassed(), DeadlinePassed(), report(is_stuck=True))
     assert isinstance(decision, GiveUp)
-    assert decision.exit_code == ExitCode.INTERNAL
+    assert (decision.exit_code, decision.is_final) == (ExitCode.INTERNAL, True)
 
 
 @pytest.mark.parametrize("trouble", [SpawnFailed(1, "fork: no"), ZygoteLost(-9, 1.0)])
@@ -422,6 +422,31 @@ def test_a_lost_node_costs_no_restart() -> None:
     decision = end(lost(1), exited(0, 1), exited(1, -15), RoundDrained(), cut, nodes=2)
     assert isinstance(decision, Again)
     assert (decision.same_team, decision.history.restarts) == (False, 0)
+
+
+def test_a_node_that_is_lost_again_and_again() -> None:
+    """Without progress, the others wait longer each time before they come together."""
+    history, pauses = History(), []
+    for step in (None, None, 5, 5, 5):
+        decision = end(lost(1), RoundDrained(), report(0, step=step), nodes=2, history=history)
+        assert isinstance(decision, Again)
+        history = History.of_team([History.from_json(decision.history.to_json()), History()])
+        pauses.append(decision.pause)
+    assert pauses == [0, 0.5, 0, 0.5, 1]
+    assert history.restarts == 0
+
+
+def test_a_node_with_processes_that_nothing_ends() -> None:
+    """It gives up alone, if the others may go on without it."""
+    left = [exited(0, 1), RoundDrained(), report(0, deaths=(death(0),)), report(1, is_stuck=True)]
+    others, both = end(*left, nodes=2), end(*left, nodes=2, limits=Limits(min_nodes=2))
+    assert isinstance(others, Again)
+    assert not others.same_team
+    assert both == GiveUp(ExitCode.INTERNAL, both.reason)
+    itself = end(RoundDrained(), report(0, is_stuck=True), report(1), nodes=2)
+    assert itself == GiveUp(ExitCode.INTERNAL, both.reason, is_final=False)
+    cut_off = end(MemberFailed("lost", "x"), DeadlinePassed(), DeadlinePassed(), nodes=2)
+    assert cut_off == itself
 
 
 def test_a_node_lost_before_the_start() -> None:
