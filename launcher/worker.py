@@ -23,7 +23,8 @@ _LARGE_COPY = 1 << 20
 """Bytes from which on memcpy goes past the cache, which halves its traffic on the memory bus.
 
 glibc's own choice is 3/4 of a thread's share of the last cache. On virtual machines that may come out as
-hundreds of megabytes, and copies of tensors, as checkpoints and data loaders make them, take twice as long.
+hundreds of megabytes, and copies of tensors, as checkpoints and data loaders make them, take 1.7 times as long
+(scripts/bench/memory).
 """
 
 

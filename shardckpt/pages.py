@@ -50,7 +50,10 @@ def drop(content: npt.NDArray[np.uint8]) -> None:
 
 
 def prefer_huge_pages(address: int, nbytes: int) -> None:
-    """Ask for huge pages where they fit: the first write to memory in small ones takes twice as long."""
+    """Ask for huge pages where they fit.
+
+    Restoring into small ones takes 1.6 times as long (scripts/bench/memory).
+    """
     start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
     if length > 0:
@@ -58,8 +61,9 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
 
 
 def provide(address: int, nbytes: int) -> None:
-    """Have memory that nobody has written to yet faulted in at once: page by page it takes twice as long.
+    """Have memory that nobody has written to yet faulted in at once.
 
+    Restoring into memory that is faulted in page by page takes 1.5 times as long (scripts/bench/memory).
     Whether somebody has is told by its middle.
     """
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
