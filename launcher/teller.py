@@ -137,9 +137,7 @@ class Teller:
         match message["kind"]:
             case "lost":
                 lost, why = int(message["node"]), str(message["why"])
-                self._console.say(
-                    f"node {lost} ({hosts[lost]}) is lost: {why}", style=_WARN, level=Level.WARNING
-                )
+                self._warn(f"node {lost} ({hosts[lost]}) is lost: {why}")
                 self._journal.record("node_lost", node=lost, host=hosts[lost], why=why)
             case "waiting" if message["count"]:
                 number = message["count"]
@@ -156,7 +154,7 @@ class Teller:
                     how = _WISHES[wish.reason] if wish.can_drain else _AT_ONCE[wish.reason]
                     self._console.say(f"{on}{how}", style=_BOLD)
             case "hang" if node != round_.team.rank:
-                self._console.say(f"{hosts[node]} has found a hang", style=_WARN, level=Level.WARNING)
+                self._warn(f"{hosts[node]} has found a hang")
 
     # -- a round
 
@@ -228,7 +226,7 @@ class Teller:
     def cannot_save(self, signum: int) -> None:
         name = Signals(signum).name
         text = f"{name} is ignored: no worker has a Checkpointer that could save"
-        self._console.say(text, style=_WARN, level=Level.WARNING)
+        self._warn(text)
 
     def cannot_ask(self, reason: str) -> None:
         self._warn(f"workers cannot be asked to save, and are stopped: {reason}")
@@ -247,7 +245,7 @@ class Teller:
             self._console.say(where, style=_DIM)
         else:
             lines = [f"  {line}" for line in (*taken.summary, where)]
-            self._console.say(f"no progress for {still:.0f} s:", *lines, style=_WARN, level=Level.WARNING)
+            self._warn(f"no progress for {still:.0f} s:", *lines)
 
     def stopping(self, round_: Round, grace: float) -> None:
         if round_.stop_signal is not None and round_.phase is Phase.STOPPING:
@@ -257,7 +255,7 @@ class Teller:
         elif round_.phase is Phase.KILLING:
             left = len(round_.plan.slots) - len(round_.exits)
             text = f"killing what has not ended, {left} of the ranks"
-            self._console.say(text, style=_WARN, level=Level.WARNING)
+            self._warn(text)
         if round_.stop_signal is None and not round_.has_finished:
             self._console.mute_victims([exit_.rank for exit_ in round_.exits])
 
@@ -278,13 +276,13 @@ class Teller:
             self._console.say(f"stopped by {name}{left}", style=_BOLD)
         elif round_.cut_off is not None:
             again = f"; {decision.reason}" if isinstance(decision, Again) else ""
-            self._console.say(f"{round_.cut_off.reason}{again}", style=_ALARM, level=Level.ERROR)
+            self._alarm(f"{round_.cut_off.reason}{again}")
         elif isinstance(decision, Finish) and decision.exit_code == ExitCode.PREEMPTED:
             self._left_at = (round_.step, _have_all_drained(round_))
         elif isinstance(decision, Finish) and history.restarts:
             self._console.say(f"finished after {count(history.restarts, 'restart')}", style=_BOLD)
         elif isinstance(decision, GiveUp):
-            self._console.say(decision.reason, style=_ALARM, level=Level.ERROR)
+            self._alarm(decision.reason)
         elif isinstance(decision, Again):
             at = "round ended at a step boundary: " if round_.wishes and _have_all_drained(round_) else ""
             self._console.say(f"{at}{decision.reason}", style=_DIM)
@@ -299,7 +297,7 @@ class Teller:
             return
         place = f"step {max(durable)}" if durable else "the newest checkpoint"
         text = f"stopped{at}, which is not saved; start it again to go on from {place}"
-        self._console.say(text, style=_WARN, level=Level.WARNING)
+        self._warn(text)
 
     def how_it_ends(self, leave_by: float | None) -> str:
         """What a job does that was told to end; `leave_by` is when it has to have ended, monotonic."""
@@ -334,7 +332,7 @@ class Teller:
         lines = verdict.render()
         if me not in (speaker, verdict.node):
             lines = [*lines[:2], lines[-1]]
-        self._console.say(*lines, style=_ALARM, level=Level.ERROR)
+        self._alarm(*lines)
         self._board = self._board.failed(_kind(verdict))
         self._journal.record("failure", **asdict(verdict))
         try:
@@ -344,7 +342,7 @@ class Teller:
 
     def starts_cold(self, reason: str) -> None:
         text = f"workers start as fresh interpreters, as in --cold: {reason}"
-        self._console.say(text, style=_WARN, level=Level.WARNING)
+        self._warn(text)
 
     # -- saves
 
@@ -363,16 +361,16 @@ class Teller:
                     "save_failed", step=event.step, tier=event.tier, url=event.url, error=event.error
                 )
                 text = f"step {event.step} did not become durable in {event.url}: {event.error}"
-                self._console.say(text, style=_ALARM, level=Level.ERROR)
+                self._alarm(text)
 
     def saver_refused(self, reason: str) -> None:
-        self._console.say(f"{reason}; {_NO_MORE_SAVERS}", style=_ALARM, level=Level.ERROR)
+        self._alarm(f"{reason}; {_NO_MORE_SAVERS}")
 
     def saver_lost(self, backlog: Backlog, ended: SaverEnded, *, is_closed: bool) -> None:
         text = backlog.obituary(ended, str(as_typed(self._run_dir.saver_log)))
         if is_closed:
             text += f"; it keeps ending: {_NO_MORE_SAVERS}"
-        self._console.say(text, style=_WARN, level=Level.WARNING)
+        self._warn(text)
 
     def draining(self, drain: Drain) -> None:
         """The workers are gone, and the saver makes durable what is left."""
@@ -397,7 +395,7 @@ class Teller:
             lines.append(f"  pid {process.pid} is {state}{held}: {process.command}")
         if lines:
             what = f"{count(len(lines), 'process', 'processes')} left that even SIGKILL does not end:"
-            self._console.say(what, *lines, style=_ALARM, level=Level.ERROR)
+            self._alarm(what, *lines)
 
     # -- for those who ask
 
@@ -426,8 +424,11 @@ class Teller:
             case Finish():
                 return f"stopping, as asked; exit code {decision.exit_code}"
 
-    def _warn(self, text: str) -> None:
-        self._console.say(text, style=_WARN, level=Level.WARNING)
+    def _warn(self, *lines: str) -> None:
+        self._console.say(*lines, style=_WARN, level=Level.WARNING)
+
+    def _alarm(self, *lines: str) -> None:
+        self._console.say(*lines, style=_ALARM, level=Level.ERROR)
 
 
 _WISHES = {
