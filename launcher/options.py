@@ -258,7 +258,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "log-level",
         parsers.one_of("debug", "info", "warning", "error"),
-        "how much to tell: debug, info, warning or error (default info)",
+        "how much to tell: debug (every event), info, warning or error (default info)",
         "LEVEL",
         _OUTPUT,
     ),

@@ -25,6 +25,7 @@ from launcher.events import (
     SaverEnded,
     SaveStaged,
     StacksTaken,
+    Tick,
 )
 from launcher.gpus import Holder
 from launcher.journal import Journal
@@ -40,6 +41,7 @@ __all__ = ["Teller"]
 
 _NO_MORE_SAVERS = "no saver is started for this job any more"
 _BOLD, _DIM, _ALARM, _WARN = 1, 2, 31, 33  # ANSI styles
+_LONGEST_EVENT = 400  # characters
 _PROGRESS_SECONDS = 5.0  # between two lines of progress in the journal
 _PHASES = {
     Phase.GATHERING: "waiting for nodes",
@@ -60,6 +62,7 @@ class Teller:
         self._config = config
         self._run_dir = run_dir
         level = max(Level[config.log_level.upper()], Level.WARNING if config.quiet else Level.DEBUG)
+        self._is_debugging = level == Level.DEBUG
         self._console = Console(Sink(1), Sink(2), level)
         self._journal = Journal(run_dir.journal, self._warn)
         self._board = StatusBoard(config.directory.name)
@@ -347,7 +350,9 @@ class Teller:
     # -- saves
 
     def take(self, event: Event) -> None:
-        """What the saver tells."""
+        """What the agent hears; users are told of saves."""
+        if self._is_debugging and not isinstance(event, Tick):
+            self._console.say(repr(event)[:_LONGEST_EVENT], style=_DIM, level=Level.DEBUG)
         self._board = self._board.after(event, time.time())
         match event:
             case SaveStaged(step=step):
