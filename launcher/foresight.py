@@ -1,4 +1,4 @@
-"""What a script is going to import, read off its source without running any of it.
+"""What a script is going to import, and with which variables, read off its source without running any of it.
 
 Workers that find a module imported by the zygote save its import, once each and in every round: with 8
 workers on 2 cores `torch.distributed.fsdp` alone is seconds. Only torch, NumPy and shardckpt are looked
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-__all__ = ["bring", "foresee"]
+__all__ = ["bring", "foresee", "foresee_variables"]
 
 _FAMILIES = ("torch", "numpy", "shardckpt")
 _MOST_FILES = 64
@@ -33,10 +34,7 @@ def foresee(script: Path, import_dir: Path) -> list[str]:
         if path in seen:
             continue
         seen.add(path)
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (OSError, SyntaxError, ValueError, RecursionError):
-            continue
+        tree = _parse(path)
         known: dict[str, str] = {}
         for alias, name in _imports(tree, path, import_dir):
             if name.partition(".")[0] in _FAMILIES:
@@ -46,6 +44,26 @@ def foresee(script: Path, import_dir: Path) -> list[str]:
                 waiting += _files(name, import_dir)
         names.update(_uses(tree, known))
     return sorted(names)
+
+
+def foresee_variables(script: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the script changes in `environ` before it imports anything beyond the standard library.
+
+    Libraries read such variables when they are imported. Seen is what is set to plain texts, unconditionally.
+    """
+    changed: dict[str, str] = {}
+    for statement in _parse(script).body:
+        if _imports_a_library(statement):
+            break
+        for name, value, yields in _settings(statement):
+            match name, value:
+                case ast.Constant(str(key)), _ if yields and key in {**environ, **changed}:
+                    pass
+                case ast.Constant(str(key)), ast.Constant(str(text)):
+                    changed[key] = text
+                case ast.Constant(str(key)), _:
+                    changed.pop(key, None)
+    return changed
 
 
 def bring(names: Iterable[str]) -> None:
@@ -65,6 +83,45 @@ def bring(names: Iterable[str]) -> None:
     if any(name.startswith("torch.optim") for name in names):
         # What an optimizer's constructor imports. Half a second.
         importlib.import_module("torch._dynamo")
+
+
+def _parse(path: Path) -> ast.Module:
+    """Empty if it cannot be read or parsed."""
+    try:
+        return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return ast.Module([], [])
+
+
+def _imports_a_library(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    for node in ast.walk(statement):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = ["." if node.level else node.module or ""]
+        if any(name.partition(".")[0] not in sys.stdlib_module_names for name in names):
+            return True
+    return False
+
+
+def _settings(statement: ast.stmt) -> Iterator[tuple[ast.expr | None, ast.expr, bool]]:
+    """Each variable that the statement sets: name, value, whether it yields to a value that is there."""
+    match statement:
+        case ast.Assign([ast.Subscript(place, name)], value) if _is_environ(place):
+            yield name, value, False
+        case ast.Expr(ast.Call(ast.Attribute(place, "setdefault"), [name, value])) if _is_environ(place):
+            yield name, value, True
+        case ast.Expr(ast.Call(ast.Attribute(place, "update"), args, keywords)) if _is_environ(place):
+            for given in args:
+                if isinstance(given, ast.Dict):
+                    yield from zip(given.keys, given.values, [False] * len(given.keys), strict=True)
+            for keyword in keywords:
+                yield ast.Constant(keyword.arg), keyword.value, False
+
+
+def _is_environ(place: ast.expr) -> bool:
+    return ast.unparse(place) in ("os.environ", "environ")
 
 
 def _imports(tree: ast.Module, path: Path, import_dir: Path) -> Iterator[tuple[str, str]]:

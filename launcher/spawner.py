@@ -17,6 +17,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,10 +63,11 @@ def _warm_up(orders: dict[str, Any]) -> str | None:
     if orders["main_file"] is not None:
         main.__file__ = orders["main_file"]  # some libraries look at it when they are imported
     try:
-        for name in (*_TORCH, *orders["preload"]):
-            importlib.import_module(name)
-        if orders["source"] is not None:
-            foresight.bring(foresight.foresee(Path(orders["source"]), Path(orders["import_dir"])))
+        with _variables_of(orders["source"]):
+            for name in (*_TORCH, *orders["preload"]):
+                importlib.import_module(name)
+            if orders["source"] is not None:
+                foresight.bring(foresight.foresee(Path(orders["source"]), Path(orders["import_dir"])))
         _check_single_thread(orders["preload"])
     except BaseException:
         return traceback.format_exc()
@@ -80,6 +83,20 @@ def _warm_up(orders: dict[str, Any]) -> str | None:
         names |= vars(main)
         vars(main).clear()
         vars(main).update(names)
+
+
+@contextmanager
+def _variables_of(source: str | None) -> Iterator[None]:
+    """Libraries are imported as after the script has set its variables; workers set them by themselves."""
+    changed = {} if source is None else foresight.foresee_variables(Path(source), os.environ)
+    before = {name: os.environ[name] for name in changed if name in os.environ}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name in changed:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _untrack(module: dict[str, Any]) -> dict[str, Any]:

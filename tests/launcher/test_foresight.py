@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.foresight import foresee
+from launcher.foresight import foresee, foresee_variables
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -54,10 +54,35 @@ def test_it_follows_the_project_s_own_modules(tmp_path: Path) -> None:
     assert not any(name.startswith("json") for name in found)
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import os\nos.environ['A'] = 'x'\nimport torch", {"A": "x"}),
+        ("from os import environ\nenviron['A'] = 'x'", {"A": "x"}),
+        ("import os\nos.environ.update({'A': 'x'}, B='y')", {"A": "x", "B": "y"}),
+        ("import os\nos.environ.setdefault('A', 'x')\nos.environ.setdefault('HAD', 'x')", {"A": "x"}),
+        ("import os\ndef late():\n    import torch\nos.environ['A'] = 'x'", {"A": "x"}),
+        ("import os, torch\nos.environ['A'] = 'x'", {}),
+        ("import os\nfrom . import model\nos.environ['A'] = 'x'", {}),
+        ("import os\nif True:\n    import numpy\nos.environ['A'] = 'x'", {}),
+        ("import os\nif os.cpu_count() > 4:\n    os.environ['A'] = 'x'", {}),
+        ("import os\nos.environ['A'] = 'x'\nos.environ['A'] = str(os.cpu_count())", {}),
+        (
+            "settings['A'] = 'x'\nos.environ[name] = 'x'\nos.environ.pop('HAD')\nos.environ.update(**more)",
+            {},
+        ),
+    ],
+)
+def test_it_sees_variables_that_are_set_before_libraries_are_imported(
+    tmp_path: Path, source: str, expected: dict[str, str]
+) -> None:
+    assert foresee_variables(write(tmp_path, {"main": source}), {"HAD": "it"}) == expected
+
+
 @pytest.mark.parametrize("source", ["def broken(", "\0", "import torch.nowhere\nfrom torch import nothing"])
 def test_what_is_wrong_is_left_to_the_worker(tmp_path: Path, source: str) -> None:
     """A script with mistakes is neither run nor reported here."""
-    write(tmp_path, {"main": source})
+    assert foresee_variables(write(tmp_path, {"main": source}), {}) == {}
     code = (
         "import sys; from pathlib import Path; from launcher.foresight import bring, foresee\n"
         f"bring(foresee(Path({str(tmp_path / 'main.py')!r}), Path({str(tmp_path)!r})))"

@@ -928,10 +928,6 @@ def test_a_style_with_torch(job: Job, name: str) -> None:
     assert run_launched(job, style) == run_plain(job, style)
 
 
-TOO_LATE = "libraries that the zygote has imported have read their environment; --cold, or set it outside"
-
-
-@pytest.mark.xfail(reason=TOO_LATE)
 @pytest.mark.parametrize(
     ("variable", "source"),
     [
