@@ -206,10 +206,18 @@ class Agent:
         self._wish(round_, "leave")
         return round_
 
-    def _wish(self, round_: Round, reason: str, *, slots: int | None = None, at_once: bool = False) -> None:
+    def _wish(
+        self,
+        round_: Round,
+        reason: str,
+        *,
+        slots: int | None = None,
+        without: tuple[int, ...] = (),
+        at_once: bool = False,
+    ) -> None:
         """Tell all nodes why the round should end, at its next step boundary or `at_once`."""
         assert round_.team is not None
-        wish = Wish(reason, round_.team.rank, self._workers.can_drain and not at_once, slots)
+        wish = Wish(reason, round_.team.rank, self._workers.can_drain and not at_once, slots, without)
         self._membership.say(wish.to_json())
 
     def _attend(self, event: Event, round_: Round) -> None:
@@ -478,16 +486,20 @@ class Agent:
                 answer = {"can_drain": self._workers.can_drain}
                 self._wish(round_, "restart")
             case "scale":
-                answer = self._scale(asked.number or 0, round_)
+                answer = self._scale(asked.number or 0, asked.without, round_)
         self._control.answer(asked.client, answer)
 
-    def _scale(self, slots: int, round_: Round) -> dict[str, object]:
+    def _scale(self, workers: int, without: tuple[int, ...], round_: Round) -> dict[str, object]:
+        slots = self._slots.scaled(workers, without)
         try:
-            replace(self.config, nproc=slots, min_nproc=min(slots, self.config.min_nproc))
+            replace(self.config, nproc=slots.present)
         except UsageError as error:
             return {"error": str(error)}
-        self._wish(round_, "scale", slots=slots)
-        return {"from": len(round_.plan.slots), "to": slots, "can_drain": self._workers.can_drain}
+        unknown = [slot for slot in without if slot >= slots.present]
+        if unknown:
+            return {"error": f"--without: expected slots from 0 to {slots.present - 1}, found {unknown[0]}"}
+        self._wish(round_, "scale", slots=workers, without=without)
+        return {"from": len(round_.plan.slots), "to": workers, "can_drain": self._workers.can_drain}
 
     def _tell_what_is_left(self) -> None:
         """Nothing can end these processes: tell of them, and wait for them no longer."""
@@ -531,7 +543,7 @@ class Agent:
     def _out_of_slots(self, round_: Round, culprit: Death | None) -> GiveUp:
         """Too few devices of this node work. The others go on without it, if they may."""
         assert round_.team is not None
-        left = self._slots.present - len(self._slots.left_out)
+        left = len(self._slots.working)
         reason = f"{left} of its devices are left, and it needs {self._slots.minimum} (--nproc MIN:MAX)"
         self._membership.say({"kind": "lost", "node": round_.team.rank, "why": reason})
         code = ExitCode.INTERNAL if culprit is None else shell_code(culprit.code)

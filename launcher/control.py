@@ -1,15 +1,16 @@
 """Live control of a running job: `launch status`, `stacks`, `restart`, `scale`, `stop`.
 
 The agent listens on an abstract unix socket, whose name is in RUN_DIR/control.json, and answers its own
-user and root. A client sends one line, `{"verb": "scale", "number": 6}`, and gets one line or several:
-`{"answer": {...}, "more": false}`; the last has `more` false. An answer with the key "error" is a refusal.
+user and root. A client sends one line, `{"verb": "scale", "number": 6, "without": [3]}`, and gets one line or
+several: `{"answer": {...}, "more": false}`; the last has `more` false. An answer with the key "error" is a
+refusal. "without" may be missing.
 
 verb     number           what the client wants
 status                    how the job is
 stacks                    where every worker is, without disturbing it
 restart                   a new round, begun at a step boundary where the workers can do that; asked
                           again before they are there, at once: the answer has the key "at_once"
-scale    workers          that many workers on this node from now on
+scale    workers          that many workers on this node from now on, and none in the slots "without"
 stop                      save, then end: as SIGTERM
 kill                      end at once: as a second SIGTERM
 """
@@ -23,7 +24,7 @@ import pwd
 import select
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,17 +192,22 @@ def _decode(line: bytes, client: int) -> Asked | str:
     """What a client asks for, or why that makes no sense."""
     try:
         request = json.loads(line)
-        verb, number = request["verb"], request.get("number")
+        verb, number, without = request["verb"], request.get("number"), request.get("without", [])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return 'expected one line like {"verb": "status"}'
     if verb not in VERBS:
         return (
             f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}; is this launch of another version?"
         )
-    is_whole = isinstance(number, int) and not isinstance(number, bool)
-    if is_whole != (verb == "scale") or (number is not None and not is_whole):
+    if not (_is_whole(number) and number) if verb == "scale" else number is not None:
         return f"{verb}: expected {'a' if verb == 'scale' else 'no'} number of workers, found {number!r}"
-    return Asked(verb, number, client)
+    if not isinstance(without, list) or not all(map(_is_whole, without)) or (without and verb != "scale"):
+        return f"{verb}: expected {'a list of' if verb == 'scale' else 'no'} slots, found {without!r}"
+    return Asked(verb, number, client, tuple(sorted(set(without))))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _write_record(path: Path, address: str) -> None:
@@ -241,13 +247,18 @@ def is_running(run_dir: Path) -> bool:
 
 
 def ask(
-    run_dir: Path, verb: str, number: int | None = None, *, timeout: float = 3.0
+    run_dir: Path,
+    verb: str,
+    number: int | None = None,
+    *,
+    without: Collection[int] = (),
+    timeout: float = 3.0,
 ) -> Iterator[dict[str, Any]]:
     """Ask the job that runs in `run_dir`, and yield its answers as they come.
 
-    `timeout` is in seconds, for each of them. Raises `UsageError` if there is no such run, or if the job
-    refuses; `NotRunningError` if no job runs there; `UnreachableError` if it runs on another host or as
-    another user, or does not answer.
+    `number` of workers, and the slots `without` any, are for "scale". `timeout` is in seconds, for each of
+    the answers. Raises `UsageError` if there is no such run, or if the job refuses; `NotRunningError` if no job
+    runs there; `UnreachableError` if it runs on another host or as another user, or does not answer.
     """
     record = _find_record(run_dir)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -260,7 +271,7 @@ def ask(
             owner = _user_name(_peer(connection))
             raise UnreachableError(f"the job in {run_dir} is of user {owner}: ask as that user")
         try:
-            _send_request(connection, verb, number)
+            _send_request(connection, {"verb": verb, "number": number, "without": sorted(without)})
             yield from _answers(connection)
         except TimeoutError:
             raise UnreachableError(
@@ -271,9 +282,9 @@ def ask(
             raise NotRunningError(f"the job in {run_dir} ended before it had answered") from None
 
 
-def _send_request(connection: socket.socket, verb: str, number: int | None) -> None:
+def _send_request(connection: socket.socket, request: Mapping[str, Any]) -> None:
     try:
-        connection.sendall(json.dumps({"verb": verb, "number": number}).encode() + b"\n")
+        connection.sendall(json.dumps(request).encode() + b"\n")
     except BrokenPipeError:
         pass  # refused before it was heard: the reason can be read
 

@@ -170,12 +170,13 @@ class StacksTaken:
 class Asked:
     """A user asks the running job for something: `launch scale RUN 6` has verb "scale" and number 6.
 
-    `client` is the connection that the answer goes to.
+    `client` is the connection that the answer goes to, `without` the slots that get no worker.
     """
 
     verb: str
     number: int | None
     client: int
+    without: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ class Wish:
     node: int
     can_drain: bool  # else the workers are stopped where they are
     slots: int | None = None  # to scale that node to
+    without: tuple[int, ...] = ()  # the slots that get no worker then
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,11 +68,13 @@ class Wish:
             "node": self.node,
             "can_drain": self.can_drain,
             "slots": self.slots,
+            "without": self.without,
         }
 
     @classmethod
     def from_json(cls, message: Mapping[str, Any]) -> Wish:
-        return cls(message["reason"], message["node"], message["can_drain"], message["slots"])
+        without = tuple(message["without"])
+        return cls(message["reason"], message["node"], message["can_drain"], message["slots"], without)
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ class Round:
             return slots
         for wish in reversed(self.wishes):
             if wish.reason == "scale" and wish.node == self.team.rank and wish.slots is not None:
-                return slots.scaled(wish.slots)
+                return slots.scaled(wish.slots, wish.without)
         if culprit is not None and culprit.rank in self.plan.ranks and culprit.step is None:
             return slots.after_failed_start(self.plan.slots[culprit.rank - self.plan.first_rank])
         return slots if self.step is None else slots.after_progress()

@@ -14,21 +14,26 @@ class Slots:
     """The places for workers on one node, numbered as its devices are.
 
     One whose worker is the first to fail, twice in a row and before it has made a step, is left out, if
-    fewer workers than `wanted` are allowed.
+    fewer workers than `wanted` are allowed. A user may give up others.
     """
 
     present: int  # devices, or as many as were ever wanted where workers have none
     wanted: int
     minimum: int
     left_out: tuple[int, ...] = ()
+    given_up: tuple[int, ...] = ()
     suspect: int | None = None
     strikes: int = 0  # of the suspect
 
     @property
+    def working(self) -> tuple[int, ...]:
+        """Those that could get workers."""
+        return tuple(slot for slot in range(self.present) if slot not in self.left_out + self.given_up)
+
+    @property
     def chosen(self) -> tuple[int, ...]:
         """Those that get workers; none if there are too few."""
-        working = [slot for slot in range(self.present) if slot not in self.left_out]
-        chosen = tuple(working[: self.wanted])
+        chosen = self.working[: self.wanted]
         return chosen if len(chosen) >= min(self.minimum, self.wanted) else ()
 
     def after_progress(self) -> Slots:
@@ -42,7 +47,7 @@ class Slots:
             return replace(self, suspect=slot, strikes=strikes)
         return replace(self, left_out=tuple(sorted({*self.left_out, slot})), suspect=None, strikes=0)
 
-    def scaled(self, wanted: int) -> Slots:
-        """With another number of workers; what was left out is tried again."""
-        present = max(self.present, wanted)
-        return Slots(present, wanted, min(self.minimum, wanted))
+    def scaled(self, wanted: int, given_up: tuple[int, ...] = ()) -> Slots:
+        """With another number of workers, in none of the slots `given_up`; what was left out is tried again."""
+        present = max(self.present, wanted + len(given_up))
+        return Slots(present, wanted, min(self.minimum, wanted), given_up=given_up)

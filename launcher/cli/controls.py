@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ __all__ = ["CONTROLS", "ControlCommand", "control"]
 _RUNS = Path("runs")
 _STACKS_SECONDS = 90.0  # more than the agent takes for them, busy as the machine may be
 _WATCH_SECONDS = 1.0
+_WITHOUT = "--without"
 _SAVE = "save at the next step boundary"
 
 
@@ -33,7 +35,9 @@ class ControlCommand:
     name: str
     help: str
     takes_number: bool = False
-    switches: tuple[tuple[str, str], ...] = ()  # name and a line of help
+    switches: tuple[
+        tuple[str, str], ...
+    ] = ()  # name, with that of its value if it takes one; a line of help
 
     @property
     def usage(self) -> str:
@@ -51,7 +55,12 @@ CONTROLS = (
     ControlCommand(
         "restart", "save at the next step boundary, then begin a new round; again: without waiting"
     ),
-    ControlCommand("scale", "go on with N workers on this node from the next step boundary on", True),
+    ControlCommand(
+        "scale",
+        "go on with N workers on this node from the next step boundary on",
+        takes_number=True,
+        switches=((f"{_WITHOUT} SLOTS", "give up these, as 3 or 0,3: devices that shall have no worker"),),
+    ),
     ControlCommand(
         "stop",
         "save at the next step boundary, then end, as with SIGTERM",
@@ -66,7 +75,7 @@ class _Request:
     command: ControlCommand
     run: str | None
     number: int | None
-    switches: frozenset[str]
+    switches: Mapping[str, str]  # with their values; empty if they take none
 
 
 def control(words: Sequence[str]) -> int:
@@ -105,7 +114,8 @@ def _carry_out(words: Sequence[str]) -> int:
             answer = list(ask(run, "restart"))[-1]
             _print(f"{run}: asked to {_how(answer)}, and to begin a new round")
         case "scale":
-            answer = list(ask(run, "scale", request.number))[-1]
+            without = _read_slots(request)
+            answer = list(ask(run, "scale", request.number, without=without))[-1]
             workers = count(answer["to"], "worker")
             _print(
                 f"{run}: asked to {_how(answer)}, and to go on with {workers} instead of {answer['from']}"
@@ -134,21 +144,46 @@ def _print(*lines: str) -> None:
 def _help(command: ControlCommand) -> str:
     head = f"usage: {command.usage}\n\n{command.help[0].upper()}{command.help[1:]}.\n"
     run = "RUN is a run directory, or its name in runs/. Without it: the one that runs there.\n"
-    switches = [f"  {name:<10}{text}\n" for name, text in command.switches]
+    width = max((len(name) for name, _ in command.switches), default=0) + 3
+    switches = [f"  {name:<{width}}{text}\n" for name, text in command.switches]
     return "\n".join([head, run, "".join(switches)]).rstrip()
 
 
 def _read(command: ControlCommand, words: Sequence[str]) -> _Request:
     """What is asked, of which run. Raises `UsageError` for words too many, too few, or unknown."""
-    known = {name for name, _ in command.switches}
-    switches = frozenset(word for word in words if word.startswith("-"))
-    rest = [word for word in words if not word.startswith("-")]
-    for word in sorted(switches - known):
-        raise UsageError(f"{word}: unknown option of launch {command.name}: usage: {command.usage}")
+    switches, rest = _separate(command, words)
     number = _read_number(command, rest.pop() if rest else None) if command.takes_number else None
     if len(rest) > 1:
         raise UsageError(f"{command.name}: expected one run, found {' '.join(rest)}: {command.usage}")
     return _Request(command, rest[0] if rest else None, number, switches)
+
+
+def _separate(command: ControlCommand, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The switches with their values, and the other words."""
+    takes_value = {name.partition(" ")[0]: " " in name for name, _ in command.switches}
+    switches: dict[str, str] = {}
+    rest = []
+    left = iter(words)
+    for word in left:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            rest.append(word)
+        elif name not in takes_value or (equals and not takes_value[name]):
+            raise UsageError(f"{word}: unknown option of launch {command.name}: usage: {command.usage}")
+        else:
+            switches[name] = next(left, "") if takes_value[name] and not equals else value
+    return switches, rest
+
+
+def _read_slots(request: _Request) -> list[int]:
+    text = request.switches.get(_WITHOUT)
+    if text is None:
+        return []
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UsageError(
+            f"{_WITHOUT}: expected slots separated by commas, as 0,3, found {text or 'nothing'}"
+        )
+    return [int(slot) for slot in text.split(",")]
 
 
 def _read_number(command: ControlCommand, text: str | None) -> int:

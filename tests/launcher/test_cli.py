@@ -104,6 +104,8 @@ def test_a_script_of_that_name_comes_first(runs: Runs, capsys: pytest.CaptureFix
         ),
         (["scale", "train", "1"], ("scale", 1), "and to go on with 1 worker instead of 2"),
         (["scale", "1"], ("scale", 1), "1 worker instead of 2"),
+        (["scale", "1", "--without=0"], ("scale", 1), "1 worker instead of 2"),
+        (["scale", "--without", "0", "train", "1"], ("scale", 1), "1 worker instead of 2"),
         (
             ["stop", "runs/train"],
             ("stop", None),
@@ -157,6 +159,12 @@ def test_status(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
         (["scale", "train"], "launch: scale: expected a number of workers, found 'train'"),
         (["scale", "train", "0"], "launch: scale: expected a number of workers, found '0'"),
         (["scale", "train", "1.5"], "found '1.5'"),
+        (
+            ["scale", "train", "1", "--without"],
+            "launch: --without: expected slots separated by commas, as 0,3",
+        ),
+        (["scale", "train", "1", "--without=x"], "found x"),
+        (["status", "--json=yes"], "--json=yes: unknown option of launch status"),
         (["scale", "train", "7", "8"], "launch: scale: expected one run, found train 7"),
         (["status", ""], "no run '': "),
         ([""], "nothing to run: give a script"),

@@ -100,7 +100,9 @@ def test_questions_and_answers(start: Callable[..., Agent], tmp_path: Path) -> N
     agent = start()
     assert list(ask(tmp_path, "status")) == [{"verb": "status", "number": None}]
     assert list(ask(tmp_path, "scale", 6)) == [{"verb": "scale", "number": 6}]
-    assert [(asked.verb, asked.number) for asked in agent.asked] == [("status", None), ("scale", 6)]
+    list(ask(tmp_path, "scale", 6, without={7, 3}))
+    asked = [(asked.verb, asked.number, asked.without) for asked in agent.asked]
+    assert asked == [("status", None, ()), ("scale", 6, ()), ("scale", 6, (3, 7))]
     record = json.loads((tmp_path / RECORD).read_text())
     assert record["pid"] == os.getpid()
     assert record["host"] == socket.gethostname()
@@ -153,7 +155,11 @@ def test_a_refusal(start: Callable[..., Agent], tmp_path: Path) -> None:
         (b'{"verb": "scale"}\n', "expected a number of workers, found None"),
         (b'{"verb": "scale", "number": "6"}\n', "found '6'"),
         (b'{"verb": "scale", "number": true}\n', "found True"),
+        (b'{"verb": "scale", "number": 0}\n', "found 0"),
         (b'{"verb": "stop", "number": 3}\n', "expected no number of workers, found 3"),
+        (b'{"verb": "scale", "number": 6, "without": 3}\n', "expected a list of slots, found 3"),
+        (b'{"verb": "scale", "number": 6, "without": [-1]}\n', "expected a list of slots, found [-1]"),
+        (b'{"verb": "stop", "without": [3]}\n', "expected no slots, found [3]"),
     ],
 )
 def test_nonsense_is_refused(start: Callable[..., Agent], tmp_path: Path, sent: bytes, reason: str) -> None:

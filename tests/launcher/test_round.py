@@ -401,6 +401,15 @@ def test_scaling() -> None:
     assert round_.slots_after(Slots(2, 2, 2), None).chosen == (0,)
 
 
+def test_giving_up_a_device() -> None:
+    """Those that are left take its place, if there are more than workers."""
+    slots = Slots(8, 8, 8).scaled(7, (3,))
+    assert slots.chosen == (0, 1, 2, 4, 5, 6, 7)
+    assert slots.scaled(6, (0, 3)).chosen == (1, 2, 4, 5, 6, 7)
+    assert slots.scaled(8).chosen == tuple(range(8))
+    assert Slots(7, 7, 7).scaled(7, (3,)).chosen == (0, 1, 2, 4, 5, 6, 7)
+
+
 # -- several nodes
 
 

@@ -158,7 +158,10 @@ def test_progress_refills_the_budget(job: Job) -> None:
 
 
 def test_a_dead_device_is_left_out(job: Job) -> None:
-    """8 -> 7, here 3 -> 2; local ranks are numbered anew. It is tried again when the user scales."""
+    """8 -> 7, here 3 -> 2; local ranks are numbered anew. It is tried again when the user scales.
+
+    Users, too, may give up devices.
+    """
     script = job.script(
         STEPS + "if slot == 1 and not os.path.exists('repaired'): raise OSError('device lost')" + FOREVER
     )
@@ -169,6 +172,10 @@ def test_a_dead_device_is_left_out(job: Job) -> None:
     (job.path / "repaired").touch()
     assert ask(job, "scale", "train", "3").code == 0
     assert has_started(job, 4, 3) == ["4 0 3 0 2", "4 1 3 1 2", "4 2 3 2 2"]
+    wait_for_steps(job)
+    assert "from 0 to 2, found 5" in ask(job, "scale", "train", "2", "--without", "5").err
+    assert ask(job, "scale", "train", "2", "--without=0").code == 0
+    assert has_started(job, 5, 2) == ["5 0 2 1 2", "5 1 2 2 2"]
     (job.path / "finish").touch()
     assert job.end(process).code == 0
 
