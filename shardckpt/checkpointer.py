@@ -222,7 +222,7 @@ class Checkpointer:
                 self._is_prepared = True
             return None
         tiers = self._due(step)
-        if not tiers and self._saver is None:
+        if not tiers and not self._session.outlives_trainer:
             return None  # there is no memory that would keep it
         if not self._settle() and self._saves:  # with none under way, memory is about to be there
             if self._ranks.rank == 0:

@@ -270,7 +270,8 @@ class SaverClient:
                 self._unasked -= is_next
             self._changed.notify_all()
         if is_next:
-            self._send(Reserve(self._plan.size))
+            with contextlib.suppress(SaverError):  # which is told to those that wait
+                self._send(Reserve(self._plan.size))
 
     def _lose(self) -> None:
         """The saver is gone: what waits for it has failed."""

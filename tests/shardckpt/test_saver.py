@@ -889,6 +889,29 @@ def test_with_memory_for_one_snapshot_there_is_one(monkeypatch: pytest.MonkeyPat
         client.close()
 
 
+def test_a_saver_that_dies_while_it_gives_out_memory_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that hears of it ends in order, and who waits is told."""
+    raised: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with saver_in_a_thread(monkeypatch):
+        client = SaverClient("run", [], 2, LIMIT, linger=0)
+        (listening,) = (t for t in threading.enumerate() if t.name == "shardckpt-saver")
+        send = client._channel.send
+
+        def dying(message: Any) -> None:
+            if threading.current_thread() is listening:
+                raise BrokenPipeError(32, "Broken pipe")
+            send(message)
+
+        monkeypatch.setattr(client._channel, "send", dying)
+        client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
+        listening.join(LIMIT)
+        assert client.is_lost
+        with pytest.raises(SaverError, match="the saver of this node is gone"):
+            client.take()
+    assert raised == []
+
+
 def test_nothing_leaks(saver: SaverProcess, trainers: Trainers, run: Path) -> None:
     """Neither descriptors nor memory, in fifty saves of five worlds that are killed."""
     shm = sorted(Path("/dev/shm").iterdir())

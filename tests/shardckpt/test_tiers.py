@@ -517,6 +517,18 @@ def test_no_memory_to_keep_saves_in(tiers: Tiers) -> None:
     assert committed(tiers.local) == [2]
 
 
+def test_a_saver_that_is_gone_leaves_no_memory_to_keep_saves_in(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAUNCH_SAVER", "nobody-listens-here")
+    with tiers.checkpointer(every_steps=1, url_every_steps=4, local_every_steps=2) as checkpointer:
+        handle = checkpointer.step(2, state_at(2))  # in which the ranks see that there is none
+        assert handle is not None
+        handle.wait()
+        assert checkpointer.step(3, state_at(3)) is None
+    assert committed(tiers.local) == [2]
+
+
 # -- faults
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
