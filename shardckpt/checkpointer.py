@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -409,15 +410,17 @@ class Checkpointer:
         """Have all ranks know what became of the saves under way; whether all could stage another now."""
         told = [not self._session.is_ready]
         for save in self._saves:
-            told += [save.busy, save.failed]
-        not_ready, *outcomes = self._ranks.maximum(told)
+            told += [save.busy, *save.failures]
+        outcomes = iter(self._ranks.maximum(told))
+        not_ready = next(outcomes)
         left = []
-        for save, busy, failed in zip(self._saves, outcomes[::2], outcomes[1::2], strict=True):
+        for save in self._saves:
+            busy, *failures = (bool(outcome) for outcome in islice(outcomes, 1 + len(save.tiers)))
             if busy:
                 left.append(save)
                 continue
-            save.settle(failed=bool(failed))
-            self._failures.note(save, failed=bool(failed))
+            save.settle(failures)
+            self._failures.note(save, failed=any(failures))
         self._saves = left
         return not not_ready
 

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ import torch
 import shardckpt
 from shardckpt import checkpointer as module
 from shardckpt.checkpointer import Checkpointer
-from shardckpt.errors import CheckpointError, SaveError, StorageError
+from shardckpt.errors import CheckpointError, SaveError, StorageError, StorageFullError
 from shardckpt.loading import Loaded
 from shardckpt.runs import BAD, iter_places
 from shardckpt.storage import Storage, open_storage
-from tests.faults import HookedStorage, SaverThread, saver_thread
+from tests.faults import FailingOnce, HookedStorage, SaverThread, saver_thread
 from tests.servers import S3Server, faulty_proxy
-from tests.worlds import outcomes
+from tests.worlds import Checkpoints, ThreadRanks, outcomes
 
 LIMIT = 30.0
 """Seconds within which everything that is not held up by a test is over."""
@@ -562,6 +563,35 @@ def test_one_tier_fails(
     assert (committed(getattr(tiers, tier)), committed(getattr(tiers, other))) == ([3, 1], [3, 2])
     for url in (tiers.local, tiers.remote):
         shardckpt.open(url).verify()
+
+
+def test_every_rank_knows_in_which_tier_a_save_failed(tiers: Tiers) -> None:
+    """Also one whose own part is durable in both, and which does not commit."""
+
+    def work(ranks: ThreadRanks) -> dict[str, bool]:
+        checkpointer = Checkpoints(tiers.remote, ranks, local=tiers.local, every_steps=1, snapshots=0)
+        first, last = checkpointer._tiers
+        if ranks.rank == 1:
+            root = FailingOnce(first.root, 1, StorageFullError("no space left"))
+            checkpointer._tiers = [replace(first, root=root), last]
+        handle = checkpointer.step(1, state_at(1))
+        assert handle is not None
+        handle.join()
+        ranks.gather(b"")  # all have done so
+        checkpointer.step(2, state_at(2))  # before which the ranks tell each other
+        fails = {}
+        for tier in ("local", "remote"):
+            try:
+                handle.wait(tier)
+            except SaveError:
+                fails[tier] = True
+            else:
+                fails[tier] = False
+        checkpointer.close()
+        return fails
+
+    assert outcomes(3, work) == [{"local": True, "remote": False}] * 3
+    assert (committed(tiers.local), committed(tiers.remote)) == ([2], [2, 1])
 
 
 def told_by(saver: SaverThread) -> list[dict[str, Any]]:
