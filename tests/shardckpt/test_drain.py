@@ -349,7 +349,12 @@ def test_memory_of_a_saver_that_ends_meanwhile(size: int, every: int | None, tmp
         ask(file, "memory")
         kind = Abandoned if ranks.rank == 0 else Checkpoints
         checkpointer = kind(
-            tmp_path / "run", ranks, every_steps=every, url_every_steps=every and 1000, snapshots=2, drain_file=file
+            tmp_path / "run",
+            ranks,
+            every_steps=every,
+            url_every_steps=every and 1000,
+            snapshots=2,
+            drain_file=file,
         )
         with pytest.raises(Drained) as end:
             for step in range(1, LAST):

@@ -743,7 +743,7 @@ def test_garbage_ends_its_own_connection_only(
 @pytest.mark.parametrize(
     "message",
     [
-        wire.Begin(7, "x"),
+        wire.Begin(7, "x", "attempt-0001/step-00000001", 0, []),
         wire.Stage(7, "x", "attempt-0001/step-00000001", 1, 0, 1, 1, [], b"{}", b""),
         wire.Welcome("me"),
         wire.Plan(1, [], [], [], -5, b""),
@@ -880,8 +880,8 @@ def test_with_memory_for_one_snapshot_there_is_one(monkeypatch: pytest.MonkeyPat
         client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
         for step in range(1, 5):
             memory = client.take()
-            client.begin(memory, f"save-{step}")
             path = f"attempt-0001/step-{step:08d}"
+            client.begin(wire.Begin(memory.number, f"save-{step}", path, 0, []))
             outcome = threading.Event()
             stage = wire.Stage(memory.number, f"save-{step}", path, step, 0, 1, 1, [], b"{}", b"")
             client.stage(stage, lambda _, outcome=outcome: outcome.set())

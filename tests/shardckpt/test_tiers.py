@@ -30,6 +30,7 @@ from shardckpt.checkpointer import Checkpointer
 from shardckpt.errors import CheckpointError, SaveError, StorageError, StorageFullError
 from shardckpt.loading import Loaded
 from shardckpt.runs import BAD, iter_places
+from shardckpt.sinks import Save
 from shardckpt.storage import Storage, open_storage
 from tests.faults import FailingOnce, HookedStorage, SaverThread, saver_thread
 from tests.servers import S3Server, faulty_proxy
@@ -502,7 +503,8 @@ def test_a_snapshot_whose_second_save_never_came_is_persisted(tiers: Tiers) -> N
         handle.wait()
         assert checkpointer._saver is not None
         assert checkpointer._saver._client is not None
-        checkpointer._saver.begin("another save of the step")  # in the copy of which the trainer dies
+        # In the copy of another save of the step the trainer dies.
+        checkpointer._saver.begin(Save("another", "attempt-0001/step-00000001", 1, 0, 1, 1, [], {}, None))
         checkpointer._saver._client._channel.shut()
         assert saver.drain() == 0
     assert (committed(tiers.local), committed(tiers.remote)) == ([1], [1])
