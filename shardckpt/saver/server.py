@@ -489,8 +489,10 @@ class Saver:
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
                 self._tell_trainers(held, Outcome(held.id, tier.name, committed=0 in held.parts))
             else:
-                if tier.name not in held.failed:  # or it has been told
-                    self._tell(event="failed", step=held.step, tier=tier.name, url=url, error=error)
+                again = tier.name in held.failed
+                self._tell(
+                    event="failed", step=held.step, tier=tier.name, url=url, error=error, again=again
+                )
                 held.failed.add(tier.name)
                 self._note_end(held, tier.name, is_durable=False)
                 self._tell_trainers(held, Outcome(held.id, tier.name, error))

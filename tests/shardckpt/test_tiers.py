@@ -626,7 +626,7 @@ def test_a_snapshot_that_failed_is_restored_from_and_tried_once_more(
     assert sorted(line["tier"] for line in told if line["event"] == "failed") == broken
 
 
-def test_what_fails_again_is_told_once(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fails_again_is_told_as_such(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
     with saver_thread(tiers.open) as saver, tiers.failing("remote", FULL):
         with tiers.checkpointer() as checkpointer:
             checkpointer.save(1, state_at(1)).join()
@@ -634,7 +634,8 @@ def test_what_fails_again_is_told_once(tiers: Tiers, caplog: pytest.LogCaptureFi
         told = told_by(saver)
         assert saver.drain() == 1
     assert committed(tiers.local) == [1]
-    assert [line["tier"] for line in told if line["event"] == "failed"] == ["remote"]
+    failed = [(line["tier"], line["again"]) for line in told if line["event"] == "failed"]
+    assert failed == [("remote", False), ("remote", True)]
 
 
 def test_a_newer_save_replaces_one_that_failed(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
