@@ -173,6 +173,8 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
+        else:  # without a goodbye to the saver: whoever trains on starts from what it has
+            self._answer_no_more()
 
     @plain_errors
     def restore(self, state: dict[str, Any], *, strict: bool = True) -> Loaded | None:

@@ -515,6 +515,19 @@ def test_only_one_checkpointer_answers(tmp_path: Path, monkeypatch: pytest.Monke
         Checkpointer(tmp_path / "four").step(1, state_at(1))
 
 
+def test_a_checkpointer_that_an_error_has_left_answers_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that tries again, as after it ran out of memory, makes another, which does."""
+    file = drain_file(tmp_path)
+    monkeypatch.setenv("LAUNCH_DRAIN_FILE", str(file))
+    with pytest.raises(MemoryError), Checkpointer(tmp_path / "run", snapshots=0):
+        raise MemoryError
+    ask(file)
+    with pytest.raises(Drained), Checkpointer(tmp_path / "run", snapshots=0) as checkpointer:
+        checkpointer.step(1, state_at(1))
+
+
 # -- what a script sees
 
 
