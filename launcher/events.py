@@ -118,12 +118,13 @@ class SavePersisted:
 
 @dataclass(frozen=True, slots=True)
 class SaveFailed:
-    """A checkpoint will never be committed in a tier."""
+    """A checkpoint is not committed in a tier. `again`: nor after another try."""
 
     step: int
     tier: str
     url: str
     error: str
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

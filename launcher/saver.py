@@ -131,7 +131,7 @@ _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "persisting": lambda m: SavePersisting(m["step"], m["tier"], m["done"], m["total"]),
     "persisted": lambda m: SavePersisted(m["step"], m["tier"], m["url"], m["seconds"]),
     "superseded": lambda m: SaveSuperseded(m["step"], m["tier"]),
-    "failed": lambda m: SaveFailed(m["step"], m["tier"], m["url"], m["error"]),
+    "failed": lambda m: SaveFailed(m["step"], m["tier"], m["url"], m["error"], m.get("again", False)),
 }
 
 

@@ -361,7 +361,7 @@ class Teller:
                 self._journal.record(
                     "persisted", step=event.step, tier=event.tier, url=event.url, seconds=event.seconds
                 )
-            case SaveFailed():
+            case SaveFailed(again=False):
                 self._journal.record(
                     "save_failed", step=event.step, tier=event.tier, url=event.url, error=event.error
                 )

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -172,6 +173,8 @@ class Checkpointer:
     ) -> None:
         if error is None:
             self.close()
+        else:  # without a goodbye to the saver: whoever trains on starts from what it has
+            self._answer_no_more()
 
     @plain_errors
     def restore(self, state: dict[str, Any], *, strict: bool = True) -> Loaded | None:
@@ -222,7 +225,7 @@ class Checkpointer:
                 self._is_prepared = True
             return None
         tiers = self._due(step)
-        if not tiers and self._saver is None:
+        if not tiers and not self._session.outlives_trainer:
             return None  # there is no memory that would keep it
         if not self._settle() and self._saves:  # with none under way, memory is about to be there
             if self._ranks.rank == 0:
@@ -409,15 +412,17 @@ class Checkpointer:
         """Have all ranks know what became of the saves under way; whether all could stage another now."""
         told = [not self._session.is_ready]
         for save in self._saves:
-            told += [save.busy, save.failed]
-        not_ready, *outcomes = self._ranks.maximum(told)
+            told += [save.busy, *save.failures]
+        outcomes = iter(self._ranks.maximum(told))
+        not_ready = next(outcomes)
         left = []
-        for save, busy, failed in zip(self._saves, outcomes[::2], outcomes[1::2], strict=True):
+        for save in self._saves:
+            busy, *failures = (bool(outcome) for outcome in islice(outcomes, 1 + len(save.tiers)))
             if busy:
                 left.append(save)
                 continue
-            save.settle(failed=bool(failed))
-            self._failures.note(save, failed=bool(failed))
+            save.settle(failures)
+            self._failures.note(save, failed=any(failures))
         self._saves = left
         return not not_ready
 

@@ -87,8 +87,13 @@ class SaveHandle:
     @property
     def failed(self) -> bool:
         """Whether it is known here that the save has failed in some tier; `wait` raises why."""
+        return any(self.failures)
+
+    @property
+    def failures(self) -> tuple[bool, ...]:
+        """By tier, in the order of `tiers`: whether it is known here that the save has failed there."""
         with self._changed:
-            return any(state.error is not None for state in self._states.values())
+            return tuple(state.error is not None for state in self._states.values())
 
     def note(self, tier: str, error: BaseException | None = None, *, committed: bool = False) -> None:
         """Note what became of this rank's part in a tier. Later word about the same tier is ignored."""
@@ -116,15 +121,15 @@ class SaveHandle:
             return error
         return None
 
-    def settle(self, *, failed: bool) -> None:
-        """Note what became of it, as all ranks know once none is at work on it any more.
+    def settle(self, failures: Sequence[bool]) -> None:
+        """Note in which tiers it has failed, as all ranks know once none is at work on it any more.
 
         From then on `wait` does not look at the storage, where retention may have deleted the checkpoint.
         """
         with self._changed:
-            if failed and all(state.error is None for state in self._states.values()):
-                self._states[self.tiers[-1]].error = SaveError("another rank failed; its log says why")
-            for state in self._states.values():
+            for state, failed in zip(self._states.values(), failures, strict=True):
+                if failed and state.error is None:
+                    state.error = SaveError("another rank failed; its log says why")
                 state.is_committed = state.error is None
 
     def join(self) -> None:

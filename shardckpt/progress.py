@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,47 +27,61 @@ class ProgressFile:
 
     path: str
     _descriptor: int | None = field(default=None, repr=False)
-    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    _has_stepped: bool = field(default=False, repr=False)
 
     @classmethod
     def of_worker(cls) -> ProgressFile | None:
         """The file that the launcher named in LAUNCH_PROGRESS_FILE, if there is a launcher.
 
-        The same for all who ask in this process, since what one tells must not undo what another told.
+        The same for all who ask in this process.
         """
         path = os.environ.get("LAUNCH_PROGRESS_FILE")
         return _files.setdefault(path, cls(path)) if path else None
 
     def tell(self, **facts: Any) -> None:
         """Tell some of the facts of the contract. What was told before stands, until it is told to be None."""
-        merged = {**facts, **self._facts}
-        self._facts = {name: value for name, value in merged.items() if facts.get(name, value) is not None}
-        self._write(None)
+        with self._best_effort():
+            line, known = self._read()
+            merged = {**facts, **known}
+            self._write(line, {name: v for name, v in merged.items() if facts.get(name, v) is not None})
 
     def step(self, step: int, loss: object = None) -> None:
         """Tell that `step` optimizer steps are done. A loss that is no number on this host is left out."""
         news: dict[str, Any] = {} if loss is None else _loss(loss)
-        if "first_step" not in self._facts:
-            news["first_step"] = time.time()
-        self._facts.update(news)
-        self._write(step, whole=bool(news))
+        with self._best_effort():
+            if self._has_stepped and not news:
+                os.pwrite(self._open(), _line(step), 0)
+                return
+            self._write(_line(step), {"first_step": time.time(), **self._read()[1], **news})
+            self._has_stepped = True
 
-    def _write(self, step: int | None, *, whole: bool = True) -> None:
-        """In one system call, so that nobody reads half of it. A step of None: the one in the file."""
+    @contextlib.contextmanager
+    def _best_effort(self) -> Iterator[None]:
         try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            data = _line(step) if step is not None else self._last_line(self._descriptor)
-            if whole:
-                text = _compact(self._facts).encode()
-                data += text.ljust(_FACTS_BYTES - 1) + b"\n"
-            os.pwrite(self._descriptor, data, 0)
+            yield
         except OSError as error:
             _log.debug("%s cannot be written: %s", self.path, error)
 
-    def _last_line(self, descriptor: int) -> bytes:
-        line = os.pread(descriptor, _LINE_BYTES, 0)
-        return line if len(line) == _LINE_BYTES and line.endswith(b"\n") else _line(_NO_STEP)
+    def _open(self) -> int:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return self._descriptor
+
+    def _read(self) -> tuple[bytes, dict[str, Any]]:
+        """The file's first line and its facts, which others in this process may have told."""
+        data = os.pread(self._open(), _LINE_BYTES + _FACTS_BYTES, 0)
+        line = data[:_LINE_BYTES]
+        if len(line) != _LINE_BYTES or not line.endswith(b"\n"):
+            line = _line(_NO_STEP)
+        try:
+            facts = json.loads(data[_LINE_BYTES:])
+        except ValueError:
+            facts = None
+        return line, facts if isinstance(facts, dict) else {}
+
+    def _write(self, line: bytes, facts: Mapping[str, Any]) -> None:
+        """In one system call, so that nobody reads half of it."""
+        os.pwrite(self._open(), line + _compact(facts).encode().ljust(_FACTS_BYTES - 1) + b"\n", 0)
 
 
 _files: dict[str, ProgressFile] = {}

@@ -97,21 +97,9 @@ class SaveSession:
             self._count += 1
             save_id = f"{self._secret}-{self._count}"
             handle = SaveHandle(save_id, step, destinations, self._timeout, self._failures)
-            try:
-                self._sink.begin(save_id).fill(copies)
-            except (SaverError, MemoryError) as error:  # this save is lost, and training is not
-                self._sink.abandon(save_id, error)
-                for tier in handle.tiers:
-                    handle.note(tier, error)
-                return handle
-            except BaseException as error:
-                self._sink.abandon(save_id, error)
-                raise
-        rank = self._ranks.rank
-        plan = prepared.plan
-        proposal = Proposal(save_id, step, attempt, numbers, flat.values, plan) if rank == 0 else None
-        self._sink.submit(
-            Save(
+            rank, plan = self._ranks.rank, prepared.plan
+            proposal = Proposal(save_id, step, attempt, numbers, flat.values, plan) if rank == 0 else None
+            save = Save(
                 save_id,
                 path,
                 step,
@@ -121,9 +109,18 @@ class SaveSession:
                 destinations,
                 flat.per_rank,
                 proposal,
-            ),
-            handle,
-        )
+            )
+            try:
+                self._sink.begin(save).fill(copies)
+            except (SaverError, MemoryError) as error:  # this save is lost, and training is not
+                self._sink.abandon(save, error)
+                for tier in handle.tiers:
+                    handle.note(tier, error)
+                return handle
+            except BaseException as error:
+                self._sink.abandon(save, error)
+                raise
+        self._sink.submit(save, handle)
         return handle
 
     def prepare(self, state: dict[str, Any]) -> None:

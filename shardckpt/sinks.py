@@ -17,9 +17,9 @@ from shardckpt.handle import MEMORY, SaveHandle
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.plan import SavePlan, encode_plan
 from shardckpt.saver.client import Memory, SaverClient
-from shardckpt.saver.wire import Outcome, Plan, Stage, Tier
+from shardckpt.saver.wire import Begin, Outcome, Plan, Stage, Tier
 from shardckpt.staging import StagingBuffer
-from shardckpt.writer import Placed
+from shardckpt.writer import Placed, report_lost
 
 __all__ = ["OwnThread", "Save", "SaverSink", "Sink"]
 
@@ -28,7 +28,7 @@ _log = logging.getLogger("shardckpt")
 
 @dataclass(frozen=True)
 class Save:
-    """A save that this rank has staged its part of.
+    """A save that this rank stages its part of.
 
     Attributes:
         id: unique among all saves.
@@ -50,6 +50,11 @@ class Save:
     destinations: Sequence[Destination]
     values: dict[str, Any]
     proposal: Proposal | None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes than this rank's sink wait in the storage for its part."""
+        return self.world_size > self.local_ranks
 
 
 class Sink(Protocol):
@@ -77,7 +82,7 @@ class Sink(Protocol):
         Raises SaverError if it cannot, MemoryError or OSError if there is no memory.
         """
 
-    def begin(self, save_id: str, /) -> StagingBuffer:
+    def begin(self, save: Save, /) -> StagingBuffer:
         """A buffer to stage the rank's part of a save in. Waits until there is one.
 
         Raises SaverError or MemoryError; then nothing is to be submitted.
@@ -86,8 +91,8 @@ class Sink(Protocol):
     def submit(self, save: Save, handle: SaveHandle) -> None:
         """See to what was staged in the buffer that `begin` gave last. Tells the handle what becomes of it."""
 
-    def abandon(self, save_id: str, error: BaseException, /) -> None:
-        """Nothing will be staged for this save after all."""
+    def abandon(self, save: Save, error: BaseException, /) -> None:
+        """Nothing will be staged for this save after all: has those told that wait for it."""
 
     def close(self) -> None:
         """No more saves will come, from no process of this job. What was submitted is seen to."""
@@ -120,7 +125,7 @@ class OwnThread:
         self._buffer = StagingBuffer(writes, plan.pack_sizes[rank])
         threading.Thread(target=self._buffer.touch, name="shardckpt-touch", daemon=True).start()
 
-    def begin(self, _save_id: str, /) -> StagingBuffer:
+    def begin(self, _save: Save, /) -> StagingBuffer:
         """See Sink."""
         self._join()
         assert self._buffer is not None
@@ -144,8 +149,9 @@ class OwnThread:
         self._thread = threading.Thread(target=work, name="shardckpt-save")
         self._thread.start()
 
-    def abandon(self, _save_id: str, _error: BaseException, /) -> None:
+    def abandon(self, save: Save, error: BaseException, /) -> None:
         """See Sink."""
+        _leave_word(save, save.destinations, error)
 
     def close(self) -> None:
         """See Sink."""
@@ -227,7 +233,7 @@ class SaverSink:
                 raise
             self.connect().plan(message, self.snapshots)  # it has died since the last save
 
-    def begin(self, save_id: str, /) -> StagingBuffer:
+    def begin(self, save: Save, /) -> StagingBuffer:
         """See Sink."""
         client, plan, rank = self._client, self._plan, self._rank
         assert client is not None
@@ -237,7 +243,8 @@ class SaverSink:
             self._staging[memory.number] = StagingBuffer(
                 plan.writes(rank), plan.pack_sizes[rank], memory.content
             )
-        client.begin(memory, save_id)
+        waited_for = [destination.tier for destination in save.destinations if save.is_shared]
+        client.begin(Begin(memory.number, save.id, save.path, save.rank, waited_for))
         self._taken = memory
         return self._staging[memory.number]
 
@@ -259,28 +266,42 @@ class SaverSink:
             msgspec.json.encode(save.values),
             proposal,
         )
-        places = {destination.tier: destination.place for destination in save.destinations}
 
         def done(outcome: Outcome) -> None:
             kind = SaverError if client.is_lost else SaveError
             error = kind(outcome.error) if outcome.error else None
-            if (
-                error is not None
-                and outcome.tier in places
-                and was_committed(places[outcome.tier], save.id)
-            ):
+            goals = [goal for goal in save.destinations if goal.tier == outcome.tier]
+            if error is not None and any(was_committed(goal.place, save.id) for goal in goals):
                 error = None  # the saver died after the commit, before it could tell
             handle.note(outcome.tier, error, committed=outcome.committed)
+            if isinstance(error, SaverError):  # which cannot tell it itself any more
+                _leave_word(save, goals, error)
 
         client.stage(stage, done)
 
-    def abandon(self, save_id: str, error: BaseException, /) -> None:
+    def abandon(self, save: Save, error: BaseException, /) -> None:
         """See Sink."""
         if self._client is not None:
-            self._client.abandon(save_id, error)
+            self._client.abandon(save.id, error)
+        _leave_word(save, save.destinations, error)
 
     def close(self) -> None:
         """See Sink."""
         if self._client is not None:
             self._client.close()
             self._client = None
+
+
+def _leave_word(save: Save, destinations: Sequence[Destination], error: BaseException) -> None:
+    """Have it reported in the storage that this rank's part will not come, if anyone waits for it there.
+
+    In the background, since the storage may be slow; not waited for at the process's end, which others notice.
+    """
+    reason = f"{type(error).__name__}: {error}"
+
+    def report() -> None:
+        for destination in destinations:
+            report_lost(destination.place.storage, [save.rank], save.id, reason)
+
+    if save.is_shared and destinations:
+        threading.Thread(target=report, name="shardckpt-report", daemon=True).start()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import crc32c
@@ -13,7 +14,7 @@ from shardckpt.manifest import Part, encode_record, pack_path, part_path
 from shardckpt.runs import FAILED
 from shardckpt.storage import Storage
 
-__all__ = ["ChunkPlace", "Placed", "persist", "report_failure"]
+__all__ = ["ChunkPlace", "Placed", "persist", "report_failure", "report_lost"]
 
 _CRC = struct.Struct("<I")
 
@@ -125,8 +126,20 @@ def report_failure(storage: Storage, path: str, save_id: str, error: BaseExcepti
 
     Best effort: the storage may be what failed.
     """
-    record = json.dumps({"id": save_id, "error": f"{type(error).__name__}: {error}"})
-    try:
+    _leave_word(storage, path, save_id, f"{type(error).__name__}: {error}")
+
+
+def report_lost(storage: Storage, ranks: Iterable[int], save_id: str, reason: str) -> None:
+    """Leave word that these ranks' parts of a save will not come, so that no other process waits for them.
+
+    Nor for the commit, if rank 0 is among them. Best effort, as `report_failure`.
+    """
+    for rank in ranks:
+        for path in (f"rank-{rank:05d}", *([""] if rank == 0 else [])):
+            _leave_word(storage, path, save_id, reason)
+
+
+def _leave_word(storage: Storage, path: str, save_id: str, reason: str) -> None:
+    record = json.dumps({"id": save_id, "error": reason})
+    with contextlib.suppress(OSError):
         storage.write(f"{path}/{FAILED}" if path else FAILED, record.encode())
-    except OSError:
-        pass

@@ -22,7 +22,13 @@ def main() -> int:
         "--control", type=int, metavar="FD", help="a connection to who started it, inherited"
     )
     parser.add_argument("--address", help="listen at this abstract address, in the background")
-    parser.add_argument("--linger", type=float, default=wire.LINGER, metavar="SECONDS")
+    parser.add_argument(
+        "--linger",
+        type=float,
+        default=wire.LINGER,
+        metavar="SECONDS",
+        help="how long to wait for a restarted job where there is no --control (default %(default)g)",
+    )
     options = parser.parse_args()
     if (options.listen is None) == (options.address is None):
         parser.error("one of --listen and --address is needed")

@@ -160,9 +160,9 @@ class SaverClient:
         self._send(Reserve(size))
         raise MemoryError(refused)
 
-    def begin(self, memory: Memory, save_id: str) -> None:
-        """Say that the buffer is about to be written to."""
-        self._send(Begin(memory.number, save_id))
+    def begin(self, begin: Begin) -> None:
+        """Say that a buffer is about to be written to."""
+        self._send(begin)
 
     def stage(self, stage: Stage, done: Callable[[Outcome], object]) -> None:
         """Hand a staged pack over, and ask for the next buffer. From here on the saver answers for it.
@@ -270,7 +270,8 @@ class SaverClient:
                 self._unasked -= is_next
             self._changed.notify_all()
         if is_next:
-            self._send(Reserve(self._plan.size))
+            with contextlib.suppress(SaverError):  # which is told to those that wait
+                self._send(Reserve(self._plan.size))
 
     def _lose(self) -> None:
         """The saver is gone: what waits for it has failed."""

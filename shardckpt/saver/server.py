@@ -55,7 +55,7 @@ from shardckpt.saver.wire import (
     peer,
 )
 from shardckpt.storage import Storage, open_storage
-from shardckpt.writer import Placed, report_failure
+from shardckpt.writer import Placed, report_lost
 
 __all__ = ["Saver"]
 
@@ -82,6 +82,8 @@ class _Client(Trainer):
     """Sizes of the buffers that it waits for."""
     is_told: bool = False
     """Whether it knows that there is no buffer for this plan yet."""
+    begun: Begin | None = None
+    """The part that it is writing."""
     has_left: bool = False
 
 
@@ -122,7 +124,7 @@ class Saver:
         self._clients: set[_Client] = set()
         self._roots: dict[bytes, Storage] = {}
         self._opening = threading.Lock()
-        self._tasks = 0
+        self._tasks = 0  # of other threads, that are to be over before this process ends
         self._finished: set[str] = set()  # runs whose trainers said goodbye
         self._ends: dict[tuple[str, str], _End] = {}  # by run and tier
         self._is_draining = False
@@ -319,6 +321,7 @@ class Saver:
             os.close(client.pidfd)
         for lost in self._shelf.forget(client):
             self._report_lost(lost, _LOST)
+        self._report_unstaged(client, _LOST)
         if client.has_left and all(other.run != client.run for other in self._clients):
             self._finished.add(client.run)
             self._persist_newest(client.run, again=self._control is None)  # else the drain does that
@@ -354,11 +357,13 @@ class Saver:
                 client.requests.append(client.wanted)
             case Begin():
                 self._shelf.begin(client, message.buffer, message.id)
+                client.begun = message
             case Stage():
                 self._take(client, message)
             case Abandon():
                 if (lost := self._shelf.abandon(message.id)) is not None:
                     self._report_lost(lost, message.error)
+                self._report_unstaged(client, message.error)
             case Find():
                 self._send(client, Found(self._usable(client.run)))
             case Attach():
@@ -427,6 +432,7 @@ class Saver:
     def _take(self, client: _Client, stage: Stage) -> None:
         if client.plan is None:
             raise LookupError("it staged a pack without a plan")
+        client.begun = None
         held = self._shelf.stage(client, stage, client.plan)
         if held is None:
             for tier in ("memory", *stage.tiers):
@@ -483,8 +489,10 @@ class Saver:
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
                 self._tell_trainers(held, Outcome(held.id, tier.name, committed=0 in held.parts))
             else:
-                if tier.name not in held.failed:  # or it has been told
-                    self._tell(event="failed", step=held.step, tier=tier.name, url=url, error=error)
+                again = tier.name in held.failed
+                self._tell(
+                    event="failed", step=held.step, tier=tier.name, url=url, error=error, again=again
+                )
                 held.failed.add(tier.name)
                 self._note_end(held, tier.name, is_durable=False)
                 self._tell_trainers(held, Outcome(held.id, tier.name, error))
@@ -513,14 +521,35 @@ class Saver:
         for name in ("memory", *(tier.name for tier in tiers)):
             self._tell_trainers(lost, Outcome(lost.id, name, reason))
 
-        def report(tier: Tier, ranks: list[int]) -> None:
-            for rank in ranks:
-                storage = self._root(tier).at(lost.path)
-                report_failure(storage, f"rank-{rank:05d}", lost.id, RuntimeError(reason))
-
         if lost.world_size > lost.local_ranks:
-            for tier in tiers:
-                threading.Thread(target=report, args=(tier, list(lost.parts)), daemon=True).start()
+            self._leave_word(tiers, lost.path, list(lost.parts), lost.id, reason)
+
+    def _report_unstaged(self, client: _Client, reason: str) -> None:
+        """Tell whoever waits in the storage for the part that a trainer was writing."""
+        begun, client.begun = client.begun, None
+        if begun is not None:
+            tiers = [tier for tier in client.tiers.values() if tier.name in begun.tiers]
+            self._leave_word(tiers, begun.path, [begun.rank], begun.id, reason)
+
+    def _leave_word(
+        self, tiers: Sequence[Tier], path: str, ranks: list[int], save_id: str, reason: str
+    ) -> None:
+        """Report in the storage that these ranks' parts will not come. This process does not end before that."""
+
+        def report(tier: Tier) -> None:
+            try:
+                report_lost(self._root(tier).at(path), ranks, save_id, reason)
+            except Exception as error:
+                _log.warning("nobody is told that a part of %s/%s will not come: %s", tier.url, path, error)
+            finally:
+                self._later(done)
+
+        def done() -> None:
+            self._tasks -= 1
+
+        for tier in tiers:
+            self._tasks += 1
+            threading.Thread(target=report, args=(tier,), daemon=True).start()
 
     def _tell_trainers(self, held: Held, outcome: Outcome) -> None:
         for part in held.parts.values():

@@ -109,10 +109,17 @@ class Reserve(msgspec.Struct, tag=True, frozen=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """A part of save `id` is about to be written into the buffer: what it held is no more."""
+    """A part of save `id` is about to be written into the buffer: what it held is no more.
+
+    Others wait for the part in `tiers`, and are told there if it will not come. None where all ranks stage
+    with this saver.
+    """
 
     buffer: int
     id: str
+    path: str
+    rank: int
+    tiers: list[str]
 
 
 class Stage(msgspec.Struct, tag=True, frozen=True):

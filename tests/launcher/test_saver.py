@@ -161,6 +161,12 @@ def test_a_saver_that_cannot_run_is_not_started_for_ever(job: Job) -> None:
         ),
         ({"then": [FAILED], "code": -9}, 0, 74, "the saver was lost: killed by SIGKILL"),
         (
+            {"then": [FAILED, PERSISTING, {**FAILED, "again": True}], "code": -9},
+            0,
+            74,
+            "the snapshots in memory are gone, but no committed checkpoint",
+        ),
+        (
             {"then": [FAILED], "code": 1},
             5,
             5,
@@ -171,11 +177,11 @@ def test_a_saver_that_cannot_run_is_not_started_for_ever(job: Job) -> None:
 def test_a_drain_that_fails(
     job: Job, order: dict[str, object], worker: int, code: int, message: str
 ) -> None:
-    """Is seen in the exit code, unless the workers' own failure is."""
+    """Is seen in the exit code, unless the workers' own failure is. What has failed twice is told once."""
     script = job.script(FINISH + f"; sys.exit({worker})")
     done = job.run("--max-restarts=0", script, json.dumps(order))
     assert done.code == code
-    assert "launch: step 7 did not become durable in s3://bucket/run: no space\n" in done.err
+    assert done.err.count("launch: step 7 did not become durable in s3://bucket/run: no space\n") == 1
     assert message in done.err.splitlines()[-1]
 
 

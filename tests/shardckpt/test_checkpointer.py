@@ -266,6 +266,26 @@ def test_what_else_is_told(
     assert told.joined <= told.restored <= told.first_step <= told.time + 1e-5
 
 
+def test_what_others_told_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script may report by itself, too."""
+    path = tmp_path / "progress"
+    monkeypatch.setenv("LAUNCH_PROGRESS_FILE", str(path))
+    report(1, loss=0.5)
+    before = read_progress(path)
+    checkpointer = shardckpt.Checkpointer(tmp_path / "run")
+    checkpointer.step(2, {})
+    after = read_progress(path)
+    assert before is not None
+    assert after is not None
+    assert (after.step, after.loss, after.first_step) == (2, 0.5, before.first_step)
+    checkpointer.step(3, {}, {"loss": 0.25})
+    checkpointer.close()
+    after = read_progress(path)
+    assert after is not None
+    assert (after.step, after.loss, after.first_step) == (3, 0.25, before.first_step)
+    assert after.joined is not None
+
+
 # -- what it keeps and from where it resumes
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,17 @@ import torch
 
 from shardckpt import commit as module
 from shardckpt.commit import Proposal, commit
-from shardckpt.errors import SaveError, StorageError, SupersededError
+from shardckpt.errors import SaveError, SaverError, StorageError, SupersededError
 from shardckpt.manifest import Manifest
 from shardckpt.plan import SavePlan, plan_save
 from shardckpt.ranks import Alone
-from shardckpt.runs import BAD, Place, Succession, claim_attempt, iter_places, step_path, succession
+from shardckpt.runs import BAD, FAILED, Place, Succession, claim_attempt, iter_places, step_path, succession
+from shardckpt.sinks import Save
 from shardckpt.staging import Copies, StagingBuffer
 from shardckpt.state import FlatState, flatten
 from shardckpt.storage import open_storage
 from shardckpt.writer import persist
-from tests.faults import HookedStorage, SaverThread, saver_thread
+from tests.faults import HookedStorage, Killed, SaverThread, saver_thread
 from tests.worlds import Checkpoints, ThreadRanks, run_threads
 
 LIMIT = 30.0
@@ -184,6 +187,13 @@ def test_succession(tmp_path: Path) -> None:
 # -- the savers of two nodes
 
 
+def shut(checkpointer: Checkpoints) -> None:
+    """What the saver sees of the end of a trainer that has not said goodbye."""
+    assert checkpointer._saver is not None
+    assert checkpointer._saver._client is not None
+    checkpointer._saver._client._channel.shut()
+
+
 class Nodes:
     """A run's two ranks, each with a saver of its own."""
 
@@ -191,28 +201,41 @@ class Nodes:
         self.run = run
         self._savers = savers
         self._patch = monkeypatch
+        self._turn = threading.Lock()
 
     def checkpoints(self, node: int, ranks: ThreadRanks | Alone, **options: Any) -> Checkpoints:
         """A Checkpointer with this node's saver."""
-        self._patch.setenv("LAUNCH_SAVER", self._savers[node].address)
-        made = Checkpoints(self.run, ranks, snapshots=2, commit_timeout=FOR_EVER, **options)
-        assert made._saver is not None
-        made._saver.connect()
-        return made
+        with self._turn:  # the environment is everyone's
+            self._patch.setenv("LAUNCH_SAVER", self._savers[node].address)
+            made = Checkpoints(self.run, ranks, **{"snapshots": 2, "commit_timeout": FOR_EVER, **options})
+            assert made._saver is not None
+            made._saver.connect()
+            return made
 
     def save_and_die(self, *, tier: str, **options: Any) -> None:
         """Attempt 1 saves step 1, until it is in this tier; then all trainers are dead."""
-        turn = threading.Lock()
 
         def train(ranks: ThreadRanks) -> None:
-            with turn:  # the environment is everyone's
-                checkpointer = self.checkpoints(ranks.rank, ranks, every_steps=1, **options)
+            checkpointer = self.checkpoints(ranks.rank, ranks, every_steps=1, **options)
             handle = checkpointer.step(1, state_at(1))
             assert handle is not None
             handle.wait(tier)
-            assert checkpointer._saver is not None
-            assert checkpointer._saver._client is not None
-            checkpointer._saver._client._channel.shut()
+            shut(checkpointer)
+
+        run_threads(2, train)
+
+    def stop_in_copy(self, rank: int) -> None:
+        """Attempt 1 saves step 1; all trainers die, this one in the middle of its copy."""
+
+        def train(ranks: ThreadRanks) -> None:
+            checkpointer = self.checkpoints(ranks.rank, ranks, every_steps=1)
+            if ranks.rank == rank:
+                Copy(within=Killed()).spoil(checkpointer)
+            with contextlib.suppress(Killed):
+                handle = checkpointer.step(1, state_at(1))
+                assert handle is not None
+                handle.wait("memory")
+            shut(checkpointer)
 
         run_threads(2, train)
 
@@ -275,6 +298,118 @@ def test_what_all_savers_persist_is_not_lost_to_a_newer_attempt(
         assert savers[1].drain() == 0
         assert end.result() == 0
     assert committed(nodes.run) == [(1, 1)]
+
+
+@dataclass
+class Copy:
+    """What becomes of rank 1's copy of step 1: raised in it, or instead of it."""
+
+    before: Exception | None = None
+    within: BaseException | None = None
+
+    def spoil(self, checkpointer: Checkpoints) -> None:
+        sink = checkpointer._saver
+        assert sink is not None
+        begin = sink.begin
+
+        def spoilt(save: Save) -> StagingBuffer:
+            if self.before is not None:
+                raise self.before
+            buffer = begin(save)
+            if self.within is not None:
+                buffer.fill = self.fail  # type: ignore[method-assign]
+            return buffer
+
+        sink.begin = spoilt  # type: ignore[method-assign]
+        if isinstance(self.within, Killed):  # who is dead tells nobody
+            sink.abandon = lambda *_: None  # type: ignore[method-assign]
+
+    def fail(self, _copies: Copies) -> None:
+        assert self.within is not None
+        raise self.within
+
+
+@pytest.mark.parametrize(
+    ("copy", "reason"),
+    [
+        (Copy(within=Killed()), "a rank ended before it had staged its part"),
+        (Copy(before=MemoryError("no memory for it")), "no memory for it"),
+        (Copy(within=MemoryError("in the middle")), "in the middle"),
+        (Copy(before=SaverError("its saver is gone")), "its saver is gone"),
+    ],
+    ids=["killed", "no memory", "no memory to copy with", "no saver"],
+)
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_nobody_waits_for_a_part_that_is_not_staged(
+    spoilt: int, copy: Copy, reason: str, nodes: Nodes
+) -> None:
+    """The other node has nobody to ask: neither its committer, nor who waits for the commit."""
+
+    def train(ranks: ThreadRanks) -> str:
+        checkpointer = nodes.checkpoints(ranks.rank, ranks, every_steps=1, commit_timeout=LIMIT)
+        if ranks.rank == spoilt:
+            copy.spoil(checkpointer)
+        try:
+            handle = checkpointer.step(1, state_at(1))
+            assert handle is not None
+            handle.wait()
+        except Killed:
+            return reason
+        except SaveError as error:
+            return str(error)
+        finally:
+            shut(checkpointer)
+        return "it is saved"
+
+    told = run_threads(2, train)
+    assert all(reason in each for each in told), told
+    assert committed(nodes.run) == []
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_nobody_waits_for_a_part_that_is_lost_with_its_saver(
+    lost: int, nodes: Nodes, hooks: dict[int, Callable[[str, str], object]]
+) -> None:
+    go_on = threading.Event()
+    hooks[lost] = lambda method, _path: method != "write_pack" or go_on.wait(LIMIT)
+
+    def train(ranks: ThreadRanks) -> str:
+        checkpointer = nodes.checkpoints(ranks.rank, ranks, every_steps=1, commit_timeout=LIMIT)
+        handle = checkpointer.step(1, state_at(1))
+        assert handle is not None
+        handle.wait("memory")
+        if ranks.rank == lost:
+            shut(checkpointer)
+        with pytest.raises(SaveError) as error:
+            handle.wait()
+        shut(checkpointer)
+        return str(error.value)
+
+    told = run_threads(2, train)
+    go_on.set()
+    assert all("the saver of this node is gone" in each for each in told), told
+
+
+def test_a_saver_does_not_end_before_the_others_know(
+    nodes: Nodes, savers: list[SaverThread], hooks: dict[int, Callable[[str, str], object]]
+) -> None:
+    """Of a job that is stopped in the middle of a copy."""
+    reported, go_on = threading.Event(), threading.Event()
+
+    def hook(_method: str, path: str) -> None:
+        if path.endswith(FAILED):
+            reported.set()
+            go_on.wait(LIMIT)
+
+    hooks[1] = hook
+    nodes.stop_in_copy(1)
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(saver.drain) for saver in savers]
+        assert reported.wait(LIMIT)
+        assert not ends[1].done()
+        go_on.set()
+        assert [end.result(LIMIT) for end in ends] == [1, 0]
+    assert committed(nodes.run) == []
 
 
 def test_a_saver_that_goes_on_has_not_failed(

@@ -33,7 +33,7 @@ from shardckpt.ranks import Ranks, current_ranks
 from shardckpt.runs import iter_places
 from shardckpt.saver.client import SaverClient
 from shardckpt.saving import SaveSession
-from shardckpt.sinks import SaverSink
+from shardckpt.sinks import Save, SaverSink
 from shardckpt.storage import Storage, open_storage
 from tests.faults import Death, SaverHost, saver_host
 from tests.jobs import LIMIT, launched
@@ -255,9 +255,9 @@ def _train(
 
     begin, move, stage = SaverSink.begin, ctypes.memmove, SaverClient.stage
 
-    def watched_begin(sink: SaverSink, save_id: str) -> Any:
+    def watched_begin(sink: SaverSink, save: Save) -> Any:
         reach("before begin")
-        buffer = begin(sink, save_id)
+        buffer = begin(sink, save)
         reach("before copy")
         return buffer
 

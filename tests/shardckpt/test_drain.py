@@ -320,6 +320,56 @@ def test_memory_without_a_saver(tmp_path: Path) -> None:
     assert committed(open_storage(tmp_path / "run")) == [3]
 
 
+class Abandoned(Checkpoints):
+    """In a drain its saver ends after the ranks have seen it, and before it has anything; no other is started."""
+
+    is_leaving = False
+
+    def _save_to_leave(self, *arguments: Any) -> None:
+        self.is_leaving = True
+        super()._save_to_leave(*arguments)
+
+    def _start(self, *arguments: Any) -> SaveHandle:
+        if self.is_leaving and self._session.outlives_trainer:
+            os.environ["LAUNCH_SAVER"] = "nobody-listens-here"
+            end_process(self)
+            assert self._saver is not None
+            while not self._saver.is_lost:
+                pass
+        return super()._start(*arguments)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("every", [None, 1])
+def test_memory_of_a_saver_that_ends_meanwhile(size: int, every: int | None, tmp_path: Path) -> None:
+    """The trainers make durable by themselves what no memory would keep, whether the step was due or not."""
+
+    def train(ranks: ThreadRanks) -> End:
+        file = drain_file(tmp_path, ranks.rank)
+        ask(file, "memory")
+        kind = Abandoned if ranks.rank == 0 else Checkpoints
+        checkpointer = kind(
+            tmp_path / "run",
+            ranks,
+            every_steps=every,
+            url_every_steps=every and 1000,
+            snapshots=2,
+            drain_file=file,
+        )
+        with pytest.raises(Drained) as end:
+            for step in range(1, LAST):
+                checkpointer.step(step, state_at(step, ranks.rank))
+        checkpointer.close()
+        assert not checkpointer._session.outlives_trainer
+        return End(end.value.step, end.value.is_saved, end.value.reason, end.value.code)
+
+    with saver_thread():
+        ends = run_threads(size, train)
+        assert len(set(ends)) == 1
+        assert ends[0].is_saved
+        assert committed(open_storage(tmp_path / "run"))[0] == ends[0].step
+
+
 @pytest.mark.usefixtures("every_step")
 def test_storage_that_fails_on_one_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """All ranks drain all the same, all know that nothing was saved, and the last checkpoint stands."""
@@ -463,6 +513,19 @@ def test_only_one_checkpointer_answers(tmp_path: Path, monkeypatch: pytest.Monke
     assert not drains()
     with pytest.raises(Drained):
         Checkpointer(tmp_path / "four").step(1, state_at(1))
+
+
+def test_a_checkpointer_that_an_error_has_left_answers_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that tries again, as after it ran out of memory, makes another, which does."""
+    file = drain_file(tmp_path)
+    monkeypatch.setenv("LAUNCH_DRAIN_FILE", str(file))
+    with pytest.raises(MemoryError), Checkpointer(tmp_path / "run", snapshots=0):
+        raise MemoryError
+    ask(file)
+    with pytest.raises(Drained), Checkpointer(tmp_path / "run", snapshots=0) as checkpointer:
+        checkpointer.step(1, state_at(1))
 
 
 # -- what a script sees

@@ -743,7 +743,7 @@ def test_garbage_ends_its_own_connection_only(
 @pytest.mark.parametrize(
     "message",
     [
-        wire.Begin(7, "x"),
+        wire.Begin(7, "x", "attempt-0001/step-00000001", 0, []),
         wire.Stage(7, "x", "attempt-0001/step-00000001", 1, 0, 1, 1, [], b"{}", b""),
         wire.Welcome("me"),
         wire.Plan(1, [], [], [], -5, b""),
@@ -880,13 +880,36 @@ def test_with_memory_for_one_snapshot_there_is_one(monkeypatch: pytest.MonkeyPat
         client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
         for step in range(1, 5):
             memory = client.take()
-            client.begin(memory, f"save-{step}")
             path = f"attempt-0001/step-{step:08d}"
+            client.begin(wire.Begin(memory.number, f"save-{step}", path, 0, []))
             outcome = threading.Event()
             stage = wire.Stage(memory.number, f"save-{step}", path, step, 0, 1, 1, [], b"{}", b"")
             client.stage(stage, lambda _, outcome=outcome: outcome.set())
             assert outcome.wait(LIMIT)
         client.close()
+
+
+def test_a_saver_that_dies_while_it_gives_out_memory_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that hears of it ends in order, and who waits is told."""
+    raised: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with saver_in_a_thread(monkeypatch):
+        client = SaverClient("run", [], 2, LIMIT, linger=0)
+        (listening,) = (t for t in threading.enumerate() if t.name == "shardckpt-saver")
+        send = client._channel.send
+
+        def dying(message: Any) -> None:
+            if threading.current_thread() is listening:
+                raise BrokenPipeError(32, "Broken pipe")
+            send(message)
+
+        monkeypatch.setattr(client._channel, "send", dying)
+        client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
+        listening.join(LIMIT)
+        assert client.is_lost
+        with pytest.raises(SaverError, match="the saver of this node is gone"):
+            client.take()
+    assert raised == []
 
 
 def test_nothing_leaks(saver: SaverProcess, trainers: Trainers, run: Path) -> None:

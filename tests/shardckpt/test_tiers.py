@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ import torch
 import shardckpt
 from shardckpt import checkpointer as module
 from shardckpt.checkpointer import Checkpointer
-from shardckpt.errors import CheckpointError, SaveError, StorageError
+from shardckpt.errors import CheckpointError, SaveError, StorageError, StorageFullError
 from shardckpt.loading import Loaded
 from shardckpt.runs import BAD, iter_places
+from shardckpt.sinks import Save
 from shardckpt.storage import Storage, open_storage
-from tests.faults import HookedStorage, SaverThread, saver_thread
+from tests.faults import FailingOnce, HookedStorage, SaverThread, saver_thread
 from tests.servers import S3Server, faulty_proxy
-from tests.worlds import outcomes
+from tests.worlds import Checkpoints, ThreadRanks, outcomes
 
 LIMIT = 30.0
 """Seconds within which everything that is not held up by a test is over."""
@@ -501,7 +503,8 @@ def test_a_snapshot_whose_second_save_never_came_is_persisted(tiers: Tiers) -> N
         handle.wait()
         assert checkpointer._saver is not None
         assert checkpointer._saver._client is not None
-        checkpointer._saver.begin("another save of the step")  # in the copy of which the trainer dies
+        # In the copy of another save of the step the trainer dies.
+        checkpointer._saver.begin(Save("another", "attempt-0001/step-00000001", 1, 0, 1, 1, [], {}, None))
         checkpointer._saver._client._channel.shut()
         assert saver.drain() == 0
     assert (committed(tiers.local), committed(tiers.remote)) == ([1], [1])
@@ -514,6 +517,18 @@ def test_no_memory_to_keep_saves_in(tiers: Tiers) -> None:
     assert handles[1] is None
     assert handles[2] is not None
     checkpointer.close()
+    assert committed(tiers.local) == [2]
+
+
+def test_a_saver_that_is_gone_leaves_no_memory_to_keep_saves_in(
+    tiers: Tiers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAUNCH_SAVER", "nobody-listens-here")
+    with tiers.checkpointer(every_steps=1, url_every_steps=4, local_every_steps=2) as checkpointer:
+        handle = checkpointer.step(2, state_at(2))  # in which the ranks see that there is none
+        assert handle is not None
+        handle.wait()
+        assert checkpointer.step(3, state_at(3)) is None
     assert committed(tiers.local) == [2]
 
 
@@ -552,6 +567,35 @@ def test_one_tier_fails(
         shardckpt.open(url).verify()
 
 
+def test_every_rank_knows_in_which_tier_a_save_failed(tiers: Tiers) -> None:
+    """Also one whose own part is durable in both, and which does not commit."""
+
+    def work(ranks: ThreadRanks) -> dict[str, bool]:
+        checkpointer = Checkpoints(tiers.remote, ranks, local=tiers.local, every_steps=1, snapshots=0)
+        first, last = checkpointer._tiers
+        if ranks.rank == 1:
+            root = FailingOnce(first.root, 1, StorageFullError("no space left"))
+            checkpointer._tiers = [replace(first, root=root), last]
+        handle = checkpointer.step(1, state_at(1))
+        assert handle is not None
+        handle.join()
+        ranks.gather(b"")  # all have done so
+        checkpointer.step(2, state_at(2))  # before which the ranks tell each other
+        fails = {}
+        for tier in ("local", "remote"):
+            try:
+                handle.wait(tier)
+            except SaveError:
+                fails[tier] = True
+            else:
+                fails[tier] = False
+        checkpointer.close()
+        return fails
+
+    assert outcomes(3, work) == [{"local": True, "remote": False}] * 3
+    assert (committed(tiers.local), committed(tiers.remote)) == ([2], [2, 1])
+
+
 def told_by(saver: SaverThread) -> list[dict[str, Any]]:
     """Drain a saver, and all that it has told."""
     saver._control.shutdown(socket.SHUT_WR)
@@ -582,7 +626,7 @@ def test_a_snapshot_that_failed_is_restored_from_and_tried_once_more(
     assert sorted(line["tier"] for line in told if line["event"] == "failed") == broken
 
 
-def test_what_fails_again_is_told_once(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fails_again_is_told_as_such(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
     with saver_thread(tiers.open) as saver, tiers.failing("remote", FULL):
         with tiers.checkpointer() as checkpointer:
             checkpointer.save(1, state_at(1)).join()
@@ -590,7 +634,8 @@ def test_what_fails_again_is_told_once(tiers: Tiers, caplog: pytest.LogCaptureFi
         told = told_by(saver)
         assert saver.drain() == 1
     assert committed(tiers.local) == [1]
-    assert [line["tier"] for line in told if line["event"] == "failed"] == ["remote"]
+    failed = [(line["tier"], line["again"]) for line in told if line["event"] == "failed"]
+    assert failed == [("remote", False), ("remote", True)]
 
 
 def test_a_newer_save_replaces_one_that_failed(tiers: Tiers, caplog: pytest.LogCaptureFixture) -> None:
