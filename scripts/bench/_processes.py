@@ -1,4 +1,7 @@
-"""Processes of a benchmark: found by a mark in their environment, and ended, whatever becomes of it."""
+"""Processes and files of a benchmark: nothing of them is left, whatever becomes of it.
+
+Processes are found by a mark in their environment.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "contained", "exit_on_sigterm", "kill_marked", "marked", "remove_leftovers"]
+__all__ = [
+    "MARK",
+    "contained",
+    "exit_on_signals",
+    "kill_marked",
+    "marked",
+    "remove_leftovers",
+    "scratch_folder",
+]
 
 MARK = "SHARDCKPT_BENCH_WORLD"
 """The variable that holds a text of a world's own, in its processes and whatever they start."""
@@ -24,15 +36,18 @@ _GONE_SECONDS = 10.0
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def exit_on_sigterm() -> None:
-    """Have SIGTERM and SIGHUP end this process by SystemExit, so that what it has started is ended, removed."""
+def exit_on_signals() -> None:
+    """Have SIGINT, SIGTERM and SIGHUP end this process by SystemExit, so that what it has started is ended.
+
+    Only the first of them does: another one would break that off.
+    """
 
     def end(signum: int, _: object) -> None:
         for one in _ENDING:
             signal.signal(one, signal.SIG_IGN)
         sys.exit(128 + signum)
 
-    for one in (signal.SIGTERM, signal.SIGHUP):
+    for one in _ENDING:
         if signal.getsignal(one) is not signal.SIG_IGN:  # as under nohup
             signal.signal(one, end)
 
@@ -72,6 +87,18 @@ def contained(mark: str) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
             for process in started:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A new folder. Whatever ends the context, it is removed then."""
+    with _deferred():
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield folder
+    finally:
+        with _deferred():
+            shutil.rmtree(folder)
 
 
 def marked(mark: str) -> list[int]:

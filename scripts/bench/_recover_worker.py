@@ -1,4 +1,4 @@
-"""A rank of scripts/bench/recover: restores, trains, saves once, is killed; its next life restores and checks.
+"""A rank of scripts/bench/recover: restores, trains, saves once, is ended; its next life restores and checks.
 
     _recover_worker.py {shardckpt,dcp} RUN LOG GIGABYTES
 
@@ -100,7 +100,7 @@ class Job:
         self.saver = {"shardckpt": Ours, "dcp": Peer}[kind](run / "bench", objects)
 
     def run(self) -> None:
-        """Train; in the first life until killed."""
+        """Train; in the first life until killed, or asked to leave."""
         step, tier = self.saver.restore()
         self.note("restored", step=step, tier=tier)
         first_life = step == 0
