@@ -831,6 +831,31 @@ def test_a_file_that_is_left_open_is_flushed(job: Job) -> None:
 # What follows needs the real torch.
 
 TORCH_STYLES = {
+    "what is left at the end": """
+        import atexit, ctypes, os, sys
+        import torch
+
+        class Sampler:
+            def __init__(self, path):
+                self.path, self.state = path, torch.ones(2)
+
+            def __del__(self):
+                print("del", os.path.basename(self.path), self.state.sum().item())
+                try:
+                    import torch.nn
+                except ImportError:
+                    print("no more imports")
+
+        class Loop:
+            def __del__(self): print("del loop")
+
+        sampler = Sampler("/data/train")
+        loop = Loop(); loop.itself = loop
+        file = open("left-open.txt", "w"); file.write("all of it")
+        atexit.register(lambda: print("atexit", torch.ones(2).sum().item()))
+        ctypes.CDLL(None).printf(b"of C\\n")
+        sys.exit(3)
+        """,
     "DataLoader": """
         import multiprocessing, os, random
         import numpy as np
@@ -919,7 +944,13 @@ TORCH_STYLES = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    "name", ["DataLoader", "torch.compile off", pytest.param("mp.spawn", marks=pytest.mark.slow)]
+    "name",
+    [
+        "what is left at the end",
+        "DataLoader",
+        "torch.compile off",
+        pytest.param("mp.spawn", marks=pytest.mark.slow),
+    ],
 )
 def test_a_style_with_torch(job: Job, name: str) -> None:
     job.use_torch()
