@@ -272,16 +272,13 @@ class Round:
             case "report":
                 report = NodeReport.from_json(message["report"])
                 after = replace(self, reports={**self.reports, node: report})
-                has_failed = not (report.has_finished or report.has_drained)
-                return (after._at_least(Phase.STOPPING) if has_failed else after)._settled()
+                return (after if report.has_drained else after._at_least(Phase.STOPPING))._settled()
             case _:
                 return self  # of a later version
 
     def _once_all_are_ready(self) -> Round:
         assert self.team is not None
-        if len(self.readies) < self.team.size or self.phase is not Phase.GATHERING:
-            return self
-        return self._at_least(Phase.RUNNING)
+        return self if len(self.readies) < self.team.size else self._at_least(Phase.RUNNING)
 
     def _after_wish(self, wish: Wish) -> Round:
         after = replace(self, wishes=(*self.wishes, wish))
@@ -298,7 +295,7 @@ class Round:
         return after
 
     def _after_stop(self, signum: int) -> Round:
-        insists = self.stop_signal is not None or (self.phase is Phase.DRAINING and self.is_leaving)
+        insists = self.stop_signal is not None or self.is_leaving
         after = replace(self, stop_signal=signum)
         if not self.is_started:
             waits = self.phase is Phase.OVER and not insists
