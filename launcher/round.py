@@ -262,13 +262,12 @@ class Round:
             case "hang" if self.phase.value < Phase.DIAGNOSING.value:
                 return replace(self, is_hung=True)._at_least(Phase.DIAGNOSING)
             case "stop":
-                after = replace(self, stop_signal=message["signum"])
-                return after._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)
+                return replace(self, stop_signal=message["signum"])._ending()
             case "waiting":
                 return replace(self, waiting=message["count"])
             case "lost":
                 after = replace(self, lost={**self.lost, message["node"]: message["why"]})
-                return after._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)._settled()
+                return after._ending()._settled()
             case "report":
                 report = NodeReport.from_json(message["report"])
                 after = replace(self, reports={**self.reports, node: report})
@@ -312,6 +311,10 @@ class Round:
                 return replace(self, trouble=event)._at_least(Phase.OVER)
             case _:
                 return self
+
+    def _ending(self) -> Round:
+        """On the way to its end. A node that is there already waits for what the others report."""
+        return self._at_least(Phase.SETTLED if self.phase is Phase.GATHERING else Phase.STOPPING)
 
     def _at_least(self, phase: Phase) -> Round:
         if phase.value <= self.phase.value:

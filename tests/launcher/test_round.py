@@ -192,6 +192,8 @@ def test_a_stop_on_another_node() -> None:
     gathering = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}])).after(said)
     assert gathering.phase is Phase.SETTLED
     assert decide(gathering, None, None, History(), Limits()) == Finish(130)
+    assert play(RoundDrained(), report(0), said, nodes=2).phase is Phase.OVER
+    assert play(RoundDrained(), report(0), said, report(1), nodes=2).phase is Phase.SETTLED
 
 
 def test_a_stop_between_rounds_ends_the_job() -> None:
@@ -348,6 +350,7 @@ def test_a_drain_is_no_failure() -> None:
     round_ = play(wish("leave"), exited(0, 75), exited(1, 75))
     assert round_.phase is Phase.STOPPING
     assert round_.has_drained
+    assert play(exited(0, 0), exited(1, 75)).has_drained
     assert not round_.has_failed_here
     decision = end(wish("leave"), exited(0, 75), exited(1, 75), RoundDrained(), report(has_drained=True))
     assert decision == PREEMPTED
@@ -545,6 +548,7 @@ def test_scaling() -> None:
 def test_a_failure_elsewhere_stops_this_node() -> None:
     assert play(Heard(1, {"kind": "ended"}), nodes=2).phase is Phase.STOPPING
     assert play(report(1, deaths=(death(3),)), nodes=2).phase is Phase.STOPPING
+    assert play(report(1, has_drained=True), nodes=2).phase is Phase.RUNNING
 
 
 def test_all_must_have_finished() -> None:
@@ -559,6 +563,9 @@ def test_a_round_is_settled_when_all_have_reported() -> None:
     assert round_.phase is Phase.OVER
     assert round_.after(report(1, **done)).phase is Phase.SETTLED
     assert round_.after(lost(1)).phase is Phase.SETTLED
+    round_ = play(RoundDrained(), lost(1), report(0), nodes=3)
+    assert round_.phase is Phase.OVER
+    assert round_.after(lost(2)).phase is Phase.SETTLED
 
 
 def test_a_lost_node_costs_no_restart() -> None:

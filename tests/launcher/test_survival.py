@@ -76,9 +76,15 @@ def ask(job: Job, *words: str) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def wait_for_steps(job: Job) -> None:
-    """Return when the agent knows that its workers make steps, and so that they drain."""
-    until(lambda: json.loads(ask(job, "status", "train", "--json").out or "{}").get("step"))
+def wait_for_steps(job: Job, beyond: int = 0) -> int:
+    """The step of its workers, when the agent knows that they make steps, and so that they drain."""
+
+    def look() -> int:
+        status = json.loads(ask(job, "status", "train", "--json").out or "{}")
+        step = int(status.get("step") or 0)
+        return step if step > beyond else 0
+
+    return until(look)
 
 
 def journal(job: Job, event: str) -> list[dict[str, object]]:
@@ -325,6 +331,8 @@ def test_the_timeline_of_a_recovery(job: Job) -> None:
     [timeline] = until(lambda: journal(job, "recovered"))
     assert 0 <= float(str(timeline["stopped"])) <= float(str(timeline["forked"]))
     assert float(str(timeline["forked"])) <= float(str(timeline["first_step"]))
+    wait_for_steps(job, beyond=wait_for_steps(job))
+    assert len(journal(job, "recovered")) == 1
     (job.path / "finish").touch()
     assert job.end(process).code == 0
 
