@@ -217,13 +217,30 @@ def test_workers_that_do_not_save_in_time(job: Job) -> None:
     assert "stopped at step 1, which is not saved" in done.err
 
 
-def test_a_second_signal_ends_it_at_once(job: Job) -> None:
+def test_a_save_before_the_end_is_no_hang(job: Job) -> None:
+    """However long it takes: who leaves has the grace."""
+    script = job.script(STEPS + FOREVER.replace("sys.exit(75)", "time.sleep(3); sys.exit(75)"))
+    process = job.start("--hang-timeout=1", script)
+    wait_for_steps(job)
+    process.send_signal(signal.SIGTERM)
+    done = job.end(process)
+    assert done.code == 75
+    assert "saved at step" in done.err
+    assert journal(job, "hang") == []
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_second_signal_ends_it_at_once(job: Job, is_asked: bool) -> None:
+    """As `launch stop --now` does."""
     script = job.script(STEPS + "tell(1)\n    while True: time.sleep(1)\n    ")
     process = job.start("--grace=60", script)
     wait_for_steps(job)
-    process.send_signal(signal.SIGTERM)
-    until(lambda: journal(job, "drain_requested"))
-    process.send_signal(signal.SIGTERM)
+    if is_asked:
+        assert ask(job, "stop", "train", "--now").code == 0
+    else:
+        process.send_signal(signal.SIGTERM)
+        until(lambda: journal(job, "drain_requested"))
+        process.send_signal(signal.SIGTERM)
     assert job.end(process).code == 143
 
 
