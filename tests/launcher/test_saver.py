@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -125,6 +126,14 @@ def test_kill_9_of_the_saver(job: Job) -> None:
         r"log: runs/train/logs/saver\.log",
         said[1],
     )
+
+
+def test_a_job_does_not_wait_for_a_dead_saver(job: Job) -> None:
+    process, (saver, _, _) = start_waiting(job, now=[PERSISTING])
+    os.kill(saver, signal.SIGKILL)
+    read_until(process, "the saver was lost")
+    process.send_signal(signal.SIGINT)
+    assert job.end(process).code == 130
 
 
 def test_a_saver_that_cannot_run_is_not_started_for_ever(job: Job) -> None:

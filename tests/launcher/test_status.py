@@ -147,7 +147,7 @@ def test_a_new_round_begins_anew() -> None:
     """But for what is saved, and how often it has failed."""
     now = (
         board()
-        .sampled(steps(*[5] * 8), 1100.0)
+        .sampled({**steps(*[5] * 8), 0: Progress(5, 1100.0, loss=2.5)}, 1100.0)
         .after(SaveStaged(5), 1100.0)
         .failed("crash")
         .failed("crash")
@@ -155,6 +155,7 @@ def test_a_new_round_begins_anew() -> None:
     now = now.began_round(3, {0: "a", 1: "b"}, now=1200.0, restarts=1, world=4, nodes=2)
     status = now.status(1201.0)
     assert (status.round, status.step, status.rate, status.world) == (3, None, None, 4)
+    assert status.loss is None
     assert [rank.step for rank in status.ranks] == [None, None]
     assert status.saved == {"memory": Saved(5, 1100.0)}
     assert status.failures == {"crash": 2}
@@ -174,6 +175,7 @@ def test_a_rank_of_another_round_does_not_count() -> None:
         ([SavePersisting(5, "local", 1, 2), SavePersisted(5, "local", "u", 1.0)], ["local"], []),
         ([SavePersisting(5, "local", 1, 2), SaveFailed(5, "local", "u", "e")], [], []),
         ([SaveStaged(5), SavePersisted(4, "local", "u", 1.0), SaverEnded(-9)], ["local"], []),
+        ([SavePersisting(5, "local", 1, 2), SaverEnded(-9)], [], []),
         ([Tick()], [], []),
     ],
 )

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher import control
+from launcher.errors import UsageError
 from tests.launcher.conftest import LAUNCH, PATIENCE, Ended, Job, until
 
 # Says who it is and makes steps, until a file says that it is enough, or it is asked to drain.
@@ -173,10 +175,14 @@ def test_a_dead_device_is_left_out(job: Job) -> None:
     assert lines == ["3 0 2 0 2", "3 1 2 2 2"]
     wait_for_steps(job)
     (job.path / "repaired").touch()
+    with pytest.raises(UsageError, match="nproc: expected 1 or more, found 0"):
+        list(control.ask(job.path / "runs/train", "scale", 0))
     assert ask(job, "scale", "train", "3").code == 0
     assert has_started(job, 4, 3) == ["4 0 3 0 2", "4 1 3 1 2", "4 2 3 2 2"]
     (job.path / "finish").touch()
-    assert job.end(process).code == 0
+    done = job.end(process)
+    assert done.code == 0
+    assert "slot 1 left out, since its worker fails at the start; going on with 2 of 3" in done.err
 
 
 def test_too_few_devices_end_the_job(job: Job) -> None:
