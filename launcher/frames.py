@@ -287,12 +287,12 @@ class _View:
         lines = []
         for group in groups:
             stack, usual = self._stacks[group[0]], self._stacks[most[0]]
-            if len(most) * 2 > len(ranks) and group is not most and stack.collective != usual.collective:
+            if len(most) * 2 > len(ranks) and stack.collective != usual.collective:
                 odd = f"{_are(group)} in {stack.collective} while the others are in {usual.collective}"
                 lines.append(f"{odd}{self._at_step(group)}{self._called(stack)}")
             else:
                 lines.append(self.waits(group, ""))
-        if len(groups) > 1 and len(most) * 2 <= len(ranks):
+        if len(most) * 2 <= len(ranks):
             lines.append("they wait for each other")
         return lines
 

@@ -196,7 +196,8 @@ def _after_failure(
     if failure.fingerprint is not None and 0 < limits.crash_loop <= same:
         where = "before it told of any step" if failure.step is None else f"at step {failure.step}"
         how = "hung" if round_.is_hung else "failed with the same error"
-        reason = f"{how} {same} times {where}, and would again (--crash-loop {limits.crash_loop})"
+        often = count(same, "time")
+        reason = f"{how} {often} {where}, and would again (--crash-loop {limits.crash_loop})"
         return GiveUp(ExitCode.CRASH_LOOP, reason)
     spent = len(after.failures)
     if spent > limits.max_restarts:

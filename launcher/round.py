@@ -265,26 +265,22 @@ class Round:
             case "hang" if self.phase.value < Phase.DIAGNOSING.value:
                 return replace(self, is_hung=True)._at_least(Phase.DIAGNOSING)
             case "stop":
-                after = replace(self, stop_signal=message["signum"])
-                return after._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)
+                return replace(self, stop_signal=message["signum"])._ending()
             case "waiting":
                 return replace(self, waiting=message["count"])
             case "lost":
                 after = replace(self, lost={**self.lost, message["node"]: message["why"]})
-                return after._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)._settled()
+                return after._ending()._settled()
             case "report":
                 report = NodeReport.from_json(message["report"])
                 after = replace(self, reports={**self.reports, node: report})
-                has_failed = not (report.has_finished or report.has_drained)
-                return (after._at_least(Phase.STOPPING) if has_failed else after)._settled()
+                return (after if report.has_drained else after._at_least(Phase.STOPPING))._settled()
             case _:
                 return self  # of a later version
 
     def _once_all_are_ready(self) -> Round:
         assert self.team is not None
-        if len(self.readies) < self.team.size or self.phase is not Phase.GATHERING:
-            return self
-        return self._at_least(Phase.RUNNING)
+        return self if len(self.readies) < self.team.size else self._at_least(Phase.RUNNING)
 
     def _after_wish(self, wish: Wish) -> Round:
         after = replace(self, wishes=(*self.wishes, wish))
@@ -301,7 +297,7 @@ class Round:
         return after
 
     def _after_stop(self, signum: int) -> Round:
-        insists = self.stop_signal is not None or (self.phase is Phase.DRAINING and self.is_leaving)
+        insists = self.stop_signal is not None or self.is_leaving
         after = replace(self, stop_signal=signum)
         if not self.is_started:
             waits = self.phase is Phase.OVER and not insists
@@ -318,6 +314,10 @@ class Round:
                 return replace(self, trouble=event)._at_least(Phase.OVER)
             case _:
                 return self
+
+    def _ending(self) -> Round:
+        """On the way to its end. A node that is there already waits for what the others report."""
+        return self._at_least(Phase.SETTLED if self.phase is Phase.GATHERING else Phase.STOPPING)
 
     def _at_least(self, phase: Phase) -> Round:
         if phase.value <= self.phase.value:

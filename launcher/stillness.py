@@ -23,7 +23,7 @@ class Stillness:
         known = {rank: step for rank, step in steps.items() if step is not None}
         passed = min(elapsed, _LONGEST_GAP)
         seconds = {
-            rank: self.seconds.get(rank, 0.0) + passed if self.steps.get(rank) == step else 0.0
+            rank: self.seconds[rank] + passed if self.steps.get(rank) == step else 0.0
             for rank, step in known.items()
         }
         return Stillness(known, seconds)

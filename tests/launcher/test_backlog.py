@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from launcher.backlog import Backlog, Drain
@@ -80,8 +82,39 @@ def test_exit_codes(ending: Event, timeout: float, code: int) -> None:
     assert ended.succeeded == (code == 0)
 
 
+@pytest.mark.parametrize(
+    ("ending", "timeout", "told"),
+    [
+        (SaverEnded(1), 9.0, "not every checkpoint became durable: .* with exit code 1; log: saver.log"),
+        (
+            SaverEnded(-9),
+            9.0,
+            r"the saver was lost: .*SIGKILL.*, and of {left} what is missing, .*saver.log",
+        ),
+        (
+            DeadlinePassed(),
+            0.0,
+            "not waiting .* --drain-timeout 0 says; not persisted yet: {left}; .*pid 12.*",
+        ),
+        (
+            DeadlinePassed(),
+            9.0,
+            "the saver is not done after 9 s .*; not persisted yet: {left}; .*pid 12.*",
+        ),
+        (StopRequested(2), 9.0, "SIGINT: not waiting .*; not persisted yet: {left}; .*pid 12.*"),
+    ],
+)
+def test_what_is_told_of_what_is_left(ending: Event, timeout: float, told: str) -> None:
+    begun = [SavePersisting(step, "local", 0, 100) for step in (6, 7)]
+    ended = drain(*begun, SavePersisted(6, "local", "/x", 1.0), ending, timeout=timeout)
+    pattern = told.format(left=re.escape("step 7: 0 of 100 B (local)"))
+    assert re.fullmatch(pattern, ended.render(12, "saver.log"))
+
+
 def test_what_is_told() -> None:
     assert drain(SaverEnded(0)).render(None, "saver.log") == ""
+    assert drain().render(None, "saver.log") == ""
+    assert "missing" not in Backlog().obituary(SaverEnded(-9), "saver.log")
     saves = [SavePersisted(7, "local", "/x", 1.0), SavePersisted(7, "remote", "s3://x", 2.5)]
     told = drain(*saves, SaverEnded(0)).render(None, "saver.log")
     assert told == "persisted step 7 to /x in 1.0 s, step 7 to s3://x in 2.5 s"

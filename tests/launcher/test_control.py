@@ -134,6 +134,25 @@ def test_a_large_answer_to_a_slow_reader(start: Callable[..., Agent], tmp_path: 
         assert json.loads(read_all(slow))["answer"]["text"] == text
 
 
+def test_a_client_that_never_reads_is_let_go(
+    start: Callable[..., Agent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before what waits for it fills the memory; it finds an end, although there was more to come."""
+    monkeypatch.setattr("launcher.control._UNSENT_BYTES", 1 << 20)
+    answered = threading.Event()
+
+    def answer(control: Control, asked: Asked) -> None:
+        for _ in range(4):
+            control.answer(asked.client, {"text": "x" * (1 << 20)}, more=True)
+        answered.set()
+
+    start(answer)
+    with connect(tmp_path) as client:
+        client.sendall(b'{"verb": "status"}\n')
+        assert answered.wait(10)
+        assert len(read_all(client)) < 2 << 20
+
+
 def test_a_refusal(start: Callable[..., Agent], tmp_path: Path) -> None:
     start(lambda control, asked: control.answer(asked.client, {"error": "not elastic"}))
     with pytest.raises(UsageError, match=r"^not elastic$"):

@@ -72,6 +72,7 @@ def test_the_error_file_of_torchelastic(files: RankFiles) -> None:
     files.err.write_text("a line\n")
     assert gathered(files).error == "no call stack was told"
     assert gathered(files).lines == ("a line",)
+    assert not gathered(files).has_traceback
     for garbage in ("", "{", "[]", '{"message": {}}', "1"):
         files.error.write_text(garbage)
         assert gathered(files).error is None
@@ -109,7 +110,16 @@ def test_memory_that_a_dataloader_worker_lacked(files: RankFiles, oom: OomWatch)
     death = gathered(files, 1, oom)
     assert (death.kill or "").startswith("its DataLoader worker was ")
     assert "/dev/shm" in (verdict_on(death).hint or "")
+    assert verdict_on(death).cause.endswith(f" (exit code 1); {death.kill}")
     assert find_culprit([death]) is death
+    oom.mark()
+    assert gathered(files, 1, oom).kill is None  # the kernel has not killed for that
+
+
+def test_a_dataloader_worker_that_died_of_something_else(files: RankFiles, oom: OomWatch) -> None:
+    said = "RuntimeError: DataLoader worker (pid 23018) is killed by signal: Segmentation fault. "
+    files.err.write_text(TRACEBACK.replace("KeyError: 'x'", said))
+    assert gathered(files, 1, oom).kill is None
 
 
 # -- who is to blame
@@ -174,7 +184,10 @@ def test_a_rank_that_passes_on_the_failure_of_another_is_its_victim() -> None:
     own = died(0, 1, "shardckpt.errors.CredentialsError: s3://bucket: no credentials")
     told = died(1, 1, "shardckpt.errors.CredentialsError: rank 0: s3://bucket: no credentials")
     assert find_culprit([told, own]) is own
-    assert judged(reported(told, own)).victims[0].of_it
+    [victim] = judged(reported(told, own)).victims
+    assert (victim.how, victim.of_it, victim.later) == ("told of rank 0's failure", True, 0.125)
+    first = replace(died(2, 1, OWN), at=1e9 - 1)
+    assert judged(reported(first, own, told)).victims[1].how == told.error
     itself = died(0, 1, "CredentialsError: rank 0: s3://bucket: no credentials")
     assert find_culprit([told, itself]) is itself
     assert find_culprit([told]) is told
@@ -196,6 +209,9 @@ def test_a_lost_node_explains_what_peers_say() -> None:
 
 
 # -- what repeats
+
+IN_F = ('  File "/a/t.py", line 3, in f',)
+IN_G = ('  File "/a/t.py", line 9, in g',)
 
 
 @pytest.mark.parametrize(
@@ -223,12 +239,12 @@ def test_a_lost_node_explains_what_peers_say() -> None:
         ),
         (died(0, 3, lines=("no data in step 7",)), died(0, 3, lines=("no data in step 8",))),
         (
-            died(
-                0, 1, "RuntimeError: DataLoader worker (pid 1) is killed by signal: Killed.", lines=("a",)
-            ),
-            died(
-                0, 1, "RuntimeError: DataLoader worker (pid 2) is killed by signal: Killed.", lines=("b",)
-            ),
+            died(0, 1, "RuntimeError: DataLoader worker (pid 1) is killed by signal: Killed.", lines=IN_F),
+            died(0, 1, "RuntimeError: DataLoader worker (pid 2) is killed by signal: Killed.", lines=IN_G),
+        ),
+        (
+            died(0, 1, "bad 17", has_traceback=False, lines=("a",)),
+            died(0, 1, "bad 18", has_traceback=False, lines=("b",)),
         ),
     ],
 )
@@ -327,6 +343,12 @@ def test_steps_lost(step: int, saved: int | None, line: str) -> None:
     assert line in judged(reported(died(0, 1, OWN), step=step), saved=saved).render()
 
 
+@pytest.mark.parametrize(("step", "saved"), [(None, 5), (5, None), (None, None)])
+def test_steps_lost_that_are_not_known(step: int | None, saved: int | None) -> None:
+    verdict = judged(reported(died(0, 1, OWN), step=step), saved=saved)
+    assert json.loads(verdict.to_json())["steps_lost"] is None
+
+
 def test_a_snapshot_in_memory_alone_is_not_promised() -> None:
     verdict = judge(
         [reported(died(0, 1, OWN), step=5)], {}, "", started=1e9, newest_saved=5, is_only_in_memory=True
@@ -379,6 +401,16 @@ def test_verdict_on_several_nodes() -> None:
     assert text[1].startswith("  rank 9 on far failed first, at ")
     assert "  then, of it: rank 0: connection reset by peer" in text
     assert "  then, of it: rank 1: connection closed by peer" in text
+    assert verdict.time == 1e9 + 9 / 8
+    earlier = reported(replace(died(8, 1, OWN), at=1e9 - 1), node=1, host="far")
+    assert judged(reported(died(0, 1, OWN), died(1, 1, OWN)), earlier).rank == 8
+    without = judged(reported(at=1e9 + 2), reported(at=1e9 + 1, node=1, host="far"))
+    assert (without.rank, without.time) == (None, 1e9 + 1)
+
+
+def test_a_report_passes_through_json() -> None:
+    report = reported(died(1, 1, OWN), ended=((0, 0, 1e9),), hang=("where",), trouble="it", step=7)
+    assert NodeReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
 def test_verdict_on_a_lost_node() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -101,7 +103,10 @@ def test_a_round_in_which_all_finish() -> None:
 
 
 def test_one_that_finishes_does_not_end_a_round() -> None:
-    assert play(exited(1)).phase is Phase.RUNNING
+    round_ = play(exited(1))
+    assert round_.phase is Phase.RUNNING
+    assert not (round_.has_finished or round_.has_drained or round_.has_failed_here)
+    assert not play(exited(1), exited(0, 1)).has_drained
 
 
 def test_workers_start_when_all_nodes_are_ready() -> None:
@@ -118,6 +123,43 @@ def test_what_is_ours() -> None:
     round_ = play(exited(1, -15), exited(0, -15))
     assert [round_.is_ours(exit_) for exit_ in round_.exits] == [False, True]
     assert round_.has_failed_here
+    asked = [wish("restart", can_drain=False), exited(0, -15)]
+    killed = play(*asked, DeadlinePassed(), exited(1, -9), RoundDrained())
+    assert [killed.is_ours(exit_) for exit_ in killed.exits] == [True, True]
+    assert not killed.has_failed_here
+    assert play(*asked, exited(1, -9), DeadlinePassed()).has_failed_here
+
+
+OURS = Death(1, "host0", 1001, -15, 2.0, is_ours=True)
+
+
+@pytest.mark.parametrize(
+    ("events", "has_failed"),
+    [
+        ([report(0, has_drained=True), report(1, has_drained=True)], False),
+        ([report(0), report(1, deaths=(death(2),))], True),
+        ([report(0), report(1, trouble="it")], True),
+        ([report(0), lost(1)], True),
+        ([wish("restart"), report(0, deaths=(OURS,)), report(1)], False),
+        ([wish("restart"), report(0, deaths=(death(0), OURS)), report(1)], True),
+        ([StopRequested(signal.SIGTERM), report(0, deaths=(death(0),)), report(1)], False),
+    ],
+)
+def test_whether_a_round_has_failed(events: list[Event], has_failed: bool) -> None:
+    assert play(*events, RoundDrained(), nodes=2).has_failed is has_failed
+
+
+def test_what_explains_that_workers_failed() -> None:
+    """Something that is known of one node explains those of all."""
+    for told in (report(1, trouble="it"), report(1, hang=("where",)), lost(1)):
+        assert play(report(0, deaths=(death(0),)), told, nodes=2).is_explained
+    assert not play(report(0, deaths=(death(0),)), report(1), nodes=2).is_explained
+
+
+def test_who_wants_a_round_to_end() -> None:
+    assert not play(exited(0, 1)).is_asked_to_end
+    assert play(wish("restart")).is_asked_to_end
+    assert play(StopRequested(signal.SIGTERM)).is_asked_to_end
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -138,6 +180,22 @@ def test_the_first_stop_during_a_restart_leaves_the_grace() -> None:
     assert round_.phase is Phase.STOPPING
 
 
+def test_a_stop_while_other_nodes_are_not_done_waits_for_them() -> None:
+    round_ = play(exited(0, 1), RoundDrained(), StopRequested(signal.SIGINT), nodes=2)
+    assert round_.phase is Phase.OVER
+    assert round_.after(StopRequested(signal.SIGINT)).phase is Phase.SETTLED
+
+
+def test_a_stop_on_another_node() -> None:
+    said = Heard(1, {"kind": "stop", "signum": 2})
+    assert play(said, nodes=2).phase is Phase.STOPPING
+    gathering = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}])).after(said)
+    assert gathering.phase is Phase.SETTLED
+    assert decide(gathering, None, None, History(), Limits()) == Finish(130)
+    assert play(RoundDrained(), report(0), said, nodes=2).phase is Phase.OVER
+    assert play(RoundDrained(), report(0), said, report(1), nodes=2).phase is Phase.SETTLED
+
+
 def test_a_stop_between_rounds_ends_the_job() -> None:
     """Of the whole team; of a node that is in none it ends this node's part alone."""
     alone = Round().after(StopRequested(signal.SIGINT))
@@ -145,6 +203,8 @@ def test_a_stop_between_rounds_ends_the_job() -> None:
     assert decide(alone, None, None, History(), Limits()) == Finish(130, is_final=False)
     joined = Round().after(Joined(0, [{"host": "a"}])).after(StopRequested(signal.SIGINT))
     assert decide(joined, None, None, History(), Limits()) == Finish(130)
+    cut_off = end(MemberFailed("lost", "x"), StopRequested(signal.SIGINT), RoundDrained(), nodes=2)
+    assert cut_off == Finish(130, is_final=False)
 
 
 def test_what_survives_sigkill_ends_the_job() -> None:
@@ -156,12 +216,18 @@ def test_what_survives_sigkill_ends_the_job() -> None:
     assert (decision.exit_code, decision.is_final) == (ExitCode.INTERNAL, True)
 
 
-@pytest.mark.parametrize("trouble", [SpawnFailed(1, "fork: no"), ZygoteLost(-9, 1.0)])
-def test_trouble_of_our_own_is_a_failure(trouble: SpawnFailed | ZygoteLost) -> None:
+@pytest.mark.parametrize(
+    ("trouble", "words"), [(SpawnFailed(1, "no"), "rank 1 .*: no"), (ZygoteLost(-9, 1.0), ".* SIGKILL")]
+)
+def test_trouble_of_our_own_is_a_failure(trouble: SpawnFailed | ZygoteLost, words: str) -> None:
     round_ = play(trouble)
+    assert re.match(words, round_.trouble_in_words or "")
     assert round_.has_failed_here
     assert round_.phase is (Phase.STOPPING if isinstance(trouble, SpawnFailed) else Phase.OVER)
-    assert isinstance(end(trouble, RoundDrained(), report(trouble="it")), Again)
+    ended = [trouble, RoundDrained(), report(trouble="it")]
+    assert play(*ended).has_failed
+    assert isinstance(end(*ended), Again)
+    assert end(*ended, limits=Limits(max_restarts=0)) == GiveUp(ExitCode.INTERNAL, "no restarts allowed")
 
 
 # -- failures, one after the other
@@ -181,8 +247,9 @@ def test_restarts_and_their_end() -> None:
         pauses.append(decision.pause)
     assert pauses == [0.0, 0.5, 1.0]
     decision = end(exited(1, 3), RoundDrained(), report(deaths=(death(1, 3),)), history=history)
-    assert isinstance(decision, GiveUp)
-    assert decision.exit_code == 3
+    assert decision == GiveUp(3, "3 restarts used up")
+    decision = failing_at(30, History(4, 30, (Failure(30, "y"),)), limits=Limits(max_restarts=1))
+    assert decision == GiveUp(1, "1 restart used up without getting beyond step 30")
 
 
 @pytest.mark.parametrize(("code", "ends_with"), [(3, 3), (-9, 137), (-11, 139)])
@@ -212,7 +279,11 @@ def test_the_same_failure_at_the_same_step() -> None:
     decision = failing_at(1200, history, "x", limits)
     assert isinstance(decision, GiveUp)
     assert decision.exit_code == ExitCode.CRASH_LOOP
-    assert "3 times at step 1200" in decision.reason
+    assert decision.reason.startswith("failed with the same error 3 times at step 1200, and")
+    decision = failing_at(None, History(), limits=Limits(crash_loop=1))
+    assert isinstance(decision, GiveUp)
+    assert decision.reason.startswith("failed with the same error 1 time before it told of any step, and")
+    assert isinstance(failing_at(7, History(4, 7, (Failure(7, "x"),) * 4), limits=Limits(9, 0)), Again)
 
 
 def test_progress_refills_the_budget() -> None:
@@ -231,6 +302,31 @@ def test_failures_that_cannot_be_compared_are_no_loop() -> None:
     history = History(5, None, tuple(Failure(None) for _ in range(5)))
     round_ = play(exited(1, -9), RoundDrained(), told)
     assert isinstance(decide(round_, death(1, -9), None, history, Limits(max_restarts=9)), Again)
+
+
+def test_a_pause_has_a_limit() -> None:
+    decision = failing_at(None, History(99, None, (Failure(None),) * 99), limits=Limits(max_restarts=200))
+    assert isinstance(decision, Again)
+    assert decision.pause == 30
+
+
+def test_the_same_hang_at_the_same_step() -> None:
+    hung = [Heard(0, {"kind": "hang"}), StacksTaken((), "stacks"), RoundDrained(), report(step=7)]
+    history = History()
+    for _ in range(2):
+        decision = end(*hung, history=history, limits=Limits(max_restarts=100))
+        assert isinstance(decision, Again)
+        history = decision.history
+    decision = end(*hung, history=history, limits=Limits(max_restarts=100))
+    assert isinstance(decision, GiveUp)
+    assert decision.exit_code == ExitCode.CRASH_LOOP
+    assert decision.reason.startswith("hung 3 times at step 7")
+
+
+def test_a_failure_is_no_hang() -> None:
+    """What is told of a round that ends already does not make it one, nor do stacks that a user asks for."""
+    assert not play(exited(0, 1), Heard(0, {"kind": "hang"})).is_hung
+    assert play(StacksTaken(("where",), "stacks")).phase is Phase.RUNNING
 
 
 def test_a_hang_is_looked_at_before_anything_is_stopped() -> None:
@@ -254,6 +350,7 @@ def test_a_drain_is_no_failure() -> None:
     round_ = play(wish("leave"), exited(0, 75), exited(1, 75))
     assert round_.phase is Phase.STOPPING
     assert round_.has_drained
+    assert play(exited(0, 0), exited(1, 75)).has_drained
     assert not round_.has_failed_here
     decision = end(wish("leave"), exited(0, 75), exited(1, 75), RoundDrained(), report(has_drained=True))
     assert decision == PREEMPTED
@@ -271,15 +368,32 @@ def test_a_drain_that_comes_too_late_is_stopped() -> None:
 
 
 def test_a_second_signal_while_saving_ends_it_at_once() -> None:
-    assert play(wish("leave"), StopRequested(signal.SIGTERM)).phase is Phase.KILLING
+    second = StopRequested(signal.SIGTERM)
+    assert play(wish("leave"), second).phase is Phase.KILLING
+    assert play(wish("leave"), DeadlinePassed(), second).phase is Phase.KILLING
 
 
 def test_workers_that_cannot_save_are_stopped() -> None:
     assert play(wish("restart", can_drain=False)).phase is Phase.STOPPING
 
 
+def test_a_wish_outside_of_a_round() -> None:
+    """Before its start there is nothing to end; after its end others are waited for all the same."""
+    gathering = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}]))
+    assert gathering.after(wish("leave")).phase is Phase.SETTLED
+    assert play(RoundDrained(), wish("restart"), nodes=2).phase is Phase.OVER
+
+
 def test_a_worker_may_hear_of_a_drain_before_its_launch() -> None:
     assert play(exited(0, 75)).phase is Phase.DRAINING
+    assert end(exited(0, 75), exited(1, 75), RoundDrained(), report(has_drained=True)) == PREEMPTED
+
+
+def test_workers_that_leave_while_those_of_another_node_fail() -> None:
+    told = [report(0, has_drained=True), report(1, deaths=(death(2),))]
+    decision = end(exited(0, 75), exited(1, 75), RoundDrained(), *told, nodes=2)
+    assert isinstance(decision, Again)
+    assert decision.history.restarts == 1
 
 
 def test_a_stop_while_a_restart_is_saved_leaves_the_grace() -> None:
@@ -289,6 +403,7 @@ def test_a_stop_while_a_restart_is_saved_leaves_the_grace() -> None:
 def test_who_leaves_while_a_restart_is_saved_needs_it_durable() -> None:
     round_ = play(wish("restart"))
     assert round_.drain_tiers == "memory"
+    assert play(exited(0, 75)).drain_tiers == "durable"  # nobody has asked it to, and it may be for good
     assert round_.after(wish("leave")).drain_tiers == "durable"
 
 
@@ -316,6 +431,8 @@ def test_told_to_leave_before_there_is_a_team() -> None:
 
 
 def test_told_to_leave_while_cut_off() -> None:
+    failed = Round().after(MemberFailed("unavailable", "x")).withdrawn()
+    assert decide(failed, None, None, History(), Limits()) == PREEMPTED
     round_ = play(MemberFailed("lost", "x"), nodes=2, rank=1).withdrawn()
     assert round_.phase is Phase.STOPPING
     round_ = round_.after(RoundDrained())
@@ -344,11 +461,14 @@ def test_what_a_user_asks_for_costs_no_restart(reason: str) -> None:
     )
     assert isinstance(decision, Again)
     assert (decision.history.restarts, decision.history.best_step, decision.same_team) == (0, 5, True)
+    assert decision.pause == 0
 
 
 def test_a_failure_while_draining_counts() -> None:
-    told = report(deaths=(death(0, 1),))
-    decision = end(wish("restart"), exited(0, 1), RoundDrained(), told)
+    told = report(deaths=(death(0, 1), Death(1, "host0", 1001, -15, 2.0, is_ours=True)))
+    failed = [wish("restart"), exited(0, 1), exited(1, -15), RoundDrained(), told]
+    assert play(*failed).has_failed
+    decision = end(*failed)
     assert isinstance(decision, Again)
     assert decision.history.restarts == 1
 
@@ -370,6 +490,23 @@ def test_a_device_that_fails_twice_at_the_start_is_left_out() -> None:
     assert slots.chosen == (0, 2, 3, 4, 5, 6, 7)
 
 
+def test_only_what_fails_here_before_any_step_is_held_against_a_device() -> None:
+    slots, once = Slots(2, 2, 1), Slots(2, 2, 1, suspect=1, strikes=1)
+    here, far = play(nodes=2, rank=1), play(nodes=2)
+    assert here.slots_after(slots, death(3)) == once
+    assert far.slots_after(slots, death(3)) == slots
+    assert here.slots_after(slots, replace(death(3), step=7)) == slots
+    assert play(report(step=7)).slots_after(once, None) == slots
+    assert play(report()).slots_after(once, None) == once
+
+
+def test_devices_that_fail_by_turns_stay() -> None:
+    slots = Slots(8, 8, 6)
+    for slot in (1, 2, 1, 2):
+        slots = slots.after_failed_start(slot)
+    assert slots.left_out == ()
+
+
 def test_nothing_is_left_out_where_all_are_needed() -> None:
     slots = Slots(8, 8, 8)
     for _ in range(5):
@@ -388,6 +525,7 @@ def test_too_few_devices() -> None:
         slots = slots.after_failed_start(slot)
     assert slots.chosen == ()
     assert slots.scaled(2).chosen == (0, 1)
+    assert Slots(4, 4, 3, left_out=(0, 1)).chosen == ()
 
 
 def test_a_spare_device_takes_the_place_of_a_dead_one() -> None:
@@ -399,6 +537,9 @@ def test_a_spare_device_takes_the_place_of_a_dead_one() -> None:
 def test_scaling() -> None:
     round_ = play(wish("scale", slots=1), exited(0, 75), exited(1, 75))
     assert round_.slots_after(Slots(2, 2, 2), None).chosen == (0,)
+    more = play(wish("scale", slots=1), wish("scale", slots=3), wish("scale", node=1, slots=4), nodes=2)
+    assert more.slots_after(Slots(2, 2, 2), None) == Slots(3, 3, 2)
+    assert Slots(8, 8, 6).scaled(4) == Slots(8, 4, 4)
 
 
 def test_giving_up_a_device() -> None:
@@ -416,6 +557,13 @@ def test_giving_up_a_device() -> None:
 def test_a_failure_elsewhere_stops_this_node() -> None:
     assert play(Heard(1, {"kind": "ended"}), nodes=2).phase is Phase.STOPPING
     assert play(report(1, deaths=(death(3),)), nodes=2).phase is Phase.STOPPING
+    assert play(report(1, has_drained=True), nodes=2).phase is Phase.RUNNING
+
+
+def test_all_must_have_finished() -> None:
+    finished = report(0, has_finished=True, has_drained=True)
+    for other in (lost(1), report(1, deaths=(death(2),))):
+        assert isinstance(end(exited(0), exited(1), RoundDrained(), finished, other, nodes=2), Again)
 
 
 def test_a_round_is_settled_when_all_have_reported() -> None:
@@ -424,13 +572,19 @@ def test_a_round_is_settled_when_all_have_reported() -> None:
     assert round_.phase is Phase.OVER
     assert round_.after(report(1, **done)).phase is Phase.SETTLED
     assert round_.after(lost(1)).phase is Phase.SETTLED
+    round_ = play(RoundDrained(), lost(1), report(0), nodes=3)
+    assert round_.phase is Phase.OVER
+    assert round_.after(lost(2)).phase is Phase.SETTLED
 
 
 def test_a_lost_node_costs_no_restart() -> None:
+    assert play(lost(1), nodes=2).phase is Phase.STOPPING
     cut = report(0, deaths=(death(0, 1),))
-    decision = end(lost(1), exited(0, 1), exited(1, -15), RoundDrained(), cut, nodes=2)
-    assert isinstance(decision, Again)
-    assert (decision.same_team, decision.history.restarts) == (False, 0)
+    for least in (1, 2):  # if too few are left they wait for others
+        events = [lost(1), exited(0, 1), exited(1, -15), RoundDrained(), cut]
+        decision = end(*events, nodes=2, limits=Limits(min_nodes=least))
+        assert isinstance(decision, Again)
+        assert (decision.same_team, decision.history.restarts) == (False, 0)
 
 
 def test_a_node_that_is_lost_again_and_again() -> None:
@@ -451,6 +605,7 @@ def test_a_node_with_processes_that_nothing_ends() -> None:
     others, both = end(*left, nodes=2), end(*left, nodes=2, limits=Limits(min_nodes=2))
     assert isinstance(others, Again)
     assert not others.same_team
+    assert others.reason == "going on without the nodes that cannot get rid of their processes"
     assert both == GiveUp(ExitCode.INTERNAL, both.reason)
     itself = end(RoundDrained(), report(0, is_stuck=True), report(1), nodes=2)
     assert itself == GiveUp(ExitCode.INTERNAL, both.reason, is_final=False)
@@ -476,6 +631,8 @@ def test_a_node_that_leaves() -> None:
     stays = end(*drained(wish("leave", 1)), nodes=2)
     assert isinstance(stays, Again)
     assert not stays.same_team
+    assert stays.history.losses == 0
+    assert stays.reason == "going on without the nodes that were told to leave"
 
 
 def test_too_few_stay() -> None:
@@ -487,7 +644,8 @@ def test_too_few_stay() -> None:
 
 def test_nodes_that_wait_are_taken_in() -> None:
     waiting = Heard(0, {"kind": "waiting", "count": 1})
-    for events in (drained(waiting, wish("join")), drained(waiting, wish("restart"))):
+    failed = [waiting, exited(0, 1), RoundDrained(), report(0, deaths=(death(0),)), report(1)]
+    for events in (drained(waiting, wish("join")), drained(waiting, wish("restart")), failed):
         decision = end(*events, nodes=2)
         assert isinstance(decision, Again)
         assert not decision.same_team
@@ -496,9 +654,9 @@ def test_nodes_that_wait_are_taken_in() -> None:
 def test_this_node_is_cut_off() -> None:
     failed = MemberFailed("lost", "the store cannot be reached")
     assert play(failed, nodes=2).phase is Phase.STOPPING
-    decision = end(failed, exited(0, -15), exited(1, -15), RoundDrained(), nodes=2)
-    assert isinstance(decision, Again)
-    assert not decision.same_team
+    history = History(failed_joins=3)
+    decision = end(failed, exited(0, -15), exited(1, -15), RoundDrained(), nodes=2, history=history)
+    assert decision == Again(History(), "joining again", same_team=False)
 
 
 @pytest.mark.parametrize("ends", [[ZygoteLost(-9, 1.0)], [DeadlinePassed(), DeadlinePassed()]])
@@ -531,6 +689,8 @@ def test_no_team_to_join(kind: str, code: int) -> None:
 def test_histories_of_a_team() -> None:
     old, new = History(2, 30, (Failure(30, "x"),)), History()
     assert History.of_team([new, old, new]) == old
+    for longer in (History(best_step=30), History(losses=1)):
+        assert History.of_team([new, longer, new]) == longer
     assert History.from_json(old.to_json()) == old
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.control import ask
 from tests.launcher.conftest import Job, wait_for_death
 
 PERSISTING = {"event": "persisting", "step": 7, "tier": "remote", "done": 1_200_000, "total": 2_000_000}
@@ -125,6 +127,31 @@ def test_kill_9_of_the_saver(job: Job) -> None:
         r"log: runs/train/logs/saver\.log",
         said[1],
     )
+
+
+def test_what_lies_in_the_current_directory_is_not_the_savers(job: Job) -> None:
+    for name in ("json.py", "shardckpt.py"):
+        job.script("raise SystemExit('not meant for the saver')", name)
+    assert job.run(job.script(FINISH, "code/train.py"), "{}").code == 0
+    assert "not meant" not in saver_log(job).read_text()
+
+
+def test_a_job_that_waits_for_its_saver_can_be_asked(job: Job) -> None:
+    before = job.fifo("before")
+    process = job.start(job.script(FINISH), json.dumps({"before": str(before), "then": [PERSISTING]}))
+    read_until(process, "1.2 of 2.0 MB")
+    [answer] = ask(job.path / "runs/train", "status")
+    assert answer["status"]["phase"] == "persisting"
+    before.write_text("go on")
+    assert job.end(process).code == 0
+
+
+def test_a_job_does_not_wait_for_a_dead_saver(job: Job) -> None:
+    process, (saver, _, _) = start_waiting(job, now=[PERSISTING])
+    os.kill(saver, signal.SIGKILL)
+    read_until(process, "the saver was lost")
+    process.send_signal(signal.SIGINT)
+    assert job.end(process).code == 130
 
 
 def test_a_saver_that_cannot_run_is_not_started_for_ever(job: Job) -> None:

@@ -59,19 +59,19 @@ def test_a_dump_is_parsed() -> None:
         }
 
     threads = [
-        {"pid": 8, "thread_name": None, "os_thread_id": 9, "frames": []},
+        {"pid": 8, "thread_name": None, "os_thread_id": 7, "frames": []},
         {
             "pid": 8,
             "thread_name": "MainThread",
             "os_thread_id": 8,
-            "frames": [dumped("f", module="/lib/libc.so"), dumped("g", short_filename=None)],
+            "frames": [dumped("f", module="/lib/libc.so"), dumped("g", short_filename=None), dumped("h")],
         },
     ]
     main, other = parse_dump(json.dumps(threads))
     assert (main.name, main.tid, other.name) == ("MainThread", 8, "")
     assert main.frames[0].is_native
     assert not main.frames[1].is_native
-    assert main.frames[1].place == "/a/b.py:3 in g"
+    assert [frame.place for frame in main.frames[1:]] == ["/a/b.py:3 in g", "b.py:3 in h"]
     assert parse_dump("[]") == ()
     for garbage in ("", "{}", "[1]", '[{"pid": 1}]', "null"):
         with pytest.raises(ValueError, match=r".+"):
@@ -124,6 +124,12 @@ def test_a_dump_is_parsed() -> None:
         # A user's own function of such a name, and a distributed one below the user's, say nothing.
         ([frame("all_reduce", "/home/me/util.py"), frame("barrier", C10D)], None),
         ([frame("plan", f"{TORCH}/distributed/checkpoint/planner.py")], None),
+        ([frame("send", "/venv/lib/python3.11/site-packages/urllib3/connection.py")], None),
+        # The library between, not the one that runs the user's code.
+        (
+            [frame("barrier", C10D), *USER, frame("forward", f"{TORCH}/nn/parallel/distributed.py")],
+            "barrier",
+        ),
     ],
 )
 def test_the_collective(frames: list[Frame], collective: str | None) -> None:
@@ -153,6 +159,8 @@ def test_where_it_is() -> None:
     )
     assert in_library.where == "trainer/loop.py:5 in step"
     assert read_stack(0, 1, []).trouble is not None
+    ours = frame("_enter", str(Path(processes.__file__).with_name("hook.py")))
+    assert read(ours, *USER).where == "train.py:140 in main"
 
 
 def test_where_a_child_is() -> None:
@@ -190,6 +198,16 @@ STOPPED = "stopped by a signal (SIGSTOP)"
             [
                 "rank 3 is behind: step 118, in train.py:88 in load_batch (time.sleep(9))",
                 "ranks 0-2, 4-7 wait for it in all_reduce at step 119, called at train.py:140 in train",
+            ],
+        ),
+        (
+            {0: LOADING, 1: at("train.py:3 in f"), 2: reducing(), 3: reducing()},
+            {0: 4, 1: 5, 2: 5, 3: 3},
+            [
+                "rank 0 is behind: step 4, in train.py:88 in load_batch (time.sleep(9))",
+                "rank 1 is in no collective: step 5, in train.py:3 in f",
+                "rank 3 waits for them in all_reduce at step 3, called at train.py:140 in train",
+                "rank 2 waits for them in all_reduce at step 5, called at train.py:140 in train",
             ],
         ),
         (

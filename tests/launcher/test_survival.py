@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher import control
+from launcher.errors import UsageError
 from tests.launcher.conftest import LAUNCH, PATIENCE, Ended, Job, until
 
 # Says who it is and makes steps, until a file says that it is enough, or it is asked to drain.
@@ -76,9 +78,15 @@ def ask(job: Job, *words: str) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def wait_for_steps(job: Job) -> None:
-    """Return when the agent knows that its workers make steps, and so that they drain."""
-    until(lambda: json.loads(ask(job, "status", "train", "--json").out or "{}").get("step"))
+def wait_for_steps(job: Job, beyond: int = 0) -> int:
+    """The step of its workers, when the agent knows that they make steps, and so that they drain."""
+
+    def look() -> int:
+        status = json.loads(ask(job, "status", "train", "--json").out or "{}")
+        step = int(status.get("step") or 0)
+        return step if step > beyond else 0
+
+    return until(look)
 
 
 def journal(job: Job, event: str) -> list[dict[str, object]]:
@@ -170,6 +178,8 @@ def test_a_dead_device_is_left_out(job: Job) -> None:
     assert lines == ["3 0 2 0 2", "3 1 2 2 2"]
     wait_for_steps(job)
     (job.path / "repaired").touch()
+    with pytest.raises(UsageError, match="nproc: expected 1 or more, found 0"):
+        list(control.ask(job.path / "runs/train", "scale", 0))
     assert ask(job, "scale", "train", "3").code == 0
     assert has_started(job, 4, 3) == ["4 0 3 0 2", "4 1 3 1 2", "4 2 3 2 2"]
     wait_for_steps(job)
@@ -177,7 +187,9 @@ def test_a_dead_device_is_left_out(job: Job) -> None:
     assert ask(job, "scale", "train", "2", "--without=0").code == 0
     assert has_started(job, 5, 2) == ["5 0 2 1 2", "5 1 2 2 2"]
     (job.path / "finish").touch()
-    assert job.end(process).code == 0
+    done = job.end(process)
+    assert done.code == 0
+    assert "slot 1 left out, since its worker fails at the start; going on with 2 of 3" in done.err
 
 
 def test_too_few_devices_end_the_job(job: Job) -> None:
@@ -218,13 +230,30 @@ def test_workers_that_do_not_save_in_time(job: Job) -> None:
     assert "stopped at step 1, which is not saved" in done.err
 
 
-def test_a_second_signal_ends_it_at_once(job: Job) -> None:
+def test_a_save_before_the_end_is_no_hang(job: Job) -> None:
+    """However long it takes: who leaves has the grace."""
+    script = job.script(STEPS + FOREVER.replace("sys.exit(75)", "time.sleep(3); sys.exit(75)"))
+    process = job.start("--hang-timeout=1", script)
+    wait_for_steps(job)
+    process.send_signal(signal.SIGTERM)
+    done = job.end(process)
+    assert done.code == 75
+    assert "saved at step" in done.err
+    assert journal(job, "hang") == []
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_second_signal_ends_it_at_once(job: Job, is_asked: bool) -> None:
+    """As `launch stop --now` does."""
     script = job.script(STEPS + "tell(1)\n    while True: time.sleep(1)\n    ")
     process = job.start("--grace=60", script)
     wait_for_steps(job)
-    process.send_signal(signal.SIGTERM)
-    until(lambda: journal(job, "drain_requested"))
-    process.send_signal(signal.SIGTERM)
+    if is_asked:
+        assert ask(job, "stop", "train", "--now").code == 0
+    else:
+        process.send_signal(signal.SIGTERM)
+        until(lambda: journal(job, "drain_requested"))
+        process.send_signal(signal.SIGTERM)
     assert job.end(process).code == 143
 
 
@@ -332,6 +361,8 @@ def test_the_timeline_of_a_recovery(job: Job) -> None:
     [timeline] = until(lambda: journal(job, "recovered"))
     assert 0 <= float(str(timeline["stopped"])) <= float(str(timeline["forked"]))
     assert float(str(timeline["forked"])) <= float(str(timeline["first_step"]))
+    wait_for_steps(job, beyond=wait_for_steps(job))
+    assert len(journal(job, "recovered")) == 1
     (job.path / "finish").touch()
     assert job.end(process).code == 0
 
