@@ -56,15 +56,10 @@ def serve(*, is_warm: bool) -> None:
 
 def _warm_up(orders: dict[str, Any]) -> str | None:
     """Import what workers will import, resolved as the script would. The traceback if it fails."""
-    main = sys.modules["__main__"]
-    names = _untrack(vars(main))
-    gc.disable()
     if orders["import_dir"] is not None:
         sys.path.insert(0, orders["import_dir"])
-    if orders["main_file"] is not None:
-        main.__file__ = orders["main_file"]  # some libraries look at it when they are imported
     try:
-        with _variables_of(orders["source"]):
+        with _frozen(orders["main_file"]), _variables_of(orders["source"]):
             for name in (*_TORCH, *orders["preload"]):
                 importlib.import_module(name)
             if orders["source"] is not None:
@@ -75,15 +70,36 @@ def _warm_up(orders: dict[str, Any]) -> str | None:
     else:
         return None
     finally:
-        vars(main).pop("__file__", None)
         if orders["import_dir"] is not None:
             sys.path.remove(orders["import_dir"])
+
+
+@contextmanager
+def _frozen(main_file: str | None) -> Iterator[None]:
+    """What is made here is left alone by the collector for good, but for the names of `__main__`.
+
+    Collections in the workers would write to every object's header, and so copy every page. But a script's
+    names hold its functions, which hold all its names. If these were frozen too, no collection at exit would
+    find what else they hold: a file that the script has left open would never be flushed. For the same reason
+    no frame that exceptions may keep, as libraries do with those of failed imports, may hold `__main__`.
+    """
+    main = vars(sys.modules["__main__"])
+    names = dict(main)
+    for name in [name for name, value in names.items() if not isinstance(value, str | None)]:
+        del main[name]
+    gc.collect()  # only this lets go of dictionaries, of those that hold nothing but plain values
+    gc.disable()
+    if main_file is not None:
+        main["__file__"] = main_file  # some libraries look at it when they are imported
+    try:
+        yield
+    finally:
+        main.pop("__file__", None)
         gc.enable()
-        # Collections in the workers would write to every object's header, and so copy every page.
         gc.freeze()
-        names |= vars(main)
-        vars(main).clear()
-        vars(main).update(names)
+        names |= main
+        main.clear()
+        main.update(names)
 
 
 @contextmanager
@@ -98,19 +114,6 @@ def _variables_of(source: str | None) -> Iterator[None]:
         for name in changed:
             os.environ.pop(name, None)
         os.environ.update(before)
-
-
-def _untrack(module: dict[str, Any]) -> dict[str, Any]:
-    """Have the collector let go of a module's names until it gets back those that it had, which are returned.
-
-    A script's names hold its functions, which hold all its names. If these were frozen too, no collection at
-    exit would find what else they hold: a file that the script has left open would never be flushed.
-    """
-    names = dict(module)
-    for name in [name for name, value in names.items() if not isinstance(value, str | None)]:
-        del module[name]
-    gc.collect()  # only this lets go of dictionaries, of those that hold nothing but plain values
-    return names
 
 
 def _skip_destructors() -> None:
