@@ -56,6 +56,7 @@ __all__ = ["Agent"]
 
 _TICK = 1.0  # seconds between looks at how far the workers are
 _KILL_PATIENCE = 10.0  # seconds that dead processes get to disappear (uninterruptible sleep)
+_SLACK = 5.0  # seconds more that other nodes get for what takes this one no time
 _DIAGNOSIS_PATIENCE = 30.0  # seconds that taking stacks may take
 _HANG_REPORT = 600.0  # seconds without progress after which stacks are taken, if nothing else is asked for
 _SILENCE = 30.0  # seconds after which it is told that no worker reports steps, if hangs are looked for
@@ -173,6 +174,7 @@ class Agent:
     def _forget_round(self) -> None:
         self._workers = Workers()
         self._has_told_hang = False
+        self._waited = 0.0  # seconds, for nodes that are late
         self._meeting.close()
 
     def _after(self, round_: Round, event: Event) -> Round:
@@ -422,6 +424,8 @@ class Agent:
             self._look_for_hang(round_)
         if round_.phase is Phase.RUNNING:
             self._look_for_newcomers(round_)
+        if round_.is_late:
+            self._look_for_silence(round_)
 
     def _read_progress(self) -> None:
         self._workers.look()
@@ -446,6 +450,17 @@ class Agent:
             return
         if self._workers.can_drain or self._workers.age > _JOIN_PATIENCE:
             self._wish(round_, "join")
+
+    def _look_for_silence(self, round_: Round) -> None:
+        """Wait no longer for nodes whose `launch` says nothing, though it exists: it may be stopped."""
+        self._waited += _TICK
+        patience = self.config.grace + _KILL_PATIENCE + _SLACK
+        if round_.is_hung:
+            patience += _DIAGNOSIS_PATIENCE
+        if self._waited >= patience:
+            why = f"its launch has said nothing for {self._waited:.0f} s, and may be stopped"
+            for node in sorted(round_.silent):
+                self._membership.say({"kind": "lost", "node": node, "why": why})
 
     def _take_stacks(self, round_: Round) -> None:
         directory = self._run_dir.stacks(round_.plan.number)

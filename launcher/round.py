@@ -233,6 +233,25 @@ class Round:
         return max(steps, default=None)
 
     @property
+    def silent(self) -> frozenset[int]:
+        """The nodes of a team that have not said what all wait for: that they are ready, and later a report."""
+        if self.team is None:
+            return frozenset()
+        said = self.readies if self.phase is Phase.GATHERING else self.reports
+        return frozenset(range(self.team.size)) - frozenset(said) - frozenset(self.lost)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the silent nodes should have spoken soon after this one has: no worker of theirs may go on."""
+        if self.team is None:
+            return False
+        if self.phase is Phase.GATHERING:
+            return self.team.rank in self.readies
+        has_failed = any(not report.has_drained for report in self.reports.values())
+        is_ending = has_failed or self.is_hung or bool(self.lost) or self.stop_signal is not None
+        return self.phase is Phase.OVER and is_ending
+
+    @property
     def leavers(self) -> frozenset[int]:
         """The nodes that end with this round, because they were told to."""
         return frozenset(wish.node for wish in self.wishes if wish.reason == "leave")
@@ -333,6 +352,4 @@ class Round:
 
     def _settled(self) -> Round:
         """Settled, if nothing is left here and every node that is left has said what became of it."""
-        assert self.team is not None
-        missing = set(range(self.team.size)) - set(self.reports) - set(self.lost)
-        return self if missing or self.phase is not Phase.OVER else self._at_least(Phase.SETTLED)
+        return self if self.silent or self.phase is not Phase.OVER else self._at_least(Phase.SETTLED)

@@ -96,6 +96,7 @@ class Member:
 
     def _lose(self, reason: str) -> None:
         self._fail("lost", reason)
+        self._withdraw()  # now, since its agent may be stopped
 
     def _miss_store(self, error: Exception) -> None:
         """The store is gone, as `error` says in torch's words, which go to the log."""

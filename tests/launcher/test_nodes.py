@@ -211,6 +211,22 @@ def test_a_node_that_is_frozen_is_lost_and_comes_back(nodes: Nodes) -> None:
     assert [end.code for end in nodes.finish().values()] == [0, 0]
 
 
+def test_a_launch_that_is_stopped_is_waited_for_no_longer(nodes: Nodes) -> None:
+    """Its workers go on, and nobody minds, until a round has failed and its word is needed."""
+    nodes.start("a", "--grace=1", nodes="1:2")
+    until(lambda: port_is_open(nodes.port))
+    nodes.start("b", "--grace=1", nodes="1:2")
+    number = nodes.gather("a", "b")[0].round
+    nodes.agents["b"].send_signal(signal.SIGSTOP)
+    nodes.touch("fail-a-0-0")
+    alone = nodes.gather("a", after=number)[0].round
+    lost = next(event for event in nodes.events("a") if event["event"] == "node_lost")
+    assert "its launch has said nothing for" in str(lost["why"])
+    nodes.agents["b"].send_signal(signal.SIGCONT)
+    nodes.gather("a", "b", after=alone)
+    assert [end.code for end in nodes.finish().values()] == [0, 0]
+
+
 def processes_of(job: Job, agent: int) -> list[int]:
     """The agent and everything that it has started, member and workers included."""
     name = next(

@@ -613,6 +613,20 @@ def test_a_node_with_processes_that_nothing_ends() -> None:
     assert cut_off == itself
 
 
+def test_who_is_late() -> None:
+    """Nodes may take as long as they want for what they were started for; not for coming to an end."""
+    gathering = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}, {"host": "c"}]))
+    assert not gathering.is_late
+    assert (gathering.after(ready(0)).is_late, gathering.after(ready(0)).silent) == (True, {1, 2})
+    done = [RoundDrained(), report(0, has_finished=True, has_drained=True)]
+    assert not play(nodes=2).is_late
+    assert not play(*done, nodes=2).is_late
+    assert not play(Heard(1, {"kind": "ended"}), nodes=2).is_late
+    failed = play(exited(0, 1), RoundDrained(), report(0, deaths=(death(0),)), nodes=3)
+    assert (failed.is_late, failed.silent) == (True, {1, 2})
+    assert failed.after(report(2)).after(lost(1)).phase is Phase.SETTLED
+
+
 def test_a_node_lost_before_the_start() -> None:
     round_ = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}])).after(lost(1))
     assert round_.phase is Phase.SETTLED
