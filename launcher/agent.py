@@ -579,10 +579,12 @@ class Agent:
         """
         if self._backlog is None:
             return exit_code
-        timeout = self.config.drain_timeout
-        if self._leave_by is not None:
-            timeout = min(timeout, max(0.0, self._leave_by - time.monotonic()))
-        drain = Drain(self._backlog, timeout)
+        drain = Drain(self._backlog, self.config.drain_timeout)
+        if (
+            self._leave_by is not None
+            and (left := max(0.0, self._leave_by - time.monotonic())) < drain.timeout
+        ):
+            drain = replace(drain, timeout=left, limit="--grace")
         self._saver.drain()
         self._monitor.set_deadline(drain.timeout)
         for event in self._monitor.events():

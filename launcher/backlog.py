@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from signal import Signals
+from typing import TypeVar
 
 from launcher.diagnosis import describe_exit
 from launcher.errors import ExitCode
@@ -22,6 +23,9 @@ from launcher.wording import part
 
 __all__ = ["Backlog", "Drain"]
 
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
 
 @dataclass(frozen=True)
 class Backlog:
@@ -29,21 +33,25 @@ class Backlog:
 
     pending: Mapping[tuple[int, str], SavePersisting] = field(default_factory=dict)
     """By step and tier."""
+    failed: Mapping[str, SaveFailed] = field(default_factory=dict)
+    """By tier: the newest that failed, unless a newer one was made durable there since."""
 
     def after(self, event: Event) -> Backlog:
         """The backlog after `event`."""
         match event:
             case SavePersisting(step=step, tier=tier):
-                return Backlog({**self.pending, (step, tier): event})
-            case (
-                SavePersisted(step=step, tier=tier)
-                | SaveFailed(step=step, tier=tier)
-                | SaveSuperseded(step=step, tier=tier)
-            ):
-                others = {key: value for key, value in self.pending.items() if key != (step, tier)}
-                return Backlog(others)
+                return replace(self, pending={**self.pending, (step, tier): event})
+            case SavePersisted(step=step, tier=tier) | SaveSuperseded(step=step, tier=tier):
+                is_good = tier in self.failed and self.failed[tier].step <= step
+                return self._over(step, tier, _without(self.failed, tier) if is_good else self.failed)
+            case SaveFailed(step=step, tier=tier):
+                is_older = tier in self.failed and self.failed[tier].step > step
+                return self._over(step, tier, self.failed if is_older else {**self.failed, tier: event})
             case _:
                 return self
+
+    def _over(self, step: int, tier: str, failed: Mapping[str, SaveFailed]) -> Backlog:
+        return Backlog(_without(self.pending, (step, tier)), failed)
 
     def __str__(self) -> str:
         """`step 120: 1.2 of 2.0 GB (remote)`, and so on; empty if nothing is known to be pending."""
@@ -56,9 +64,13 @@ class Backlog:
         """What it means that the saver has ended unasked, in one line."""
         lost = f", and of {self} what is missing" if self.pending else ""
         return (
-            f"the saver was lost: {describe_exit(ended.code)}; the snapshots in memory are gone{lost}, "
-            f"but no committed checkpoint; log: {log}"
+            f"the saver was lost: {describe_exit(ended.code)}; the snapshots in memory are gone{lost}; "
+            f"checkpoints that are committed are safe; log: {log}"
         )
+
+
+def _without(values: Mapping[_Key, _Value], key: _Key) -> dict[_Key, _Value]:
+    return {other: value for other, value in values.items() if other != key}
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,7 @@ class Drain:
 
     backlog: Backlog
     timeout: float  # seconds; 0: nobody wants to wait
+    limit: str = "--drain-timeout"  # what sets it
     persisted: tuple[SavePersisted, ...] = ()
     ending: SaverEnded | DeadlinePassed | StopRequested | None = None
 
@@ -110,6 +123,12 @@ class Drain:
                     f"step {save.step} to {save.url} in {save.seconds:.1f} s" for save in self.persisted
                 ]
                 return f"persisted {', '.join(saves)}" if saves else ""
+            case SaverEnded() if self.ending.code > 0 and self.backlog.failed:
+                lost = (
+                    f"step {save.step} is not durable in {save.url}: {save.error}"
+                    for save in self.backlog.failed.values()
+                )
+                return f"{'; '.join(lost)}; log: {log}"
             case SaverEnded() if self.ending.code > 0:
                 how = describe_exit(self.ending.code)
                 return f"not every checkpoint became durable: the saver ended with {how}; log: {log}"
@@ -118,7 +137,7 @@ class Drain:
             case DeadlinePassed() if self.timeout == 0:
                 return f"not waiting for the saver, as --drain-timeout 0 says{left}"
             case DeadlinePassed():
-                return f"the saver is not done after {self.timeout:g} s (--drain-timeout){left}"
+                return f"the saver is not done after {self.timeout:.3g} s ({self.limit}){left}"
             case StopRequested(signum=signum):
                 return f"{Signals(signum).name}: not waiting for the saver any longer{left}"
             case None:

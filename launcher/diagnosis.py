@@ -66,7 +66,7 @@ _COLLECTIVE_HINT = (
 _HINTS = (
     (
         r"DataLoader worker .* killed by signal: (Bus|Kill)|insufficient shared memory",
-        "a DataLoader worker had no memory left, or /dev/shm is full: fewer workers, or a larger /dev/shm",
+        "perhaps a DataLoader worker had no memory left, or /dev/shm is full: fewer workers, or a larger one",
     ),
     (
         r"DataLoader worker .* exited unexpectedly",
@@ -298,6 +298,7 @@ class Verdict:
     cause: str
     kill: str | None  # who killed it, where that is known
     hint: str | None
+    told_by: int | None  # the rank whose last words these are; if none is to blame, of the first victim
     lines: tuple[str, ...]
     has_traceback: bool
     victims: tuple[Victim, ...]  # the others that failed by themselves or of it, in order
@@ -328,14 +329,14 @@ class Verdict:
         """The block for the terminal."""
         what = "hung" if self.hang and self.rank is None else "failed"
         text = [f"round {self.round} {what} after {self.seconds:.1f} s", f"  {self._headline()}"]
-        for ranks, how in ((self.finished, "0"), (self.drained, "75, as after saving to leave")):
-            if ranks:
-                text.append(f"  {name_ranks(ranks)} had ended before, with exit code {how}")
+        if (ended := _ended_in_words(self.finished, self.drained)) and ended != self.cause:
+            text.append(f"  {ended}")
         if self.hint:
             text.append(f"  hint: {self.hint}")
         text += [f"  {line}" for line in self.hang]
         if self.lines:
-            text.append("  its traceback:" if self.has_traceback else "  its last lines:")
+            whose = "its" if self.told_by == self.rank else f"rank {self.told_by}'s"
+            text.append(f"  {whose} {'traceback' if self.has_traceback else 'last lines'}:")
             text += [f"    {line}" for line in self.lines]
         elif self.rank is not None:
             text.append("  it left no output")
@@ -381,6 +382,16 @@ class Verdict:
         return f"step {self.step} reached, snapshot of step {self.newest_saved}: {lost} lost"
 
 
+def _ended_in_words(finished: Sequence[int], drained: Sequence[int]) -> str:
+    """That these ranks had ended; empty if none had."""
+    kinds = ((finished, "0"), (drained, "75, as after saving to leave"))
+    return "; ".join(
+        f"{name_ranks(ranks)} had ended before the others, with exit code {how}"
+        for ranks, how in kinds
+        if ranks
+    )
+
+
 def _cut(error: str) -> str:
     return error if len(error) <= _LONGEST else f"{error[: _LONGEST - 1]}…"
 
@@ -404,10 +415,13 @@ def judge(
     trouble = tuple(_on(report, len(reports), report.trouble) for report in reports if report.trouble)
     hang = tuple(_on(report, len(reports), line) for report in reports for line in report.hang)
     explains = bool(lost or trouble or hang)
-    culprit = find_culprit(deaths, has_lost_node=explains)
-    at = culprit.at if culprit else min(report.at for report in reports)
+    first = find_culprit(deaths, has_lost_node=explains)
+    at = first.at if first else min(report.at for report in reports)
+    ended = _ended_before(reports, first, at)
+    culprit = None if ended else first
     victims, stopped = _sort_others(deaths, culprit, at)
-    ended = _ended_before(reports, culprit, at)
+    finished = tuple(rank for rank, code in ended.items() if code == 0)
+    drained = tuple(rank for rank, code in ended.items() if code != 0)
     losses = tuple(LostNode(node, host, why) for node, (host, why) in sorted(lost.items()))
     return Verdict(
         round=reports[0].round,
@@ -417,15 +431,16 @@ def judge(
         code=culprit.code if culprit else None,
         host=culprit.host if culprit else None,
         node=next((report.node for report in reports if culprit in report.deaths), None),
-        cause=_cause(culprit, losses, trouble, hang, ended),
+        cause=_cause(culprit, losses, trouble, hang, _ended_in_words(finished, drained)),
         kill=culprit.kill if culprit else None,
-        hint=_hint(culprit) if culprit and not ended else None,
-        lines=culprit.lines if culprit else (),
-        has_traceback=culprit.has_traceback if culprit else False,
+        hint=_hint(culprit) if culprit else None,
+        told_by=first.rank if first else None,
+        lines=first.lines if first else (),
+        has_traceback=first.has_traceback if first else False,
         victims=victims,
         stopped=stopped,
-        finished=tuple(rank for rank, code in ended.items() if code == 0),
-        drained=tuple(rank for rank, code in ended.items() if code != 0),
+        finished=finished,
+        drained=drained,
         trouble=trouble,
         hang=hang,
         lost=losses,
@@ -433,7 +448,7 @@ def judge(
         step=max((report.step for report in reports if report.step is not None), default=None),
         newest_saved=newest_saved,
         is_only_in_memory=is_only_in_memory,
-        log=culprit.log if culprit else None,
+        log=first.log if first else None,
         next=decision_text,
     )
 
@@ -480,23 +495,24 @@ def _cause(
     lost: Sequence[LostNode],
     trouble: Sequence[str],
     hang: Sequence[str],
-    ended: Mapping[int, int],
+    ended: str,
 ) -> str:
     if culprit is not None:
         how = describe_exit(culprit.code)
         if culprit.kill and culprit.code == -signal.SIGKILL:
             return culprit.kill
         why = f"; {culprit.kill}" if culprit.kill else ""
-        return f"{_cut(culprit.error)} ({how}){why}" if culprit.error else f"{how}{why}"
+        if not culprit.error:
+            return f"{how}{why}"
+        exited = "" if culprit.is_ours else f" ({how})"  # it was about to end when launch told it to
+        return f"{_cut(culprit.error)}{exited}{why}"
     if trouble:
         return trouble[0]
     if lost:
         return f"lost: node {lost[0].node} ({lost[0].host}): {lost[0].why}"
     if hang:
         return _NO_PROGRESS
-    if ended:
-        return "some workers came to their end, and the others did not follow"
-    return "no worker failed, but the round ended"
+    return ended or "no worker failed, but the round ended"
 
 
 def _hint(death: Death) -> str | None:

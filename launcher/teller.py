@@ -463,5 +463,7 @@ def _kind(verdict: Verdict) -> str:
     if verdict.kill is not None:
         return "oom"
     if verdict.rank is None:
+        if verdict.finished or verdict.drained:
+            return "crash"
         return "node" if verdict.lost else "launcher"
     return "crash" if verdict.code is not None and verdict.code >= 0 else "signal"

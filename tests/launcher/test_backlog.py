@@ -48,6 +48,19 @@ def test_a_save_is_pending_in_each_tier_until_it_is_persisted_or_fails_there() -
     assert not backlog(SavePersisted(7, "local", "/x", 1.0)).pending
 
 
+def test_what_has_failed_and_is_not_made_good() -> None:
+    """The newest in each tier, until one that is not older is durable there."""
+    full = [SaveFailed(step, "local", "/x", f"no space for {step}") for step in (6, 7)]
+    remote = SaveFailed(5, "remote", "s3://x", "no bucket")
+    told = drain(*full, remote, full[0], SaverEnded(1)).render(12, "saver.log")
+    lost = "step 7 is not durable in /x: no space for 7; step 5 is not durable in s3://x: no bucket"
+    assert told == f"{lost}; log: saver.log"
+    made_good = drain(*full, remote, SavePersisted(8, "local", "/x", 1.0), SaverEnded(1))
+    assert made_good.render(12, "saver.log").startswith("step 5 is not durable in s3://x: no bucket;")
+    older = drain(*full, SavePersisted(6, "local", "/x", 1.0), SaverEnded(1))
+    assert "step 7" in older.render(12, "saver.log")
+
+
 @pytest.mark.parametrize(
     ("done", "total", "text"),
     [
@@ -89,7 +102,7 @@ def test_exit_codes(ending: Event, timeout: float, code: int) -> None:
         (
             SaverEnded(-9),
             9.0,
-            r"the saver was lost: .*SIGKILL.*, and of {left} what is missing, .*saver.log",
+            r"the saver was lost: .*SIGKILL.*, and of {left} what is missing; .*saver.log",
         ),
         (
             DeadlinePassed(),
@@ -118,6 +131,8 @@ def test_what_is_told() -> None:
     saves = [SavePersisted(7, "local", "/x", 1.0), SavePersisted(7, "remote", "s3://x", 2.5)]
     told = drain(*saves, SaverEnded(0)).render(None, "saver.log")
     assert told == "persisted step 7 to /x in 1.0 s, step 7 to s3://x in 2.5 s"
+    cut_short = Drain(Backlog(), 4.3558, "--grace").after(DeadlinePassed()).render(12, "saver.log")
+    assert cut_short.startswith("the saver is not done after 4.36 s (--grace);")
     told = drain(DeadlinePassed(), timeout=2.5).render(12, "saver.log")
     assert told == (
         "the saver is not done after 2.5 s (--drain-timeout); "

@@ -360,10 +360,13 @@ def test_a_worker_that_leaves_without_the_others() -> None:
     stopped = died(1, -signal.SIGTERM, is_ours=True)
     verdict = judged(reported(stopped, ended=((0, 75, 1e9),)))
     assert verdict.rank is None
-    assert verdict.render()[1:3] == [
-        "  some workers came to their end, and the others did not follow",
-        "  rank 0 had ended before, with exit code 75, as after saving to leave",
-    ]
+    cause = "  rank 0 had ended before the others, with exit code 75, as after saving to leave"
+    assert verdict.render()[1:3] == [cause, "  stopped: rank 1"]
+
+
+def test_a_worker_that_failed_and_was_stopped_before_it_had_ended() -> None:
+    """The signal by which it ended then says nothing of why."""
+    assert judged(reported(died(0, -signal.SIGTERM, OWN, is_ours=True))).cause == OWN
 
 
 @pytest.mark.parametrize("error", [CLOSED, TIMEOUT])
@@ -371,11 +374,13 @@ def test_a_rank_that_had_ended_explains_that_others_lost_it(error: str) -> None:
     """sys.exit(0) in one rank breaks the others, and is no failure itself."""
     report = reported(died(1, 1, error), ended=((0, 0, 1e9), (2, 0, 1e9 + 5)))
     verdict = judged(NodeReport.from_json(json.loads(json.dumps(report.to_json()))))
-    assert (verdict.rank, verdict.finished, verdict.hint) == (1, (0,), None)
-    assert verdict.render()[2] == "  rank 0 had ended before, with exit code 0"
+    assert (verdict.rank, verdict.finished, verdict.hint) == (None, (0,), None)
+    assert verdict.render()[1] == "  rank 0 had ended before the others, with exit code 0"
+    assert verdict.render()[2] == "  rank 1's traceback:"
+    assert "  then, of it: rank 1: " in "\n".join(verdict.render())
     left = judged(reported(died(1, 1, error), ended=((0, 75, 1e9),)))
     assert (left.finished, left.drained) == ((), (0,))
-    assert left.render()[2].startswith("  rank 0 had ended before, with exit code 75")
+    assert left.render()[1].startswith("  rank 0 had ended before the others, with exit code 75")
     assert judged(reported(died(1, 1, OWN), ended=((0, 0, 1e9),))).finished == ()
 
 
