@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from launcher.parsers import RDZV_CONF
 __all__ = ["Config", "Shown", "config_from_settings", "settings_from_environ", "settings_from_file"]
 
 _STDOUT, _STDERR = 1, 2
+_FILES_OF_WORKER, _OWN_FILES = 2, 64  # open at the same time: its logs; all others
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 _LEAST = {
     "nproc": 1,
@@ -121,6 +123,14 @@ class Config:
             raise UsageError(
                 f"nproc: expected at most {gpus}, the GPUs that workers can see, found {self.nproc}: "
                 f"ask for fewer, or set CUDA_VISIBLE_DEVICES= (empty) for workers without GPUs"
+            )
+
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = (files - _OWN_FILES) // _FILES_OF_WORKER
+        if files != resource.RLIM_INFINITY and self.nproc > most:
+            raise UsageError(
+                f"nproc: expected at most {most}, for which the {files} files that may be open here suffice, "
+                f"found {self.nproc}: raise `ulimit -n`"
             )
 
     def _check_nodes(self) -> None:

@@ -455,3 +455,10 @@ def test_fewer_gpus_than_the_minimum_are_one_clear_line(monkeypatch: pytest.Monk
     ) == (1, 2)
     with pytest.raises(UsageError, match=r"a minimum of at most 2, the most workers .* found 4"):
         parse(["--nproc", "4:auto", "train.py"])
+
+
+def test_more_workers_than_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (256, 4096))
+    assert parse(["--nproc=96", "train.py"]).nproc == 96
+    with pytest.raises(UsageError, match=r"nproc: expected at most 96, .*found 97: raise `ulimit -n`"):
+        parse(["--nproc=97", "train.py"])
