@@ -167,6 +167,7 @@ class Agent:
             {
                 "host": os.uname().nodename,
                 "job": _describe_job(self.config),
+                "args": list(self.config.command.args),
                 "history": self._history.to_json(),
             }
         )

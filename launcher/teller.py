@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -132,6 +133,11 @@ class Teller:
         hosts = ", ".join(str(hello["host"]) for hello in event.hellos)
         self._console.say(f"node {event.rank} of {len(event.hellos)}: {hosts}", style=_DIM)
         self._journal.record("node_joined", node=event.rank, hosts=hosts)
+        mine = event.hellos[event.rank]["args"]
+        for node, hello in enumerate(event.hellos):
+            if hello["args"] != mine:
+                theirs, ours = (shlex.join(args) or "none" for args in (hello["args"], mine))
+                self._warn(f"node {node} ({hello['host']}) has other arguments: {theirs}; here: {ours}")
 
     def heard(self, node: int, message: Mapping[str, Any], round_: Round) -> None:
         """What a node has said, where users want to know."""

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +79,15 @@ class Nodes:
         self.script = job.script(WORKER, "work.py")
         self.agents: dict[str, subprocess.Popen[str]] = {}
 
-    def start(self, name: str, *options: str, nodes: str = "2", nproc: int = 2, **environ: str) -> None:
+    def start(
+        self,
+        name: str,
+        *options: str,
+        nodes: str = "2",
+        nproc: int = 2,
+        args: Sequence[str] = (),
+        **environ: str,
+    ) -> None:
         self.agents[name] = self.job.start(
             f"--nnodes={nodes}",
             f"--rdzv-endpoint=127.0.0.1:{self.port}",
@@ -90,6 +98,7 @@ class Nodes:
             "--",
             sys.executable,
             self.script,
+            *args,
             env={**self.job.environment, "NODE": name, **environ},
         )
 
@@ -136,9 +145,12 @@ def nodes(job: Job) -> Iterator[Nodes]:
 
 
 def test_a_failure_on_one_node_restarts_all(nodes: Nodes) -> None:
-    """One verdict, one count of restarts, and one end. Progress would refill the budget."""
+    """One verdict, one count of restarts, and one end. Progress would refill the budget.
+
+    Arguments may differ, but users are told.
+    """
     nodes.start("a", "--max-restarts=1", STEPS="1")
-    nodes.start("b", "--max-restarts=1", STEPS="1")
+    nodes.start("b", "--max-restarts=1", STEPS="1", args=["--lr", "0.2"])
     first = nodes.gather("a", "b")
     assert sorted(line.rank for line in first) == [0, 1, 2, 3]
     assert {(line.round, line.world, line.restarts) for line in first} == {(1, 4, 0)}
@@ -151,6 +163,8 @@ def test_a_failure_on_one_node_restarts_all(nodes: Nodes) -> None:
     for end in ends.values():
         assert "giving up: 1 restart used up" in end.err
         assert re.search(r"rank \d on \S+ failed first, at [\d:.]+: ValueError: boom 0", end.err)
+        assert re.search(r"node \d \(\S+\) has other arguments: ", end.err)
+    assert re.search(r"work.py --lr 0.2; here: .*work.py\n", ends["a"].err)
 
 
 def test_the_loss_of_a_node(nodes: Nodes) -> None:
