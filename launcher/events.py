@@ -13,6 +13,7 @@ __all__ = [
     "Heard",
     "Joined",
     "MemberFailed",
+    "MemberNews",
     "RoundDrained",
     "SaveFailed",
     "SavePersisted",
@@ -212,6 +213,13 @@ class MemberFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class MemberNews:
+    """What keeps this node from being in a team as yet; `text` is a line for the user."""
+
+    text: str
+
+
 Event = (
     ZygoteReady
     | WorkerStarted
@@ -234,4 +242,5 @@ Event = (
     | Joined
     | Heard
     | MemberFailed
+    | MemberNews
 )

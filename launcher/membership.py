@@ -14,13 +14,13 @@ import json
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.companion import Companion, module_command
 from launcher.errors import InternalError
-from launcher.events import Event, Heard, Joined, MemberFailed
+from launcher.events import Event, Heard, Joined, MemberFailed, MemberNews
 from launcher.processes import Subreaper
 
 __all__ = ["Alone", "Membership", "Rendezvous", "Together"]
@@ -37,9 +37,10 @@ class Rendezvous:
     host and port. `node_rank` is this node's number with "static", where all `max_nodes` nodes must come.
     `local_addr` is the address at which other nodes reach this one; None: found by the way to the
     endpoint. `conf` is what torchrun takes as --rdzv-conf; unless given, `join_timeout` is 600 s,
-    `last_call_timeout` 2 s, `read_timeout` (for somebody to answer at the endpoint) 60 s, `keep_alive_interval`
-    1 s and `keep_alive_max_attempt` 10; `is_host` says whether to serve the store of "c10d" and "static", which
-    is otherwise done by the first process on the endpoint's machine.
+    `last_call_timeout` 2 s, `read_timeout` (for somebody to answer at the endpoint; never longer than
+    `join_timeout`) 60 s, `keep_alive_interval` 1 s and `keep_alive_max_attempt` 10; `is_host` says whether to
+    serve the store of "c10d" and "static", which is otherwise done by the first process on the endpoint's
+    machine. `has_met`: this node has been in a generation of the job before.
 
     A node beyond `max_nodes` waits, without a limit, until another one is lost or the job has ended.
     """
@@ -52,6 +53,13 @@ class Rendezvous:
     node_rank: int | None = None
     local_addr: str | None = None
     conf: Mapping[str, str] = field(default_factory=dict)
+    has_met: bool = False
+
+    @property
+    def server(self) -> str:
+        """Who is at the endpoint, in words."""
+        is_node = self.backend in ("c10d", "static")
+        return "the node that serves the store" if is_node else "the rendezvous"
 
 
 class Membership(Protocol):
@@ -62,7 +70,10 @@ class Membership(Protocol):
         """File descriptors that become readable when `receive` has something to tell; none: never again."""
 
     def receive(self) -> list[Event]:
-        """What has happened since the last call: `Joined`, `Heard` or `MemberFailed`; does not wait."""
+        """What has happened since the last call; does not wait.
+
+        `Joined`, `Heard` and `MemberFailed`; `MemberNews` while it joins.
+        """
 
     def join(self, hello: Mapping[str, Any]) -> None:
         """Leave the generation that this node is in, and take part in the next one.
@@ -167,6 +178,8 @@ class Together:
         code = self._process.poll()  # before its last words are read, so that none can be missed
         told = map(_decode, self._process.read())
         events = [event for number, event in told if number == self._joins]
+        if any(isinstance(event, Joined) for event in events):
+            self._settings = replace(self._settings, has_met=True)
         failed = next((i for i, event in enumerate(events) if isinstance(event, MemberFailed)), None)
         if failed is not None:
             events = events[: failed + 1]
@@ -231,6 +244,7 @@ _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "joined": lambda m: Joined(m["rank"], m["hellos"]),
     "heard": lambda m: Heard(m["node"], m["message"]),
     "failed": lambda m: MemberFailed(m["kind"], m["reason"]),
+    "news": lambda m: MemberNews(m["text"]),
 }
 
 

@@ -21,6 +21,7 @@ from launcher.events import (
     Asked,
     Event,
     Joined,
+    MemberNews,
     SaveFailed,
     SavePersisted,
     SaverEnded,
@@ -356,7 +357,7 @@ class Teller:
     # -- saves
 
     def take(self, event: Event) -> None:
-        """What the agent hears; users are told of saves."""
+        """What the agent hears; users are told of saves, and of what a node waits for."""
         if self._is_debugging and not isinstance(event, Tick):
             self._console.say(repr(event)[:_LONGEST_EVENT], style=_DIM, level=Level.DEBUG)
         self._board = self._board.after(event, time.time())
@@ -373,6 +374,8 @@ class Teller:
                 )
                 text = f"step {event.step} did not become durable in {event.url}: {event.error}"
                 self._alarm(text)
+            case MemberNews(text=text):
+                self._console.say(text, style=_DIM)
 
     def saver_refused(self, reason: str) -> None:
         self._alarm(f"{reason}; {_NO_MORE_SAVERS}")

@@ -10,6 +10,7 @@ of the launcher that imports torch for itself. FD is one end of a stream socket 
 
 and go out:
 
+    {"event": "news", "number": 1, "text": "..."}              a line for the user, while it joins
     {"event": "joined", "number": 1, "rank": 0, "hellos": [...]}
     {"event": "heard", "number": 1, "node": 0, "message": {...}}
     {"event": "failed", "number": 1, "kind": "lost", "reason": "..."}      the last line

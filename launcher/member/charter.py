@@ -12,10 +12,10 @@ from launcher.member.stores import Store
 __all__ = ["Charter", "check_hellos"]
 
 
-def check_hellos(hellos: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `Refused` unless all nodes of a generation belong together."""
-    for hello in hellos[1:]:
-        _compare(hellos[0], hello)
+def check_hellos(hellos: Sequence[Mapping[str, Any]], rank: int) -> None:
+    """Raise `Refused` unless all nodes of a generation belong together; this one is number `rank`."""
+    for hello in hellos:
+        _compare(hello, hellos[rank])
 
 
 class Charter:
@@ -37,16 +37,16 @@ class Charter:
         self._store.set("charter", json.dumps({key: hello.get(key) for key in ("host", "version", "job")}))
 
 
-def _compare(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    if one.get("job") != other.get("job"):
+def _compare(other: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    if other.get("job") != own.get("job"):
         raise Refused(
             "usage",
-            f"another job uses the same rendezvous id (on {one['host']} and {other['host']}): "
-            "choose another --rdzv-id",
+            f"with this rendezvous id {other['host']} runs '{other.get('job')}', and this node "
+            f"'{own.get('job')}': correct the command, or choose another --rdzv-id if it is another job",
         )
-    if one["version"] != other["version"]:
+    if other["version"] != own["version"]:
         raise Refused(
             "usage",
-            f"{one['host']} has shardckpt {one['version']} and {other['host']} has {other['version']}: "
+            f"{other['host']} has shardckpt {other['version']} and {own['host']} has {own['version']}: "
             "install the same version on all nodes",
         )

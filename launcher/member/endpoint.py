@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 
 from launcher.member.refusal import Refused
 
 __all__ = ["is_here", "local_address", "reach", "resolve", "show"]
 
 _PAUSE = 0.3  # seconds between two attempts to connect
+_QUIET = 3.0  # seconds without an answer, after which the user is told
 
 
 def show(endpoint: tuple[str, int]) -> str:
@@ -56,20 +58,24 @@ def local_address(endpoint: tuple[str, int]) -> str:
     return socket.gethostname()
 
 
-def reach(endpoint: tuple[str, int], seconds: float) -> None:
-    """Wait until somebody accepts connections at `endpoint`; raises `Refused` after `seconds`."""
-    deadline = time.monotonic() + seconds
+def reach(endpoint: tuple[str, int], seconds: float, tell: Callable[[str], None]) -> None:
+    """Wait until somebody accepts connections at `endpoint`; raises TimeoutError after `seconds`.
+
+    If that takes long, `tell` is called once with a line for the user.
+    """
+    began = time.monotonic()
+    has_told = False
     while True:
-        left = deadline - time.monotonic()
+        left = began + seconds - time.monotonic()
         try:
-            socket.create_connection(endpoint, timeout=max(left, _PAUSE)).close()
+            socket.create_connection(endpoint, timeout=min(max(left, _PAUSE), _QUIET)).close()
         except OSError as error:
-            if left <= _PAUSE:
-                raise Refused(
-                    "unavailable",
-                    f"nobody answers at {show(endpoint)} within {seconds:g} s ({error.strerror or error}): "
-                    "start the first node, or check --rdzv-endpoint",
-                ) from None
+            why = error.strerror or str(error)
         else:
             return
+        if left <= _PAUSE:
+            raise TimeoutError(f"nobody answers at {show(endpoint)} within {seconds:g} s ({why})")
+        if not has_told and time.monotonic() >= began + _QUIET:
+            tell(f"nobody answers at {show(endpoint)} yet ({why}); trying for {seconds:g} s")
+            has_told = True
         time.sleep(_PAUSE)

@@ -120,6 +120,12 @@ class Meeting(Protocol):
         Raises `Refused`, or RuntimeError or RendezvousConnectionError if the store is gone.
         """
 
+    def is_in(self) -> bool:
+        """Whether the rendezvous has this node in its generation, as far as can be known.
+
+        Not so from when `next` leaves one generation until the next one has formed.
+        """
+
     def waiting(self) -> int:
         """How many nodes wait to be taken in, and have given signs of life since the last generation formed."""
 
@@ -133,22 +139,22 @@ class Meeting(Protocol):
         """Be no part of the rendezvous any more, and let nobody wait for this node."""
 
 
-def meet(settings: Rendezvous, addr: str) -> Meeting:
+def meet(settings: Rendezvous, addr: str, tell: Callable[[str], None]) -> Meeting:
     """Connect to the rendezvous, or begin to serve its store if the endpoint is this machine.
 
-    Raises `Refused`.
+    Raises `Refused`. `tell` is called with lines for the user, meanwhile.
     """
     try:
-        return _meet(settings, {**_DEFAULTS, **settings.conf}, addr)
+        return _meet(settings, {**_DEFAULTS, **settings.conf}, addr, tell)
     except ValueError as error:
         raise Refused("usage", f"--rdzv-conf cannot be used: {error}") from None
 
 
-def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> Meeting:
+def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str, tell: Callable[[str], None]) -> Meeting:
     if settings.backend in ("c10d", "static"):
-        backend, store, is_host = _connect(settings, conf)
+        backend, store, is_host = _connect(settings, conf, tell)
         if settings.backend == "static":
-            return _Fixed(settings, float(conf["join_timeout"]), store, is_host)
+            return _Fixed(settings, _seconds(conf, "join_timeout"), store, is_host)
         gate = _Gate(backend)
         handler: RendezvousHandler = create_handler(store, gate, _parameters(settings, conf, addr))
         return _Elastic(settings, conf, addr, handler, gate, store, is_host)
@@ -165,8 +171,8 @@ def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> Meeting:
         handler = get_rendezvous_handler(parameters)
         return _Elastic(settings, conf, addr, handler, None, None, False)
     except RendezvousConnectionError:
-        reach(settings.endpoint, float(conf["read_timeout"]))
-        raise Refused("unavailable", _not_a_store(settings)) from None
+        _reach(settings, conf, tell)
+        raise _not_a_store(settings) from None
     except Exception as error:
         raise Refused(
             "usage", f"--rdzv-backend {settings.backend} cannot be used: {_line(error)}"
@@ -192,9 +198,10 @@ def _name(addr: str) -> str:
     return f"{socket.gethostname()}/{addr}"
 
 
-def _connect(settings: Rendezvous, conf: Mapping[str, str]) -> tuple[RendezvousBackend, TCPStore, bool]:
+def _connect(
+    settings: Rendezvous, conf: Mapping[str, str], tell: Callable[[str], None]
+) -> tuple[RendezvousBackend, TCPStore, bool]:
     """A connection to the store at the endpoint, which this process serves if it is the first there."""
-    patience = float(conf["read_timeout"])
     wants_to_host = _parameters(settings, conf, "").get_as_bool("is_host")
     if wants_to_host is None:
         wants_to_host = is_here(settings.endpoint)
@@ -203,11 +210,48 @@ def _connect(settings: Rendezvous, conf: Mapping[str, str]) -> tuple[RendezvousB
             return *_create(settings, conf, is_host=True), True
         except RendezvousConnectionError:
             pass  # another process of this machine has the port; it should be one like this
-    reach(settings.endpoint, patience)
+    _reach(settings, conf, tell)
     try:
-        return *bounded(min(patience, _HANDSHAKE), lambda: _create(settings, conf, is_host=False)), False
+        seconds = min(_patience(conf), _HANDSHAKE)
+        return *bounded(seconds, lambda: _create(settings, conf, is_host=False)), False
     except (RendezvousConnectionError, TimeoutError):
-        raise Refused("unavailable", _not_a_store(settings)) from None
+        raise _not_a_store(settings) from None
+
+
+def _reach(settings: Rendezvous, conf: Mapping[str, str], tell: Callable[[str], None]) -> None:
+    """Wait until somebody accepts connections at the endpoint; raises `Refused` if nobody does in time."""
+    try:
+        reach(settings.endpoint, _patience(conf), tell)
+    except TimeoutError as error:
+        raise _unavailable(settings, str(error), "start the first node, or check --rdzv-endpoint") from None
+
+
+def _patience(conf: Mapping[str, str]) -> float:
+    """How many seconds to wait for somebody at the endpoint."""
+    return min(_seconds(conf, "read_timeout"), _seconds(conf, "join_timeout"))
+
+
+def _seconds(conf: Mapping[str, str], key: str) -> float:
+    try:
+        return float(conf[key])
+    except ValueError:
+        raise ValueError(f"{key}: expected seconds, found {conf[key]}") from None
+
+
+def _unavailable(settings: Rendezvous, what: str, advice: str) -> Refused:
+    """There is `what` instead of a rendezvous; `advice` is for a node that has not seen it there before."""
+    if settings.has_met:
+        again = "start the job again, it goes on from its checkpoints"
+        advice = f"{settings.server} is gone, frozen or cut off; {again}"
+    return Refused("unavailable", f"{what}: {advice}")
+
+
+def _not_a_store(settings: Rendezvous) -> Refused:
+    return _unavailable(
+        settings,
+        f"what listens at {show(settings.endpoint)} does not answer as the store of a rendezvous would",
+        "it is frozen, or another program has that port and --rdzv-endpoint needs another one",
+    )
 
 
 def _create(
@@ -218,13 +262,6 @@ def _create(
     assert isinstance(store, TCPStore)
     store.set_timeout(_ANSWER)
     return backend, store
-
-
-def _not_a_store(settings: Rendezvous) -> str:
-    return (
-        f"what listens at {show(settings.endpoint)} does not answer as the store of a rendezvous would: "
-        "another program has that port, choose another one for --rdzv-endpoint"
-    )
 
 
 def _line(error: BaseException) -> str:
@@ -260,10 +297,10 @@ class _Gate(RendezvousBackend):
         self._check()
         return self._backend.set_state(state, token)
 
-    def participants(self) -> int:
-        """How many nodes take part."""
+    def participants(self) -> list[str]:
+        """The nodes that take part, by the `name` of their meetings."""
         found = self._backend.get_state()
-        return 0 if found is None else len(pickle.loads(found[0]).participants)
+        return [] if found is None else [_known_as(desc) for desc in pickle.loads(found[0]).participants]
 
     def waiting(self) -> Mapping[str, str]:
         """Who waits to be taken in, each with its last sign of life."""
@@ -284,7 +321,7 @@ class _Gate(RendezvousBackend):
         while not has_set and (found := self._backend.get_state()) is not None:
             bits, token = found
             state = pickle.loads(bits)
-            dead = [desc for desc in state.last_heartbeats if f"{desc.addr}/{desc.pid}" == node]
+            dead = [desc for desc in state.last_heartbeats if _known_as(desc) == node]
             if not dead:
                 return
             state.last_heartbeats.update(dict.fromkeys(dead, datetime.min.replace(tzinfo=UTC)))
@@ -294,6 +331,11 @@ class _Gate(RendezvousBackend):
     def _check(self) -> None:
         if self._is_shut:
             raise RendezvousConnectionError("this node has left")
+
+
+def _known_as(desc: Any) -> str:
+    """The `name` of the meeting of a node that torch's state describes so."""
+    return f"{desc.addr}/{desc.pid}"
 
 
 class _Elastic:
@@ -310,7 +352,7 @@ class _Elastic:
         is_host: bool,
     ) -> None:
         self._settings = settings
-        self._patience = float(conf["join_timeout"])
+        self._patience = _seconds(conf, "join_timeout")
         self._addr = addr
         self._handler = handler
         self._gate = gate
@@ -325,7 +367,7 @@ class _Elastic:
         try:
             info = self._take_part()
         except RendezvousTimeoutError:
-            came = None if self._gate is None else self._gate.participants() + 1  # it has gone again
+            came = None if self._gate is None else len(self._gate.participants()) + 1  # it has gone again
             raise _too_few(self._settings, came, self._patience) from None
         except (RendezvousClosedError, RendezvousGracefulExitError):
             raise Refused(
@@ -336,6 +378,9 @@ class _Elastic:
         if self.store is not None:
             return Seat(info.rank, info.world_size, info.store, self.is_host)
         return Seat(info.rank, info.world_size, self._serve(info.store, info.rank), info.rank == 0)
+
+    def is_in(self) -> bool:
+        return self._gate is None or self.name in self._gate.participants()
 
     def waiting(self) -> int:
         if self._gate is None:
@@ -421,6 +466,9 @@ class _Fixed:
             for ticket in new:
                 self._tickets.set(f"generation/{ticket}", number)
         return len(new)
+
+    def is_in(self) -> bool:
+        return True  # its place is kept
 
     def waiting(self) -> int:
         return 0  # nobody comes that is not in it already

@@ -33,7 +33,7 @@ _GREETING = 10.0  # seconds for all nodes of a generation to say hello; else the
 _UNREACHABLE = 5.0  # seconds without an answer of the store, after which this node is on its own
 _FAREWELL = 2.0  # seconds for each thing that is done when leaving
 _LINGER = 10.0  # seconds that a store is served after the job's end
-_ASK_WAITING = 1.0  # seconds between two looks at who waits to be taken in
+_ASK = 1.0  # seconds between two looks at what the rendezvous knows
 
 
 class Member:
@@ -94,6 +94,11 @@ class Member:
         if self._end():
             self._link.tell(event="failed", number=self._number, kind=kind, reason=reason)
 
+    def _tell_news(self, text: str) -> None:
+        with self._lock:
+            if not self._is_ending:
+                self._link.tell(event="news", number=self._number, text=text)
+
     def _lose(self, reason: str) -> None:
         self._fail("lost", reason)
         self._withdraw()  # now, since its agent may be stopped
@@ -102,13 +107,8 @@ class Member:
         """The store is gone, as `error` says in torch's words, which go to the log."""
         if not self._is_ending:
             print(error, file=sys.stderr)
-        what = "the rendezvous" if self._is_elsewhere else "the node that serves the store"
-        self._lose(f"{what} ({show(self._settings.endpoint)}) is gone, or cannot be reached")
-
-    @property
-    def _is_elsewhere(self) -> bool:
-        """Whether a server beside the job's nodes is at the endpoint."""
-        return self._settings.backend not in ("c10d", "static")
+        where = show(self._settings.endpoint)
+        self._lose(f"{self._settings.server} ({where}) is gone, or cannot be reached")
 
     def _run_joins(self) -> None:
         try:
@@ -144,7 +144,7 @@ class Member:
             except TimeoutError as error:
                 generation.abandon(str(error))
                 continue
-            check_hellos(hellos)
+            check_hellos(hellos, generation.rank)
             if number != self._number:
                 generation.abandon("it has other plans")
                 break
@@ -165,7 +165,7 @@ class Member:
         return {"host": socket.gethostname(), "addr": addr, "version": version}
 
     def _meet(self, addr: str) -> Meeting:
-        meeting = meet(self._settings, addr)
+        meeting = meet(self._settings, addr, self._tell_news)
         if meeting.store is not None:
             self._depend_on(self._in_job(meeting.store), meeting.is_host)
         threading.Thread(target=self._live, args=(meeting,), daemon=True).start()
@@ -188,19 +188,29 @@ class Member:
     def _live(self, meeting: Meeting) -> None:
         """Give signs of life and look for those of others, until the end."""
         newcomers = _Newcomers(meeting)
+        asked = -math.inf
         try:
             while not self._is_ending:
                 if self._presence is not None:
                     self._presence.beat()
-                generation = self._generation
+                generation, now = self._generation, time.monotonic()
                 if generation is not None:
-                    for lost in generation.look(time.monotonic()):
+                    for lost in generation.look(now):
                         meeting.count_out(generation.hellos[lost]["member"])
-                    newcomers.look(generation)
+                    if now - asked >= _ASK:
+                        asked = now
+                        newcomers.look(generation)
+                        self._check_place(meeting, generation)
                 self._has_answered.set()
                 time.sleep(PERIOD)
         except (RuntimeError, RendezvousError) as error:
             self._miss_store(error)
+
+    def _check_place(self, meeting: Meeting, generation: Generation) -> None:
+        """Notice that the others have counted this node out while it, and perhaps their store, stood still."""
+        is_in = meeting.is_in()
+        if not is_in and self._generation is generation:  # else it is on its way to the next one itself
+            self._lose("the other nodes have gone on without this one")
 
     def _watch_store(self) -> None:
         """Notice a store that does not answer; time in which this process stood still does not count."""
@@ -243,13 +253,10 @@ class _Newcomers:
         self._meeting = meeting
         self._generation: Generation | None = None
         self._told = 0
-        self._asked = 0.0
 
     def look(self, generation: Generation) -> None:
-        now = time.monotonic()
-        if generation.rank != 0 or now - self._asked < _ASK_WAITING:
+        if generation.rank != 0:
             return
-        self._asked = now
         if generation is not self._generation:
             self._generation, self._told = generation, 0
         count = self._meeting.waiting()

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from launcher.events import Event, Heard, Joined, MemberFailed
-from launcher.member.endpoint import is_here, local_address, resolve
+from launcher.events import Event, Heard, Joined, MemberFailed, MemberNews
+from launcher.member.endpoint import is_here, local_address, resolve, show
 from launcher.member.pulse import GONE, PERIOD, Arrivals, Watch
 from launcher.member.refusal import Refused
 from launcher.membership import Alone, Membership, Rendezvous, Together
@@ -26,6 +26,11 @@ from launcher.processes import Subreaper
 from tests.launcher.conftest import PATIENCE, wait_for_death
 
 SLOW = 3 * PATIENCE  # seconds; members import torch, and others use this machine too
+
+STORE_IS_GONE = (
+    "the node that serves the store is gone, frozen or cut off; start the job again, it goes on from its "
+    "checkpoints"
+)
 
 STORES: list[
     Any
@@ -90,6 +95,9 @@ class Node:
             for event in self.events
             if isinstance(event, Heard) and event.message["kind"] == kind
         ]
+
+    def news(self) -> list[str]:
+        return [event.text for event in self.events if isinstance(event, MemberNews)]
 
     def failure(self) -> MemberFailed | None:
         return next((event for event in self.events if isinstance(event, MemberFailed)), None)
@@ -314,6 +322,30 @@ def test_a_silent_node_is_lost_and_may_come_back(team: Team) -> None:
     team.form()
 
 
+def test_a_node_that_the_others_have_gone_on_without_finds_out(team: Team) -> None:
+    """It has stood still together with the store that it serves: by its keep-alive it is dead."""
+    host = team.add()
+    host.join()
+    team.wait(lambda: host.size() == 1)
+    other = team.add()
+    other.join()
+    team.wait(lambda: bool(host.heard("waiting")))
+    joined = next(event for event in host.events if isinstance(event, Joined))
+    count_out(team, joined.hellos[0]["member"])
+    team.wait(lambda: other.size() == 1 and host.failure() is not None)
+    assert host.failure() == MemberFailed("lost", "the other nodes have gone on without this one")
+
+
+def count_out(team: Team, member: str) -> None:
+    """Make a node's keep-alive too old."""
+    from launcher.member.meeting import _create, _Gate
+
+    settings = Rendezvous("c10d", team.endpoint, "job", team.least, team.most)
+    backend, store = _create(settings, {}, is_host=False)
+    STORES.append(store)
+    _Gate(backend).count_out(member)
+
+
 def test_a_node_that_stands_still_while_it_waits_is_not_waited_for_twice(team: Team) -> None:
     """It would have the others stop for nothing, again and again. Who lives is told of as ever."""
     team.most = 3
@@ -355,16 +387,42 @@ def test_a_node_outlives_the_store(team: Team) -> None:
 
 
 def test_a_store_that_does_not_answer(team: Team) -> None:
-    """As behind a network that is cut: connections do not break, and nothing comes."""
-    host, other = team.add(), team.add()
+    """As behind a network that is cut: connections do not break, and nothing comes. Nor for who joins again."""
+    host = team.add()
+    host.join()
+    team.wait(lambda: host.size() == 1)
+    team.conf = {"read_timeout": "2"}
+    other = team.add()
     team.form()
     os.kill(host.pid, signal.SIGSTOP)
     try:
         assert team.wait(lambda: other.failure() is not None) < 7.0
+        assert other.failed().kind == "lost"
+        assert "has not answered for 5 s" in other.failed().reason
+        other.join()
+        assert other.failed().kind == "unavailable"
     finally:
         os.kill(host.pid, signal.SIGCONT)
+    assert other.failed().reason == (
+        f"what listens at {show(team.endpoint)} does not answer as the store of a rendezvous would: "
+        f"{STORE_IS_GONE}"
+    )
+
+
+def test_a_store_that_is_gone_for_good(team: Team) -> None:
+    host = team.add()
+    host.join()
+    team.wait(lambda: host.size() == 1)
+    team.conf = {"read_timeout": "2"}
+    other = team.add()
+    team.form()
+    os.kill(host.pid, signal.SIGKILL)
     assert other.failed().kind == "lost"
-    assert "has not answered for 5 s" in other.failed().reason
+    other.join()
+    assert other.failed() == MemberFailed(
+        "unavailable",
+        f"nobody answers at {show(team.endpoint)} within 2 s (Connection refused): {STORE_IS_GONE}",
+    )
 
 
 def test_who_leaves_in_peace_is_not_lost(team: Team) -> None:
@@ -403,7 +461,7 @@ def test_another_job_with_the_same_id_is_refused(team: Team) -> None:
     stranger = team.add(job="other.py")
     stranger.join()
     assert stranger.failed().kind == "usage"
-    assert "choose another --rdzv-id" in stranger.failed().reason
+    assert f"{socket.gethostname()} runs 'train.py', and this node 'other.py'" in stranger.failed().reason
     node.say(kind="alive")
     team.wait(lambda: bool(node.heard("alive")))
     assert [type(event) for event in node.events] == [Joined, Heard]
@@ -439,8 +497,41 @@ def test_settings_that_cannot_be_used(team: Team) -> None:
     assert "join_timeout" in node.failed().reason
 
 
-def test_nobody_answers(team: Team) -> None:
-    team.conf = {"is_host": "0", "read_timeout": "1"}
+def test_two_jobs_that_come_together(team: Team) -> None:
+    """Each of them says what the other one is."""
+    team.least = 2
+    nodes = [
+        team.add(host="alpha", job="train.py on 2 nodes"),
+        team.add(host="beta", job="other.py on 2 nodes"),
+    ]
+    for node in nodes:
+        node.join()
+    alpha, beta = (node.failed() for node in nodes)
+    assert alpha.kind == beta.kind == "usage"
+    assert "beta runs 'other.py on 2 nodes', and this node 'train.py on 2 nodes'" in alpha.reason
+    assert "alpha runs 'train.py on 2 nodes', and this node 'other.py on 2 nodes'" in beta.reason
+    assert "another --rdzv-id" in alpha.reason
+
+
+def test_a_node_that_comes_before_the_first(team: Team) -> None:
+    """Users are told once why nothing happens."""
+    team.conf = {"is_host": "0"}
+    early = team.add()
+    early.join()
+    team.wait(lambda: bool(early.news()))
+    assert early.news() == [
+        f"nobody answers at {show(team.endpoint)} yet (Connection refused); trying for 60 s"
+    ]
+    time.sleep(1.0)  # of further attempts
+    team.conf = {"is_host": "1"}
+    team.add().join()
+    team.wait(lambda: early.size() > 0)
+    assert len(early.news()) == 1
+
+
+@pytest.mark.parametrize("bound", ["read_timeout", "join_timeout"])
+def test_nobody_answers(team: Team, bound: str) -> None:
+    team.conf = {"is_host": "0", bound: "1"}
     node = team.add()
     node.join()
     host, port = team.endpoint
@@ -470,7 +561,7 @@ def test_not_a_store_answers(team: Team, answer: bytes) -> None:
 
         team.wait(serve)
     assert node.failed().kind == "unavailable"
-    assert "another program has that port" in node.failed().reason
+    assert "it is frozen, or another program has that port" in node.failed().reason
 
 
 def test_a_store_that_cannot_compare_and_set(tmp_path: Path) -> None:
@@ -495,7 +586,7 @@ def test_a_store_that_cannot_compare_and_set(tmp_path: Path) -> None:
     heard: dict[int, queue.SimpleQueue[tuple[int, Any]]] = {0: queue.SimpleQueue(), 1: queue.SimpleQueue()}
 
     def take_part(number: int) -> Generation:
-        seat = meet(settings, "127.0.0.1").next()
+        seat = meet(settings, "127.0.0.1", pytest.fail).next()
         generation = Generation(seat, lambda *said: heard[seat.rank].put(said), pytest.fail, pytest.fail)
         assert len(generation.greet({"number": number}, SLOW)) == 2
         assert seat.is_host == (seat.rank == 0)
