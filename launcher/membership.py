@@ -38,7 +38,7 @@ class Rendezvous:
     `local_addr` is the address at which other nodes reach this one; None: found by the way to the
     endpoint. `conf` is what torchrun takes as --rdzv-conf; unless given, `join_timeout` is 600 s,
     `last_call_timeout` 2 s, `read_timeout` (for somebody to answer at the endpoint; never longer than
-    `join_timeout`) 60 s, `keep_alive_interval` 1 s and `keep_alive_max_attempt` 10; `is_host` says whether to
+    `join_timeout`) 60 s, `keep_alive_interval` 1 s and `keep_alive_max_attempt` 30; `is_host` says whether to
     serve the store of "c10d" and "static", which is otherwise done by the first process on the endpoint's
     machine. `has_met`: this node has been in a generation of the job before.
 

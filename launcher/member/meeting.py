@@ -59,7 +59,7 @@ _DEFAULTS = {
     "join_timeout": "600",
     "last_call_timeout": "2",  # who comes later is taken in at a step boundary
     "keep_alive_interval": "1",
-    "keep_alive_max_attempt": "10",  # by the clocks of several hosts, which need not agree better than that
+    "keep_alive_max_attempt": "30",  # by the clocks of several hosts, which need not agree better than that
     "read_timeout": "60",
 }
 
