@@ -69,7 +69,7 @@ class Waiting:
         self.refuses = False
         self._looked = threading.Semaphore(0)
         root = open_storage(run)
-        attempt = claim_attempt(root)
+        attempt = claim_attempt(root).attempt
         self.place = Place(HookedStorage(root, self._count), step_path(attempt, 1))
         flat = [flatten({f"w{rank}": torch.ones(10)}, rank) for rank in range(2)]
         self._flat: list[FlatState] = flat
@@ -197,7 +197,7 @@ def test_looks_are_rare(waiting: Waiting) -> None:
 
 def test_succession(tmp_path: Path) -> None:
     root = open_storage(tmp_path)
-    place = Place(root, step_path(claim_attempt(root), 7))
+    place = Place(root, step_path(claim_attempt(root).attempt, 7))
     assert succession(place) is Succession.NONE
     claim_attempt(root)
     assert succession(place) is Succession.CLAIMED
