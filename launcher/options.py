@@ -131,7 +131,7 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(
         "ckpt",
-        parsers.text,
+        parsers.storage_url,
         "where the run's checkpoints live (default RUN_DIR/checkpoints)",
         "URL",
         _JOB,

@@ -20,6 +20,7 @@ __all__ = [
     "rdzv_conf",
     "seconds",
     "stop_signals",
+    "storage_url",
     "streams",
     "switch",
     "text",
@@ -83,6 +84,18 @@ def switch(text: str) -> bool:
 def text(text: str) -> str:
     if not text:
         raise ValueError("some text")
+    return text
+
+
+def storage_url(text: str) -> str:
+    """A local path or a URL. Not a URL that lacks a slash, which as a path would be a folder called "s3:"."""
+    if slip := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", text):
+        meant = f"{slip[1]}://{text[slip.end() :]}"
+        raise ValueError(
+            f"a folder or a URL: did you mean {meant}? (A folder of this name would be ./{text})"
+        )
+    if not text:
+        raise ValueError("a folder or a URL")
     return text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from shardckpt.persisting import Destination, tier_of
 from shardckpt.progress import ProgressFile
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.restoring import Newest
-from shardckpt.runs import Place, attempt_number, claim_attempt, step_path
+from shardckpt.runs import Claim, Place, attempt_number, claim_attempt, find_claim, step_path
 from shardckpt.saver.client import SaverClient, is_first_on_node
 from shardckpt.saver.wire import LINGER, Tier
 from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
@@ -48,6 +49,15 @@ class _DurableTier:
 
     def is_due(self, step: int) -> bool:
         return self.every is None or step % self.every == 0
+
+
+@dataclass(frozen=True)
+class _Skipped:
+    """What a call of `step` was to save and did not: its arguments."""
+
+    step: int
+    state: dict[str, Any]
+    metrics: Mapping[str, float] | None
 
 
 class _Failures:
@@ -101,8 +111,8 @@ class Checkpointer:
         """Nothing is read or written yet.
 
         Args:
-            url: the run: a folder, local or in object storage. None: what `launch` says, in
-                LAUNCH_CKPT_URL.
+            url: the run: a folder, local or in object storage, and the same one on all nodes of the job. None:
+                what `launch` says, in LAUNCH_CKPT_URL.
             every_steps: `step` saves when the number of steps done is a multiple of it. None: only
                 `save` saves.
             url_every_steps: of these saves, the ones that go to `url`: a multiple of `every_steps`. None: all.
@@ -157,6 +167,7 @@ class Checkpointer:
         self._last: SaveHandle | None = None
         self._saves: list[SaveHandle] = []  # that may be under way, the same ones on every rank
         self._failures = _Failures()
+        self._skipped: _Skipped | None = None  # by the last call of `step`, if so on every rank
         self.url = self._root.url
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
@@ -184,9 +195,11 @@ class Checkpointer:
         had staged its part; the local tier; the run's URL. Returns None for a run without checkpoints. A
         checkpoint that fails verification is reported, marked as bad and passed over; if there is no good
         one, its CorruptError is raised rather than starting from nothing. Also makes the next attempt's folder
-        this job's own: call it once, before the first `step`.
+        this job's own: call it once, before the first `step`. Where a rank does not see that folder, as on nodes
+        that share no `url`, StorageError is raised on all ranks; if there was no `restore`, by the first save.
         """
         started = time.monotonic()
+        self._skipped = None
         self._claim()
         tiers = [(tier.name, tier.root) for tier in self._tiers]
         newest = Newest(self.url, tiers, self._client(), self._ranks)
@@ -205,14 +218,17 @@ class Checkpointer:
         The first call prepares: it plans, and gets memory in the background, so that no save has to.
 
         Returns the save's handle, or None if none was started: not now, or because those before take up all
-        the memory there is for saves, which is logged. Safe to change the state when it returns. A save that
-        fails in the background is logged, and raised by `wait`, or by `close` if no later save makes it good.
+        the memory there is for saves, which is logged. A save that is left out so in the last call of all is
+        made good by `close`. Safe to change the state when it returns, if another call is to come; after the
+        last one the state has to stay as it is until `close`. A save that fails in the background is logged, and
+        raised by `wait`, or by `close` if no later save makes it good.
 
         Under `launch` this also tells how far training is, with `metrics["loss"]` if it is a number on the host;
         and where the launcher asks the job to leave, to be started again (a preemption, or ranks to be added or
         given up), all ranks save here after the same step and raise `Drained`, whatever `every_steps` says. They
         have to call this equally often for that.
         """
+        self._skipped = None
         if self._progress is not None:
             self._progress.step(step, metrics.get("loss") if metrics else None)
         if self._drain is not None and (request := self._drain.poll()) is not None:
@@ -228,9 +244,14 @@ class Checkpointer:
         if not tiers and not self._session.outlives_trainer:
             return None  # there is no memory that would keep it
         if not self._settle() and self._saves:  # with none under way, memory is about to be there
+            self._skipped = _Skipped(step, state, metrics)
             if self._ranks.rank == 0:
-                before = ", ".join(str(save.step) for save in self._saves)
-                _log.warning("no checkpoint at step %d: step %s is still being written", step, before)
+                _log.warning(
+                    "no checkpoint at step %d: %s still being written; if it was the last step, it is saved "
+                    "at the end",
+                    step,
+                    _are([save.step for save in self._saves]),
+                )
             return None
         return self._start(step, state, metrics, tiers)
 
@@ -243,6 +264,7 @@ class Checkpointer:
         Where this step has just been saved, it goes only to the tiers that do not have it; if they all have, its
         handle is returned. So a last save at the end of training needs no condition.
         """
+        self._skipped = None
         last = self._save_of(step)
         if last is not None:
             last.join()
@@ -269,21 +291,38 @@ class Checkpointer:
     def close(self) -> None:
         """Wait until everything asked for is over, and be done. Call it when training ends; `with` does.
 
-        Raises SaveError for a save that did not become durable, unless a later one did, in all tiers that it
-        was to go to, or `wait` has told. Under `launch` that is logged and not raised, since nothing is to be
-        trained again: the node's saver outlives this process and answers for the save, and `launch` ends with
-        74 if it does not become durable after all. What the saver cannot answer for, as for one that was lost
-        with it, is raised.
+        If the last call of `step` left out a save that was due, the state that was given to it is saved now,
+        which is collective: it must not have changed since. Not so after a `save` or `restore`, nor on the way
+        out of an error.
+
+        Raises what `save` raises about that state; and SaveError for a save that did not become durable, unless
+        a later one did, in all tiers that it was to go to, or `wait` has told. Under `launch` that is logged
+        and not raised, since nothing is to be trained again: the node's saver outlives this process and
+        answers for the save, and `launch` ends with 74 if it does not become durable after all. What the saver
+        cannot answer for, as for one that was lost with it, is raised.
         """
         self._answer_no_more()
         if self._has_left:
             return  # without a goodbye to the saver, which has what the next round starts from
         try:
-            self._finish_saves()
+            try:
+                self._save_skipped()
+            finally:
+                self._finish_saves()
             self._tell_failures()
         finally:
             self._failures = _Failures()
             self._session.close()
+
+    def _save_skipped(self) -> None:
+        """Start the save that the last call of `step` left out. Waits for memory, as `save` does."""
+        skipped, self._skipped = self._skipped, None
+        if skipped is None or sys.exc_info()[0] is not None:  # an error that other ranks may not have
+            return
+        if self._ranks.rank == 0:
+            _log.info("step %d is saved at the end", skipped.step)
+        self._settle()
+        self._start(skipped.step, skipped.state, skipped.metrics, self._due(skipped.step))
 
     def _finish_saves(self) -> None:
         """Wait for all saves under way, and note what became of them."""
@@ -451,15 +490,37 @@ class Checkpointer:
         if self._attempt is None:
             self._check_one_node()
             error: Exception | None = None
-            name = ""
+            claim = b""
             try:
                 if self._ranks.rank == 0:
-                    name = claim_attempt(self._root)
+                    claim = msgspec.msgpack.encode(claim_attempt(self._root))
             except Exception as failure:
                 error = failure
             agree(self._ranks, error)
-            self._attempt = self._ranks.broadcast(name.encode()).decode()
+            claimed = msgspec.msgpack.decode(self._ranks.broadcast(claim), type=Claim)
+            self._check_one_place(claimed)
+            self._attempt = claimed.attempt
         return self._attempt
+
+    def _check_one_place(self, claim: Claim) -> None:
+        """If ranks write to different places, there will never be a checkpoint. Raises the same on all ranks."""
+        if self._ranks.size == 1:
+            return
+        reason = ""
+        if self._ranks.rank != 0:
+            try:
+                find_claim(self._root, claim)
+            except Exception as error:
+                reason = f"on {socket.gethostname()} does not see it: {error}"
+        reasons = self._ranks.gather(reason.encode(errors="replace"))
+        blind = [rank for rank, told in enumerate(reasons) if told]
+        if blind:
+            raise StorageError(
+                f"not all ranks see the same run: rank 0 on {claim.host} has made {claim.url}, but rank "
+                f"{blind[0]} {reasons[blind[0]].decode()} ({len(blind)} of {self._ranks.size} ranks do not). "
+                "A run needs a URL that all nodes share: a folder of a network file system, or "
+                "s3://bucket/run. Give it to `launch` as --ckpt, or to Checkpointer."
+            )
 
     def _check_one_node(self) -> None:
         """What one node's disk has is no checkpoint if another's has the rest of it."""
@@ -511,6 +572,12 @@ def _snapshots_from_environment() -> int:
     if text not in ("0", "1", "2"):
         raise ValueError(f"SHARDCKPT_SNAPSHOTS must be 0, 1 or 2; it is {text!r}")
     return int(text)
+
+
+def _are(steps: Sequence[int]) -> str:
+    """`step 4 is`, `steps 4 and 8 are`."""
+    *others, last = map(str, steps)
+    return f"steps {', '.join(others)} and {last} are" if others else f"step {last} is"
 
 
 def _is_there(place: Place) -> bool:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ _FIRST_PAUSE = 0.002
 _LONGEST_PAUSE = 0.25
 _LOOK_EVERY = 3.0  # seconds of waiting between two looks for newer attempts
 _AFTERMATH = 60.0  # seconds, at least, for who is still writing when a newer attempt starts
+_STANDS = "The checkpoint before it stands."
 
 
 @dataclass(frozen=True)
@@ -138,25 +139,39 @@ def commit(
     return manifest
 
 
-def wait_committed(place: Place, save_id: str, timeout: float) -> Manifest:
+def wait_committed(
+    place: Place,
+    save_id: str,
+    timeout: float,
+    is_given_up: Callable[[], bool] = lambda: False,
+    *,
+    own_seconds: float = math.inf,
+) -> Manifest:
     """Wait until the committer has made this save's checkpoint, wherever the committer runs.
 
-    Raises SaveError if it reports a failure, or nothing is to be seen for `timeout` seconds.
+    Raises SaveError if it reports a failure, or no commit is to be seen for `timeout` seconds; SupersededError
+    where `commit` would, or if the committer has raised that.
     """
     storage = place.storage
-    for _ in _pauses(timeout):
+    patience = _Patience(place, timeout, is_given_up, own_seconds)
+    pause, started = _FIRST_PAUSE, time.monotonic()
+    while True:
         try:
             manifest = decode_manifest(storage.read(MANIFEST), place.url)
         except FileNotFoundError:
             _raise_failure(storage, "", save_id, place.url)
-            continue
-        if manifest.id != save_id:
-            raise SaveError(f"{place.url} has a checkpoint of another writer; this save was not committed")
-        return manifest
-    raise SaveError(
-        f"{place.url}: no commit was seen for {timeout:g} s, although this rank's part is durable; "
-        "rank 0's process has probably ended"
-    )
+        else:
+            break
+        patience.check(
+            time.monotonic() - started,
+            "rank 0's process has not committed it",
+            f"no commit was seen for {timeout:g} s, although this rank's part is durable; "
+            "rank 0's process has probably ended",
+        )
+        pause = _rest(pause)
+    if manifest.id != save_id:
+        raise SaveError(f"{place.url} has a checkpoint of another writer; this save was not committed")
+    return manifest
 
 
 def was_committed(place: Place, save_id: str) -> bool:
@@ -168,13 +183,13 @@ def was_committed(place: Place, save_id: str) -> bool:
 
 
 class _Patience:
-    """How long to wait for parts that others are to write."""
+    """How long to wait for what others are to write: parts, or the commit."""
 
     def __init__(
         self, place: Place, timeout: float, is_given_up: Callable[[], bool], own_seconds: float
     ) -> None:
         self._place = place
-        self._timeout = timeout
+        self.timeout = timeout
         self._grace = {
             Succession.NONE: math.inf,
             Succession.CLAIMED: max(_AFTERMATH, own_seconds),
@@ -182,21 +197,21 @@ class _Patience:
         }
         self._is_given_up = is_given_up
         self._succession = Succession.NONE
-        self._looked = time.monotonic()
+        # Where a newer attempt would not end the wait, nobody looks for one.
+        self._looked = math.inf if math.isinf(own_seconds) else time.monotonic()
 
-    def check(self, idle: float, missing: str) -> None:
-        """Raise SaveError if it is at an end, after `idle` seconds without a further part. `missing`: whose."""
+    def check(self, idle: float, lack: str, verdict: str) -> None:
+        """Raise SaveError if it is at an end, after `idle` seconds in which nothing came.
+
+        `lack`: what has not come; `verdict`: what it means if that takes too long.
+        """
         self._look()
         if self._is_given_up() or idle >= self._grace[self._succession]:
             raise SupersededError(
-                f"{self._place.url}: given up, since the run goes on in a newer attempt, and {missing} has not "
-                "finished writing"
+                f"{self._place.url}: given up, since the run goes on in a newer attempt, and {lack}"
             )
-        if idle >= self._timeout:
-            raise SaveError(
-                f"{self._place.url}: {missing} did not finish writing: no further part appeared for "
-                f"{self._timeout:g} s. The checkpoint was not committed; the one before it stands."
-            )
+        if idle >= self.timeout:
+            raise SaveError(f"{self._place.url}: {verdict}")
 
     def _look(self) -> None:
         """See what there is of newer attempts, now and then."""
@@ -223,7 +238,13 @@ def _wait_for_parts(storage: Storage, proposal: Proposal, patience: _Patience) -
             pause, progressed = _FIRST_PAUSE, time.monotonic()
         missing = [str(rank) for rank in range(proposal.world_size) if rank not in parts]
         shown = f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"
-        patience.check(time.monotonic() - progressed, f"rank {shown} of {proposal.world_size}")
+        who = f"rank {shown} of {proposal.world_size}"
+        patience.check(
+            time.monotonic() - progressed,
+            f"{who} has not finished writing",
+            f"{who} did not finish writing: no further part appeared for {patience.timeout:g} s. The "
+            "checkpoint was not committed; the one before it stands.",
+        )
         pause = _rest(pause)
 
 
@@ -246,7 +267,9 @@ def _raise_failure(storage: Storage, folder: str, save_id: str, who: str) -> Non
     except (FileNotFoundError, ValueError):
         return
     if isinstance(report, dict) and report.get("id") == save_id:
-        raise SaveError(f"{who}: {report.get('error')}. The checkpoint before it stands.")
+        error = str(report.get("error")).removesuffix(f". {_STANDS}")
+        kind = SupersededError if error.startswith(f"{SupersededError.__name__}: ") else SaveError
+        raise kind(f"{who}: {error}. {_STANDS}")
 
 
 def _assemble(proposal: Proposal, parts: Sequence[Part], where: str) -> Manifest:
@@ -281,15 +304,6 @@ def _check_packs(storage: Storage, parts: Sequence[Part]) -> None:
                 f"{storage.url}/{pack_path(part.rank)} has {found} bytes, but rank {part.rank} wrote "
                 f"{part.size}"
             )
-
-
-def _pauses(timeout: float) -> Iterator[None]:
-    """Yield, then pause ever longer, for `timeout` seconds."""
-    pause, deadline = _FIRST_PAUSE, time.monotonic() + timeout
-    yield
-    while time.monotonic() < deadline:
-        pause = _rest(pause)
-        yield
 
 
 def _rest(seconds: float) -> float:

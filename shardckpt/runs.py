@@ -7,11 +7,14 @@ import os
 import posixpath
 import re
 import secrets
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+import msgspec
 
 from shardckpt.errors import CorruptError, NotACheckpointError, StorageError
 from shardckpt.manifest import FORMAT, MANIFEST, Manifest, Pack, decode_manifest
@@ -20,12 +23,14 @@ from shardckpt.storage import Storage, open_storage
 __all__ = [
     "BAD",
     "FAILED",
+    "Claim",
     "Place",
     "Succession",
     "attempt_number",
     "checkpoint_order",
     "claim_attempt",
     "exact_place",
+    "find_claim",
     "find_place",
     "iter_good",
     "iter_places",
@@ -39,6 +44,8 @@ BAD = "bad.json"
 """Beside a manifest: a reader found that this checkpoint fails verification."""
 FAILED = "failed.json"
 """In a checkpoint's or a rank's folder: this save ended with an error, and will not be committed."""
+
+_SHOWN_WITHIN = 10.0  # seconds
 
 _ATTEMPT = re.compile(r"attempt-(\d+)(?:-[0-9a-f]+)?\Z")
 _STEP = re.compile(r"step-(\d+)\Z")
@@ -184,23 +191,62 @@ def read_manifest(place: Place) -> Manifest:
     return decode_manifest(data, place.url)
 
 
-def claim_attempt(root: Storage) -> str:
-    """Make the next attempt's folder this writer's own, and return its name.
+class Claim(msgspec.Struct, frozen=True):
+    """An attempt that is a job's own.
+
+    Attributes:
+        attempt: the name of its folder.
+        content: what its attempt.json says, as that of no other attempt does.
+        url: where that folder is, as who claimed it sees it.
+        host: where that is.
+    """
+
+    attempt: str
+    content: bytes
+    url: str
+    host: str
+
+
+def claim_attempt(root: Storage) -> Claim:
+    """Make the next attempt's folder this writer's own.
 
     No other writer can have the same: the claim is a create-only put; where the storage cannot do
     that, a random suffix keeps two attempts of one number apart.
     """
     suffix = "" if root.exclusive() else f"-{secrets.token_hex(4)}"
-    claim = json.dumps({"format": FORMAT, "id": secrets.token_hex(16), "created": time.time()})
+    claim = {"format": FORMAT, "id": secrets.token_hex(16), "created": time.time()}
+    content = json.dumps(claim).encode()
     number = max((_number(_ATTEMPT, name) for name in root.list() if _ATTEMPT.match(name)), default=0)
     for candidate in range(number + 1, number + 1001):
         name = f"attempt-{candidate:04d}{suffix}"
         try:
-            root.create(f"{name}/{ATTEMPT}", claim.encode())
+            root.create(f"{name}/{ATTEMPT}", content)
         except FileExistsError:
             continue
-        return name
+        return Claim(name, content, root.at(name).url, socket.gethostname())
     raise StorageError(f"{root.url}: a thousand attempts were claimed while this one tried to start")
+
+
+def find_claim(root: Storage, claim: Claim) -> None:
+    """Return once the claim, which another process has made, is to be seen at `root`.
+
+    Raises StorageError if it is not: this is another place, or the storage is out of reach. Network file systems
+    may show a new folder late, so that is found out only after some seconds.
+    """
+    path = f"{claim.attempt}/{ATTEMPT}"
+    pause, deadline = 0.01, time.monotonic() + _SHOWN_WITHIN
+    while True:
+        try:
+            if root.read(path) == claim.content:
+                return
+            found = "there is the one of another job"
+        except FileNotFoundError:
+            found = "there is none"
+        if time.monotonic() >= deadline:
+            raise StorageError(f"{root.url}/{path}: {found}")
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+        root.list()  # by which a network file system's client looks again
 
 
 def step_path(attempt: str, step: int) -> str:

@@ -273,7 +273,7 @@ class SaverSink:
             goals = [goal for goal in save.destinations if goal.tier == outcome.tier]
             if error is not None and any(was_committed(goal.place, save.id) for goal in goals):
                 error = None  # the saver died after the commit, before it could tell
-            handle.note(outcome.tier, error, committed=outcome.committed)
+            handle.note(outcome.tier, error, committed=True)
             if isinstance(error, SaverError):  # which cannot tell it itself any more
                 _leave_word(save, goals, error)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.commit import Proposal
+from shardckpt.commit import Proposal, wait_committed
 from shardckpt.errors import SupersededError
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.runs import Place
@@ -459,17 +459,19 @@ class Saver:
 
         def work(progress: Progress) -> None:
             nonlocal superseded
-            destination = Destination(tier.name, Place(self._root(tier), held.path), tier.keep_last)
+            place = Place(self._root(tier), held.path)
+            destination = Destination(tier.name, place, tier.keep_last)
+            proposal = _proposal(held)
+            begun = time.monotonic()
+
+            def is_given_up() -> bool:
+                return self._shelf.is_outdated(held)
+
             try:
-                persist_save(
-                    destination,
-                    held.id,
-                    packs,
-                    _proposal(held),
-                    timeout,
-                    progress.reach,
-                    is_given_up=lambda: self._shelf.is_outdated(held),
-                )
+                persist_save(destination, held.id, packs, proposal, timeout, progress.reach, is_given_up)
+                if proposal is None:  # the commit is another node's affair, and without it nothing is safe
+                    own_seconds = time.monotonic() - begun
+                    wait_committed(place, held.id, timeout, is_given_up, own_seconds=own_seconds)
             except SupersededError as error:  # the job goes on without it, so nothing has failed
                 superseded = str(error)
                 _log.info("%s", superseded)
@@ -487,7 +489,7 @@ class Saver:
                 self._note_end(held, tier.name, is_durable=True)
                 seconds = time.monotonic() - started
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
-                self._tell_trainers(held, Outcome(held.id, tier.name, committed=0 in held.parts))
+                self._tell_trainers(held, Outcome(held.id, tier.name))
             else:
                 again = tier.name in held.failed
                 self._tell(

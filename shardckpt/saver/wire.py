@@ -188,12 +188,11 @@ class Reserved(msgspec.Struct, tag=True, frozen=True):
 
 
 class Outcome(msgspec.Struct, tag=True, frozen=True):
-    """What became of a save in a tier. `committed`: this saver has seen the commit."""
+    """What became of a save in a tier. Without an error: it is staged in "memory", elsewhere committed."""
 
     id: str
     tier: str
     error: str = ""
-    committed: bool = False
 
 
 class Found(msgspec.Struct, tag=True, frozen=True):

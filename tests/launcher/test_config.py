@@ -68,6 +68,7 @@ def test_defaults(folder: Path) -> None:
         (["--cold=false"], "cold", False),
         (["--ckpt", "s3://bucket/run"], "checkpoints", "s3://bucket/run"),
         (["--ckpt", "file:///x"], "checkpoints", "file:///x"),
+        (["--ckpt", "/x:/y"], "checkpoints", "/x:/y"),
         (["--nproc", "3"], "min_nproc", 3),
         (["--nproc", "2:3"], "min_nproc", 2),
         (["--nproc", "2:3"], "nproc", 3),
@@ -88,6 +89,10 @@ def test_defaults(folder: Path) -> None:
 )
 def test_spellings(argv: list[str], field: str, value: object) -> None:
     assert getattr(parse([*argv, "train.py"]), field) == value
+
+
+def test_a_folder_with_the_name_of_a_url() -> None:
+    assert parse(["--ckpt", "./s3:/x", "train.py"]).checkpoints == str(Path("s3:/x").absolute())
 
 
 @pytest.mark.parametrize(
@@ -314,6 +319,15 @@ def test_unreadable_files(folder: Path, content: bytes | None) -> None:
         (["--node-rank", "1", "train.py"], "--node-rank: expected 0, as there is one node, found 1"),
         (["--hang-timeout", "-1", "train.py"], "a number of seconds, 0 or more"),
         (["--crash-loop=-1", "train.py"], "a number of failures, 0 or more"),
+        (
+            ["--ckpt", "s3:/bucket/run", "train.py"],
+            "--ckpt: expected a folder or a URL: did you mean s3://bucket/",
+        ),
+        (
+            ["--ckpt=file:/x", "train.py"],
+            "did you mean file://x? (A folder of this name would be ./file:/x), fou",
+        ),
+        (["--ckpt=", "train.py"], "--ckpt: expected a folder or a URL, found ''"),
         (["--log-level", "loud", "train.py"], "debug or info or warning or error, found 'loud'"),
         (["--metrics-port", "99999", "train.py"], "65535"),
         (["--master-port", "70000", "train.py"], "65535"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 
 import shardckpt
 from launcher.progress import read_progress, report
+from shardckpt import runs
 from shardckpt.errors import (
     CheckpointExistsError,
     CorruptError,
@@ -29,7 +33,7 @@ from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.protocol import Before
 from tests.faults import FailingOnce, FaultyStorage
 from tests.servers import S3Server
-from tests.worlds import Checkpoints, ThreadRanks, run_processes, run_threads
+from tests.worlds import Checkpoints, PeerGoneError, ThreadRanks, outcomes, run_processes, run_threads
 
 
 def state_at(step: int) -> dict[str, Any]:
@@ -148,6 +152,89 @@ def test_a_save_is_skipped_while_one_is_under_way(
     assert checkpointer.step(3, state_at(3)) is not None
     checkpointer.close()
     assert committed(open_storage(tmp_path)) == [3, 1]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_last_step_that_was_skipped_is_saved_at_the_end(
+    size: int, slow: SlowStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training that is faster than the storage does not lose its end: `close` saves it, with its metrics."""
+
+    def train(ranks: ThreadRanks) -> None:
+        with Checkpoints(slow, ranks, every_steps=20) as checkpointer:
+            assert checkpointer.step(20, state_at(20)) is not None
+            for step in (40, 60):
+                assert checkpointer.step(step, state_at(step), {"loss": step / 2}) is None
+            ranks.gather(b"")
+            slow.gate.set()
+
+    with caplog.at_level(logging.INFO, "shardckpt"):
+        run_threads(size, train)
+    assert caplog.messages.count("step 60 is saved at the end") == 1
+    assert committed(open_storage(tmp_path)) == [60, 20]
+    assert restored(tmp_path) == 60
+    assert shardckpt.open(tmp_path).metrics == {"loss": 30.0}
+
+
+def _step_on(checkpointer: shardckpt.Checkpointer) -> None:
+    checkpointer.step(5, state_at(5))
+
+
+def _save(checkpointer: shardckpt.Checkpointer) -> None:
+    checkpointer.save(4, state_at(4))
+
+
+def _restore(checkpointer: shardckpt.Checkpointer) -> None:
+    checkpointer.restore(state_at(4))
+
+
+@pytest.mark.parametrize(("then", "steps"), [(_step_on, [2]), (_save, [4, 2]), (_restore, [2])])
+def test_a_step_that_was_skipped_and_not_the_last_is_not_saved(
+    then: Callable[[shardckpt.Checkpointer], None], steps: list[int], slow: SlowStorage, tmp_path: Path
+) -> None:
+    """Whatever comes after it, the state is not what it was."""
+    checkpointer = shardckpt.Checkpointer(slow, every_steps=2)
+    checkpointer.step(2, state_at(2))
+    assert checkpointer.step(4, state_at(4)) is None
+    slow.gate.set()
+    then(checkpointer)
+    checkpointer.close()
+    assert committed(open_storage(tmp_path)) == steps
+
+
+def test_a_step_that_was_skipped_is_not_saved_after_an_error(slow: SlowStorage, tmp_path: Path) -> None:
+    """Of one rank, perhaps, for which the others would not come. The save under way is waited for."""
+
+    def train(ranks: ThreadRanks) -> None:
+        checkpointer = Checkpoints(slow, ranks, every_steps=1)
+        checkpointer.step(1, state_at(1))
+        assert checkpointer.step(2, state_at(2)) is None
+        ranks.gather(b"")
+        slow.gate.set()
+        try:
+            if ranks.rank == 1:
+                raise ZeroDivisionError
+            checkpointer.step(3, state_at(3))
+        finally:
+            checkpointer.close()
+
+    first, second = outcomes(2, train)
+    assert isinstance(first, PeerGoneError)
+    assert isinstance(second, ZeroDivisionError)
+    assert committed(open_storage(tmp_path)) == [1]
+
+
+def test_a_state_that_was_spoilt_before_the_end(slow: SlowStorage, tmp_path: Path) -> None:
+    """What `save` would say, `close` says."""
+    checkpointer = shardckpt.Checkpointer(slow, every_steps=1)
+    checkpointer.step(1, state_at(1))
+    state = state_at(2)
+    assert checkpointer.step(2, state) is None
+    state["t"] = print
+    slow.gate.set()
+    with pytest.raises(StateError, match="'t'"):
+        checkpointer.close()
+    assert restored(tmp_path) == 1
 
 
 def test_save_waits_for_the_one_under_way(slow: SlowStorage, tmp_path: Path) -> None:
@@ -373,6 +460,85 @@ def test_the_newest_of_two_attempts_of_one_number(tmp_path: Path) -> None:
     checkpointer.close()
     assert committed(open_storage(tmp_path)) == [2]
     assert storage.list(other) == ["rank-00000"]
+
+
+# -- whether all ranks write to one place
+
+
+class _Late(FaultyStorage):
+    """Shows what others have made after three looks only."""
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        data = super().read(path, start, stop)
+        if [call for call, _ in self.calls].count("read") <= 3:
+            raise FileNotFoundError(path)
+        return data
+
+
+@pytest.mark.parametrize("how", ["restore", "step"])
+@pytest.mark.parametrize("other", ["empty", "of an earlier job"])
+def test_a_folder_that_is_another_one_on_each_node(
+    how: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing would ever be committed: all ranks raise the same, which says who does not see what."""
+    monkeypatch.setattr(runs, "_SHOWN_WITHIN", 0.05)
+    folders = [tmp_path / "a", tmp_path / "b", tmp_path / "a", tmp_path / "b"]
+    if other != "empty":
+        saved(folders[1], 1)
+
+    def train(ranks: ThreadRanks) -> None:
+        checkpointer = Checkpoints(folders[ranks.rank], ranks, every_steps=1)
+        if how == "restore":
+            checkpointer.restore(state_at(0))
+        else:
+            checkpointer.step(1, state_at(1))
+
+    errors = outcomes(4, train)
+    assert all(type(error) is StorageError for error in errors), errors
+    (message,) = set(map(str, errors))
+    host = re.escape(socket.gethostname())
+    found = "there is none" if other == "empty" else "there is the one of another job"
+    assert re.match(
+        rf"not all ranks see the same run: rank 0 on {host} has made {folders[0]}/attempt-0001, "
+        rf"but rank 1 on {host} does not see it: "
+        rf"{folders[1]}/attempt-0001/attempt.json: {found} \(2 of 4 ranks do not\)\. A run needs .*--ckpt",
+        message,
+    )
+    assert all(error.__cause__ is None for error in errors)
+
+
+def test_a_folder_that_is_out_of_reach_on_one_node(tmp_path: Path) -> None:
+    """Its own reason is told, at once."""
+
+    class Unreadable(FaultyStorage):
+        def read(self, path: str, *_: object) -> bytes:
+            raise StorageError(f"{path} cannot be read")
+
+    def train(ranks: ThreadRanks) -> None:
+        root = open_storage(tmp_path)
+        Checkpoints(Unreadable(root) if ranks.rank == 2 else root, ranks).restore(state_at(0))
+
+    errors = outcomes(3, train)
+    assert all("rank 2 on " in str(error) for error in errors), errors
+    assert all(
+        "does not see it: attempt-0001/attempt.json cannot be read (1 of 3" in str(e) for e in errors
+    )
+
+
+@pytest.mark.parametrize(("kind", "looks"), [(FaultyStorage, 1), (_Late, 4)])
+def test_a_folder_that_shows_late(kind: type[FaultyStorage], looks: int, tmp_path: Path) -> None:
+    """As network file systems may have it. Where all is well, every other rank looks once."""
+    roots = [kind(open_storage(tmp_path)) for _ in range(2)]
+
+    def train(ranks: ThreadRanks) -> None:
+        with Checkpoints(roots[ranks.rank], ranks) as checkpointer:
+            checkpointer.save(1, state_at(1))
+
+    found = [root.calls for root in roots]
+    run_threads(2, train)
+    claim = ("read", "attempt-0001/attempt.json")
+    assert [calls.count(claim) for calls in found] == [0, looks]
+    assert restored(tmp_path) == 1
 
 
 # -- failures in the background

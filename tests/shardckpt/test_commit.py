@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from shardckpt import commit as module
-from shardckpt.commit import Proposal, commit
+from shardckpt.commit import Proposal, commit, wait_committed
 from shardckpt.errors import SaveError, SaverError, StorageError, SupersededError
 from shardckpt.manifest import Manifest
 from shardckpt.plan import SavePlan, plan_save
@@ -26,7 +26,7 @@ from shardckpt.sinks import Save
 from shardckpt.staging import Copies, StagingBuffer
 from shardckpt.state import FlatState, flatten
 from shardckpt.storage import open_storage
-from shardckpt.writer import persist
+from shardckpt.writer import persist, report_failure
 from tests.faults import HookedStorage, Killed, SaverThread, saver_thread
 from tests.worlds import Checkpoints, ThreadRanks, run_threads
 
@@ -69,7 +69,7 @@ class Waiting:
         self.refuses = False
         self._looked = threading.Semaphore(0)
         root = open_storage(run)
-        attempt = claim_attempt(root)
+        attempt = claim_attempt(root).attempt
         self.place = Place(HookedStorage(root, self._count), step_path(attempt, 1))
         flat = [flatten({f"w{rank}": torch.ones(10)}, rank) for rank in range(2)]
         self._flat: list[FlatState] = flat
@@ -162,6 +162,32 @@ def test_without_a_newer_attempt_it_waits_and_then_has_failed(refuses: bool, wai
     assert newest.looks
 
 
+def test_who_waits_for_the_commit_hears_why_there_is_none(waiting: Waiting) -> None:
+    """What the committer has given up is no failure for the others either."""
+    with pytest.raises(SaveError, match=r"no commit was seen for 0\.1 s"):
+        wait_committed(waiting.place, "x", 0.1)
+    assert not waiting.looks
+    report_failure(waiting.place.storage, "", "another", StorageError("full"))
+    with pytest.raises(SaveError, match="no commit was seen"):
+        wait_committed(waiting.place, "x", 0.1)
+    report_failure(waiting.place.storage, "", "x", StorageError("full"))
+    with pytest.raises(SaveError, match="StorageError: full") as error:
+        wait_committed(waiting.place, "x", FOR_EVER)
+    assert not isinstance(error.value, SupersededError)
+    report_failure(waiting.place.storage, "", "x", SupersededError("of no use"))
+    with pytest.raises(SupersededError, match="of no use"):
+        wait_committed(waiting.place, "x", FOR_EVER)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_newer_checkpoint_ends_the_wait_for_a_commit(waiting: Waiting) -> None:
+    with pytest.raises(SupersededError, match="has not committed it"):
+        wait_committed(waiting.place, "x", FOR_EVER, lambda: True, own_seconds=LIMIT)
+    save_alone(waiting.run)
+    with pytest.raises(SupersededError, match=r"newer attempt, and rank 0's process has not committed it"):
+        wait_committed(waiting.place, "x", FOR_EVER, own_seconds=0.1)
+
+
 def test_looks_are_rare(waiting: Waiting) -> None:
     """Parts are looked for a hundred times meanwhile; but to list costs, and takes long."""
     with pytest.raises(SaveError):
@@ -171,7 +197,7 @@ def test_looks_are_rare(waiting: Waiting) -> None:
 
 def test_succession(tmp_path: Path) -> None:
     root = open_storage(tmp_path)
-    place = Place(root, step_path(claim_attempt(root), 7))
+    place = Place(root, step_path(claim_attempt(root).attempt, 7))
     assert succession(place) is Succession.NONE
     claim_attempt(root)
     assert succession(place) is Succession.CLAIMED
@@ -239,9 +265,8 @@ class Nodes:
 
         run_threads(2, train)
 
-    @property
-    def has_first_part(self) -> bool:
-        return any(self.run.glob("attempt-0001/step-00000001/rank-00000/part.json"))
+    def has_part(self, rank: int) -> bool:
+        return any(self.run.glob(f"attempt-0001/step-00000001/rank-{rank:05d}/part.json"))
 
 
 @pytest.fixture
@@ -269,20 +294,23 @@ def nodes(tmp_path: Path, savers: list[SaverThread], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("often")
-def test_a_saver_whose_node_was_left_behind_ends(nodes: Nodes, savers: list[SaverThread]) -> None:
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_saver_whose_node_was_left_behind_ends(
+    node: int, nodes: Nodes, savers: list[SaverThread]
+) -> None:
     """Its agent is dead, so it persists its part of the newest snapshot; the other saver, whose job goes on, will
     not. Nothing has failed."""
     nodes.save_and_die(tier="memory", url_every_steps=1000)
     with ThreadPoolExecutor(1) as pool:
-        end = pool.submit(savers[0].drain)
-        wait_until(lambda: nodes.has_first_part, "the part of node 0")
+        end = pool.submit(savers[node].drain)
+        wait_until(lambda: nodes.has_part(node), f"the part of node {node}")
         assert not end.done()
-        going_on = nodes.checkpoints(1, Alone())
+        going_on = nodes.checkpoints(1 - node, Alone())
         assert going_on.restore(state_at(0)) is None
         going_on.save(1, state_at(1)).wait()
         assert end.result() == 0
     going_on.close()
-    assert savers[1].drain() == 0
+    assert savers[1 - node].drain() == 0
     assert committed(nodes.run) == [(2, 1)]
 
 
@@ -293,7 +321,7 @@ def test_what_all_savers_persist_is_not_lost_to_a_newer_attempt(
     nodes.save_and_die(tier="memory", url_every_steps=1000)
     with ThreadPoolExecutor(1) as pool:
         end = pool.submit(savers[0].drain)
-        wait_until(lambda: nodes.has_first_part, "the part of node 0")
+        wait_until(lambda: nodes.has_part(0), "the part of node 0")
         claim_attempt(open_storage(nodes.run))
         assert savers[1].drain() == 0
         assert end.result() == 0
@@ -419,7 +447,7 @@ def test_a_saver_that_goes_on_has_not_failed(
     go_on = threading.Event()
     hooks[1] = lambda method, _path: method != "write_pack" or go_on.wait(LIMIT)
     nodes.save_and_die(tier="memory")
-    wait_until(lambda: nodes.has_first_part, "the part of node 0")
+    wait_until(lambda: nodes.has_part(0), "the part of node 0")
     with nodes.checkpoints(0, Alone()) as going_on:
         going_on.save(2, state_at(2)).wait()
     assert savers[0].drain() == 0

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +80,26 @@ class SaverProcess:
         self._process.kill()
         self._process.wait(LIMIT)
 
-    def told(self, event: str) -> dict[str, Any]:
-        """The next line of this kind."""
+    def told(self, *events: str) -> dict[str, Any]:
+        """The next line of these kinds."""
         while True:
             line, end, rest = self._lines.partition(b"\n")
             if end:
                 self._lines = rest
                 told: dict[str, Any] = json.loads(line)
-                if told["event"] == event:
+                if told["event"] in events:
                     return told
             else:
                 more = self._control.recv(1 << 16)
-                assert more, f"the saver ended without a line about {event!r}"
+                assert more, f"the saver ended without a line about {events!r}"
                 self._lines += more
+
+    def told_of(self, step: int) -> dict[str, Any]:
+        """The next line about what became of this step's save in a tier."""
+        while True:
+            told = self.told("persisted", "failed", "superseded")
+            if told["step"] == step:
+                return told
 
     def drain(self) -> int:
         """Ask it to end; its exit code."""
@@ -137,6 +145,13 @@ def client(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sav
 def connected(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch, run: str = "run") -> SaverClient:
     monkeypatch.setenv("LAUNCH_SAVER", saver.address)
     return SaverClient(run, [], 2, LIMIT, linger=0)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def wait_for_end(pid: int) -> None:
@@ -1093,6 +1108,41 @@ def test_two_nodes(nodes: list[SaverProcess], trainers: Trainers, run: Path) -> 
     for trainer in world:
         trainer.kill()
     check_newest(run, 5)
+
+
+def test_a_part_is_no_checkpoint(nodes: list[SaverProcess], trainers: Trainers, run: Path) -> None:
+    """A saver that has written its part waits for the other's commit before it says that the save is durable, and
+    ends with 1 if there was none."""
+    one, other = nodes
+    world = trainers.world(run, nodes)
+    everyone(world, "restore")
+    everyone(world, "prepare")
+    everyone(world, "wait_ready")
+    one.send(signal.SIGSTOP)
+    assert everyone(world, "step", 1) == [True, True]
+    assert other.told("staged")["step"] == 1
+    part = run / "attempt-0001/step-00000001/rank-00001/part.json"
+    wait_until(part.exists)
+    one.kill()
+    assert other.told_of(1)["event"] == "failed"
+    for trainer in world:
+        trainer.kill()
+    assert other.drain() == 1
+    assert saved(run) == []
+
+
+def test_what_both_nodes_tell_is_committed(
+    nodes: list[SaverProcess], trainers: Trainers, run: Path
+) -> None:
+    world = trainers.world(run, nodes)
+    everyone(world, "restore")
+    for step in (1, 2):
+        everyone(world, "save", step)
+        for saver in reversed(nodes):
+            assert saver.told_of(step)["event"] == "persisted"
+            assert f"1/{step}" in saved(run)
+    everyone(world, "close")
+    assert [saver.drain() for saver in nodes] == [0, 0]
 
 
 def test_a_node_that_lacks_its_part_of_the_newest(
