@@ -123,7 +123,7 @@ def test_kill_9_of_the_saver(job: Job) -> None:
     assert len(said) == 2
     assert re.fullmatch(
         r"launch: the saver was lost: killed by SIGKILL \(.*\); the snapshots in memory are gone, and of "
-        r"step 7: 1\.2 of 2\.0 MB \(remote\) what is missing, but no committed checkpoint; "
+        r"step 7: 1\.2 of 2\.0 MB \(remote\) what is missing; checkpoints that are committed are safe; "
         r"log: runs/train/logs/saver\.log",
         said[1],
     )
@@ -184,20 +184,20 @@ def test_a_saver_that_cannot_run_is_not_started_for_ever(job: Job) -> None:
             {"then": [FAILED], "code": 1},
             0,
             74,
-            "the saver ended with exit code 1; log: runs/train/logs/saver.log",
+            "step 7 is not durable in s3://bucket/run: no space; log: runs/train/logs/saver.log",
         ),
         ({"then": [FAILED], "code": -9}, 0, 74, "the saver was lost: killed by SIGKILL"),
         (
             {"then": [FAILED, PERSISTING, {**FAILED, "again": True}], "code": -9},
             0,
             74,
-            "the snapshots in memory are gone, but no committed checkpoint",
+            "the snapshots in memory are gone; checkpoints that are committed are safe",
         ),
         (
             {"then": [FAILED], "code": 1},
             5,
             5,
-            "the saver ended with exit code 1; log: runs/train/logs/saver.log",
+            "step 7 is not durable in s3://bucket/run: no space; log: runs/train/logs/saver.log",
         ),
     ],
 )

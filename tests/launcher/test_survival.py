@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import time
@@ -178,8 +179,9 @@ def test_a_dead_device_is_left_out(job: Job) -> None:
     assert lines == ["3 0 2 0 2", "3 1 2 2 2"]
     wait_for_steps(job)
     (job.path / "repaired").touch()
-    with pytest.raises(UsageError, match="nproc: expected 1 or more, found 0"):
-        list(control.ask(job.path / "runs/train", "scale", 0))
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (1064, 1064))
+    with pytest.raises(UsageError, match=r"nproc: expected at most 500, .* found 501"):
+        list(control.ask(job.path / "runs/train", "scale", 501))
     assert ask(job, "scale", "train", "3").code == 0
     assert has_started(job, 4, 3) == ["4 0 3 0 2", "4 1 3 1 2", "4 2 3 2 2"]
     wait_for_steps(job)
