@@ -175,7 +175,7 @@ class Agent:
     def _forget_round(self) -> None:
         self._workers = Workers()
         self._has_told_hang = False
-        self._waited = 0.0  # seconds, for nodes that are late
+        self._waited = 0.0  # seconds, for nodes that should have spoken
         self._meeting.close()
 
     def _after(self, round_: Round, event: Event) -> Round:
@@ -425,8 +425,7 @@ class Agent:
             self._look_for_hang(round_)
         if round_.phase is Phase.RUNNING:
             self._look_for_newcomers(round_)
-        if round_.is_late:
-            self._look_for_silence(round_)
+        self._look_for_silence(round_)
 
     def _read_progress(self) -> None:
         self._workers.look()
@@ -454,7 +453,7 @@ class Agent:
 
     def _look_for_silence(self, round_: Round) -> None:
         """Wait no longer for nodes whose `launch` says nothing, though it exists: it may be stopped."""
-        self._waited += _TICK
+        self._waited = self._waited + _TICK if round_.is_late else 0.0
         patience = self.config.grace + _KILL_PATIENCE + _SLACK
         if round_.is_hung:
             patience += _DIAGNOSIS_PATIENCE
