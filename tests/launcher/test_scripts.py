@@ -959,6 +959,23 @@ def test_a_style_with_torch(job: Job, name: str) -> None:
     assert run_launched(job, style) == run_plain(job, style)
 
 
+def test_what_a_script_leaves_open_is_written(job: Job) -> None:
+    """Also what it has opened in C, though nothing of C's libraries is torn down."""
+    job.use_torch()
+    path = job.script(
+        """
+        import ctypes, torch
+        libc = ctypes.CDLL(None)
+        libc.fopen.restype = ctypes.c_void_p
+        libc.fputs(b"of C", ctypes.c_void_p(libc.fopen(b"c.txt", b"w")))
+        file = open("python.txt", "w"); file.write("of Python")
+        """
+    )
+    assert job.run(path).code == 0
+    written = [(job.path / name).read_text() for name in ("c.txt", "python.txt")]
+    assert written == ["of C", "of Python"]
+
+
 @pytest.mark.parametrize(
     ("variable", "source"),
     [
