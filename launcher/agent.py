@@ -273,12 +273,10 @@ class Agent:
             case Phase.STOPPING | Phase.KILLING:
                 self._stop_workers(round_)
             case Phase.SETTLED if round_.cut_off is not None and self._workers.files:
-                self._read_progress()
-                self._teller.workers_ended(self._workers.progress, round_)
+                self._tell_end_of_workers(round_)
             case Phase.OVER:
                 self._monitor.set_deadline(None)
-                self._read_progress()
-                self._teller.workers_ended(self._workers.progress, round_)
+                self._tell_end_of_workers(round_)
                 self._membership.say({"kind": "report", "report": self._report(round_).to_json()})
 
     def _get_ready(self, round_: Round) -> None:
@@ -340,6 +338,10 @@ class Agent:
         else:
             self._zygote.signal(signal.SIGKILL)
             self._monitor.set_deadline(_KILL_PATIENCE)
+
+    def _tell_end_of_workers(self, round_: Round) -> None:
+        self._read_progress()
+        self._teller.workers_ended(self._workers.progress, round_)
 
     def _report(self, round_: Round) -> NodeReport:
         """What all nodes should know of the round, once nothing is left of it here."""

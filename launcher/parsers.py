@@ -146,9 +146,17 @@ def modules(text: str) -> tuple[str, ...]:
 
 
 def ranks(text: str) -> frozenset[int] | None:
-    if not re.fullmatch(r"(\d+(,\d+)*)?", text):
-        raise ValueError("ranks separated by commas, as 0,1")
-    return frozenset(map(int, text.split(","))) if text else None
+    return _numbers(text, "ranks separated by commas, as 0,1") if text else None
+
+
+def slots(text: str) -> frozenset[int]:
+    return _numbers(text, "slots separated by commas, as 0,3")
+
+
+def _numbers(text: str, expected: str) -> frozenset[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(expected)
+    return frozenset(map(int, text.split(",")))
 
 
 def streams(text: str) -> Mapping[int | None, int]:

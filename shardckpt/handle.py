@@ -62,7 +62,7 @@ class SaveHandle:
         step: int,
         destinations: Sequence[Destination],
         commit_timeout: float,
-        failures: FailureLog,
+        failure_log: FailureLog,
     ) -> None:
         self.step = step
         self.tiers = (MEMORY, *(destination.tier for destination in destinations))
@@ -70,7 +70,7 @@ class SaveHandle:
         self._id = save_id
         self._places = {destination.tier: destination.place for destination in destinations}
         self._timeout = commit_timeout
-        self._failures = failures
+        self._failure_log = failure_log
         self._states = {tier: _State() for tier in self.tiers}
         self._changed = threading.Condition()
 
@@ -101,7 +101,7 @@ class SaveHandle:
         if state.is_over:
             return
         if error is not None:
-            self._failures.tell(self.step, tier, error)
+            self._failure_log.tell(self.step, tier, error)
         with self._changed:
             state.is_over, state.error, state.is_committed = True, error, committed or tier == MEMORY
             self._changed.notify_all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import parsers
 from launcher.control import ask, is_running
 from launcher.errors import ExitCode, NotRunningError, UnreachableError, UsageError
 from launcher.journal import JOURNAL, read_journal
@@ -175,15 +175,14 @@ def _separate(command: ControlCommand, words: Sequence[str]) -> tuple[dict[str, 
     return switches, rest
 
 
-def _read_slots(request: _Request) -> list[int]:
+def _read_slots(request: _Request) -> frozenset[int]:
     text = request.switches.get(_WITHOUT)
     if text is None:
-        return []
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise UsageError(
-            f"{_WITHOUT}: expected slots separated by commas, as 0,3, found {text or 'nothing'}"
-        )
-    return [int(slot) for slot in text.split(",")]
+        return frozenset()
+    try:
+        return parsers.slots(text)
+    except ValueError as expected:
+        raise UsageError(f"{_WITHOUT}: expected {expected}, found {text or 'nothing'}") from None
 
 
 def _read_number(command: ControlCommand, text: str | None) -> int:

@@ -386,14 +386,20 @@ def test_a_node_outlives_the_store(team: Team) -> None:
     team.form()
 
 
-def test_a_store_that_does_not_answer(team: Team) -> None:
-    """As behind a network that is cut: connections do not break, and nothing comes. Nor for who joins again."""
+def host_and_guest(team: Team) -> tuple[Node, Node]:
+    """A team of two: who serves the store, and one that soon stops waiting for an answer."""
     host = team.add()
     host.join()
     team.wait(lambda: host.size() == 1)
     team.conf = {"read_timeout": "2"}
     other = team.add()
     team.form()
+    return host, other
+
+
+def test_a_store_that_does_not_answer(team: Team) -> None:
+    """As behind a network that is cut: connections do not break, and nothing comes. Nor for who joins again."""
+    host, other = host_and_guest(team)
     os.kill(host.pid, signal.SIGSTOP)
     try:
         assert team.wait(lambda: other.failure() is not None) < 7.0
@@ -410,12 +416,7 @@ def test_a_store_that_does_not_answer(team: Team) -> None:
 
 
 def test_a_store_that_is_gone_for_good(team: Team) -> None:
-    host = team.add()
-    host.join()
-    team.wait(lambda: host.size() == 1)
-    team.conf = {"read_timeout": "2"}
-    other = team.add()
-    team.form()
+    host, other = host_and_guest(team)
     os.kill(host.pid, signal.SIGKILL)
     assert other.failed().kind == "lost"
     other.join()
