@@ -16,11 +16,10 @@ if TYPE_CHECKING:  # the zygote needs this module first of all, and these not at
     from launcher.run_dir import RankFiles
     from launcher.team import Plan
 
-__all__ = ["WorkerOrder", "shared_environment", "worker_orders"]
+__all__ = ["LARGE_COPIES", "WorkerOrder", "shared_environment", "worker_orders"]
 
-_LARGE_COPIES = "glibc.cpu.x86_non_temporal_threshold"
-_LARGE_COPY = 1 << 20
-"""Bytes from which on memcpy goes past the cache, which halves its traffic on the memory bus.
+LARGE_COPIES = f"glibc.cpu.x86_non_temporal_threshold={1 << 20:#x}"
+"""Of GLIBC_TUNABLES: bytes from which on memcpy goes past the cache, which halves its traffic on the memory bus.
 
 glibc's own choice is 3/4 of a thread's share of the last cache. On virtual machines that may come out as
 hundreds of megabytes, and copies of tensors, as checkpoints and data loaders make them, take 1.7 times as long
@@ -49,9 +48,8 @@ def shared_environment(config: Config, environ: Mapping[str, str] = os.environ) 
         environment["OMP_NUM_THREADS"] = "1"  # as torchrun does
     environment.update(environ)
     tunables = environ.get("GLIBC_TUNABLES", "")
-    if _LARGE_COPIES not in tunables:
-        ours = f"{_LARGE_COPIES}={_LARGE_COPY:#x}"
-        environment["GLIBC_TUNABLES"] = f"{tunables}:{ours}" if tunables else ours
+    if LARGE_COPIES.partition("=")[0] not in tunables:
+        environment["GLIBC_TUNABLES"] = f"{tunables}:{LARGE_COPIES}" if tunables else LARGE_COPIES
     return environment
 
 

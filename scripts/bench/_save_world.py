@@ -15,6 +15,8 @@ from typing import Any
 
 from _processes import MARK, kill_marked, marked
 
+from launcher.worker import LARGE_COPIES
+
 __all__ = ["Job", "Results", "run_world"]
 
 Job = tuple[int, str]
@@ -110,7 +112,7 @@ def _one_world(
     store, log = (Path(settings["folder"], f"{name}-{mark}") for name in ("store", "log"))
     reader, writer = os.pipe()
     environment = {
-        "GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0x100000",  # as `launch` does
+        "GLIBC_TUNABLES": LARGE_COPIES,  # as `launch` does
         **os.environ,
         MARK: mark,
         "WORLD_SIZE": str(ranks),
