@@ -20,6 +20,7 @@ from shardckpt.manifest import Manifest, Tensor
 from shardckpt.objects import (
     Stateful,
     iter_modules,
+    local_part,
     module_aliases,
     module_tree,
     optimizer_parameters,
@@ -194,12 +195,8 @@ class _Binder:
                 self.targets.missing.append(join(join(path, "state"), name))
                 state[number] = lambda live=live: live  # type: ignore[misc]
             elif name in saved["state"]:
-                like = {
-                    key: live[key] if isinstance(live.get(key), torch.Tensor) else parameter
-                    for key in saved["state"][name]
-                }
                 place = join(join(path, "state"), name)
-                state[number] = self._made(saved["state"][name], like, place, in_place=bool(live))
+                state[number] = self._made_state(saved["state"][name], live, parameter, place)
         names = [name for name, _ in parameters]
         for name in groups:
             if name not in set(names):
@@ -233,6 +230,21 @@ class _Binder:
             _keep_precision(optimizer, [p for _, p in parameters], filled)
 
         self.targets._finish.append((path, finish))
+
+    def _made_state(
+        self, saved: dict[str, Any], live: Mapping[str, Any], parameter: torch.Tensor, path: str
+    ) -> Callable[[], Any]:
+        """What makes a parameter's state: its own tensors filled where they fit, else new ones laid out like it.
+
+        A live tensor that shares the parameter's memory is never filled: the parameter has its own value.
+        """
+        memory = _storage(parameter)
+        parts = {}
+        for key, value in saved.items():
+            held = live.get(key)
+            is_own = held is not None and not (isinstance(held, torch.Tensor) and _storage(held) == memory)
+            parts[key] = self._made(value, held if is_own else parameter, join(path, key), in_place=is_own)
+        return lambda: {key: make() for key, make in parts.items()}
 
     def _made(self, saved: Any, like: Any, path: str, *, in_place: bool = False) -> Callable[[], Any]:
         """What makes the saved value, to be called when tensors are filled.
@@ -324,6 +336,12 @@ class _Binder:
 
 def _fits(live: torch.Tensor, saved: Tensor) -> bool:
     return tuple(live.shape) == saved.shape and str(live.dtype) == f"torch.{saved.dtype}"
+
+
+def _storage(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    """Which memory the tensor lies in, as far as this rank holds it."""
+    local = local_part(tensor)
+    return local.device, local.untyped_storage().data_ptr()
 
 
 def _is_optimizer(saved: Any) -> bool:

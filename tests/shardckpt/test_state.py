@@ -199,6 +199,50 @@ def test_state_of_another_type_than_the_parameter(place: Storage) -> None:
     assert_equal(_sorted(fresh.state_dict()), _sorted(optimizer.state_dict()))
 
 
+class Aliasing(torch.optim.SGD):
+    """Keeps a view of each parameter in its state, and a list of tensors."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {
+                "view": parameter.detach(),
+                "list": [parameter.detach() + 1],
+            }
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("saved", "live"),
+    [
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), torch.optim.AdamW),
+        (lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.9), torch.optim.RMSprop),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (torch.optim.LBFGS, torch.optim.LBFGS),
+        (lambda p: Aliasing(p, lr=0.1), lambda p: Aliasing(p, lr=0.2)),
+        (lambda p: torch.optim.Adam(p, lr=0.1), lambda p: Aliasing(p, lr=0.2)),
+    ],
+)
+def test_state_that_the_live_optimizer_lacks(
+    saved: Callable[[Any], torch.optim.Optimizer],
+    live: Callable[[Any], torch.optim.Optimizer],
+    place: Storage,
+) -> None:
+    """It gets memory of its own, laid out as the parameter is: nothing of it is written into a parameter."""
+    model, other = Net(0), Net(1)
+    optimizer, target = saved(model.parameters()), live(other.parameters())
+    train(model, optimizer, range(2))
+    train(other, target, range(1))
+    shardckpt.save(place, {"model": model, "optimizer": optimizer})
+    shardckpt.load(place, {"model": other, "optimizer": target})
+    assert_equal(other.state_dict(), model.state_dict())
+    assert_equal(target.state_dict()["state"], optimizer.state_dict()["state"])
+    memory = {parameter.untyped_storage().data_ptr() for parameter in other.parameters()}
+    for state in target.state.values():
+        for value in state.values():
+            assert not isinstance(value, torch.Tensor) or value.untyped_storage().data_ptr() not in memory
+
+
 def test_one_optimizer_of_two_modules(place: Storage) -> None:
     """Its state has the names of both; the modules may be given in another order when it is loaded."""
 
