@@ -1,24 +1,28 @@
 """Modules and optimizers as named trees, whatever wraps them.
 
-Names are those of the plain model: the prefixes of DDP and torch.compile are left out, so that a
-checkpoint does not depend on them (`torch.distributed.checkpoint.state_dict` has the same names). An
-optimizer's state is keyed by the names of its parameters, not by their order.
+Names are those of the plain model: the prefixes of DDP, torch.compile, activation checkpointing and
+AveragedModel are left out, so that a checkpoint does not depend on them
+(`torch.distributed.checkpoint.state_dict` has the same names, but for AveragedModel's). An optimizer's state is
+keyed by the names of its parameters, not by their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from shardckpt.errors import UnsupportedValueError
 from shardckpt.values import MAX_DEPTH
 
 __all__ = [
+    "AVERAGED_COUNT",
     "Stateful",
     "iter_modules",
     "local_part",
@@ -28,11 +32,15 @@ __all__ = [
     "optimizer_tree",
     "original_keys",
     "parameter_names",
+    "reshard",
     "unsynced_buffers",
 ]
 
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
 """What activation checkpointing puts into parameter names, and takes out of state_dict keys itself."""
+
+AVERAGED_COUNT = "n_averaged"
+"""What AveragedModel adds to the names of its module: a number that a plain model has no use for."""
 
 
 @runtime_checkable
@@ -51,14 +59,43 @@ def module_tree(module: nn.Module, where: str) -> dict[str, Any]:
 
     Raises UnsupportedValueError for FSDP version 1, whose flat parameters the library does not store.
     """
-    for name, child in module.named_modules():
-        if type(child).__name__ == "FullyShardedDataParallel":
+    fsdp1 = _loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
+    for name, child in module.named_modules() if fsdp1 else ():
+        if isinstance(child, fsdp1):
             raise UnsupportedValueError(
                 f"state[{where!r}] has a FullyShardedDataParallel module (FSDP 1) at {name!r}, which "
                 "is not supported; shard the model with torch.distributed.fsdp.fully_shard"
             )
     prefixes = _wrapper_prefixes(module)
-    return {_clean(key, prefixes): value for key, value in module.state_dict().items()}
+    tree: dict[str, Any] = {}
+    for key, value in module.state_dict().items():
+        if (name := _clean(key, prefixes)) in tree:
+            raise UnsupportedValueError(
+                f"state[{where!r}] has two entries that would be named {name!r}, one of a wrapper (DDP, torch.compile "
+                f"or AveragedModel) and one of the module in it, {key!r}. Rename one of them."
+            )
+        tree[name] = value
+    return tree
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Have modules of fully_shard hold their shards, as between two steps of training.
+
+    After a forward pass without a backward pass the root holds whole parameters, which are other objects than
+    those that the optimizer has. state_dict() reshards them too.
+    """
+    fsdp = _loaded_class("torch.distributed.fsdp", "FSDPModule")
+    if not fsdp:
+        return
+    waiting, seen = list(modules), set()
+    while waiting:
+        module = waiting.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, fsdp):
+            module.reshard()
+        waiting.extend(module._modules.values())
 
 
 def original_keys(module: nn.Module) -> dict[str, str]:
@@ -156,15 +193,22 @@ def iter_modules(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[s
             yield from iter_modules(value, f"{path}.{key}" if path else str(key), depth + 1)
 
 
+def _loaded_class(module: str, name: str) -> tuple[type, ...]:
+    """What isinstance takes: the class, if its module is imported, which takes torch a second; else nothing."""
+    found = getattr(sys.modules.get(module), name, None)
+    return (found,) if isinstance(found, type) else ()
+
+
 def _wrapper_prefixes(module: nn.Module) -> list[tuple[str, str]]:
-    """(prefix of a wrapped module's keys, what it should be), the outermost first."""
+    """(prefix of a wrapped module's keys, what it should be), the innermost first."""
+    compiled = _loaded_class("torch._dynamo.eval_frame", "OptimizedModule")
     prefixes = []
     for path, child in module.named_modules(remove_duplicate=False):
         inner = (
             "module"
-            if isinstance(child, DistributedDataParallel)
+            if isinstance(child, (DistributedDataParallel, AveragedModel))
             else "_orig_mod"
-            if type(child).__name__ == "OptimizedModule"
+            if isinstance(child, compiled)
             else None
         )
         if inner is not None:

@@ -20,6 +20,7 @@ from shardckpt.objects import (
     module_tree,
     optimizer_tree,
     parameter_names,
+    reshard,
     unsynced_buffers,
 )
 from shardckpt.plan import Layout
@@ -84,6 +85,7 @@ def flatten(state: dict[str, Any], rank: int, memo: Memo | None = None) -> FlatS
     """
     check_state(state)
     modules = list(iter_modules(state))
+    reshard(module for _, module in modules)
     if memo is not None:
         memo.begin(modules)
     walk = _Walk(rank, dict(modules), memo)

@@ -18,6 +18,7 @@ from shardckpt.errors import FormatError, MissingKeysError, ShapeMismatchError, 
 from shardckpt.local import LocalTensor, empty_like_saved, local_tensor
 from shardckpt.manifest import Manifest, Tensor
 from shardckpt.objects import (
+    AVERAGED_COUNT,
     Stateful,
     iter_modules,
     local_part,
@@ -26,6 +27,7 @@ from shardckpt.objects import (
     optimizer_parameters,
     original_keys,
     parameter_names,
+    reshard,
 )
 from shardckpt.state import PerRank, check_state, per_rank_path
 from shardckpt.values import PerRankRef, TensorRef, decode, join
@@ -76,7 +78,9 @@ def bind(state: dict[str, Any], manifest: Manifest, rank: int, *, strict: bool) 
     of the state differ from the checkpoint's.
     """
     check_state(state)
-    binder = _Binder(manifest, rank, parameter_names(dict(iter_modules(state))))
+    modules = dict(iter_modules(state))
+    reshard(modules.values())
+    binder = _Binder(manifest, rank, parameter_names(modules))
     saved = decode(manifest.values)
     binder.entries(state, saved, "")
     targets = binder.targets
@@ -172,7 +176,8 @@ class _Binder:
             else:
                 raise self._mismatch(place, "tensor", value)
         for name, value in wanted.items():
-            self._unexpected(value, join(path, name))
+            if name.rpartition(".")[2] != AVERAGED_COUNT or not isinstance(value, TensorRef):
+                self._unexpected(value, join(path, name))
         if extra or not module_aliases(module, loaded):
             keys = original_keys(module)
 
