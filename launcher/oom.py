@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cgroup_memory import machine_memory, memory_groups, read_table
 from launcher.wording import amount
 
 __all__ = ["OomWatch"]
 
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-_UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number near 2**63
 _KILLED = r"(?P<cgroup>Memory cgroup out of memory|Out of memory)[^:]*: Killed process (?P<pid>\d+) "
 _HELD = r"(?:anon|shmem)-rss:(\d+)kB"
 
@@ -35,7 +35,7 @@ class OomWatch:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
-        self._cgroups = tuple(_memory_cgroups(root))
+        self._cgroups = memory_groups(root)
         self._log = _Log(root)
         self._before = self._count()
 
@@ -64,49 +64,16 @@ class OomWatch:
         return None
 
     def _count(self) -> _Counters:
-        in_cgroups = 0
-        for cgroup in self._cgroups:
-            for name in ("memory.events", "memory.oom_control"):
-                values = _read_table(cgroup / name)
-                in_cgroups += values.get("oom_kill", 0) + values.get("oom_group_kill", 0)
-        return _Counters(in_cgroups, _read_table(self._root / "proc/vmstat").get("oom_kill", 0))
+        in_cgroups = sum(group.kills for group in self._cgroups)
+        return _Counters(in_cgroups, read_table(self._root / "proc/vmstat").get("oom_kill", 0))
 
     def _limit(self, is_cgroup: bool) -> str:
-        machine = _read_table(self._root / "proc/meminfo").get("MemTotal:", 0) * 1024
-        limits = [
-            limit
-            for cgroup in self._cgroups
-            for name in ("memory.max", "memory.limit_in_bytes")
-            if (limit := _read_number(cgroup / name)) is not None and limit < (machine or _UNLIMITED)
-        ]
+        machine = machine_memory(self._root)
+        limits = [limit for group in self._cgroups if (limit := group.limit) is not None]
+        limits = [limit for limit in limits if machine is None or limit < machine]
         if is_cgroup and limits:
             return f"cgroup limit {amount(min(limits))}"
         return f"the machine's {amount(machine)}" if machine else "the machine's memory"
-
-
-def _memory_cgroups(root: Path) -> Iterator[Path]:
-    """The directories of this process's memory cgroup and of those around it, as far as visible."""
-    for line in _lines(root / "proc/self/cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if number != "0" and "memory" not in controllers.split(","):
-            continue
-        kind = "cgroup2" if number == "0" else "cgroup"
-        for mount, mounted in _mounts(root, kind):
-            # In a container the mount may show a part of the hierarchy only.
-            inside = os.path.relpath(path, mounted)
-            here = mount if inside.startswith("..") else mount / inside
-            while here.is_relative_to(mount):
-                yield here
-                here = here.parent
-
-
-def _mounts(root: Path, kind: str) -> Iterator[tuple[Path, str]]:
-    """Where cgroups of a kind are mounted, and which of them is at the top there."""
-    for line in _lines(root / "proc/self/mountinfo"):
-        before, _, after = line.partition(" - ")
-        fields, (found, _, options) = before.split(), after.split(" ", 2)
-        if found == kind and (kind == "cgroup2" or "memory" in options.split(",")):
-            yield root / fields[4].lstrip("/"), fields[3]
 
 
 class _Log:
@@ -152,25 +119,3 @@ class _Log:
             if not record:
                 return
             yield record.decode(errors="replace")
-
-
-def _read_table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
-    table = {}
-    for line in _lines(path):
-        name, *values = line.split()
-        if values and values[0].isdigit():
-            table[name] = int(values[0])
-    return table
-
-
-def _read_number(path: Path) -> int | None:
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _lines(path: Path) -> Iterable[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return ()

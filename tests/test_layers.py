@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,9 @@ LAYERS = {
 }
 """Each package's modules, the lowest layer first. A module imports from layers below its own."""
 
+SHARED = ["cgroup_memory"]
+"""Modules below both packages: what Linux says, for both the same."""
+
 
 def modules(package: str) -> dict[str, list[Path]]:
     """Top-level module or folder name -> its files."""
@@ -116,3 +121,16 @@ def test_packages_do_not_import_each_other(package: str, other: str) -> None:
     for paths in modules(package).values():
         for path in paths:
             assert not any(name.split(".")[0] == other for name in imported(path)), path
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_both_packages_use_stands_on_the_standard_library_alone(name: str) -> None:
+    """So that it draws neither package into the other, nor torch into the agent."""
+    allowed = {*sys.stdlib_module_names, *SHARED[: SHARED.index(name)]}
+    assert {target.split(".")[0] for target in imported(ROOT / f"{name}.py")} <= allowed
+
+
+def test_the_wheel_has_all_that_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packed = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert sorted(packed) == sorted([*LAYERS, *(f"{name}.py" for name in SHARED)])

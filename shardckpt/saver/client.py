@@ -35,7 +35,10 @@ from shardckpt.saver.wire import (
     Detach,
     Find,
     Found,
+    GiveBack,
+    GivenBack,
     Hello,
+    Note,
     Outcome,
     Plan,
     Request,
@@ -240,6 +243,11 @@ class SaverClient:
     def _take_in(self, message: Any, descriptors: list[int]) -> None:
         if isinstance(message, Reserved):
             self._take_buffer(message, descriptors)
+        elif isinstance(message, GiveBack):
+            self._give_back(message.buffer)
+        elif isinstance(message, Note):
+            if is_first_on_node():
+                _log.warning("%s", message.text)
         elif isinstance(message, Outcome):
             with self._changed:
                 done = self._waiting.pop((message.id, message.tier), None)
@@ -272,6 +280,17 @@ class SaverClient:
         if is_next:
             with contextlib.suppress(SaverError):  # which is told to those that wait
                 self._send(Reserve(self._plan.size))
+
+    def _give_back(self, number: int) -> None:
+        """Do without a buffer, unless it is being written to."""
+        with self._changed:
+            kept = [memory for memory in self._granted if memory.number != number]
+            if len(kept) == len(self._granted):
+                return
+            self._granted = deque(kept)
+            self._mapped.pop(number, None)
+        with contextlib.suppress(SaverError):  # which is told to those that wait
+            self._send(GivenBack(number))
 
     def _lose(self) -> None:
         """The saver is gone: what waits for it has failed."""

@@ -2,41 +2,114 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import threading
+from enum import Enum
 from pathlib import Path
 
-__all__ = ["allocate", "map_buffer", "rounded"]
+from cgroup_memory import Room, memory_groups, memory_room
 
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+__all__ = ["Pressure", "SnapshotMemory", "empty", "map_buffer", "rounded"]
+
 _ROUND = 2 << 20  # a huge page; also leaves room for the pack to grow by a few bytes
+_PIECE = 64 << 20  # bytes between two looks at what is left
+_FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
+
+# Left to training, as a share and at most: less is a shortage; and spare snapshots have to leave so much.
+_NEEDED = 1 / 64, 1 << 30
+_SPARE = 1 / 16, 8 << 30
+
+
+class Pressure(Enum):
+    """How short memory is."""
+
+    NONE = "none"
+    SHORT = "short"
+    """Nearly all of it is taken."""
+    KILLED = "killed"
+    """The kernel has killed a process of this one's control groups since the last look."""
+
+
+class SnapshotMemory:
+    """Makes buffers as long as the machine and this process's control groups have memory. Safe from any thread.
+
+    Args:
+        root: where /proc and /sys are found.
+    """
+
+    look_every = 1.0
+    """Seconds between two looks at the pressure."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._promised = 0  # bytes of buffers that are being made
+        self._kills = self._count_kills()
+
+    def allocate(self, size: int) -> tuple[int, int]:
+        """(descriptor, size) of new memory of at least `size` bytes, provided by the kernel already.
+
+        It lives as long as somebody has the descriptor or a mapping: nothing is left in any file system, and
+        the size of /dev/shm does not matter. Raises MemoryError if there is not enough, or no longer enough,
+        since training takes memory at the same time; the kernel itself would rather kill a process.
+        """
+        size = rounded(size)
+        with self._lock:
+            self._check(size)
+            self._promised += size
+        left = size
+        try:
+            descriptor = os.memfd_create("shardckpt", os.MFD_CLOEXEC)
+            try:
+                while left:
+                    piece = min(left, _PIECE)
+                    os.posix_fallocate(descriptor, size - left, piece)
+                    with self._lock:
+                        self._promised -= piece
+                        left -= piece
+                        self._check(0)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        finally:
+            with self._lock:
+                self._promised -= left
+        return descriptor, size
+
+    def lacking(self, size: int) -> str:
+        """Why `size` bytes for spare snapshots would leave too little to training; empty if they would not."""
+        room = self._room()
+        if room is None or size + _share(room, _SPARE) <= room.free:
+            return ""
+        return f"{room}, and one more takes {size / 1e9:.1f} GB"
+
+    def pressure(self) -> Pressure:
+        """How short memory is now."""
+        kills, self._kills = self._kills, self._count_kills()
+        if self._kills > kills:
+            return Pressure.KILLED
+        room = self._room()
+        is_short = room is not None and room.free < _share(room, _NEEDED)
+        return Pressure.SHORT if is_short else Pressure.NONE
+
+    def _check(self, size: int) -> None:
+        room = self._room()
+        if room is not None and size + _share(room, _NEEDED) > room.free:
+            raise MemoryError(str(room))
+
+    def _room(self) -> Room | None:
+        room = memory_room(root=self._root)
+        return room and Room(max(0, room.free - self._promised), room.total, room.group)
+
+    def _count_kills(self) -> int:
+        return sum(group.kills for group in memory_groups(self._root))
 
 
 def rounded(size: int) -> int:
     """Bytes of memory that a pack of `size` bytes takes, which is never nothing."""
     return max(_ROUND, -(-size // _ROUND) * _ROUND)
-
-
-def allocate(size: int) -> tuple[int, int]:
-    """(descriptor, size) of new memory of at least `size` bytes, provided by the kernel already.
-
-    It lives as long as somebody has the descriptor or a mapping: nothing is left in any file system, and
-    the size of /dev/shm does not matter. Raises MemoryError if there is not enough; the kernel itself would
-    rather kill a process.
-    """
-    size = rounded(size)
-    if size > (free := _available()):
-        raise MemoryError(f"{free / 1e9:.1f} GB of memory are available")
-    descriptor = os.memfd_create("shardckpt", os.MFD_CLOEXEC)
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor, size
 
 
 def map_buffer(descriptor: int, size: int) -> mmap.mmap:
@@ -49,21 +122,15 @@ def map_buffer(descriptor: int, size: int) -> mmap.mmap:
     return mapping
 
 
-def _available() -> float:
-    """Bytes that the kernel can still provide, to the machine and to this process's control group."""
-    free = [float("inf")]
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            free.append(int(line.split()[1]) * 1024)
-    for limit, usage in _CGROUP_FILES:
-        numbers = [int(line) for line in (*_lines(limit), *_lines(usage)) if line.strip().isdigit()]
-        if len(numbers) == 2:
-            free.append(numbers[0] - numbers[1])
-    return min(free)
+def empty(descriptor: int, size: int) -> None:
+    """Give the memory behind a descriptor back to the kernel, whoever has it mapped. It reads as zeros then."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = ctypes.c_longlong(0), ctypes.c_longlong(size)
+    if libc.fallocate(descriptor, _FALLOC_KEEP_SIZE_PUNCH_HOLE, *arguments) != 0:
+        raise OSError(ctypes.get_errno(), "memory could not be given back")
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
+def _share(room: Room, share: tuple[float, int]) -> int:
+    """A part of what there is in all, and at most so many bytes."""
+    part, most = share
+    return min(int(room.total * part), most)

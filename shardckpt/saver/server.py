@@ -28,7 +28,7 @@ from shardckpt.errors import SupersededError
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.runs import Place
 from shardckpt.saver.lanes import Lanes, Progress, Task
-from shardckpt.saver.memory import allocate, map_buffer, rounded
+from shardckpt.saver.memory import Pressure, SnapshotMemory, map_buffer, rounded
 from shardckpt.saver.shelf import Held, PackPlan, Part, Shelf, Trainer
 from shardckpt.saver.wire import (
     LINGER,
@@ -43,7 +43,10 @@ from shardckpt.saver.wire import (
     Detach,
     Find,
     Found,
+    GiveBack,
+    GivenBack,
     Hello,
+    Note,
     Outcome,
     Plan,
     Reserve,
@@ -82,6 +85,8 @@ class _Client(Trainer):
     """Sizes of the buffers that it waits for."""
     is_told: bool = False
     """Whether it knows that there is no buffer for this plan yet."""
+    asked_back: set[int] = field(default_factory=set)
+    """Buffers that it is to do without, if it can."""
     begun: Begin | None = None
     """The part that it is writing."""
     has_left: bool = False
@@ -104,6 +109,7 @@ class Saver:
             end means: drain. None: it ends by itself, `linger` seconds after the last trainer.
         linger: seconds that it waits for a restarted job. Not after all trainers said goodbye.
         opener: how to open a tier's URL.
+        memory: makes the buffers.
     """
 
     def __init__(
@@ -113,11 +119,17 @@ class Saver:
         *,
         linger: float = LINGER,
         opener: Callable[[str, dict[str, Any] | None], Storage] = open_storage,
+        memory: SnapshotMemory | None = None,
     ) -> None:
         self._listener = listener
         self._control = control
         self._linger = linger
         self._open = opener
+        self._memory = memory or SnapshotMemory()
+        self._looked = 0.0
+        self._shortages = (
+            0  # of memory: 1 if there has been any, and more for each after which the kernel killed
+        )
         self._id = secrets.token_hex(8)
         self._shelf = Shelf()
         self._lanes = Lanes()
@@ -153,6 +165,7 @@ class Saver:
                 key.data()
             while self._returned:
                 self._returned.popleft()()
+            self._watch_memory()
             self._tidy()
             if self._is_draining:
                 self._flush()
@@ -174,6 +187,12 @@ class Saver:
         return not self._may_linger or time.monotonic() >= self._empty_since + self._linger
 
     def _patience(self) -> float | None:
+        patience = self._patience_of_clients()
+        if not self._shelf.buffers:
+            return patience
+        return self._memory.look_every if patience is None else min(patience, self._memory.look_every)
+
+    def _patience_of_clients(self) -> float | None:
         if self._is_draining and not self._has_flushed:
             return max(0.0, self._drain_until - time.monotonic())
         if self._tasks:  # whose end wakes this thread
@@ -253,8 +272,11 @@ class Saver:
 
     def _tidy(self) -> None:
         """Hand out what buffers there are, and give up what nobody will ask for."""
+        if self._shortages:
+            self._relieve(may_give_up_newest=self._shortages > 1)
         for client in self._clients:
             self._serve_requests(client)
+            self._take_surplus(client)
         for run in {buffer.run for buffer in self._shelf.buffers.values()}:
             clients = [client for client in self._clients if client.run == run]
             served = bool(clients) and all(self._has_its_buffers(client) for client in clients)
@@ -340,7 +362,8 @@ class Saver:
     def _obey(self, client: _Client, message: Any) -> None:
         match message:
             case Hello():
-                client.run, client.snapshots = message.run, message.snapshots
+                client.run = message.run
+                client.snapshots = 1 if self._shortages else message.snapshots
                 client.tiers = {tier.name: tier for tier in message.tiers}
                 client.commit_timeout = message.commit_timeout
                 self._finished.discard(client.run)
@@ -350,6 +373,7 @@ class Saver:
                 writes = list(map(Placed, message.row, message.offset, message.nbytes))
                 client.plan = PackPlan(message.number, writes, message.size, message.whole)
                 client.requests.clear()
+                client.asked_back.clear()
                 client.is_told = False
                 self._shelf.take_back(client)
             case Reserve():
@@ -357,6 +381,7 @@ class Saver:
                 client.requests.append(client.wanted)
             case Begin():
                 self._shelf.begin(client, message.buffer, message.id)
+                client.asked_back.discard(message.buffer)
                 client.begun = message
             case Stage():
                 self._take(client, message)
@@ -371,6 +396,10 @@ class Saver:
             case Detach():
                 for held in self._shelf.snapshots.values():
                     held.readers.discard(client)
+            case GivenBack():
+                self._shelf.give_back(client, message.buffer)
+                client.asked_back.discard(message.buffer)
+                client.requests.append(client.wanted)
             case Bye():
                 client.has_left = True
             case _:
@@ -388,13 +417,74 @@ class Saver:
                 client.requests.popleft()
                 answer = Reserved(_number(client), buffer.number, buffer.size)
                 self._send(client, answer, [buffer.descriptor])
-            elif self._shelf.may_allocate(client, size):
+            elif self._shelf.may_allocate(client, size) and self._can_afford(client):
                 self._allocate(client, size)
             else:
                 if not client.is_told and not self._shelf.owned(client):
                     client.is_told = True
                     self._send(client, Reserved(_number(client)))
                 return
+
+    def _can_afford(self, client: _Client) -> bool:
+        """Whether there is memory for one more buffer for each of the run's trainers, as a snapshot takes one of
+        each. Of a first buffer that is found out by making it."""
+        own = len(self._shelf.owned(client))
+        if own == 0 or not (reason := self._memory.lacking(self._shelf.lacking(client.run, own + 1))):
+            return True
+        self._keep_fewer(client.run, own, reason)
+        return False
+
+    def _keep_fewer(self, run: str, count: int, reason: str) -> None:
+        """Hold no more than `count` snapshots of a run from now on."""
+        clients = [client for client in self._clients if client.run == run and client.snapshots > count]
+        snapshots = "one snapshot" if count == 1 else f"{count} snapshots"
+        text = f"holding {snapshots} only in memory: {reason}"
+        if clients:
+            _log.warning("%s", text)
+        for client in clients:
+            client.snapshots = count
+            self._send(client, Note(text))
+
+    def _take_surplus(self, client: _Client) -> None:
+        """Have the trainer do without what it has beyond its number of snapshots."""
+        for buffer in self._shelf.surplus(client):
+            if not buffer.is_granted:
+                self._shelf.discard(buffer)
+            elif buffer.number not in client.asked_back:
+                client.asked_back.add(buffer.number)
+                self._send(client, GiveBack(buffer.number))
+
+    def _watch_memory(self) -> None:
+        """Keep no spare snapshots once memory has run short.
+
+        If the kernel has killed although there were none, then not even the last one of trainers that are gone,
+        if it is durable: those that come after them need the memory more.
+        """
+        now = time.monotonic()
+        if not self._shelf.buffers or now < self._looked + self._memory.look_every:
+            return
+        self._looked = now
+        match self._memory.pressure():
+            case Pressure.KILLED:
+                self._shortages += 1
+                reason = "the kernel has killed for want of memory"
+            case Pressure.SHORT:
+                if self._shortages:
+                    self._relieve(may_give_up_newest=True)
+                self._shortages = max(1, self._shortages)
+                reason = "memory is short"
+            case Pressure.NONE:
+                return
+        for run in {client.run for client in self._clients}:
+            self._keep_fewer(run, 1, reason)
+
+    def _relieve(self, *, may_give_up_newest: bool) -> bool:
+        """Give back what nobody needs. Whether there was any."""
+        if freed := self._shelf.relieve(may_give_up_newest=may_give_up_newest):
+            _log.warning(
+                "memory is short: %.1f GB of snapshots that nobody needs are given back", freed / 1e9
+            )
+        return freed > 0
 
     def _allocate(self, client: _Client, size: int) -> None:
         """Get new memory, which takes the kernel a second per GiB, so by another thread."""
@@ -403,7 +493,7 @@ class Saver:
 
         def work() -> None:
             try:
-                descriptor, found = allocate(size)
+                descriptor, found = self._memory.allocate(size)
                 content = map_buffer(descriptor, found)
             except Exception as error:  # whatever it is, training goes on without
                 reason = f"no memory for a snapshot of {size} bytes: {error}"
@@ -414,9 +504,8 @@ class Saver:
         def refuse(reason: str) -> None:
             client.allocating = 0
             if own := len(self._shelf.owned(client)):
-                client.snapshots = own
-                _log.warning("%s; going on with fewer snapshots", reason)
-            else:
+                self._keep_fewer(client.run, own, reason)
+            elif not self._relieve(may_give_up_newest=True):  # else it is tried again
                 client.requests.clear()
                 client.wanted = 0
                 self._send(client, Reserved(_number(client), error=reason))

@@ -26,6 +26,7 @@ from functools import cached_property
 
 from shardckpt.plan import SavePlan, decode_plan
 from shardckpt.runs import checkpoint_order
+from shardckpt.saver.memory import empty
 from shardckpt.saver.wire import Stage
 from shardckpt.writer import Placed
 
@@ -234,6 +235,55 @@ class Shelf:
             if buffer.owner is trainer:
                 buffer.owner, buffer.is_granted = None, False
 
+    def lacking(self, run: str, count: int) -> int:
+        """Bytes that the run's trainers still need until each has `count` buffers."""
+        return sum(
+            trainer.wanted
+            for trainer in self._trainers
+            if trainer.run == run and len(self.owned(trainer)) + bool(trainer.allocating) < count
+        )
+
+    def surplus(self, trainer: Trainer) -> list[Buffer]:
+        """What the trainer has beyond its `snapshots` and could do without."""
+        owned = self.owned(trainer)
+        count = len(owned) - trainer.snapshots
+        if count <= 0:
+            return []
+        newest = self.newest(trainer.run)
+        spare = [b for b in owned if b.is_granted or b.snapshot is None or _is_replaced(b.snapshot, newest)]
+        return sorted(spare, key=lambda buffer: buffer.is_granted)[:count]
+
+    def give_back(self, trainer: Trainer, number: int) -> None:
+        """The trainer does without a buffer that was granted to it. Raises LookupError if it was not."""
+        self.discard(self._granted(trainer, number))
+
+    def discard(self, buffer: Buffer) -> None:
+        """Give up a buffer that nobody writes into, with what it holds, though others have it mapped."""
+        if buffer.snapshot is not None:
+            self._drop(buffer.snapshot)
+        empty(buffer.descriptor, buffer.size)
+        self._close(buffer)
+
+    def relieve(self, *, may_give_up_newest: bool) -> int:
+        """Give up what no run needs: orphans that hold nothing, or a save before the newest; also the newest ones
+        of orphans that are durable, if that may be. Returns the bytes that were given up."""
+        before = sum(buffer.size for buffer in self.buffers.values())
+        for run in {buffer.run for buffer in self.buffers.values()}:
+            for held in self._superseded(run):
+                self._drop(held)
+            newest = self.newest(run)
+            if (
+                may_give_up_newest
+                and newest is not None
+                and newest.is_orphaned
+                and newest.is_idle
+                and newest.is_persisted
+            ):
+                self._drop(newest)
+            for buffer in list(self._spare(run)):
+                self._close(buffer)
+        return before - sum(buffer.size for buffer in self.buffers.values())
+
     def make_room(self, run: str, size: int) -> None:
         """Give up orphans that nobody needs, as much as new memory is to take."""
         freed = 0
@@ -408,6 +458,11 @@ class Shelf:
     def _close(self, buffer: Buffer) -> None:
         del self.buffers[buffer.number]
         buffer.close()
+
+
+def _is_replaced(held: Held, newest: Held | None) -> bool:
+    """Whether a whole save is not read, and not the newest."""
+    return held.is_idle and held.is_whole and held is not newest
 
 
 def _most(size: int) -> int:

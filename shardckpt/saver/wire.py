@@ -30,7 +30,10 @@ __all__ = [
     "Detach",
     "Find",
     "Found",
+    "GiveBack",
+    "GivenBack",
     "Hello",
+    "Note",
     "Outcome",
     "Plan",
     "Request",
@@ -162,6 +165,12 @@ class Detach(msgspec.Struct, tag=True, frozen=True):
     """The packs are not read any more."""
 
 
+class GivenBack(msgspec.Struct, tag=True, frozen=True):
+    """A buffer that GiveBack has asked for: this trainer will not write into it, and waits for another."""
+
+    buffer: int
+
+
 class Bye(msgspec.Struct, tag=True, frozen=True):
     """This trainer is done, not dead: nobody will come to fetch its snapshots."""
 
@@ -185,6 +194,18 @@ class Reserved(msgspec.Struct, tag=True, frozen=True):
     buffer: int = -1
     size: int = 0
     error: str = ""
+
+
+class GiveBack(msgspec.Struct, tag=True, frozen=True):
+    """Memory is short. -> GivenBack, unless the buffer is in use already."""
+
+    buffer: int
+
+
+class Note(msgspec.Struct, tag=True, frozen=True):
+    """A warning for the user, who does not read the saver's log."""
+
+    text: str
 
 
 class Outcome(msgspec.Struct, tag=True, frozen=True):
@@ -222,8 +243,8 @@ class Contents(msgspec.Struct, frozen=True):
     checksums: dict[int, list[int]] = {}
 
 
-Request = Hello | Plan | Reserve | Begin | Stage | Abandon | Find | Attach | Detach | Bye
-Answer = Welcome | Reserved | Outcome | Found | Attached
+Request = Hello | Plan | Reserve | Begin | Stage | Abandon | Find | Attach | Detach | GivenBack | Bye
+Answer = Welcome | Reserved | GiveBack | Note | Outcome | Found | Attached
 
 
 class Channel:

@@ -31,10 +31,9 @@ from shardckpt.checkpointer import Checkpointer
 from shardckpt.errors import SaveError, SaverError
 from shardckpt.ranks import current_ranks
 from shardckpt.saver import client as saver_client
-from shardckpt.saver import server as saver_server
 from shardckpt.saver import wire
 from shardckpt.saver.client import SaverClient
-from shardckpt.saver.memory import allocate
+from shardckpt.saver.memory import Pressure, SnapshotMemory
 from shardckpt.saver.server import Saver
 from shardckpt.saving import SaveHandle
 from tests.parallel import Training
@@ -808,7 +807,7 @@ def test_descriptors_come_with_their_own_message() -> None:
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
     sender, receiver = wire.Channel(ours), wire.Channel(theirs)
-    files = [allocate(1)[0] for _ in range(5)]
+    files = [SnapshotMemory().allocate(1)[0] for _ in range(5)]
     try:
         for number in range(120):
             sender.send(wire.Outcome("x" * (number * 97 % 5000), str(number)))
@@ -841,10 +840,12 @@ def test_descriptors_come_with_their_own_message() -> None:
 
 
 @contextlib.contextmanager
-def saver_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[Saver]:
+def saver_in_a_thread(
+    monkeypatch: pytest.MonkeyPatch, memory: SnapshotMemory | None = None
+) -> Iterator[Saver]:
     address = f"shardckpt-test-{os.urandom(8).hex()}"
     control, theirs = socket.socketpair()
-    made = Saver(wire.listen(address), theirs)
+    made = Saver(wire.listen(address), theirs, memory=memory)
     thread = threading.Thread(target=made.run)
     thread.start()
     monkeypatch.setenv("LAUNCH_SAVER", address)
@@ -857,51 +858,174 @@ def saver_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[Saver]:
         theirs.close()
 
 
+class Memory(SnapshotMemory):
+    """Of a machine that has memory for `count` buffers, or for any number; `pressures` are what is found next."""
+
+    look_every = 0.01
+
+    def __init__(self, count: int | None = None) -> None:
+        super().__init__()
+        self.count = count
+        self.pressures: list[Pressure] = []
+
+    def allocate(self, size: int) -> tuple[int, int]:
+        if self.count is not None:
+            if not self.count:
+                raise MemoryError("0.0 GB of memory is left of the machine's 1.0 GB")
+            self.count -= 1
+        return super().allocate(size)
+
+    def pressure(self) -> Pressure:
+        return self.pressures.pop() if self.pressures else Pressure.NONE
+
+
+class ScarceMemory(Memory):
+    """There is always room for another one, but it would leave too little to training."""
+
+    def lacking(self, size: int) -> str:
+        return f"{size >> 20} MiB more are too many" if size else ""
+
+
+def save_in_memory(client: SaverClient, step: int, rank: int = 0, world: int = 1) -> threading.Event:
+    """Stage a part of a save that goes to no tier; set once the whole is staged."""
+    memory = client.take()
+    path = f"attempt-0001/step-{step:08d}"
+    client.begin(wire.Begin(memory.number, f"save-{step}", path, rank, []))
+    staged = threading.Event()
+    stage = wire.Stage(memory.number, f"save-{step}", path, step, rank, world, world, [], b"{}", b"")
+    client.stage(stage, lambda _: staged.set())
+    return staged
+
+
 def test_no_memory_is_an_error_of_this_save_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one asks again."""
-    is_full = [True]
-
-    def made(size: int) -> tuple[int, int]:
-        if is_full:
-            raise OSError(28, "No space left on device")
-        return allocate(size)
-
-    monkeypatch.setattr(saver_server, "allocate", made)
-    with saver_in_a_thread(monkeypatch):
+    memory = Memory(0)
+    with saver_in_a_thread(monkeypatch, memory):
         client = SaverClient("run", [], 2, LIMIT, linger=0)
         client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
-        with pytest.raises(MemoryError, match=r"no memory for a snapshot of .*No space left"):
+        with pytest.raises(MemoryError, match=r"no memory for a snapshot of .*GB of memory is left"):
             client.take()
-        is_full.clear()
+        memory.count = None
         with contextlib.suppress(MemoryError):  # asked for before
             client.take()
         client.take()
         client.close()
 
 
-def test_with_memory_for_one_snapshot_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rather than a first save, and never another."""
-    left = [1]
-
-    def made(size: int) -> tuple[int, int]:
-        if not left:
-            raise OSError(28, "No space left on device")
-        left.pop()
-        return allocate(size)
-
-    monkeypatch.setattr(saver_server, "allocate", made)
-    with saver_in_a_thread(monkeypatch):
+@pytest.mark.parametrize("memory", [Memory(1), ScarceMemory()], ids=["full", "scarce"])
+def test_with_memory_for_one_snapshot_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, memory: Memory
+) -> None:
+    """Rather than a first save, and never another. The user is told."""
+    with saver_in_a_thread(monkeypatch, memory) as saver:
         client = SaverClient("run", [], 2, LIMIT, linger=0)
         client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
         for step in range(1, 5):
-            memory = client.take()
-            path = f"attempt-0001/step-{step:08d}"
-            client.begin(wire.Begin(memory.number, f"save-{step}", path, 0, []))
-            outcome = threading.Event()
-            stage = wire.Stage(memory.number, f"save-{step}", path, step, 0, 1, 1, [], b"{}", b"")
-            client.stage(stage, lambda _, outcome=outcome: outcome.set())
-            assert outcome.wait(LIMIT)
+            assert save_in_memory(client, step).wait(LIMIT)
+        assert len(saver._shelf.buffers) == 1
         client.close()
+    told = [record.getMessage() for record in caplog.records if record.name == "shardckpt"]
+    assert len(told) == 1
+    assert told[0].startswith("holding one snapshot only in memory: ")
+
+
+def test_a_second_snapshot_that_not_every_rank_has_memory_for_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A part of a snapshot is of no use: what all ranks of the node need is counted before any of it is made."""
+
+    class ForThree(Memory):
+        def lacking(self, size: int) -> str:
+            return "too much" if size > 2 << 20 else ""
+
+    with saver_in_a_thread(monkeypatch, ForThree()) as saver:
+        clients = [SaverClient("run", [], 2, LIMIT, linger=0) for _ in range(2)]
+        for client in clients:
+            client.plan(wire.Plan(1, [], [], [], 2 << 20, b""), 2)
+        for step in range(1, 4):
+            staged = [save_in_memory(client, step, rank, 2) for rank, client in enumerate(clients)]
+            assert all(event.wait(LIMIT) for event in staged)
+        assert len(saver._shelf.buffers) == 2
+        for client in clients:
+            client.close()
+
+
+def test_when_memory_gets_short_spare_snapshots_are_given_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once, though the trainer has the buffer mapped; and saves go on with one."""
+    memory = Memory()
+    with saver_in_a_thread(monkeypatch, memory) as saver:
+        client = SaverClient("run", [], 2, LIMIT, linger=0)
+        client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
+        assert save_in_memory(client, 1).wait(LIMIT)
+        wait_until(lambda: len(saver._shelf.buffers) == 2)
+        before = _shared_memory(os.getpid())
+        memory.pressures.append(Pressure.SHORT)
+        wait_until(lambda: len(saver._shelf.buffers) == 1)
+        assert before - _shared_memory(os.getpid()) > 0
+        for step in range(2, 5):
+            assert save_in_memory(client, step).wait(LIMIT)
+        assert [snapshot.step for snapshot in client.snapshots()] in ([4], [])
+        assert len(saver._shelf.buffers) == 1
+        client.close()
+    assert [r.getMessage() for r in caplog.records if r.name == "shardckpt"] == [
+        "holding one snapshot only in memory: memory is short"
+    ]
+
+
+def test_a_buffer_that_is_being_written_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its save is finished first."""
+    memory = Memory()
+    with saver_in_a_thread(monkeypatch, memory) as saver:
+        client = SaverClient("run", [], 2, LIMIT, linger=0)
+        client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
+        assert save_in_memory(client, 1).wait(LIMIT)
+        taken = client.take()
+        memory.pressures.append(Pressure.SHORT)
+        wait_until(lambda: not memory.pressures)
+        client.begin(wire.Begin(taken.number, "save-2", "attempt-0001/step-00000002", 0, []))
+        taken.content[:4] = b"data"
+        client.snapshots()
+        assert taken.content[:4] == b"data"
+        staged = threading.Event()
+        stage = wire.Stage(taken.number, "save-2", "attempt-0001/step-00000002", 2, 0, 1, 1, [], b"{}", b"")
+        client.stage(stage, lambda _: staged.set())
+        assert staged.wait(LIMIT)
+        wait_until(lambda: len(saver._shelf.buffers) == 1)
+        for step in range(3, 5):
+            assert save_in_memory(client, step).wait(LIMIT)
+        client.close()
+
+
+def test_after_the_kernel_has_killed_a_new_round_finds_one_snapshot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not two, of which one would cost it its life, and it gets no second one."""
+    memory = Memory()
+    with saver_in_a_thread(monkeypatch, memory) as saver:
+        client = SaverClient("run", [], 2, LIMIT, linger=0)
+        client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
+        for step in (1, 2):
+            assert save_in_memory(client, step).wait(LIMIT)
+        wait_until(lambda: len(saver._shelf.buffers) == 2)
+        memory.pressures.append(Pressure.KILLED)
+        client._channel.shut()  # it dies
+        wait_until(lambda: len(saver._shelf.buffers) == 1)
+        again = SaverClient("run", [], 2, LIMIT, linger=0)
+        assert [snapshot.step for snapshot in again.snapshots()] == [2]
+        again.plan(wire.Plan(1, [], [], [], 100, b""), 2)
+        for step in (3, 4):
+            assert save_in_memory(again, step).wait(LIMIT)
+        assert len(saver._shelf.buffers) == 1
+        again.close()
+
+
+def _shared_memory(pid: int) -> int:
+    """Bytes of shared memory that a process has mapped and that are there."""
+    found = re.search(r"^RssShmem:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def test_a_saver_that_dies_while_it_gives_out_memory_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
