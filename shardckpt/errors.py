@@ -15,6 +15,8 @@
     +-- StorageError            the storage refuses or is out of reach: fix it, then try again
     |   +-- StorageFullError        no space, or over quota
     |   +-- CredentialsError        no or wrong credentials, or no permission
+    |   +-- OutOfReachError         it does not answer for now, as in an outage: wait
+    |   +-- RunInUseError           another job is at work in the run: take another URL, or stop that job
     +-- SaveError               a save did not become durable: the checkpoint before it stands
     |   +-- SupersededError         a newer attempt goes on, and nobody needs this save any more
     +-- SaverError              this node's saver is gone: save again, with a new one
@@ -32,7 +34,9 @@ __all__ = [
     "FormatError",
     "MissingKeysError",
     "NotACheckpointError",
+    "OutOfReachError",
     "RankMismatchError",
+    "RunInUseError",
     "SaveError",
     "SaverError",
     "ShapeMismatchError",
@@ -107,6 +111,14 @@ class StorageFullError(StorageError):
 
 class CredentialsError(StorageError, PermissionError):
     """The storage wants credentials, or the ones given do not permit this."""
+
+
+class OutOfReachError(StorageError):
+    """The storage does not answer, or says that it is overloaded. It may pass by itself."""
+
+
+class RunInUseError(StorageError):
+    """Another job that is still at work saves into this run. Nothing was written."""
 
 
 class SaverError(ShardckptError):

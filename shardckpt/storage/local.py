@@ -11,7 +11,13 @@ import stat
 import threading
 from collections.abc import Iterator
 
-from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
+from shardckpt.errors import (
+    CorruptError,
+    CredentialsError,
+    OutOfReachError,
+    StorageError,
+    StorageFullError,
+)
 from shardckpt.storage import direct
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join, temporary_name
@@ -20,6 +26,18 @@ from shardckpt.storage.protocol import Before
 __all__ = ["LocalStorage"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# Of a network file system whose server does not answer.
+_OUT_OF_REACH = {
+    errno.ETIMEDOUT,
+    errno.ESTALE,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+}
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EACCES)
 
@@ -264,7 +282,8 @@ def _explain(error: OSError, verb: str, full: str, wanted: int) -> StorageError:
             f"cannot {verb} {full}: the file system is mounted read-only. Choose another place"
         )
     else:
-        explained = StorageError(f"cannot {verb} {full}: {error.strerror or error}")
+        kind = OutOfReachError if error.errno in _OUT_OF_REACH else StorageError
+        explained = kind(f"cannot {verb} {full}: {error.strerror or error}")
     explained.errno = error.errno
     return explained
 

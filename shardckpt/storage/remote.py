@@ -10,7 +10,13 @@ from typing import Any
 
 import fsspec
 
-from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
+from shardckpt.errors import (
+    CorruptError,
+    CredentialsError,
+    OutOfReachError,
+    StorageError,
+    StorageFullError,
+)
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join, without_temporary
 from shardckpt.storage.probe import ExclusiveProbe
@@ -183,4 +189,6 @@ class FsspecStorage:
                 raise CredentialsError(text) from error
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageFullError(text) from error
+            if isinstance(error, ConnectionError | TimeoutError):
+                raise OutOfReachError(text) from error
             raise StorageError(text) from error

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from shardckpt.errors import CorruptError, StorageError
+from shardckpt.errors import CorruptError, OutOfReachError, StorageError
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join, without_temporary
 from shardckpt.storage.probe import ExclusiveProbe
@@ -182,7 +182,9 @@ class S3Storage:
         future = asyncio.run_coroutine_threadsafe(work, self._system.loop)
         try:
             return future.result()
-        except (TransientError, BeyondEndError) as error:  # which nobody outside knows
+        except TransientError as error:  # nobody outside knows these two
+            raise OutOfReachError(str(error)) from error
+        except BeyondEndError as error:
             raise StorageError(str(error)) from error
         except BaseException:
             future.cancel()

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
 
-from shardckpt.errors import CredentialsError, StorageError, StorageFullError
+from shardckpt.errors import CredentialsError, OutOfReachError, StorageError, StorageFullError
 
 __all__ = ["BeyondEndError", "TransientError", "UnreachableError", "explain"]
 
@@ -62,7 +62,7 @@ class BeyondEndError(StorageError):
     """A range begins behind the end of its object (416)."""
 
 
-class TransientError(StorageError):
+class TransientError(OutOfReachError):
     """It may pass: try again. Whether the request was carried out is not known."""
 
 
