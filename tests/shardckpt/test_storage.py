@@ -28,7 +28,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardckpt import load, save
-from shardckpt.errors import CorruptError, CredentialsError, StorageError, StorageFullError
+from shardckpt.errors import (
+    CorruptError,
+    CredentialsError,
+    OutOfReachError,
+    StorageError,
+    StorageFullError,
+)
 from shardckpt.storage import LocalStorage, Storage, open_storage
 from tests.faults import FaultyStorage, Killed
 from tests.servers import FaultyProxy, S3Server, faulty_proxy
@@ -668,7 +674,7 @@ class TestTrouble:
                 StorageError, match=r"^s3://bucket/run: cannot reach .*after 8 attempts"
             ) as caught:
                 storage.exclusive()
-        assert type(caught.value) is StorageError
+        assert type(caught.value) is OutOfReachError
         (record,) = [record for record in caplog.records if record.name == "shardckpt"]
         said = record.getMessage()
         assert said == f"cannot reach {endpoint} (connection refused), trying again for up to 1 s"
