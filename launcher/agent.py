@@ -29,6 +29,7 @@ from launcher.events import (
     StacksTaken,
     StopRequested,
     Tick,
+    WorkerExited,
     WorkerStarted,
     ZygoteReady,
 )
@@ -101,6 +102,7 @@ class Agent:
         self._slots = Slots(config.nproc, config.nproc, config.min_nproc)
         self._addr = config.master_addr  # of this node, as others reach it
         self._meeting = ExitStack()  # the port that is held for the round
+        self._workers = Workers()
         self._forget_round()
         self._recovery: Recovery | None = None
         self._can_resume = False  # workers have said that they can save when they are asked to
@@ -173,8 +175,9 @@ class Agent:
         )
 
     def _forget_round(self) -> None:
-        self._workers = Workers()
+        self._workers = Workers(usual_start=self._workers.usual_start)
         self._has_told_hang = False
+        self._hung_at: tuple[str, ...] = ()
         self._waited = 0.0  # seconds, for nodes that should have spoken
         self._meeting.close()
 
@@ -245,6 +248,8 @@ class Agent:
                 self._workers.pids[rank] = pid
                 if self._recovery is not None and self._workers.have_all_started:
                     self._recovery = replace(self._recovery, forked=time.time())
+            case WorkerExited(rank=rank):
+                self._workers.end(rank)
             case Tick():
                 self._look(round_)
             case StacksTaken():
@@ -267,6 +272,7 @@ class Agent:
             case Phase.DRAINING:
                 self._request_drain(round_)
             case Phase.DIAGNOSING:
+                self._hung_at = self._workers.places()
                 self._teller.hangs(self._workers.still, is_draining=self._workers.are_draining)
                 self._monitor.set_deadline(_DIAGNOSIS_PATIENCE)
                 self._take_stacks(round_)
@@ -292,7 +298,7 @@ class Agent:
         plan = round_.plan
         self._monitor.set_deadline(None)
         files = self._run_dir.begin_round(plan.number, plan.ranks)
-        self._workers = Workers(files)
+        self._workers = Workers(files, self._workers.usual_start)
         self._oom.mark()
         self._teller.round_started(round_, files, self._history)
         orders = worker_orders(
@@ -377,7 +383,7 @@ class Agent:
             trouble=round_.trouble_in_words,
             is_stuck=round_.is_stuck,
             step=self._workers.step,
-            hang=round_.hang,
+            hang=(*self._hung_at, *round_.hang) if round_.hang else (),
         )
 
     def _conclude(self, round_: Round) -> Decision:
@@ -435,9 +441,10 @@ class Agent:
 
     def _look_for_hang(self, round_: Round) -> None:
         timeout, still = self.config.hang_timeout, self._workers.still
-        if timeout and self._workers.step is None and self._workers.age > max(timeout, _SILENCE):
-            self._teller.reports_nothing()
-        if timeout and still >= timeout and not round_.leavers:  # who leaves has --grace
+        is_dumb = not self._workers.is_watched and self._workers.age > max(timeout or 0.0, _SILENCE)
+        if timeout and is_dumb and self._teller.reports_nothing():
+            self._take_stacks(round_)
+        if timeout and not round_.leavers and self._workers.hang(timeout):  # who leaves has --grace
             self._membership.say({"kind": "hang"})
         elif timeout is None and still < _HANG_REPORT:
             self._has_told_hang = False
@@ -473,7 +480,8 @@ class Agent:
         for client in askers:
             self._control.answer(client, {"summary": list(taken.summary), "directory": taken.directory})
         if round_.is_hung or not askers:
-            self._teller.stacks(taken, self._workers.still, is_in_verdict=round_.is_hung)
+            still = self._workers.still if self._workers.is_watched else self._workers.age
+            self._teller.stacks(taken, still, is_in_verdict=round_.is_hung)
 
     def _answer(self, asked: Asked, round_: Round) -> None:
         """Do what `launch status`, `scale` and the others ask this job for."""

@@ -101,8 +101,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "hang-timeout",
         parsers.seconds,
-        "restart if a rank's Checkpointer.step or launcher.report is not called for so long (default: after "
-        "600 write stacks down only); 0: never look",
+        "restart if a rank makes no step (Checkpointer.step, launcher.report) and restores nothing for so long; "
+        "three times as long before the first (default: after 600 write stacks down only); 0: never look",
         "SECONDS",
         _JOB,
     ),

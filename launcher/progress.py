@@ -13,7 +13,7 @@ from typing import Any
 __all__ = ["Progress", "read_progress", "report"]
 
 _LINE_BYTES = 42
-_FACTS_BYTES = 214
+_FACTS_BYTES = 470
 _FILE_BYTES = _LINE_BYTES + _FACTS_BYTES
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -34,6 +34,22 @@ class Progress:
     restored_step: int | None = None  # of that checkpoint; None: there was none
     restored_tier: str | None = None  # that it was in: "memory", "local", "remote"
     first_step: float | None = None  # its first report of a step
+    phase: str | None = None  # what it was doing besides training, from `alive` on: "restore"
+    alive: float | None = None  # its last sign of life besides a step
+    steps: bool = False  # it will report steps, even if it has not yet
+    world: int = 1  # ranks that have to join as it has
+    over: float | None = None  # it had trained all that it was to, so that no more steps come
+
+    @property
+    def doing(self) -> str | None:
+        """The phase that it is in, unless it has made a step since."""
+        is_past = self.alive is None or (self.step is not None and self.alive < self.time)
+        return None if is_past else self.phase
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more steps are to come."""
+        return self.over is not None and self.over >= self.time
 
 
 def report(step: int, *, loss: float | None = None) -> None:
@@ -121,6 +137,11 @@ _TYPES: Mapping[str, Callable[[Any], Any]] = {
     "restored_step": int,
     "restored_tier": str,
     "first_step": float,
+    "phase": str,
+    "alive": float,
+    "steps": lambda value: value is True,
+    "world": int,
+    "over": float,
 }
 
 

@@ -325,14 +325,15 @@ class Teller:
                 f"{len(slots.chosen)} of {slots.wanted}; `launch scale` tries it again"
             )
 
-    def reports_nothing(self) -> None:
-        """Hangs are looked for, and no worker tells how far it is."""
-        if not self._has_told_silence:
-            self._has_told_silence = True
+    def reports_nothing(self) -> bool:
+        """Hangs are looked for, and no worker tells how far it is. False if that is told already."""
+        is_news, self._has_told_silence = not self._has_told_silence, True
+        if is_news:
             self._warn(
-                "--hang-timeout has nothing to look at yet: no worker has reported a step "
+                "--hang-timeout has nothing to look at yet: no worker has made a Checkpointer or reported a step "
                 "(Checkpointer.step does, or launcher.report)"
             )
+        return is_news
 
     def failed(self, verdict: Verdict, round_: Round) -> None:
         """A round is over in which something went wrong: the verdict, once in full for all nodes."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from launcher.progress import Progress, read_progress
 from launcher.run_dir import RankFiles
 from launcher.stillness import Stillness
+from launcher.wording import name_ranks
 
 __all__ = ["Workers"]
 
@@ -15,16 +16,24 @@ __all__ = ["Workers"]
 class Workers:
     """The workers that write to `files`, from the moment at which they are to be started.
 
-    What it knows of their progress is as old as the last `look`.
+    What it knows of their progress is as old as the last `look`. `usual_start` is how many seconds the first
+    step took in rounds before; None: no worker has told of any.
     """
 
-    def __init__(self, files: Iterable[RankFiles] = ()) -> None:
+    def __init__(self, files: Iterable[RankFiles] = (), usual_start: float | None = None) -> None:
         self.files = {of_rank.rank: of_rank for of_rank in files}
+        self.usual_start = usual_start
         self.pids: dict[int, int] = {}  # by rank, of those that have been started
         self.progress: dict[int, Progress] = {}  # by rank, of those that have told something
         self._stillness = Stillness()
         self._began = self._looked = time.monotonic()
         self._asked_to_drain: float | None = None  # when
+        self._ended: set[int] = set()
+        self._has_stepped = False
+
+    def end(self, rank: int) -> None:
+        """This one is dead, and will tell nothing any more."""
+        self._ended.add(rank)
 
     def look(self) -> None:
         """Read how far they are."""
@@ -33,8 +42,16 @@ class Workers:
             if progress is not None:
                 self.progress[rank] = progress
         now = time.monotonic()
-        self._stillness = self._stillness.after(self.steps, now - self._looked)
+        self._stillness = self._stillness.after(
+            {rank: one for rank, one in self.progress.items() if rank not in self._ended},
+            now - self._looked,
+            silent=self.files.keys() - self.progress.keys() - self._ended,
+            are_known=self.usual_start is not None,
+        )
         self._looked = now
+        if self.step is not None and not self._has_stepped:
+            self._has_stepped = True
+            self.usual_start = max(self.usual_start or 0.0, self.age)
 
     def ask_to_drain(self) -> None:
         """From now on they should come to an end, and are still until they do."""
@@ -76,3 +93,32 @@ class Workers:
         if self._asked_to_drain is not None:
             return time.monotonic() - self._asked_to_drain
         return self._stillness.longest
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether any of them tells of its progress."""
+        return self._stillness.is_known
+
+    def hang(self, timeout: float) -> bool:
+        """Whether they hang, if they are to make progress every `timeout` seconds."""
+        if self._asked_to_drain is not None:
+            return self.still >= timeout
+        return self._stillness.is_hang(timeout, self.usual_start or 0.0)
+
+    def places(self) -> tuple[str, ...]:
+        """What those do that live and have not made a step yet, or do something else: a line for those alike."""
+        alike: dict[str, list[int]] = {}
+        for rank in sorted(self.files.keys() - self._ended):
+            if (place := _place(self.progress.get(rank))) is not None:
+                alike.setdefault(place, []).append(rank)
+        return tuple(f"{name_ranks(ranks)} {place}" for place, ranks in alike.items())
+
+
+def _place(progress: Progress | None) -> str | None:
+    if progress is None:
+        return "starting: no Checkpointer yet"
+    if progress.doing is not None:
+        return f"in {progress.doing}"
+    if progress.step is not None or progress.is_over:
+        return None
+    return "before the first step" if progress.restored is not None else "before restore"

@@ -172,7 +172,7 @@ class Checkpointer:
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
         self._progress = ProgressFile.of_worker()
-        self._tell(joined=time.time())
+        self._tell(joined=time.time(), world=self._ranks.size, steps=every_steps is not None or None)
         if self._drain is not None and self._drain.file.is_open:
             self._tell(drains=True)
 
@@ -313,6 +313,8 @@ class Checkpointer:
         finally:
             self._failures = _Failures()
             self._session.close()
+            if self._progress is not None:
+                self._progress.over()
 
     def _save_skipped(self) -> None:
         """Start the save that the last call of `step` left out. Waits for memory, as `save` does."""

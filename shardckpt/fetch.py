@@ -21,6 +21,7 @@ from shardckpt.dtypes import numpy_dtype
 from shardckpt.errors import CorruptError
 from shardckpt.manifest import CRC_BYTES, Manifest
 from shardckpt.packs import Source, open_packs
+from shardckpt.progress import alive
 from shardckpt.reads import Read, Stored, coalesced, describe
 
 __all__ = ["Fetcher", "in_parallel"]
@@ -108,6 +109,7 @@ class Fetcher:
         self._held.pop(read.row, None)
 
     def _hand_over(self, take: Callable[[Read], object], group: Sequence[Read]) -> None:
+        alive()
         for read in group:
             take(read)
             self.release(read)
@@ -130,6 +132,7 @@ class Fetcher:
             raise self._missing(first.pack) from error
 
     def _compare(self, chunks: Sequence[Stored], content: memoryview) -> None:
+        alive()
         if not self._packs.has_checksums:
             return
         for chunk in chunks:

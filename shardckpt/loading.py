@@ -14,6 +14,7 @@ from shardckpt.garbage import no_garbage_collection
 from shardckpt.manifest import MANIFEST, Manifest, decode_checked, decode_manifest
 from shardckpt.packs import Source
 from shardckpt.persisting import tier_of
+from shardckpt.progress import doing
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.reader import fill
 from shardckpt.runs import Place, exact_place, find_place
@@ -118,19 +119,8 @@ def load_source(
     tier: str,
 ) -> Loaded:
     """Load what `manifest` describes from its packs, wherever these are. Collective. Raises as `load` does."""
-    error: Exception | None = None
-    targets = Targets()
-    try:
-        targets = bind(state, manifest, ranks.rank, strict=strict)
-    except Exception as failure:  # of the state's own objects, too
-        error = failure
-    agree(ranks, error)
-    nbytes = fill(source, manifest, targets.tensors, ranks)
-    try:
-        targets.apply()
-    except ShardckptError as failure:
-        error = failure
-    agree(ranks, error)
+    with doing("restore"):
+        targets, nbytes = _fill(source, manifest, state, ranks, strict=strict)
     return Loaded(
         url=source.url,
         tier=tier,
@@ -145,6 +135,26 @@ def load_source(
         unused=tuple(targets.unused),
         kept=tuple(targets.kept),
     )
+
+
+def _fill(
+    source: Source, manifest: Manifest, state: dict[str, Any], ranks: Ranks, *, strict: bool
+) -> tuple[Targets, int]:
+    """Fill the state. Returns what was filled, and the bytes that this rank read."""
+    error: Exception | None = None
+    targets = Targets()
+    try:
+        targets = bind(state, manifest, ranks.rank, strict=strict)
+    except Exception as failure:  # of the state's own objects, too
+        error = failure
+    agree(ranks, error)
+    nbytes = fill(source, manifest, targets.tensors, ranks)
+    try:
+        targets.apply()
+    except ShardckptError as failure:
+        error = failure
+    agree(ranks, error)
+    return targets, nbytes
 
 
 def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:

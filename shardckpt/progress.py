@@ -6,17 +6,20 @@ import contextlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ProgressFile"]
+__all__ = ["ProgressFile", "alive", "doing"]
 
 _log = logging.getLogger("shardckpt")
 
 _LINE_BYTES = 42
-_FACTS_BYTES = 214
+_FACTS_BYTES = 470
+_LONGEST_PHASE = 150  # bytes of it in the file; all facts have to fit
+_BEAT = 1.0  # seconds between two signs of life, however often they are given
 _NO_STEP = -1
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -28,6 +31,9 @@ class ProgressFile:
     path: str
     _descriptor: int | None = field(default=None, repr=False)
     _has_stepped: bool = field(default=False, repr=False)
+    _phases: list[str] = field(default_factory=list, repr=False)
+    _beat: float = field(default=0.0, repr=False)
+    _writing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def of_worker(cls) -> ProgressFile | None:
@@ -55,10 +61,48 @@ class ProgressFile:
             self._write(_line(step), {"first_step": time.time(), **self._read()[1], **news})
             self._has_stepped = True
 
+    def alive(self) -> None:
+        """Tell that this process gets on, in whatever it does. Cheap, and safe from any thread.
+
+        For what may take long besides a step: without it, the launcher takes the process for hung.
+        """
+        if time.monotonic() >= self._beat:
+            self._tell_phase()
+
+    def over(self) -> None:
+        """Tell that all is trained that was to be: there will be no more steps."""
+        self._correct(over=time.time())
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Tell what the process does in the block, beside what it does around it."""
+        self._phases.append(what)
+        self._tell_phase()
+        try:
+            yield
+        finally:
+            self._phases.pop()
+            self._tell_phase()
+
+    def _tell_phase(self) -> None:
+        self._beat = time.monotonic() + _BEAT
+        phase = ", ".join(self._phases)
+        while len(_compact(phase)) > _LONGEST_PHASE:
+            phase = f"{phase[: len(phase) * 2 // 3]}…"
+        self._correct(phase=phase or None, alive=time.time())
+
+    def _correct(self, **facts: Any) -> None:
+        """Tell facts, whatever was told of them before."""
+        with self._best_effort():
+            line, known = self._read()
+            told = {**known, **facts}
+            self._write(line, {name: value for name, value in told.items() if value is not None})
+
     @contextlib.contextmanager
     def _best_effort(self) -> Iterator[None]:
         try:
-            yield
+            with self._writing:
+                yield
         except OSError as error:
             _log.debug("%s cannot be written: %s", self.path, error)
 
@@ -85,6 +129,18 @@ class ProgressFile:
 
 
 _files: dict[str, ProgressFile] = {}
+
+
+def alive() -> None:
+    """Tell the launcher, if there is one, that this process gets on. See `ProgressFile.alive`."""
+    if (file := ProgressFile.of_worker()) is not None:
+        file.alive()
+
+
+def doing(what: str) -> contextlib.AbstractContextManager[None]:
+    """Tell the launcher, if there is one, what this process does in a block. For its main thread."""
+    file = ProgressFile.of_worker()
+    return contextlib.nullcontext() if file is None else file.doing(what)
 
 
 def _line(step: int) -> bytes:

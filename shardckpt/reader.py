@@ -16,6 +16,7 @@ from shardckpt.local import LocalTensor, torch_dtype
 from shardckpt.manifest import Manifest
 from shardckpt.packs import Source
 from shardckpt.pages import provide, writable
+from shardckpt.progress import alive
 from shardckpt.ranks import Ranks, agree
 from shardckpt.reads import Read, plan_reads
 from shardckpt.sharing import Unit, Wants
@@ -136,6 +137,7 @@ def _exchange(
             except Exception as failure:
                 error = failure
             agree(ranks, error)
+            alive()  # so are those that wait for others here
             arriving = [
                 (unit, np.empty(unit.nbytes, dtype=np.uint8).data)
                 for unit in batch

@@ -29,6 +29,7 @@ from shardckpt.objects import (
     parameter_names,
     reshard,
 )
+from shardckpt.progress import doing
 from shardckpt.state import PerRank, check_state, per_rank_path
 from shardckpt.values import PerRankRef, TensorRef, decode, join
 
@@ -63,7 +64,8 @@ class Targets:
         """Hand what was loaded to the state's objects. Call once, when every tensor is filled."""
         for path, finish in self._finish:
             try:
-                finish()
+                with doing(f"load_state_dict of {path!r}"):  # of the user's own, which may hang
+                    finish()
             except Exception as error:
                 raise StateError(
                     f"state[{path!r}] did not accept what was loaded: {type(error).__name__}: {error}. "

@@ -33,7 +33,7 @@ WORKER = """
     def tell(step):
         facts = json.dumps({"drains": os.environ.get("DRAINS") != "no", "first_step": time.time()})
         with open(os.environ["LAUNCH_PROGRESS_FILE"], "r+b" if step > 1 else "wb", buffering=0) as file:
-            file.write(f"{step:20d} {time.time():20.6f}\\n{facts:<213}\\n".encode())
+            file.write(f"{step:20d} {time.time():20.6f}\\n{facts:<469}\\n".encode())
 
     def exists(name):
         return os.path.exists(os.path.join(job, name))

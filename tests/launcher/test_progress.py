@@ -41,7 +41,7 @@ def test_steps(path: Path) -> None:
     assert first.first_step == pytest.approx(first.time, abs=0.01)
     for step in (7, 0):
         report(step)
-        assert path.stat().st_size == 256
+        assert path.stat().st_size == 512
         assert read(path).step == step
         assert read(path).time >= first.time
         assert read(path).first_step == first.first_step
@@ -64,7 +64,7 @@ def test_loss(path: Path, loss: float) -> None:
 def test_what_others_tell_stays(path: Path) -> None:
     """A script may use both `launcher.report` and a Checkpointer: neither undoes what the other told."""
     told = b'{"drains":true,"joined":1.5,"restored":2,"restored_step":7,"restored_tier":"memory","first_step":3}'
-    path.write_bytes(f"{-1:20d} {4.0:20.6f}\n".encode() + told.ljust(213) + b"\n")
+    path.write_bytes(f"{-1:20d} {4.0:20.6f}\n".encode() + told.ljust(469) + b"\n")
     expected = Progress(None, 4.0, None, True, 1.5, 2.0, 7, "memory", 3.0)
     assert read(path) == expected
     report(8, loss=0.25)
@@ -84,9 +84,9 @@ def test_garbage_is_no_progress(path: Path, content: bytes) -> None:
         b"",
         b"{",
         b'{"loss": 1}',  # cut short
-        b"[1]".ljust(213) + b"\n",
-        b"x" * 214,
-        b'{"loss": "low", "drains": 1, "joined": null, "restored_step": [], "more": 1}'.ljust(213) + b"\n",
+        b"[1]".ljust(469) + b"\n",
+        b"x" * 470,
+        b'{"loss": "low", "drains": 1, "joined": null, "restored_step": [], "more": 1}'.ljust(469) + b"\n",
     ],
 )
 def test_garbage_behind_the_first_line(path: Path, facts: bytes) -> None:
@@ -107,8 +107,8 @@ def test_whatever_the_file_holds(tmp_path_factory: pytest.TempPathFactory, conte
 def test_more_than_fits_is_not_told(path: Path) -> None:
     """The file never grows, and the step counts all the same."""
     path.write_bytes(
-        f"{5:20d} {1.0:20.6f}\n".encode() + (b'{"x":"' + b"y" * 200 + b'"}').ljust(213) + b"\n"
+        f"{5:20d} {1.0:20.6f}\n".encode() + (b'{"x":"' + b"y" * 458 + b'"}').ljust(469) + b"\n"
     )
     report(6, loss=1.0)
-    assert path.stat().st_size == 256
+    assert path.stat().st_size == 512
     assert read(path) == Progress(6, read(path).time)

@@ -27,7 +27,7 @@ STEPS = """
     def tell(step, drains=True):
         facts = json.dumps({"drains": drains, "first_step": time.time()})
         with open(os.environ["LAUNCH_PROGRESS_FILE"], "wb", buffering=0) as file:
-            file.write(f"{step:20d} {time.time():20.6f}\\n{facts:<213}\\n".encode())
+            file.write(f"{step:20d} {time.time():20.6f}\\n{facts:<469}\\n".encode())
 
     def is_asked_to_drain():
         with open(os.environ["LAUNCH_DRAIN_FILE"]) as file:
@@ -129,6 +129,33 @@ def test_a_hang_that_comes_back(job: Job) -> None:
     done = job.run("--hang-timeout=0.5", "--max-restarts=0", script)
     assert done.code == 76
     assert "giving up" in done.err
+
+
+def test_a_hang_before_the_first_step(job: Job) -> None:
+    """A restore tells how it gets on, so one that does not is found, and named; a slow one goes on."""
+    script = job.script(
+        STEPS
+        + """
+    def restoring(what):
+        facts = {"world": 2, "steps": True, "alive": time.time(), "phase": what}
+        with open(os.environ["LAUNCH_PROGRESS_FILE"], "wb", buffering=0) as file:
+            file.write(f"{-1:20d} {time.time():20.6f}\\n{json.dumps(facts):<469}\\n".encode())
+
+    for _ in range(8):
+        restoring("restore")
+        time.sleep(0.25)
+    if rank == 1:
+        restoring("restore, load_state_dict of 'data'")
+    while True:
+        time.sleep(1)
+    """
+    )
+    done = job.run("--nproc=2", "--hang-timeout=1", "--max-restarts=0", script)
+    assert done.code == 76
+    assert "rank 0 in restore\n  rank 1 in restore, load_state_dict of 'data'\n" in done.err
+    assert "hung after" in done.err
+    [failure] = journal(job, "failure")
+    assert float(str(failure["seconds"])) > 2
 
 
 def test_workers_that_report_nothing_are_left_alone(job: Job) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import shardckpt
-from launcher.progress import read_progress, report
+from launcher.progress import Progress, read_progress, report
 from shardckpt import runs
 from shardckpt.errors import (
     CheckpointExistsError,
@@ -310,8 +310,8 @@ def test_the_progress_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert line[20:21] == b" "
         assert line[41:] == b"\n"
         assert before - 1e-5 <= float(line[21:41]) <= time.time() + 1e-5
-        assert (len(content), content[-1:]) == (256, b"\n")
-        assert facts.keys() == {"joined", "first_step"}
+        assert (len(content), content[-1:]) == (512, b"\n")
+        assert facts.keys() == {"joined", "world", "first_step"}
         assert began <= facts["joined"] <= facts["first_step"] <= float(line[21:41]) + 1e-5
     monkeypatch.setenv("LAUNCH_PROGRESS_FILE", str(tmp_path / "no" / "folder"))
     shardckpt.Checkpointer(tmp_path / "run").step(1, {})  # training does not stop for it
@@ -351,6 +351,45 @@ def test_what_else_is_told(
     assert told.restored is not None
     assert told.first_step is not None
     assert told.joined <= told.restored <= told.first_step <= told.time + 1e-5
+    assert (told.world, told.steps, told.is_over) == (1, False, False)
+    checkpointer.close()
+    told = read_progress(tmp_path / "progress")
+    assert told is not None
+    assert told.is_over
+    shardckpt.Checkpointer(tmp_path / "run", every_steps=1).step(11, state_at(11))
+    told = read_progress(tmp_path / "progress")
+    assert told is not None
+    assert (told.steps, told.is_over) == (True, False)
+
+
+class Slow:
+    """An object whose load_state_dict looks at what the launcher is told meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen: list[Progress | None] = []
+
+    def state_dict(self) -> dict[str, int]:
+        return {"x": 1}
+
+    def load_state_dict(self, _state: dict[str, int]) -> None:
+        self.seen.append(read_progress(self.path))
+
+
+def test_what_is_restored_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a restore that takes long is told from one that hangs, and where."""
+    path = tmp_path / "progress"
+    slow = Slow(path)
+    shardckpt.save(tmp_path / "run" / "attempt-0001" / "step-00000001", {"slow": slow}, step=1)
+    monkeypatch.setenv("LAUNCH_PROGRESS_FILE", str(path))
+    checkpointer = shardckpt.Checkpointer(tmp_path / "run", every_steps=1)
+    checkpointer.restore({"slow": slow})
+    [seen] = slow.seen
+    assert seen is not None
+    assert seen.doing == "restore, load_state_dict of 'slow'"
+    after = read_progress(path)
+    assert after is not None
+    assert (after.doing, after.steps) == (None, True)
 
 
 def test_what_others_told_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
