@@ -19,6 +19,7 @@ import msgspec
 from shardckpt.dtypes import EXTENDED, fill_value, itemsize
 from shardckpt.errors import NotACheckpointError
 from shardckpt.manifest import MANIFEST, Manifest, Tensor, chunk_bytes, decode_manifest
+from shardckpt.storage.limits import client_options
 
 if TYPE_CHECKING:
     import zarr
@@ -77,7 +78,7 @@ def open_group(
 
     import shardckpt.zarr_dtypes  # noqa: F401, registers bfloat16 and float8
 
-    options = dict(storage_options or {})
+    options = client_options(storage_options)
     if manifest is None:
         files, folder = fsspec.url_to_fs(url, **options)
         try:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,13 @@ class FaultyStorage:
     def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         self._enter("write_pack", path, mutates=True)
         self._inner.write_pack(path, buffer, before)
+
+    def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
+        self._enter("write_pieces", path, mutates=True)
+        self._inner.write_pieces(path, size, pieces)
+
+    def fresh(self) -> Storage:
+        return self
 
     def list(self, path: str = "") -> list[str]:
         self._enter("list", path)

@@ -122,6 +122,9 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+_REFUSALS = {"expired": (400, "ExpiredToken"), "denied": (403, "AccessDenied")}
+
+
 @dataclass
 class FaultyProxy:
     """A server in front of another one that spoils chosen requests.
@@ -135,16 +138,22 @@ class FaultyProxy:
     - "reset": break the connection (RST) in the middle of the answer's body.
     - "refuse": break the connection (RST) in the middle of the request's body, which is not passed on.
     - "flip": change one bit in the middle of the answer's body.
+    - "expired", "denied": answer as S3 does to credentials that have expired, or that do not permit it.
+    - "trickle", "trickle up": have a byte of the answer's, or the request's, body through now and then, until the
+      proxy ends.
     - "slow": send the answer's body in ten pieces, with pauses of `pause` seconds.
     - "ignore": never answer, until the proxy ends.
 
-    `requests` records (method, path) of all.
+    `requests` records (method, path) of all, `keys` the access key of each.
     """
 
     endpoint: str = ""
     faults: Callable[[str, str], str | int | None] = lambda _method, _path: None
     pause: float = 0.02
     requests: list[tuple[str, str]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    expired: set[str] = field(default_factory=set)
+    """Access keys whose credentials have expired."""
 
     def count(self, method: str, part: str = "") -> int:
         """How many requests of this method came whose path contains `part`."""
@@ -168,13 +177,24 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
 
         def handle_request(self) -> None:
             proxy.requests.append((self.command, self.path))
+            key = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
+            proxy.keys.append(key[1] if key else "")
             fault = proxy.faults(self.command, self.path)
+            if proxy.keys[-1] in proxy.expired:
+                fault = "expired"
             length = int(self.headers.get("Content-Length") or 0)
             if fault == "refuse":
                 self.rfile.read(length // 2)
                 self.break_off()
                 return
+            if fault == "trickle up":
+                while length and not over.wait(0.05):
+                    length -= len(self.rfile.read(1))
+                return
             body = self.rfile.read(length)
+            if fault in _REFUSALS:
+                self.refuse(*_REFUSALS[fault])
+                return
             if fault == "ignore":
                 over.wait()
                 return
@@ -195,6 +215,15 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             self.end_headers()
             self.send_body(content, fault)
 
+        def refuse(self, status: int, code: str) -> None:
+            content = b"<Error><Code>%s</Code><Message>refused</Message></Error>" % code.encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
         def pass_on(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
             connection = http.client.HTTPConnection(host)
             headers = {name: self.headers[name] for name in self.headers if name != "Expect"}
@@ -210,10 +239,11 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
                 content = content[:middle]
             elif fault == "flip" and content:
                 content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-            size = len(content) if fault != "slow" else -(-len(content) // 10)
+            pieces = {"slow": -(-len(content) // 10), "trickle": 1}
+            size = pieces.get(fault or "", len(content))
             for start in range(0, len(content), size or 1):
                 self.wfile.write(content[start : start + size])
-                if fault == "slow":
+                if fault in pieces:
                     over.wait(proxy.pause)
             if fault == "reset":
                 self.break_off()

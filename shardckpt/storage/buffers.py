@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["as_bytes"]
+from collections.abc import Callable, Iterable, Iterator
+
+__all__ = ["as_bytes", "blocks"]
 
 
 def as_bytes(buffer: bytes | memoryview) -> memoryview:
@@ -10,3 +12,20 @@ def as_bytes(buffer: bytes | memoryview) -> memoryview:
     view = memoryview(buffer)
     # What holds nothing may have a shape that cannot be cast.
     return view.cast("B") if view.nbytes else memoryview(bytearray())
+
+
+def blocks(pieces: Iterable[memoryview], allocate: Callable[[], memoryview]) -> Iterator[memoryview]:
+    """The bytes of all pieces, in order, in blocks that fill what `allocate` returns, the last one less."""
+    block, used = memoryview(b""), 0
+    for piece in pieces:
+        view = as_bytes(piece)
+        while view:
+            if used == len(block):
+                block, used = allocate(), 0
+            taken = view[: len(block) - used]
+            block[used : used + len(taken)] = taken
+            used, view = used + len(taken), view[len(taken) :]
+            if used == len(block):
+                yield block
+    if used < len(block):
+        yield block[:used]

@@ -1,4 +1,4 @@
-"""Writing one large file past the page cache, which costs several times the write itself."""
+"""Large files past the page cache: it costs several times a write, and may not be what is on the disk."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from shardckpt.storage.buffers import blocks
 from shardckpt.storage.protocol import Before
 
-__all__ = ["write_file"]
+__all__ = ["read_file", "write_file", "write_pieces"]
 
 _PAGE = 4096
 _BLOCK = 16 << 20  # one write at a time fills the disk's queue; a second one gained nothing
@@ -39,6 +41,79 @@ def write_file(path: str, view: memoryview, before: Before | None = None) -> Non
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_pieces(path: str, size: int, pieces: Iterable[memoryview]) -> None:
+    """Create `path` with the bytes of the pieces, `size` in all, as `write_file` does.
+
+    What has come is written while the next pieces are made. Raises what they raise.
+    """
+    # One block is written, one waits for that, and one is filled.
+    memory = itertools.cycle([memoryview(mmap.mmap(-1, _BLOCK)) for _ in range(3)])
+    waiting: list[memoryview] = []
+    fd = _open(path)
+    try:
+        _reserve(fd, size)
+        with mmap.mmap(-1, _PAGE) as page, memoryview(page) as bounce:
+
+            def write(start: int, stop: int) -> None:
+                block = waiting.pop(0)
+                straight = (stop - start) // _PAGE * _PAGE
+                _write_block(fd, block[:straight], block[straight:], start, bounce)
+
+            position = 0
+            with _in_order_beside(write) as put:
+                for block in blocks(pieces, lambda: next(memory)):
+                    waiting.append(block)
+                    put(position, position + len(block))
+                    position += len(block)
+        if position != size:
+            raise ValueError(f"{position} bytes came for {path}, which was to have {size}")
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_file(path: str, offset: int, view: memoryview) -> int:
+    """Fill `view` from the disk, as far as the file goes; how far that is. What is cached is not trusted.
+
+    Where the file system has no O_DIRECT, the kernel is asked to forget what it has cached.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            os.fdatasync(fd)  # what is not written yet cannot be forgotten
+        os.posix_fadvise(fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+        found = 0
+        with mmap.mmap(-1, _BLOCK) as memory, memoryview(memory) as bounce:
+            while found < len(view):
+                position = offset + found
+                start = position // _PAGE * _PAGE
+                end = -(-(offset + len(view)) // _PAGE) * _PAGE
+                with bounce[: min(_BLOCK, end - start)] as pages:
+                    n = _read_once(fd, pages, start) - (position - start)
+                if n <= 0:
+                    break
+                n = min(n, len(view) - found)
+                view[found : found + n] = bounce[position - start : position - start + n]
+                found += n
+        return found
+    finally:
+        os.close(fd)
+
+
+def _read_once(fd: int, pages: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(fd, [pages], offset)
+    except OSError as error:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+            raise
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    return os.preadv(fd, [pages], offset)
 
 
 def _open(path: str) -> int:

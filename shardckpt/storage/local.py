@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from shardckpt.errors import (
     CorruptError,
@@ -22,6 +22,7 @@ from shardckpt.storage import direct
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join, temporary_name
 from shardckpt.storage.protocol import Before
+from shardckpt.storage.work import cleanup
 
 __all__ = ["LocalStorage"]
 
@@ -43,10 +44,14 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EACCES)
 
 
 class LocalStorage:
-    """A folder, given by its absolute path. See `Storage` for what each method guarantees."""
+    """A folder, given by its absolute path. See `Storage` for what each method guarantees.
 
-    def __init__(self, path: str) -> None:
+    `past_caches`: what is read comes from the disk itself.
+    """
+
+    def __init__(self, path: str, *, past_caches: bool = False) -> None:
         self._path = path
+        self._past_caches = past_caches
         self._root = path
         self._durable: set[str] = set()  # folders whose entry in their parent is on disk
         self._lock = threading.Lock()
@@ -62,13 +67,22 @@ class LocalStorage:
         return LocalStorage, (self._path,)
 
     def at(self, path: str) -> LocalStorage:
-        below = LocalStorage(join(self._path, path, self._path))
+        below = LocalStorage(join(self._path, path, self._path), past_caches=self._past_caches)
         below._root, below._durable, below._lock = self._root, self._durable, self._lock
         return below
 
+    def fresh(self) -> LocalStorage:
+        return LocalStorage(self._path, past_caches=True)
+
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         with self._opened(path) as (fd, full):
-            stop = os.fstat(fd).st_size if stop is None else stop
+            end = os.fstat(fd).st_size
+            stop = end if stop is None else stop
+            if self._past_caches:
+                data = bytearray(max(0, min(stop, end) - start))
+                with _explained("read", full):
+                    found = direct.read_file(full, start, memoryview(data))
+                return bytes(data[:found])
             with _explained("read", full):
                 pieces = []
                 while start < stop and (piece := os.pread(fd, stop - start, start)):
@@ -79,7 +93,13 @@ class LocalStorage:
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         found, wanted, view = 0, buffer.nbytes, as_bytes(buffer)
         with self._opened(path) as (fd, full), _explained("read", full):
-            while found < wanted and (n := os.preadv(fd, [view[found:]], offset + found)):
+            if self._past_caches:
+                found = direct.read_file(full, offset, view)
+            while (
+                not self._past_caches
+                and found < wanted
+                and (n := os.preadv(fd, [view[found:]], offset + found))
+            ):
                 found += n
         if found < wanted:
             raise CorruptError(
@@ -125,6 +145,21 @@ class LocalStorage:
                 if error.errno in _FULL:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(full)
+                raise
+            _sync_folder(folder)
+
+    def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
+        full = join(self._path, path, self._path)
+        folder = os.path.dirname(full)
+        with _explained("write", full, size):
+            self._make_folder(folder)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(full)
+            try:
+                direct.write_pieces(full, size, pieces)
+            except BaseException as error:
+                with cleanup(error, f"an unfinished {full} may be left"):
+                    os.unlink(full)
                 raise
             _sync_folder(folder)
 

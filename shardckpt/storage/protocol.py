@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeAlias, runtime_checkable
 
 __all__ = ["Before", "Storage"]
@@ -70,6 +70,14 @@ class Storage(Protocol):
         `before` raises is raised here. It must not wait for a storage itself.
         """
 
+    def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
+        """Put a large file of `size` bytes there, in place of any earlier one, piece by piece.
+
+        The pieces, of any lengths, are asked for by the calling thread, in order; each one's memory may be used
+        again once the next one is asked for. What they raise is raised here, and then the file is not there, or
+        not complete. Durable when it returns. Holds about 128 MiB at most. One writer per path at a time.
+        """
+
     def list(self, path: str = "") -> list[str]:
         """The sorted names of the files and folders right below; [] if there is no such folder.
 
@@ -81,6 +89,12 @@ class Storage(Protocol):
 
     def delete_tree(self, path: str) -> None:
         """Remove a folder and all that is in it, in no particular order. An absent one is fine."""
+
+    def fresh(self) -> Storage:
+        """The same folder, read past caches: from the disk itself, or over connections of its own.
+
+        For reading again what was found to be wrong; slower than the folder itself.
+        """
 
     def exclusive(self) -> bool:
         """Whether `create` refuses to overwrite even in a race.

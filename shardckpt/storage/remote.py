@@ -1,12 +1,14 @@
-"""Storage behind fsspec: which class a URL gets, and the one for any protocol but S3."""
+"""Storage behind fsspec, for any protocol but S3."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -18,45 +20,51 @@ from shardckpt.errors import (
     StorageFullError,
 )
 from shardckpt.storage.buffers import as_bytes
+from shardckpt.storage.limits import Limits, client_options
 from shardckpt.storage.names import is_temporary, join, without_temporary
 from shardckpt.storage.probe import ExclusiveProbe
 from shardckpt.storage.protocol import Before
-from shardckpt.storage.s3 import S3Storage, open_s3
+from shardckpt.storage.work import cleanup, in_thread
 
-__all__ = ["FsspecStorage", "open_remote"]
+__all__ = ["FsspecStorage", "open_fsspec"]
+
+T = TypeVar("T")
+
+_PIECE = 16 << 20  # bytes of a large file that are read or written at a time
 
 # Memory file systems check and write in two steps; all of them in this process share one store.
 _CREATING = threading.Lock()
 
 
-def open_remote(protocol: str, rest: str, options: dict[str, Any]) -> FsspecStorage | S3Storage:
-    """The storage at `protocol://rest`. Touches nothing but the options."""
-    if protocol in ("s3", "s3a"):
-        return open_s3(rest, options)
-    if "::" in protocol:
-        raise StorageError(
-            f"{protocol}://{rest}: chained URLs are refused, since a cache between the library and "
-            "the storage breaks its guarantees. Give the last URL of the chain"
-        )
+def open_fsspec(
+    protocol: str, rest: str, options: dict[str, Any], *, own_connections: bool = False
+) -> FsspecStorage:
+    """The storage at `protocol://rest`. Touches nothing but the options, and a host that the URL names.
+
+    Its connections are shared with all storages of the same options, unless they are to be its own.
+    """
+    url = f"{protocol}://{rest}"
+    folder = join("", rest.strip("/"), f"{protocol}:/")
+    if rest.startswith("/") and protocol != "memory":  # no host, or the one that the options name
+        folder = f"/{folder}"
     try:
-        system = fsspec.filesystem(protocol, **options)
-    except ValueError as error:
-        known = ", ".join(sorted(fsspec.available_protocols()))
-        raise StorageError(
-            f"{protocol}://{rest}: unknown protocol {protocol!r}. A path on this machine needs "
-            f"none; known are {known}"
-        ) from error
+        kind = fsspec.get_filesystem_class(protocol)
+        of_url = kind._get_kwargs_from_urls(
+            url
+        )  # a host, a user, a port: what opens such URLs goes by these
+        arguments = {**of_url, **client_options(options)}
+        system = kind(**arguments, skip_instance_cache=own_connections)
     except ImportError as error:
-        raise StorageError(f"{protocol}://{rest}: a package is missing: {error}") from error
+        raise StorageError(f"{url}: a package is missing: {error}") from error
     except Exception as error:
-        raise StorageError(f"{protocol}://{rest}: cannot be opened: {error}") from error
-    return FsspecStorage(protocol, join("", rest.strip("/"), f"{protocol}:/"), options, system)
+        raise StorageError(f"{url}: cannot be opened: {error or type(error).__name__}") from error
+    return FsspecStorage(protocol, folder, options, system)
 
 
 class FsspecStorage:
     """A folder of any fsspec file system. See `Storage` for what each method guarantees.
 
-    `create` is the file system's own `mode="create"`, and a single write is as atomic and durable
+    `create` is the file system's own `mode="create"`, and a write is as atomic and durable
     as it makes it: object stores are both.
     """
 
@@ -65,6 +73,7 @@ class FsspecStorage:
         self._folder = folder
         self._options = options
         self._system = system
+        self._limits = Limits.of(options)
         self._probe = ExclusiveProbe()
 
     @property
@@ -75,7 +84,7 @@ class FsspecStorage:
         return f"FsspecStorage({self.url!r})"
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, str, dict[str, Any]]]:
-        return open_remote, (self._protocol, self._folder, self._options)
+        return open_fsspec, (self._protocol, self._folder, self._options)
 
     def at(self, path: str) -> FsspecStorage:
         below = FsspecStorage(
@@ -84,20 +93,29 @@ class FsspecStorage:
         below._probe = self._probe
         return below
 
+    def fresh(self) -> FsspecStorage:
+        return open_fsspec(self._protocol, self._folder, self._options, own_connections=True)
+
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None and stop <= start:
             self.size(path)
             return b""
-        return bytes(self._do("read", path, self._system.cat_file, start=start, end=stop))
+        nbytes = _PIECE if stop is None else stop - start
+        return bytes(self._do("read", path, self._system.cat_file, nbytes=nbytes, start=start, end=stop))
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
-        data = self.read(path, offset, offset + buffer.nbytes)
-        if len(data) != buffer.nbytes:
-            raise CorruptError(
-                f"{self._name(path)} is truncated: wanted {buffer.nbytes} bytes at offset "
-                f"{offset}, found {len(data)}"
-            )
-        as_bytes(buffer)[:] = data
+        view = as_bytes(buffer)
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            data = self.read(path, offset + start, offset + start + len(piece))
+            if len(data) != len(piece):
+                raise CorruptError(
+                    f"{self._name(path)} is truncated: wanted {len(view)} bytes at offset "
+                    f"{offset}, found {start + len(data)}"
+                )
+            piece[:] = data
+        if not view:
+            self.size(path)
 
     def size(self, path: str) -> int:
         self._system.invalidate_cache()
@@ -114,9 +132,30 @@ class FsspecStorage:
             self._put("create", path, data, "create")
 
     def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
-        if before is not None and buffer.nbytes:
-            before(0, buffer.nbytes)
-        self.write(path, buffer)
+        view = as_bytes(buffer)
+
+        def pieces() -> Iterable[memoryview]:
+            for start in range(0, len(view), _PIECE):
+                piece = view[start : start + _PIECE]
+                if before is not None:
+                    before(start, start + len(piece))
+                yield piece
+
+        self.write_pieces(path, len(view), pieces())
+
+    def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
+        if size <= _PIECE:
+            self.write(path, b"".join(as_bytes(piece) for piece in pieces))
+            return
+        file = self._open_new(path)
+        try:
+            for piece in pieces:
+                self._do("write", path, lambda _, piece=piece: file.write(piece), nbytes=len(piece))
+            self._do("write", path, lambda _: file.close(), nbytes=_PIECE)
+        except BaseException as error:
+            with cleanup(error, f"an unfinished {self._name(path)} may be left"):
+                self._discard(path, file)
+            raise
 
     def list(self, path: str = "") -> list[str]:
         self._system.invalidate_cache()
@@ -167,18 +206,48 @@ class FsspecStorage:
         return True
 
     def _put(self, verb: str, path: str, data: bytes, mode: str) -> None:
+        put = partial(self._do, verb, path, self._system.pipe_file, data, nbytes=len(data), mode=mode)
+        self._in_folder(path, put)
+
+    def _open_new(self, path: str) -> Any:
+        """A file to write to, which takes the place of any earlier one, at the latest when it is closed."""
+        block = {"block_size": _PIECE}
+        return self._in_folder(path, lambda: self._do("write", path, self._system.open, "wb", **block))
+
+    def _in_folder(self, path: str, put: Callable[[], T]) -> T:
+        """What `put` returns, which may need the folder of `path`."""
         try:
-            self._do(verb, path, self._system.pipe_file, data, mode=mode)
+            return put()
         except FileNotFoundError:
             parent = self._name(path).rpartition("/")[0]
-            self._do(verb, path, lambda _: self._system.makedirs(parent, exist_ok=True))
-            self._do(verb, path, self._system.pipe_file, data, mode=mode)
+            self._do("write", path, lambda _: self._system.makedirs(parent, exist_ok=True))
+            return put()
 
-    def _do(self, verb: str, path: str, call: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        """Call a method of the file system on a path, and explain what it raises."""
+    def _discard(self, path: str, file: Any) -> None:
+        """Remove a file that is not written to its end. What is in it by then must not be taken for all of it."""
+
+        def discard(name: str) -> None:
+            if hasattr(file, "discard"):
+                file.discard()
+            file.closed = True  # closing it for good would complete it, where that is what completes a file
+            with contextlib.suppress(FileNotFoundError):
+                self._system.rm_file(name)
+
+        self._do("delete", path, discard)
+
+    def _do(
+        self, verb: str, path: str, call: Callable[..., Any], *args: Any, nbytes: int = 0, **kw: Any
+    ) -> Any:
+        """Call a method of the file system on a path, within the limits, and explain what it raises.
+
+        `nbytes`: how much is transferred.
+        """
         name = self._name(path)
+        seconds = self._limits.seconds(nbytes)
         try:
-            return call(name, *args, **kw)
+            return in_thread(partial(call, name, *args, **kw)).result(seconds)
+        except StorageError as error:  # given up
+            raise type(error)(f"cannot {verb} {without_temporary(name)}: {error}") from error
         except Exception as error:
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error

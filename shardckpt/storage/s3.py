@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import logging
-import random
-import time
+import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,61 +12,56 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from shardckpt.errors import CorruptError, OutOfReachError, StorageError
-from shardckpt.storage.buffers import as_bytes
-from shardckpt.storage.names import is_temporary, join, without_temporary
+from shardckpt.errors import CorruptError, CredentialsError, OutOfReachError, StorageError
+from shardckpt.storage.buffers import as_bytes, blocks
+from shardckpt.storage.limits import client_options
+from shardckpt.storage.names import is_temporary, join
 from shardckpt.storage.probe import ExclusiveProbe
 from shardckpt.storage.protocol import Before
-from shardckpt.storage.s3_body import Body
-from shardckpt.storage.s3_errors import BeyondEndError, TransientError, UnreachableError, explain
+from shardckpt.storage.s3_client import CONFIG, Reach, S3Client
+from shardckpt.storage.s3_errors import BeyondEndError, RefusedError, TransientError, UnreachableError
+from shardckpt.storage.work import Work, cleanup, in_loop, stop
 
 __all__ = ["S3Storage", "open_s3"]
 
-_log = logging.getLogger("shardckpt")
-
 T = TypeVar("T")
+_Works = list[Work[Any]]
 
 _PART = 16 << 20  # of an upload: at 10,000 parts, larger ones for more than 156 GiB
 _MAX_PARTS = 10_000
 _RANGE = 8 << 20  # of one request, when a large range is read
 _PARALLEL = 8  # requests of one read or upload under way at a time; bounds its memory
-_ATTEMPTS = 8  # of a request, unless the options say otherwise
-_SILENCE = 2.0  # seconds of trouble that nothing is said about
-_FIRST_PAUSE = 0.1  # seconds, at most; each later one is twice as long
+_PIECE = 1 << 20  # of an answer of unknown length
 _WRITER = "shardckpt-writer"  # metadata of an object: which call wrote it
-_CONFIG = {"max_pool_connections": 32, "connect_timeout": 5, "read_timeout": 30}
 _ONE_ATTEMPT = {"mode": "standard", "total_max_attempts": 1}
 
 
-def open_s3(rest: str, options: dict[str, Any]) -> S3Storage:
-    """The storage at `s3://rest`. Touches nothing but the options."""
+def open_s3(rest: str, options: dict[str, Any], *, own_connections: bool = False) -> S3Storage:
+    """The storage at `s3://rest`. Touches nothing but the options.
+
+    Its connections are shared with all storages of the same options, unless they are to be its own.
+    """
     bucket, _, folder = rest.partition("/")
     if not bucket:
-        raise StorageError(f"s3://{rest}: the bucket is missing: s3://bucket/folder")
-    folder = join("", folder.strip("/"), f"s3://{bucket}")
-    # Repetition is in one place, here: on top of botocore's and s3fs's own, attempts would multiply.
-    config = {**_CONFIG, **(options.get("config_kwargs") or {}), "retries": _ONE_ATTEMPT}
-    try:
-        system = fsspec.filesystem(
-            "s3", **{**options, "use_listings_cache": False, "config_kwargs": config}
+        raise StorageError(
+            f"s3://{rest}: the bucket is missing: s3://bucket/folder"
+            + (f"; did you mean s3://{folder.lstrip('/')}?" if folder.strip("/") else "")
         )
+    folder = join("", folder.strip("/"), f"s3://{bucket}")
+    # Repetition is in one place, the S3Client: on top of botocore's and s3fs's own, attempts would multiply.
+    config = {**CONFIG, **(options.get("config_kwargs") or {}), "retries": _ONE_ATTEMPT}
+    arguments = {
+        **client_options(options),
+        "use_listings_cache": False,
+        "config_kwargs": config,
+        "skip_instance_cache": own_connections,
+    }
+    try:
+        system = fsspec.filesystem("s3", **arguments)
     except Exception as error:
         raise StorageError(f"s3://{rest}: cannot be opened: {error}") from error
     system.retries = 1
-    return S3Storage(bucket, folder, options, system)
-
-
-class _Outage:
-    """Says once that a server does not answer; again only after it has. Shared by all folders of a storage."""
-
-    is_told = False
-
-    def tell(self, error: TransientError, seconds: float) -> None:
-        """Say what is being waited out, and for how long at most."""
-        if not self.is_told:
-            self.is_told = True
-            what = error.summary if isinstance(error, UnreachableError) else str(error)
-            _log.warning("%s, trying again for up to %.0f s", what, max(1.0, seconds))
+    return S3Storage(bucket, folder, options, S3Client(system, bucket, options))
 
 
 class S3Storage:
@@ -79,14 +71,12 @@ class S3Storage:
     users expect; what they carry, and what an answer means, is decided here.
     """
 
-    def __init__(self, bucket: str, folder: str, options: dict[str, Any], system: Any) -> None:
+    def __init__(self, bucket: str, folder: str, options: dict[str, Any], client: S3Client) -> None:
         self._bucket = bucket
         self._folder = folder
         self._options = options
-        self._system = system
-        self._attempts = _attempts(options)
+        self._client = client
         self._probe = ExclusiveProbe()
-        self._outage = _Outage()
 
     @property
     def url(self) -> str:
@@ -100,9 +90,12 @@ class S3Storage:
 
     def at(self, path: str) -> S3Storage:
         folder = join(self._folder, path, self.url)
-        below = S3Storage(self._bucket, folder, self._options, self._system)
-        below._probe, below._outage = self._probe, self._outage
+        below = S3Storage(self._bucket, folder, self._options, self._client)
+        below._probe = self._probe
         return below
+
+    def fresh(self) -> S3Storage:
+        return open_s3(f"{self._bucket}/{self._folder}", self._options, own_connections=True)
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         key = self._key(path)
@@ -138,13 +131,20 @@ class S3Storage:
 
     def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         view = as_bytes(buffer)
-        key = self._key(path)
-        if len(view) > _PART:
-            self._wait(self._upload(key, view, before))
-            return
-        if before is not None and view:
-            before(0, len(view))
-        self._wait(self._request("put_object", key, Body=view))
+        size = _part_size(len(view))
+
+        def parts() -> Iterator[memoryview]:
+            for start in range(0, len(view), size):
+                piece = view[start : start + size]
+                if before is not None:
+                    before(start, start + len(piece))
+                yield piece
+
+        self._put(self._key(path), len(view), parts())
+
+    def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
+        part = _part_size(size)
+        self._put(self._key(path), size, blocks(pieces, lambda: memoryview(bytearray(part))))
 
     def list(self, path: str = "") -> list[str]:
         prefix = self._prefix(path)
@@ -157,7 +157,7 @@ class S3Storage:
 
     def delete(self, path: str) -> None:
         try:
-            self._wait(self._request("delete_object", self._key(path)))
+            self._wait(self._client.request("delete_object", self._key(path)))
         except FileNotFoundError:
             pass
 
@@ -177,83 +177,39 @@ class S3Storage:
         folder = join(self._folder, path, self.url)
         return f"{folder}/" if folder else ""
 
+    def _start(self, work: Coroutine[Any, Any, T]) -> Work[T]:
+        """Run `work` on fsspec's I/O thread."""
+        return in_loop(work, self._client.system.loop)
+
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on fsspec's I/O thread. If the caller is interrupted, so is the work."""
-        future = asyncio.run_coroutine_threadsafe(work, self._system.loop)
-        try:
-            return future.result()
-        except TransientError as error:  # nobody outside knows these two
-            raise OutOfReachError(str(error)) from error
-        except BeyondEndError as error:
-            raise StorageError(str(error)) from error
-        except BaseException:
-            future.cancel()
-            raise
-
-    async def _request(self, method: str, key: str = "", **arguments: Any) -> Any:
-        """The answer to one of the client's methods, tried until the server gives one."""
-        return await self._repeat(partial(self._call, method, key, **arguments))
-
-    async def _repeat(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of `work`, repeated after ever longer pauses while its failure may pass."""
-        started = time.monotonic()
-        was_sent = False
-        for attempt in itertools.count(1):
-            try:
-                result = await work()
-            except TransientError as error:
-                was_sent = was_sent or not isinstance(error, UnreachableError)
-                if attempt >= self._attempts:
-                    raise _last(error, attempt, was_sent=was_sent) from error
-                if time.monotonic() > started + _SILENCE:
-                    self._outage.tell(
-                        error, _FIRST_PAUSE * (2 ** (self._attempts - 1) - 2 ** (attempt - 1))
-                    )
-            else:
-                self._outage.is_told = False
-                return result
-            await asyncio.sleep(random.uniform(0.5, 1) * _FIRST_PAUSE * 2 ** (attempt - 1))
-        raise AssertionError
-
-    async def _call(self, method: str, key: str = "", **arguments: Any) -> Any:
-        """One request."""
-        if key:
-            arguments["Key"] = key
-        if "Body" in arguments:  # its position moves: every attempt needs one of its own
-            arguments["Body"] = Body(arguments["Body"])
-        with self._explained(key or arguments.get("Prefix", self._folder)):
-            # As s3fs's own `call_s3` does; its other methods remember listings, or lack options.
-            await self._system.set_session()
-            client = await self._system.get_s3(self._bucket)
-            client.meta.events.register("before-sign.s3", _expect_nothing, unique_id="shardckpt")
-            return await self._system._call_s3(method, Bucket=self._bucket, **arguments)
-
-    @contextlib.contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
-        """Errors about `key`, as this library's or the storage's contract's."""
-        try:
-            yield
-        except StorageError:
-            raise
-        except Exception as error:
-            raise explain(error, self._name(without_temporary(key))) from error
+        """The result of `work`, run on fsspec's I/O thread. If the caller is interrupted, so is the work."""
+        return _outcome(self._start(work))
 
     async def _head(self, key: str) -> Any:
+        request = self._client.request
         try:
-            return await self._request("head_object", key)
+            return await request("head_object", key)
         except FileNotFoundError:
             # The answer to HEAD does not say what is missing: this one does, if it is the bucket.
-            await self._request("list_objects_v2", Prefix=self._folder, MaxKeys=1)
+            await request("list_objects_v2", Prefix=self._folder, MaxKeys=1)
             raise
+        except RefusedError:
+            # Nor does it say why it refuses, which may be credentials that have expired.
+            await self._get_range(key, 0, memoryview(bytearray(1)))
+            return await request("head_object", key)
 
     async def _get(self, key: str) -> bytes:
-        async def get() -> bytes:
-            answer = await self._call("get_object", key)
-            with self._explained(key):
+        async def get(reach: Reach) -> bytes:
+            answer = await self._client.call("get_object", key, reach)
+            data = bytearray()
+            with self._client.explained(key):
                 async with answer["Body"] as body:
-                    return bytes(await body.read())
+                    while piece := await body.read(_PIECE):
+                        data += piece
+                        reach(len(data))
+            return bytes(data)
 
-        return await self._repeat(get)
+        return await self._client.repeat(key, get)
 
     async def _get_ranges(self, key: str, offset: int, view: memoryview) -> int:
         """Fill `view`, by parallel requests, as far as the object goes; how far that is."""
@@ -265,17 +221,17 @@ class S3Storage:
         """Fill `view` as far as the object goes; the number of bytes that there were."""
         span = f"bytes={offset}-{offset + len(view) - 1}"
 
-        async def get() -> int:
-            answer = await self._call("get_object", key, Range=span)
-            with self._explained(key):
-                return await self._receive(answer, key, view)
+        async def get(reach: Reach) -> int:
+            answer = await self._client.call("get_object", key, reach, Range=span)
+            with self._client.explained(key):
+                return await self._receive(answer, key, view, reach)
 
         try:
-            return await self._repeat(get)
+            return await self._client.repeat(key, get)
         except BeyondEndError:
             return 0
 
-    async def _receive(self, answer: Any, key: str, view: memoryview) -> int:
+    async def _receive(self, answer: Any, key: str, view: memoryview, reach: Reach) -> int:
         """Fill `view` with the body of an answer; the body's length."""
         length, done = int(answer["ContentLength"]), 0
         async with answer["Body"] as body:
@@ -290,13 +246,16 @@ class S3Storage:
                     raise ConnectionError(f"the answer broke off after {done} of {length} bytes")
                 view[done : done + len(data)] = data
                 done += len(data)
+                reach(done)
         return done
 
     async def _create(self, key: str, data: bytes) -> None:
         writer = uuid.uuid4().hex
         body = memoryview(data)
         try:
-            await self._request("put_object", key, Body=body, IfNoneMatch="*", Metadata={_WRITER: writer})
+            await self._client.request(
+                "put_object", key, Body=body, IfNoneMatch="*", Metadata={_WRITER: writer}
+            )
         except UnreachableError:
             raise
         except (FileExistsError, TransientError):
@@ -307,53 +266,86 @@ class S3Storage:
     async def _wrote(self, key: str, writer: str) -> bool:
         """Whether the object there comes from the call that calls itself `writer`."""
         try:
-            found = await self._request("head_object", key)
+            found = await self._client.request("head_object", key)
         except FileNotFoundError:
             return False
         return bool(found.get("Metadata", {}).get(_WRITER) == writer)
 
-    async def _upload(self, key: str, view: memoryview, before: Before | None) -> None:
-        """Upload in parts; without a trace if it fails."""
+    def _put(self, key: str, size: int, parts: Iterator[memoryview]) -> None:
+        """Put an object that consists of these parts, in a multipart upload if there can be more than one."""
+        if size > _PART:
+            self._upload(key, parts)
+            return
+        body = next(parts, memoryview(b""))
+        next(parts, None)  # by which whoever makes them sees the end
+        self._wait(self._client.request("put_object", key, Body=body))
+
+    def _upload(self, key: str, parts: Iterable[memoryview]) -> None:
+        """Upload in parts, each asked for when there is a place for it; without a trace if that fails."""
         writer = uuid.uuid4().hex
-        begun = await self._request("create_multipart_upload", key, Metadata={_WRITER: writer})
-        upload = begun["UploadId"]
+        request = self._client.request
+        beginning = self._start(request("create_multipart_upload", key, Metadata={_WRITER: writer}))
+        sending: _Works = []
+        is_ending = is_complete = False
         try:
-            parts = await _gather(self._parts(key, upload, view, before), _PARALLEL)
-            await self._request(
-                "complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts}
+            upload = _outcome(beginning, stop_it=False)["UploadId"]
+            sent = self._send_parts(key, upload, parts, sending)
+            is_ending = True
+            ended = request(
+                "complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": sent}
             )
+            self._wait(ended)
         except BaseException as error:
-            lost = isinstance(error, FileNotFoundError | TransientError)
-            with contextlib.suppress(StorageError):
-                if lost and await self._wrote(key, writer):
-                    return  # it is complete, but the answer that said so was lost
-            with contextlib.suppress(StorageError, FileNotFoundError):
-                await self._request("abort_multipart_upload", key, UploadId=upload)
+            stop(sending)
+            name = self._name(key)
+            if is_ending and isinstance(error, FileNotFoundError | StorageError):
+                with contextlib.suppress(StorageError):  # it may be complete, and only the answer be lost
+                    is_complete = self._wait(self._wrote(key, writer))
+            if is_complete:
+                return
+            if not isinstance(error, Exception) or not _has_failed(beginning):
+                with cleanup(error, f"parts of an unfinished upload to {name} may be left in the bucket"):
+                    upload = _outcome(beginning)["UploadId"]
+                    self._wait(request("abort_multipart_upload", key, UploadId=upload))
             if isinstance(error, FileNotFoundError):
-                raise StorageError(f"{self._name(key)}: the upload vanished: {error}") from error
+                raise StorageError(f"{name}: the upload vanished: {error}") from error
             raise
 
-    def _parts(
-        self, key: str, upload: str, view: memoryview, before: Before | None
-    ) -> Iterator[Callable[[], Coroutine[Any, Any, dict[str, Any]]]]:
-        """The requests that send the parts of `view`; the next one is due once it can be sent."""
-        size = max(_PART, -(-len(view) // _MAX_PARTS))
+    def _send_parts(
+        self, key: str, upload: str, parts: Iterable[memoryview], sending: _Works
+    ) -> Sequence[Mapping[str, Any]]:
+        """Send the parts, some at a time; what completes the upload. Adds each request to `sending`."""
+        places = threading.Semaphore(_PARALLEL)
+        failed: _Works = []
 
-        async def send(number: int, piece: memoryview) -> dict[str, Any]:
-            sent = await self._request("upload_part", key, UploadId=upload, PartNumber=number, Body=piece)
-            return {"PartNumber": number, "ETag": sent["ETag"]}
+        def send(number: int, piece: memoryview) -> Work[Any]:
+            request = self._client.request(
+                "upload_part", key, UploadId=upload, PartNumber=number, Body=piece
+            )
+            work = self._start(request)
 
-        for number, start in enumerate(range(0, len(view), size), 1):
-            piece = view[start : start + size]
-            if before is not None:
-                before(start, start + len(piece))
-            yield partial(send, number, piece)
+            def ended(_: object) -> None:
+                if _has_failed(work):
+                    failed.append(work)
+                places.release()
+
+            work.future.add_done_callback(ended)
+            return work
+
+        places.acquire()
+        for number, piece in enumerate(parts, 1):
+            sending.append(send(number, piece))
+            places.acquire()  # before the next part is made
+            if failed:
+                _outcome(failed[0])
+        answers = [_outcome(work) for work in sending]
+        return [{"PartNumber": number, "ETag": answer["ETag"]} for number, answer in enumerate(answers, 1)]
 
     async def _pages(self, prefix: str, **arguments: Any) -> Sequence[Any]:
         pages = []
         token: dict[str, str] = {}
         while True:
-            page = await self._request("list_objects_v2", Prefix=prefix, **arguments, **token)
+            page = await self._client.request("list_objects_v2", Prefix=prefix, **arguments, **token)
             pages.append(page)
             if not page.get("IsTruncated"):
                 return pages
@@ -364,7 +356,9 @@ class S3Storage:
             keys = [{"Key": entry["Key"]} for entry in page.get("Contents", [])]
             if not keys:
                 continue
-            answer = await self._request("delete_objects", Delete={"Objects": keys, "Quiet": True})
+            answer = await self._client.request(
+                "delete_objects", about=prefix, Delete={"Objects": keys, "Quiet": True}
+            )
             for refused in answer.get("Errors", []):
                 raise StorageError(
                     f"cannot delete {self._name(refused['Key'])}: {refused.get('Code')} "
@@ -372,12 +366,27 @@ class S3Storage:
                 )
 
 
-def _last(error: TransientError, attempts: int, *, was_sent: bool) -> TransientError:
-    """The last error of a request that is given up."""
-    text = f"{error}. Gave up after {attempts} attempts"
-    if isinstance(error, UnreachableError) and not was_sent:
-        return UnreachableError(text, error.summary)
-    return TransientError(text)
+def _outcome(work: Work[T], *, stop_it: bool = True) -> T:
+    """The result of a request, with its errors as the contract has them.
+
+    If this thread is interrupted, the request is stopped or goes on.
+    """
+    try:
+        return work.result(stop_it=stop_it)
+    except TransientError as error:  # nobody outside knows these
+        raise OutOfReachError(str(error)) from error
+    except BeyondEndError as error:
+        raise StorageError(str(error)) from error
+    except RefusedError as error:
+        raise CredentialsError(str(error)) from error
+
+
+def _has_failed(work: Work[Any]) -> bool:
+    return work.future.done() and (work.future.cancelled() or work.future.exception() is not None)
+
+
+def _part_size(nbytes: int) -> int:
+    return max(_PART, -(-nbytes // _MAX_PARTS))
 
 
 async def _gather(work: Iterable[Callable[[], Coroutine[Any, Any, T]]], parallel: int) -> list[T]:
@@ -398,16 +407,3 @@ async def _gather(work: Iterable[Callable[[], Coroutine[Any, Any, T]]], parallel
         first = group.exceptions[0]
         raise first from first.__cause__
     return [task.result() for task in running]
-
-
-def _attempts(options: Mapping[str, Any]) -> int:
-    """How often a request is tried: as botocore's `retries` has it, which may be in the options."""
-    retries = (options.get("config_kwargs") or {}).get("retries") or {}
-    if "max_attempts" in retries:  # does not count the first
-        return int(retries["max_attempts"]) + 1
-    return int(retries.get("total_max_attempts", _ATTEMPTS))
-
-
-def _expect_nothing(request: Any, **_: Any) -> None:
-    """Send bodies at once: not every server tells that it is ready for one, and aiohttp waits for that."""
-    del request.headers["Expect"]  # no error if there is none

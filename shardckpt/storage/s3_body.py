@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 __all__ = ["Body"]
 
-_PIECE = 256 << 10
+_PIECE = 128 << 10
 
 
 class Body:
@@ -14,10 +14,15 @@ class Body:
 
     botocore signs it as a file; aiohttp sends it as an asynchronous iterable, piece by piece as the
     connection takes them, where it would copy bytes whole into the connection's own buffer.
+
+    Args:
+        view: the bytes.
+        reach: called with how many of them the connection has taken.
     """
 
-    def __init__(self, view: memoryview) -> None:
+    def __init__(self, view: memoryview, reach: Callable[[int], object]) -> None:
         self._view = view
+        self._reach = reach
         self._position = 0
 
     def __len__(self) -> int:
@@ -42,3 +47,4 @@ class Body:
     async def __aiter__(self) -> AsyncIterator[memoryview]:
         for start in range(0, len(self._view), _PIECE):
             yield self._view[start : start + _PIECE]
+            self._reach(start + _PIECE)

@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from botocore import exceptions as botocore  # type: ignore[import-untyped]
+from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
 from shardckpt.errors import CredentialsError, OutOfReachError, StorageError, StorageFullError
 
-__all__ = ["BeyondEndError", "TransientError", "UnreachableError", "explain"]
+__all__ = ["BeyondEndError", "RefusedError", "TransientError", "UnreachableError", "explain"]
 
 _CONVENTIONS = (
     "Credentials come from storage_options (key, secret, token; profile; anon=True for a public "
@@ -23,10 +24,14 @@ _CONVENTIONS = (
 _NO_CREDENTIALS = (
     botocore.NoCredentialsError,
     botocore.PartialCredentialsError,
-    botocore.CredentialRetrievalError,
     botocore.NoAuthTokenError,
-    botocore.TokenRetrievalError,
     botocore.ProfileNotFound,
+)
+_NOT_RENEWED = (  # by credential_process, SSO, or the machine's role: they may be the next time
+    botocore.CredentialRetrievalError,
+    botocore.MetadataRetrievalError,
+    botocore.TokenRetrievalError,
+    botocore.SSOError,
 )
 _UNREACHABLE = (
     botocore.EndpointConnectionError,
@@ -38,12 +43,23 @@ _BROKEN = (
     botocore.ConnectionError,
     botocore.IncompleteReadError,
     botocore.FlexibleChecksumError,  # of an answer: damaged on its way
+    ResponseParserError,
     aiohttp.ClientError,
     ConnectionError,
     TimeoutError,
 )
 _FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "EntityTooLarge"}
-_REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+_REFUSED = {
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+    "400",  # to a HEAD: why is not said
+}
+_SOURCES = ("AssumeRole", "GetRoleCredentials", "GetSessionToken", "CreateToken")
+"""Operations that get credentials, when they begin so."""
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
 _PASSING = {
     "SlowDown",
@@ -78,10 +94,26 @@ class UnreachableError(TransientError):
         self.summary = summary
 
 
+class RefusedError(CredentialsError):
+    """The server does not take the credentials, or there are none: with others the request may succeed.
+
+    Attributes:
+        summary: what was refused, and why, without what to do about it.
+        is_expired: whether these were good once, or are to be had, so that new ones can be expected.
+    """
+
+    def __init__(self, summary: str, advice: str = _CONVENTIONS, *, is_expired: bool = False) -> None:
+        super().__init__(f"{summary}. {advice}")
+        self.summary = summary
+        self.is_expired = is_expired
+
+
 def explain(error: Exception, url: str) -> Exception:
     """The error of the library's tree, or of the storage's contract, that `error` amounts to."""
     if isinstance(error, _NO_CREDENTIALS):
-        return CredentialsError(f"{url}: {error}. {_CONVENTIONS}")
+        return RefusedError(f"{url}: {error}")
+    if _is_not_renewed(error):
+        return RefusedError(f"{url}: new credentials could not be got: {error}", is_expired=True)
     response = _response(error)
     if response is None:
         if isinstance(error, _UNREACHABLE):
@@ -94,6 +126,21 @@ def explain(error: Exception, url: str) -> Exception:
             return TransientError(f"{url}: the connection failed: {error or type(error).__name__}")
         return StorageError(f"{url}: {type(error).__name__}: {error}")
     return _explain_response(response, url)
+
+
+def _is_not_renewed(error: BaseException | None) -> bool:
+    """Whether it comes of who provides credentials, not of the storage."""
+    if isinstance(error, RuntimeError) and "refreshed credentials" in str(error):  # botocore's own
+        return True
+    if isinstance(error, FileNotFoundError) and _response(error) is None:  # a web identity's token file
+        return True
+    while error is not None:
+        if isinstance(error, _NOT_RENEWED):
+            return True
+        if isinstance(error, botocore.ClientError) and str(error.operation_name).startswith(_SOURCES):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _endpoint(error: botocore.BotoCoreError) -> str:
@@ -147,8 +194,8 @@ def _explain_response(response: dict[str, Any], url: str) -> Exception:
             f"{url}: the bucket is in another region: {said}. Set AWS_DEFAULT_REGION, or region_name in "
             "the client_kwargs of storage_options"
         )
-    if status in (401, 403) or code in _REFUSED:
-        return CredentialsError(f"{url}: access was refused: {said}. {_CONVENTIONS}")
+    if status in (401, 403) or code in _REFUSED | _EXPIRED:
+        return RefusedError(f"{url}: access was refused: {said}", is_expired=code in _EXPIRED)
     answered = f"{url}: the server answered {status} {said}"
     if status == 429 or (status >= 500 and status != 501) or code in _PASSING:
         return TransientError(answered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -12,10 +13,23 @@ from shardckpt.errors import StorageError
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.protocol import Storage
 
-__all__ = ["open_storage"]
+__all__ = ["open_storage", "protocol_of"]
 
-_REMOTE = "s3|s3a|gs|gcs|az|abfs|abfss|adl|hf|http|https|hdfs|webhdfs|ftp|sftp|ssh|smb|oci|oss|memory"
-_SLIP = re.compile(rf"(?:(?P<remote>{_REMOTE}):/?|(?P<local>file|local):)")
+_LOCAL = ("file", "local")
+_S3 = ("s3", "s3a")
+_REMOTE = (
+    *(*_S3, "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "http", "https", "hdfs", "webhdfs"),
+    *("ftp", "sftp", "ssh", "smb", "oci", "oss", "memory"),
+)
+_USUAL = ("s3", "gs", "az", "abfs", "file", "sftp", "hdfs", "memory", "https")
+"""What somebody means who has mistyped a protocol."""
+_OBJECTS = ("gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss")
+"""Protocols whose URLs begin with a bucket."""
+_URL = re.compile(r"\s*(?P<protocol>[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?)://(?P<rest>.*)", re.DOTALL)
+_SLIP = re.compile(
+    rf"\s*(?:(?P<remote>{'|'.join(_REMOTE)}):/?|(?P<local>{'|'.join(_LOCAL)}):)(?P<rest>.*)",
+    re.DOTALL | re.IGNORECASE,
+)
 """A URL of fsspec's that lacks slashes. As a path it would be a folder called "s3:"."""
 
 
@@ -25,31 +39,96 @@ def open_storage(
     """The storage at a local path, a `file://` URL, an `s3://` URL or any other of fsspec's.
 
     Nothing is read or written yet, so that a missing bucket or missing credentials are reported by
-    the first operation. `~` stands for the home directory in local paths. `storage_options` are
-    the arguments of the fsspec file system (for S3: `key`, `secret`, `token`, `profile`,
-    `endpoint_url`, `anon`, `client_kwargs`, `config_kwargs`). What they do not say comes from where
-    the protocol's own tools take it. A Storage is returned as it is. Raises StorageError for what names
-    none, also where slashes are missing, as in `s3:/bucket`.
+    the first operation. `~` stands for the home directory in local paths; nothing is decoded: `%20` and `?`
+    in a URL stand for themselves. `storage_options` are the arguments of the fsspec file system (for S3: `key`,
+    `secret`, `token`, `profile`, `endpoint_url`, `anon`, `client_kwargs`, `config_kwargs`), and
+    `transfer_deadline` and `transfer_least_rate` (docs/storage.md). What they do not say comes from where the
+    protocol's own tools take it. A Storage is returned as it is. Raises StorageError for what names none, also
+    where slashes are missing, as in `s3:/bucket`.
     """
     if not isinstance(url, str | os.PathLike):
         if storage_options:
             raise StorageError(f"{url.url} is open already: storage_options come too late")
         return url
     text = os.fspath(url)
-    protocol, separator, rest = text.partition("://")
-    if not text:
+    if not text.strip():
         raise StorageError("the URL of the storage is empty")
-    if separator and protocol not in ("file", "local"):
-        # The one place where imports wait: fsspec and s3fs take 0.4 s, and a local run needs neither.
-        from shardckpt.storage.remote import open_remote
-
-        return open_remote(protocol, rest, dict(storage_options or {}))
-    if not separator and (slip := _SLIP.match(text)):
-        meant = f"{slip['remote'] or slip['local']}://{text[slip.end() :]}"
+    if "\0" in text:
+        raise StorageError(f"{text!r}: a URL or path has no null character")
+    protocol = protocol_of(text)
+    if protocol and text != text.strip():
+        raise StorageError(f"{text!r} begins or ends with white space: did you mean {text.strip()}?")
+    if protocol and protocol not in _LOCAL:
+        return _open_remote(text, protocol, dict(storage_options or {}))
+    if not protocol and (slip := _SLIP.fullmatch(text)):
+        meant = f"{(slip['remote'] or slip['local']).lower()}://{slip['rest'].strip()}"
         raise StorageError(f"{text}: did you mean {meant}? (A folder of this name would be ./{text})")
     if storage_options:
         raise StorageError(
             f"{text} is a local path, which takes no storage_options: is 's3://' missing before it?"
         )
-    path = rest if separator else text
-    return LocalStorage(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100, keeps symlinks
+    return LocalStorage(_local_path(text, protocol))
+
+
+def protocol_of(url: str) -> str:
+    """The protocol of a URL, in lower case; empty for a path."""
+    match = _URL.fullmatch(url)
+    return match["protocol"].lower() if match else ""
+
+
+def _local_path(text: str, protocol: str) -> str:
+    path = text.partition("://")[2] if protocol else text
+    if protocol and not path.startswith(("/", ".", "~")):
+        host, _, rest = path.partition("/")
+        if host.lower() != "localhost":
+            raise StorageError(
+                f"{text} names a file of the machine {host!r}: did you mean file:///{path}? (A path relative to "
+                f"the working folder is just {path}; what another machine has must be mounted here)"
+            )
+        path = f"/{rest}"
+    try:
+        full = os.path.abspath(Path(path).expanduser())  # noqa: PTH100, keeps symlinks
+    except RuntimeError as error:
+        raise StorageError(f"{text}: {error}") from error
+    return f"/{full.lstrip('/')}"  # which POSIX lets begin with two slashes
+
+
+def _open_remote(text: str, protocol: str, options: dict[str, Any]) -> Storage:
+    # The one place where imports wait: fsspec and s3fs take 0.4 s, and a local run needs neither.
+    rest = text.partition("://")[2]
+    if "::" in protocol:
+        raise StorageError(
+            f"{text}: chained URLs are refused, since a cache between the library and "
+            "the storage breaks its guarantees. Give the last URL of the chain"
+        )
+    authority = rest.partition("/")[0]
+    if re.search(r"[\s\x00-\x1f]", authority):
+        raise StorageError(f"{text!r}: there is white space in {authority!r}, which no host or bucket has")
+    user, has_user, _ = authority.rpartition("@")
+    if has_user and ":" in user:
+        shown = f"{protocol}://{user.partition(':')[0]}:...@{authority.rpartition('@')[2]}/..."
+        raise StorageError(
+            f"{shown}: a URL must not have a password in it, since it is written to logs and checkpoints. Give "
+            "it in storage_options"
+        )
+    if protocol in _S3:
+        from shardckpt.storage.s3 import open_s3
+
+        return open_s3(rest, options)
+    if query := re.search(r"[?#].*", rest):
+        raise StorageError(
+            f"{text}: {query[0]!r} has no meaning in the URL of a folder. Give the URL without it"
+        )
+    if protocol in _OBJECTS and not authority:
+        raise StorageError(
+            f"{text}: the bucket is missing: did you mean {protocol}://{rest.lstrip('/') or 'bucket/folder'}?"
+        )
+    import fsspec
+
+    if protocol not in fsspec.available_protocols():
+        alike = difflib.get_close_matches(protocol, _USUAL, n=1, cutoff=0.5)
+        hint = f"did you mean {alike[0]}://?" if alike else "object stores are s3://, gs:// and az://"
+        raise StorageError(f"{text}: unknown protocol {protocol!r}; {hint}")
+    from shardckpt.storage.remote import open_fsspec
+
+    return open_fsspec(protocol, rest, options)

@@ -300,7 +300,9 @@ class TestOpening:
             ("", "empty"),
             ("s3://", "bucket is missing"),
             ("s3://bucket/a/../b", "a path below"),
-            ("sss://bucket/run", "unknown protocol 'sss'.*known are .*s3"),
+            ("s4://bucket/run", r"unknown protocol 's4'; did you mean s3://[?]$"),
+            ("fiel:///data/run", r"unknown protocol 'fiel'; did you mean file://[?]$"),
+            ("xyzzy://bucket/run", r"unknown protocol 'xyzzy'; object stores are s3://, gs:// and az://$"),
             ("gs://bucket/run", "a package is missing: .*gcsfs"),
             ("simplecache::s3://bucket/run", "chained"),
         ],
@@ -615,7 +617,7 @@ class TestTrouble:
     def _small_and_quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("shardckpt.storage.s3._PART", SMALL_PART)
         monkeypatch.setattr("shardckpt.storage.s3._RANGE", SMALL_PART // 2)
-        monkeypatch.setattr("shardckpt.storage.s3._FIRST_PAUSE", 0.001)
+        monkeypatch.setattr("shardckpt.storage.s3_client._FIRST_PAUSE", 0.001)
 
     @pytest.mark.parametrize("fault", [500, 503, 429, "lose", "refuse"])
     def test_every_call_survives_a_storm(
@@ -654,7 +656,7 @@ class TestTrouble:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         """Of all folders; again when the server has answered in between."""
-        monkeypatch.setattr("shardckpt.storage.s3._SILENCE", 0.0)
+        monkeypatch.setattr("shardckpt.storage.s3_client._SILENCE", 0.0)
         storage, proxy = proxied
         for folder, warnings in ((storage, 1), (storage.at("below"), 2)):
             proxy.faults = _times(3, 503)
@@ -665,7 +667,7 @@ class TestTrouble:
     def test_where_nobody_listens_that_is_told(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr("shardckpt.storage.s3._SILENCE", 0.0)
+        monkeypatch.setattr("shardckpt.storage.s3_client._SILENCE", 0.0)
         with socket.socket() as held:  # bound and not listening: connections are refused
             held.bind(("127.0.0.1", 0))
             endpoint = f"http://127.0.0.1:{held.getsockname()[1]}"
@@ -807,6 +809,156 @@ class TestTrouble:
             with pytest.raises(CorruptError, match=r"data\.pack"):
                 load(url, into, storage_options=options)
             assert not into["w"].any()
+
+
+class TestRenewedCredentials:
+    """What a process that runs for weeks meets: keys that expire, and others where they came from."""
+
+    @pytest.fixture
+    def put_keys(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+        """Writes ~/.aws/credentials with this access key, as whatever renews them does."""
+        file = tmp_path / "credentials"
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+
+        def put(key: str) -> None:
+            file.write_text(
+                f"[default]\naws_access_key_id={key}\naws_secret_access_key=s\naws_session_token=t-{key}\n"
+            )
+
+        put("one")
+        return put
+
+    @pytest.fixture
+    def opened(
+        self,
+        moto_s3: S3Server,
+        put_keys: Callable[[str], None],  # noqa: ARG002, there are keys
+    ) -> Iterator[tuple[Storage, FaultyProxy]]:
+        """A storage that has worked with the first keys."""
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = open_storage(moto_s3.url(), {"endpoint_url": proxy.endpoint})
+            storage.write_pack("pack", memoryview(_noise(PART + 1)))
+            yield storage, proxy
+
+    def test_every_call_goes_on_with_renewed_ones(
+        self, opened: tuple[Storage, FaultyProxy], put_keys: Callable[[str], None]
+    ) -> None:
+        storage, proxy = opened
+        calls: list[Callable[[], object]] = [
+            lambda: storage.write_pack("other", memoryview(_noise(3 * PART))),
+            lambda: storage.write("small", b"x"),
+            lambda: storage.create("claim", b"x"),
+            lambda: storage.read("pack"),
+            lambda: storage.read_into("pack", 0, memoryview(bytearray(PART))),
+            lambda: storage.size("pack"),
+            lambda: storage.list(),
+            lambda: storage.delete_tree("none"),
+            lambda: storage.delete("small"),
+        ]
+        for number, call in enumerate(calls):
+            proxy.expired.add(proxy.keys[-1])
+            put_keys(f"key{number}")
+            call()
+            assert proxy.keys[-1] == f"key{number}"
+
+    def test_in_the_middle_of_an_upload(
+        self, opened: tuple[Storage, FaultyProxy], put_keys: Callable[[str], None]
+    ) -> None:
+        storage, proxy = opened
+
+        def before(start: int, _stop: int) -> None:
+            if start == PART:
+                proxy.expired.add("one")
+                put_keys("two")
+
+        storage.write_pack("other", memoryview(_noise(4 * PART)), before)
+        assert storage.read("other") == _noise(4 * PART)
+        assert {"one", "two"} <= set(proxy.keys)
+
+    def test_of_a_storage_that_others_use_too(
+        self, opened: tuple[Storage, FaultyProxy], put_keys: Callable[[str], None]
+    ) -> None:
+        """s3fs hands out one client for equal options; a copy of a storage goes on as well."""
+        storage, proxy = opened
+        twin, copied = (
+            open_storage(storage.url, {"endpoint_url": proxy.endpoint}),
+            pickle.loads(pickle.dumps(storage)),
+        )
+        proxy.expired.add("one")
+        put_keys("two")
+        for one in (storage, twin, copied, storage.at("below")):
+            one.list()
+        assert proxy.keys[-1] == "two"
+
+    def test_that_come_later_are_waited_for(
+        self,
+        opened: tuple[Storage, FaultyProxy],
+        put_keys: Callable[[str], None],
+        tmp_path: Path,
+    ) -> None:
+        """Also where the file is being written when it is looked at."""
+        storage, proxy = opened
+        asked = itertools.count()
+
+        def renew(_method: str, _path: str) -> None:
+            number = next(asked)
+            if number == 0:
+                proxy.expired.add("one")
+            if number == 1:
+                (tmp_path / "credentials").write_text("[default]\naws_access_key_id=two\n")
+            if number == 2:
+                put_keys("two")
+
+        proxy.faults = renew
+        assert storage.list() == ["pack"]
+        assert proxy.keys[-1] == "two"
+
+    def test_that_never_come_are_an_error(self, opened: tuple[Storage, FaultyProxy]) -> None:
+        storage, proxy = opened
+        once = open_storage(
+            storage.url,
+            {"endpoint_url": proxy.endpoint, "config_kwargs": {"retries": {"total_max_attempts": 2}}},
+        )
+        proxy.expired.add("one")
+        with pytest.raises(
+            CredentialsError, match=r"ExpiredToken.*after 2 attempts.*credentials"
+        ) as caught:
+            once.size("pack")
+        assert type(caught.value) is CredentialsError
+
+    def test_a_permission_that_lacks_is_told_at_once(self, opened: tuple[Storage, FaultyProxy]) -> None:
+        storage, proxy = opened
+        proxy.faults = lambda _method, _path: "denied"
+        proxy.requests.clear()
+        with pytest.raises(CredentialsError, match="AccessDenied"):
+            storage.list()
+        assert len(proxy.requests) == 1
+
+    def test_what_the_options_hold_is_not_looked_up(
+        self, opened: tuple[Storage, FaultyProxy], put_keys: Callable[[str], None]
+    ) -> None:
+        storage, proxy = opened
+        options = {"endpoint_url": proxy.endpoint, "key": "mine", "secret": "s"}
+        mine = open_storage(storage.url, options)
+        proxy.expired.add("mine")
+        put_keys("two")
+        with pytest.raises(CredentialsError, match=r"storage_options.*not looked up again"):
+            mine.list()
+        assert proxy.keys[-1] == "mine"
+
+    def test_of_a_program_that_fails_at_first(
+        self, moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A credential_process is asked again."""
+        config, ready = tmp_path / "config", tmp_path / "ready"
+        keys = '{"Version": 1, "AccessKeyId": "k", "SecretAccessKey": "s"}'
+        script = tmp_path / "keys.sh"
+        script.write_text(f"test -e {ready} || {{ touch {ready}; exit 1; }}\necho '{keys}'\n")
+        config.write_text(f"[profile p]\ncredential_process = sh {script}\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+        storage = open_storage(moto_s3.url(), {"endpoint_url": moto_s3.endpoint, "profile": "p"})
+        storage.write("file", b"x")
+        assert storage.list() == ["file"]
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""How long a transfer may take: one place for every storage that is reached over a network."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardckpt.errors import StorageError
+
+__all__ = ["Limits", "Patience", "at_most", "client_options", "remaining"]
+
+_DEADLINE, _LEAST_RATE = "transfer_deadline", "transfer_least_rate"
+_VARIABLES = {_DEADLINE: "SHARDCKPT_TRANSFER_DEADLINE", _LEAST_RATE: "SHARDCKPT_TRANSFER_LEAST_RATE"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a request is given up.
+
+    Attributes:
+        deadline: seconds that a request may take, with all its attempts, while no bytes move.
+        least_rate: bytes per second that a transfer must move to go on for longer than that.
+    """
+
+    deadline: float = 60.0
+    least_rate: float = 8192.0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], *, read_timeout: float = 0.0) -> Limits:
+        """What the storage options say, else the environment, else the defaults. Raises StorageError.
+
+        By default, a deadline leaves room for two answers that come after `read_timeout` seconds.
+        """
+        deadline = _number(options, _DEADLINE, max(cls.deadline, 2 * read_timeout))
+        return cls(deadline, _number(options, _LEAST_RATE, cls.least_rate))
+
+    def seconds(self, nbytes: int) -> float:
+        """The longest that a transfer of so many bytes may take, where its progress cannot be seen."""
+        return self.deadline + nbytes / self.least_rate
+
+
+class Patience:
+    """The time that a transfer has left: `seconds` from the start, and never more than that.
+
+    Bytes that arrive at the least rate, or faster, keep it from running out.
+    """
+
+    def __init__(self, seconds: float, least_rate: float, clock: Callable[[], float]) -> None:
+        self.end = clock() + seconds
+        self._seconds = seconds
+        self._least_rate = least_rate
+        self._clock = clock
+        self._done = 0
+
+    def reach(self, nbytes: int) -> None:
+        """So many bytes have moved since the start. What an earlier attempt had moved earns no time."""
+        if nbytes > self._done:
+            earned = (nbytes - self._done) / self._least_rate
+            self.end = min(self.end + earned, self._clock() + self._seconds)
+            self._done = nbytes
+
+
+def client_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options that are meant for the client's library: all but the limits."""
+    return {name: value for name, value in (options or {}).items() if name not in _VARIABLES}
+
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Give up each call to a storage that this thread makes in the block once so much time has passed."""
+    before = getattr(_thread, "until", math.inf)
+    _thread.until = min(before, time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _thread.until = before
+
+
+def remaining() -> float | None:
+    """The seconds that `at_most` leaves this thread; None if it is in no such block."""
+    until = getattr(_thread, "until", math.inf)
+    return None if math.isinf(until) else max(0.0, until - time.monotonic())
+
+
+def _number(options: Mapping[str, Any], name: str, default: float) -> float:
+    source, value = name, options.get(name)
+    if value is None:
+        source = _VARIABLES[name]
+        value = os.environ.get(source) or default
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number > 0:
+        unit = "seconds" if name == _DEADLINE else "bytes per second"
+        raise StorageError(f"{source} must be a number of {unit} above 0; it is {value!r}")
+    return number

@@ -1,0 +1,110 @@
+"""Credentials that are renewed while a process runs: looked up again once a server refuses them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from aiobotocore.credentials import AioCredentials  # type: ignore[import-untyped]
+from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+
+__all__ = ["Credentials", "Found", "credentials_of"]
+
+_log = logging.getLogger("shardckpt")
+
+_PAUSE = 0.5  # seconds between two looks: the requests that are under way are all refused at once
+_EXPLICIT = ("key", "secret", "token", "username", "password", "session")
+_EXPLICIT_OF_CLIENT = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+
+
+class Found(Enum):
+    """What there is where credentials come from."""
+
+    OTHERS = 0  # than those that were refused: they are in use from now on
+    THE_SAME = 1
+    NOTHING = 2  # that can be read, though there was something: perhaps it is being written just now
+
+
+class Credentials:
+    """The credentials of one s3fs file system. For its event loop only.
+
+    Those that the user has passed as storage options are the user's to replace. All others (the environment,
+    ~/.aws, a credential_process, SSO, a web identity, the machine's role) are looked up as at the start, by a
+    session of their own.
+    """
+
+    def __init__(self, system: Any, options: Mapping[str, Any]) -> None:
+        self._system = weakref.ref(system)
+        client = options.get("client_kwargs") or {}
+        self.are_explicit = any(options.get(name) for name in _EXPLICIT) or any(
+            client.get(name) for name in _EXPLICIT_OF_CLIENT
+        )
+        self._can_change = not (self.are_explicit or options.get("anon"))
+        self._lock = asyncio.Lock()
+        self._looked = float("-inf")
+        self._last = Found.OTHERS
+        self.generation = 0
+        """Grows whenever other credentials are taken."""
+
+    @property
+    def can_change(self) -> bool:
+        """Whether it makes sense to look again."""
+        return self._can_change
+
+    async def look(self, generation: int) -> Found:
+        """See what there is now, after those of this generation were refused; other ones are taken at once."""
+        async with self._lock:
+            if self.generation != generation:
+                return Found.OTHERS
+            loop = asyncio.get_running_loop()
+            system = self._system()
+            if not self._can_change or system is None:
+                return Found.THE_SAME
+            if self._last is Found.OTHERS or loop.time() >= self._looked + _PAUSE:
+                self._last = await self._look(system)
+                self._looked = loop.time()
+            return self._last
+
+    async def _look(self, system: Any) -> Found:
+        """Raises nothing: a source that fails may be well the next time."""
+        source = new = held = None
+        try:
+            if system.session is not None:
+                held = await system.session.get_credentials()
+            source = await AioSession(**system.kwargs).get_credentials()  # as s3fs makes its own
+            new = await source.get_frozen_credentials() if source is not None else None
+        except Exception as error:
+            _log.debug("credentials cannot be looked up: %s", error)
+        if new is None:
+            return Found.THE_SAME if held is None else Found.NOTHING
+        if isinstance(held, AioCredentials) and isinstance(source, AioCredentials):
+            if new == await held.get_frozen_credentials():
+                return Found.THE_SAME
+            # The client signs with this very object: its connections stay as they are.
+            held.access_key, held.secret_key, held.token = new.access_key, new.secret_key, new.token
+        else:
+            if held is not None and new == await _frozen(held):
+                return Found.THE_SAME
+            await system.set_session(refresh=True)
+        self.generation += 1
+        _log.info("other credentials were found, and are used from now on")
+        return Found.OTHERS
+
+
+_known: weakref.WeakKeyDictionary[Any, Credentials] = weakref.WeakKeyDictionary()
+
+
+def credentials_of(system: Any, options: Mapping[str, Any]) -> Credentials:
+    """The credentials of a file system, which fsspec may hand out to several storages."""
+    return _known.setdefault(system, Credentials(system, options))
+
+
+async def _frozen(credentials: Any) -> Any:
+    try:
+        return await credentials.get_frozen_credentials()
+    except Exception:
+        return None
