@@ -339,6 +339,7 @@ class Agent:
         if not self._zygote.is_ready:
             self._zygote.kill()  # nothing is forked yet
         elif round_.phase is Phase.STOPPING:
+            self._workers.note_stop()
             self._zygote.signal(signal.SIGTERM)
             self._monitor.set_deadline(grace)
         else:
@@ -363,7 +364,8 @@ class Agent:
                 host,
                 epoch - (now - exit_.at),
                 self._oom,
-                round_.is_ours(exit_),
+                round_.is_ours(exit_) or self._answered_stop(round_, exit_),
+                self._workers.said_before.get(exit_.rank),
             )
             for exit_ in round_.failed_exits
         )
@@ -384,6 +386,15 @@ class Agent:
             is_stuck=round_.is_stuck,
             step=self._workers.step,
             hang=(*self._hung_at, *round_.hang) if round_.hang else (),
+        )
+
+    def _answered_stop(self, round_: Round, exit_: WorkerExited) -> bool:
+        """Whether a worker ended by a handler of its own, when it was told to."""
+        before = round_.exits_before_stop
+        return (
+            before is not None
+            and exit_ in round_.exits[before:]
+            and exit_.rank in self._workers.said_before
         )
 
     def _conclude(self, round_: Round) -> Decision:
@@ -571,7 +582,7 @@ class Agent:
         left = len(self._slots.working)
         reason = f"{left} of its devices are left, and it needs {self._slots.minimum} (--nproc MIN:MAX)"
         self._membership.say({"kind": "lost", "node": round_.team.rank, "why": reason})
-        code = ExitCode.INTERNAL if culprit is None else shell_code(culprit.code)
+        code = ExitCode.INTERNAL if culprit is None else shell_code(culprit.failure_code)
         return GiveUp(code, reason, is_final=self.config.is_alone)
 
     def _end(self, decision: Finish | GiveUp) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Condition", "look_at", "look_at_what_is_left"]
+__all__ = ["Condition", "catches", "look_at", "look_at_what_is_left"]
 
 _DEAD = ("", "Z", "X")
 
@@ -58,6 +58,16 @@ def look_at_what_is_left(pid: int) -> Condition | None:
         threads = [_read(pid, path) for path in Path(f"/proc/{pid}/task").glob("*")]
     living = [thread for thread in threads if thread.state not in _DEAD]
     return replace(living[0], command=process.command) if living else None
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Whether process `pid` has a handler of its own for a signal."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_bytes()
+        caught = status.partition(b"\nSigCgt:")[2].split(None, 1)[0]
+        return bool(int(caught, 16) >> (signum - 1) & 1)
+    except (OSError, IndexError, ValueError):
+        return False
 
 
 def _read(pid: int, directory: Path) -> Condition:

@@ -7,7 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher.events import WorkerExited
@@ -96,13 +96,23 @@ _HINTS = (
 
 
 def gather(
-    files: RankFiles, exit: WorkerExited, host: str, epoch_at: float, oom: OomWatch | None, is_ours: bool
+    files: RankFiles,
+    exit: WorkerExited,
+    host: str,
+    epoch_at: float,
+    oom: OomWatch | None,
+    is_ours: bool,
+    said_before: int | None = None,
 ) -> Death:
     """Read what a failed worker left behind.
 
-    `epoch_at` is its death in seconds since the epoch; `is_ours`, whether launch had told it to end.
+    `epoch_at` is its death in seconds since the epoch; `is_ours`, whether launch had told it to end. Of one that
+    answers such a signal itself, `said_before` is how many bytes it had written to stderr when it was told: a
+    traceback that begins later is its answer, and no failure.
     """
     words = _read_words(files, exit.code)
+    if is_ours and said_before is not None:
+        words = replace(words, has_traceback=_has_traceback(files.err, said_before))
     progress = read_progress(files.progress)
     return Death(
         rank=exit.rank,
@@ -145,6 +155,16 @@ def _read_tail(path: Path) -> list[str]:
         return []
     # What a progress bar showed last is all that counts of it.
     return [line.rstrip("\r").rpartition("\r")[2] for line in text.rstrip("\n").split("\n")]
+
+
+def _has_traceback(path: Path, end: int) -> bool:
+    """Whether a traceback begins before byte `end` of a log."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, end - _TAIL_BYTES))
+            return b"Traceback (most recent call last):" in file.read(min(end, _TAIL_BYTES))
+    except OSError:
+        return False
 
 
 def _read_error_file(path: Path) -> tuple[str, str] | None:
@@ -428,7 +448,7 @@ def judge(
         time=at,
         seconds=at - started,
         rank=culprit.rank if culprit else None,
-        code=culprit.code if culprit else None,
+        code=culprit.failure_code if culprit else None,
         host=culprit.host if culprit else None,
         node=next((report.node for report in reports if culprit in report.deaths), None),
         cause=_cause(culprit, losses, trouble, hang, _ended_in_words(finished, drained)),
@@ -498,14 +518,13 @@ def _cause(
     ended: str,
 ) -> str:
     if culprit is not None:
-        how = describe_exit(culprit.code)
+        how = describe_exit(culprit.failure_code)
         if culprit.kill and culprit.code == -signal.SIGKILL:
             return culprit.kill
         why = f"; {culprit.kill}" if culprit.kill else ""
         if not culprit.error:
             return f"{how}{why}"
-        exited = "" if culprit.is_ours else f" ({how})"  # it was about to end when launch told it to
-        return f"{_cut(culprit.error)}{exited}{why}"
+        return f"{_cut(culprit.error)} ({how}){why}"
     if trouble:
         return trouble[0]
     if lost:

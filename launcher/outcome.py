@@ -30,6 +30,17 @@ class Death:
     log: str | None = None  # the file with its stderr
     is_ours: bool = False  # launch had told it to end by then
 
+    @property
+    def failure_code(self) -> int:
+        """What it would have ended with by itself: a signal of launch's may have met it on its way out."""
+        if not (self.is_ours and self.code < 0 and self.has_traceback):
+            return self.code
+        name, _, argument = (self.error or "").partition(": ")
+        if name == "KeyboardInterrupt":
+            return self.code
+        is_number = name == "SystemExit" and argument.isascii() and argument.isdigit()
+        return int(argument) % 256 if is_number else 1
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Death:
         return cls(**{**value, "lines": tuple(value["lines"])})

@@ -134,7 +134,7 @@ def decide(
     is_asked = bool(round_.wishes) and culprit is None and not round_.is_hung
     if is_asked or all(report.has_drained for report in reports):
         return _after_drain(round_, history.after_step(round_.step))
-    failure = Failure(round_.step, "a hang" if round_.is_hung else fingerprint)
+    failure = Failure(round_.step, "a hang" if round_.is_hung and culprit is None else fingerprint)
     return _after_failure(round_, culprit, failure, history.after_step(round_.step), limits)
 
 
@@ -195,7 +195,7 @@ def _after_failure(
     same = sum(failure == other for other in after.failures)
     if failure.fingerprint is not None and 0 < limits.crash_loop <= same:
         where = "before it told of any step" if failure.step is None else f"at step {failure.step}"
-        how = "hung" if round_.is_hung else "failed with the same error"
+        how = "hung" if round_.is_hung and culprit is None else "failed with the same error"
         often = count(same, "time")
         reason = f"{how} {often} {where}, and would again (--crash-loop {limits.crash_loop})"
         return GiveUp(ExitCode.CRASH_LOOP, reason)
@@ -208,9 +208,9 @@ def _after_failure(
 
 
 def _code(round_: Round, culprit: Death | None) -> int:
-    if round_.is_hung:
-        return ExitCode.HUNG
-    return ExitCode.INTERNAL if culprit is None else shell_code(culprit.code)
+    if culprit is None:
+        return ExitCode.HUNG if round_.is_hung else ExitCode.INTERNAL
+    return shell_code(culprit.failure_code)
 
 
 def _used_up(restarts: int, best_step: int | None) -> str:

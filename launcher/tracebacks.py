@@ -45,12 +45,13 @@ def read_last_words(lines: Sequence[str], *, was_killed: bool = False) -> LastWo
     """Find the traceback that a process ended with, or else its last lines.
 
     One that `was_killed` by a signal may have written tracebacks of errors that it had handled: only
-    one at the very end counts then.
+    one at the very end counts then, or one that torch has marked as uncaught, however the teardown went on.
     """
     own, rest = _uncaught_by_torch(lines)
     found = _tracebacks(own, has_end=own is not lines)
     telling = [one for one in found if not _is_wrapper(one.error)] or found
-    if telling and not (was_killed and _says_more([*own[telling[-1].end :], *rest])):
+    is_uncaught = own is not lines
+    if telling and (is_uncaught or not was_killed or not _says_more([*own[telling[-1].end :], *rest])):
         last = telling[-1]
         cause = _first_cause(own, found, last)
         error = f"{last.error} (from {cause})" if cause else last.error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
+from launcher.condition import catches
 from launcher.progress import Progress, read_progress
 from launcher.run_dir import RankFiles
 from launcher.stillness import Stillness
@@ -28,12 +31,19 @@ class Workers:
         self._stillness = Stillness()
         self._began = self._looked = time.monotonic()
         self._asked_to_drain: float | None = None  # when
+        self.said_before: dict[int, int] = {}  # bytes, by rank, of those that answer SIGTERM themselves
         self._ended: set[int] = set()
         self._has_stepped = False
 
     def end(self, rank: int) -> None:
         """This one is dead, and will tell nothing any more."""
         self._ended.add(rank)
+
+    def note_stop(self) -> None:
+        """They are about to be told to end: note what those have written that will answer by themselves."""
+        for rank, pid in self.pids.items():
+            if rank not in self._ended and catches(pid, signal.SIGTERM):
+                self.said_before[rank] = _size(self.files[rank].err)
 
     def look(self) -> None:
         """Read how far they are."""
@@ -112,6 +122,13 @@ class Workers:
             if (place := _place(self.progress.get(rank))) is not None:
                 alike.setdefault(place, []).append(rank)
         return tuple(f"{name_ranks(ranks)} {place}" for place, ranks in alike.items())
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _place(progress: Progress | None) -> str | None:

@@ -365,8 +365,49 @@ def test_a_worker_that_leaves_without_the_others() -> None:
 
 
 def test_a_worker_that_failed_and_was_stopped_before_it_had_ended() -> None:
-    """The signal by which it ended then says nothing of why."""
-    assert judged(reported(died(0, -signal.SIGTERM, OWN, is_ours=True))).cause == OWN
+    """The signal by which it ended then says nothing of why, nor does it give the exit code."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        verdict = judged(reported(died(0, -signum, OWN, is_ours=True)))
+        assert (verdict.cause, verdict.code) == (f"{OWN} (exit code 1)", 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "expected"),
+    [
+        (-signal.SIGTERM, OWN, 1),
+        (-signal.SIGKILL, OWN, 1),
+        (-signal.SIGTERM, "SystemExit: 3", 3),
+        (-signal.SIGTERM, "SystemExit: no data", 1),
+        (-signal.SIGTERM, "KeyboardInterrupt", -signal.SIGTERM),
+        (-signal.SIGTERM, None, -signal.SIGTERM),
+        (7, OWN, 7),
+    ],
+)
+def test_what_it_would_have_ended_with(code: int, error: str | None, expected: int) -> None:
+    death = replace(died(0, code, error or "", is_ours=True), error=error, has_traceback=error is not None)
+    assert death.failure_code == expected
+    others = replace(death, is_ours=False)
+    assert others.failure_code == code
+
+
+def test_an_answer_to_a_stop_is_no_failure(files: RankFiles) -> None:
+    """A worker may handle SIGTERM, and raise; what it had raised before that is its own."""
+    exit_ = WorkerExited(0, 100, 1, 1.0)
+    files.err.write_text("loading\n")
+    before = files.err.stat().st_size
+    files.err.write_text(f"loading\n{TRACEBACK}")
+    answer = gather(files, exit_, "here", 1e9, None, True, before)
+    assert not answer.has_traceback
+    assert find_culprit([answer], has_lost_node=True) is None  # a hang, or a node that is lost
+    own = gather(files, exit_, "here", 1e9, None, True, before + 60)
+    assert find_culprit([own]) == own
+
+
+def test_an_error_marked_as_uncaught_counts_however_the_teardown_went_on(files: RankFiles) -> None:
+    marked = "".join(f"[rank0]: {line}\n" for line in TRACEBACK.splitlines())
+    files.err.write_text(f"{marked}closing the loader\nstill closing\n")
+    death = gathered(files, -signal.SIGKILL, is_ours=True)
+    assert (death.error, death.failure_code) == ("KeyError: 'x'", 1)
 
 
 @pytest.mark.parametrize("error", [CLOSED, TIMEOUT])

@@ -771,3 +771,22 @@ def test_all_nodes_decide_the_same(said: set[int], order: Sequence[int], random:
         assert round_.phase is Phase.SETTLED
         decisions.append(decide(round_, None, None, History(), Limits(min_nodes=3)))
     assert decisions[0] == decisions[1]
+
+
+def test_the_failure_that_explains_a_hang_gives_the_code() -> None:
+    """A rank that has raised, and hangs in its teardown, is what the verdict names."""
+    raised = Death(1, "host0", 1, -9, 1.0, error="ValueError: boom", has_traceback=True, is_ours=True)
+    stopped = Death(0, "host0", 1, -15, 1.0, is_ours=True)
+    round_ = play(
+        Heard(0, {"kind": "hang"}),
+        StacksTaken(("where",), "stacks"),
+        exited(0, -15),
+        exited(1, -9),
+        RoundDrained(),
+        report(deaths=(stopped, raised), hang=("where",)),
+    )
+    decision = decide(round_, raised, "boom", History(), Limits(max_restarts=0))
+    assert decision == GiveUp(1, "no restarts allowed")
+    again = decide(round_, raised, "boom", History(), Limits())
+    assert isinstance(again, Again)
+    assert again.history.failures == (Failure(None, "boom"),)
