@@ -19,7 +19,8 @@ from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.reader import fill
 from shardckpt.runs import Place, exact_place, find_place
 from shardckpt.storage import Storage
-from shardckpt.targets import Targets, bind
+from shardckpt.targets import Targets
+from shardckpt.unflatten import bind
 
 __all__ = ["Loaded", "load", "load_place", "load_source"]
 
@@ -148,7 +149,11 @@ def _fill(
     except Exception as failure:  # of the state's own objects, too
         error = failure
     agree(ranks, error)
-    nbytes = fill(source, manifest, targets.tensors, ranks)
+    try:
+        nbytes = fill(source, manifest, targets.tensors, ranks, prepare=targets.prepare)
+    except BaseException:
+        targets.undo()
+        raise
     try:
         targets.apply()
     except ShardckptError as failure:

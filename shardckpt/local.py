@@ -61,7 +61,7 @@ class LocalTensor:
         if not data.numel():
             return None
         place = (data.device, data.data_ptr(), data.dtype, data.shape, data.stride())
-        return (*place, self.shape, self.pieces)
+        return (*place, data.is_conj(), data.is_neg(), self.shape, self.pieces)
 
 
 def dtype_name(dtype: torch.dtype, where: str) -> str:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from shardckpt.local import LocalTensor
 from shardckpt.objects import local_part
+from shardckpt.overrides import is_patched, optimizer_saves_plainly, saves_plainly
 
 __all__ = ["Known", "Memo"]
 
@@ -106,24 +107,10 @@ class Memo:
 def _is_usual(value: nn.Module | torch.optim.Optimizer) -> bool:
     """Whether what state_dict() gives depends on nothing but what `_looks` looks at."""
     if isinstance(value, torch.optim.Optimizer):
-        return (
-            type(value).state_dict is torch.optim.Optimizer.state_dict
-            and not value._optimizer_state_dict_pre_hooks
-            and not value._optimizer_state_dict_post_hooks
-            and all(isinstance(v, torch.Tensor) for state in value.state.values() for v in state.values())
+        return optimizer_saves_plainly(value) and all(
+            isinstance(v, torch.Tensor) for state in value.state.values() for v in state.values()
         )
-    return all(_is_usual_child(child) for child in value.modules())
-
-
-def _is_usual_child(module: nn.Module) -> bool:
-    kind = type(module)
-    own = (kind.state_dict, kind._save_to_state_dict, kind.get_extra_state)
-    hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
-    return own == (
-        nn.Module.state_dict,
-        nn.Module._save_to_state_dict,
-        nn.Module.get_extra_state,
-    ) and all((getattr(hook, "__module__", None) or "").startswith("torch.") for hook in hooks)
+    return all(map(saves_plainly, value.modules()))
 
 
 def _tensors(value: nn.Module | torch.optim.Optimizer) -> Iterator[torch.Tensor]:
@@ -144,11 +131,11 @@ def _looks(value: nn.Module | torch.optim.Optimizer) -> list[Any]:
         for parameter, state in value.state.items():
             looks += [id(parameter), *state]
             looks += map(_memory, state.values())
-        looks += [len(value._optimizer_state_dict_pre_hooks), len(value._optimizer_state_dict_post_hooks)]
+        looks.append(optimizer_saves_plainly(value))
         return looks
     for child in value.modules():
         looks += [id(child), *child._modules, *child._non_persistent_buffers_set]
-        looks += [*child._state_dict_hooks, *child._state_dict_pre_hooks]
+        looks += [*child._state_dict_hooks, *child._state_dict_pre_hooks, is_patched(child)]
         for held in (child._parameters, child._buffers):
             looks += held
             looks += map(_memory, held.values())
@@ -161,7 +148,8 @@ def _memory(tensor: object) -> Any:
         return id(tensor)
     local = local_part(tensor)
     layout: Any = id(tensor._spec) if isinstance(tensor, DTensor) else tensor.device
-    return id(tensor), local.data_ptr(), local.shape, local.stride(), local.dtype, layout
+    bits = local.is_conj(), local.is_neg()
+    return id(tensor), local.data_ptr(), local.shape, local.stride(), local.dtype, bits, layout
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -9,7 +9,8 @@ keyed by the names of its parameters, not by their order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,21 +19,26 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from shardckpt.errors import UnsupportedValueError
+from shardckpt.errors import StateError, UnsupportedValueError
+from shardckpt.overrides import has_override
 from shardckpt.values import MAX_DEPTH
 
 __all__ = [
     "AVERAGED_COUNT",
     "Stateful",
+    "check_optimizer",
+    "has_groups",
+    "is_by_number",
     "iter_modules",
+    "loading_module",
     "local_part",
-    "module_aliases",
+    "module_state",
     "module_tree",
     "optimizer_parameters",
     "optimizer_tree",
-    "original_keys",
     "parameter_names",
     "reshard",
+    "state_of",
     "unsynced_buffers",
 ]
 
@@ -54,11 +60,36 @@ class Stateful(Protocol):
         """Take over a state."""
 
 
-def module_tree(module: nn.Module, where: str) -> dict[str, Any]:
-    """The module's state_dict under clean names. Its tensors share memory with the module's.
+@dataclass(frozen=True)
+class ModuleState:
+    """A module's state_dict under clean names.
 
-    Raises UnsupportedValueError for FSDP version 1, whose flat parameters the library does not store.
+    Attributes:
+        tree: by clean name; its tensors share memory with the module's.
+        metadata: what torch keeps beside a state_dict: the version of each submodule's layout.
     """
+
+    tree: dict[str, Any]
+    metadata: Any
+    _keys: Mapping[str, str]
+    _prefixes: Sequence[tuple[str, str]]
+
+    def key(self, name: str) -> str:
+        """What the module's own state_dict calls a clean name; one that it lacks, as if it had it."""
+        if name in self._keys:
+            return self._keys[name]
+        for prefix, clean in reversed(self._prefixes):
+            if name.startswith(clean):
+                name = prefix + name[len(clean) :]
+        return name
+
+    def name(self, key: str) -> str:
+        """The clean name of a key of the module's own state_dict."""
+        return _clean(key, self._prefixes)
+
+
+def module_state(module: nn.Module, where: str) -> ModuleState:
+    """The module's state_dict under clean names. Raises as `module_tree` does."""
     fsdp1 = _loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
     for name, child in module.named_modules() if fsdp1 else ():
         if isinstance(child, fsdp1):
@@ -67,15 +98,37 @@ def module_tree(module: nn.Module, where: str) -> dict[str, Any]:
                 "is not supported; shard the model with torch.distributed.fsdp.fully_shard"
             )
     prefixes = _wrapper_prefixes(module)
-    tree: dict[str, Any] = {}
-    for key, value in module.state_dict().items():
-        if (name := _clean(key, prefixes)) in tree:
+    values = module.state_dict()
+    keys: dict[str, str] = {}
+    for key in values:
+        if (name := _clean(key, prefixes)) in keys:
             raise UnsupportedValueError(
-                f"state[{where!r}] has two entries that would be named {name!r}, one of a wrapper (DDP, torch.compile "
-                f"or AveragedModel) and one of the module in it, {key!r}. Rename one of them."
+                f"state[{where!r}] has two entries that would be named {name!r}, one of a wrapper (DDP, "
+                f"torch.compile or AveragedModel) and one of the module in it, {key!r}. Rename one of them."
             )
-        tree[name] = value
-    return tree
+        keys[name] = key
+    tree = {name: values[key] for name, key in keys.items()}
+    return ModuleState(tree, getattr(values, "_metadata", None), keys, prefixes)
+
+
+def module_tree(module: nn.Module, where: str) -> dict[str, Any]:
+    """The module's state_dict under clean names. Its tensors share memory with the module's.
+
+    Raises UnsupportedValueError for FSDP version 1, whose flat parameters the library does not store.
+    """
+    return module_state(module, where).tree
+
+
+def loading_module(module: nn.Module) -> nn.Module:
+    """The module whose load_state_dict is to be called for a load into `module`.
+
+    It is the module itself, unless that is a wrapper around one with a load_state_dict of its own, which the
+    wrapper's would pass by.
+    """
+    inner = module
+    while (inside := _wrapped(inner)) is not None:
+        inner = inside
+    return inner if has_override(inner, "load_state_dict", [nn.Module.load_state_dict]) else module
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
@@ -96,12 +149,6 @@ def reshard(modules: Iterable[nn.Module]) -> None:
         if isinstance(module, fsdp):
             module.reshard()
         waiting.extend(module._modules.values())
-
-
-def original_keys(module: nn.Module) -> dict[str, str]:
-    """Clean name -> the key that the module's own load_state_dict wants."""
-    prefixes = _wrapper_prefixes(module)
-    return {_clean(key, prefixes): key for key in module.state_dict()}
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:
@@ -134,19 +181,74 @@ def optimizer_parameters(
 
 
 def optimizer_tree(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, tuple[str, str]]
-) -> dict[str, Any]:
-    """The optimizer's state_dict with parameters by name. Its tensors share memory with the optimizer's."""
-    tree = dict(optimizer.state_dict())
+    optimizer: torch.optim.Optimizer, names: Mapping[int, tuple[str, str]], where: str
+) -> Any:
+    """The optimizer's state_dict with parameters by name. Its tensors share memory with the optimizer's.
+
+    One that is not in torch's form is returned as it is. Raises as `check_optimizer` does.
+    """
+    check_optimizer(optimizer, where)
+    tree = state_of(optimizer, where)
+    if not is_by_number(tree, optimizer):
+        return tree
     by_number = [name for name, _ in optimizer_parameters(optimizer, names)]
-    tree["state"] = {
-        by_number[key] if isinstance(key, int) else key: value for key, value in tree["state"].items()
-    }
-    tree["param_groups"] = [
+    state = {by_number[key] if isinstance(key, int) else key: value for key, value in tree["state"].items()}
+    groups = [
         {**group, "params": [by_number[number] for number in group["params"]]}
         for group in tree["param_groups"]
     ]
-    return tree
+    return {**tree, "state": state, "param_groups": groups}
+
+
+def is_by_number(tree: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is the form of torch's state_dict() of this optimizer: parameters in groups, by number."""
+    if not has_groups(tree):
+        return False
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    numbers = [group["params"] for group in tree["param_groups"]]
+    return [len(n) for n in numbers] == sizes and [n for of in numbers for n in of] == [*range(sum(sizes))]
+
+
+def has_groups(tree: Any) -> bool:
+    """Whether this has the parts of an optimizer's state_dict: state, and groups of parameters."""
+    return (
+        isinstance(tree, Mapping)
+        and isinstance(tree.get("state"), Mapping)
+        and isinstance(tree.get("param_groups"), list)
+        and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in tree["param_groups"])
+    )
+
+
+def state_of(value: Stateful, where: str) -> Any:
+    """What the object's own state_dict() returns. Raises StateError, which names `where`, if it raises."""
+    try:
+        return value.state_dict()
+    except Exception as error:
+        raise StateError(
+            f"state[{where!r}], a {type(value).__qualname__}, could not give its state: its state_dict() raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, where: str) -> None:
+    """Raise UnsupportedValueError, which names `where`, where an optimizer has state that cannot be named."""
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise UnsupportedValueError(
+            f"state[{where!r}] is a ZeroRedundancyOptimizer, whose state is nowhere complete: each rank "
+            "has that of some parameters. Shard the model and its optimizer with "
+            "torch.distributed.fsdp.fully_shard, or use the plain optimizer."
+        )
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stale = sum(
+        isinstance(key, torch.Tensor) and id(key) not in own for key in getattr(optimizer, "state", ())
+    )
+    if stale:
+        raise UnsupportedValueError(
+            f"state[{where!r}], a {type(optimizer).__qualname__}, has state of {stale} parameters that are in "
+            "none of its groups: the model's parameters were replaced after the optimizer had made state for "
+            "them. Make the optimizer from the parameters that the model has now, after it is wrapped, sharded "
+            "or converted."
+        )
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -155,16 +257,6 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     local = tensor._local_tensor
     return local if type(local) is torch.Tensor else tensor.to_local()
-
-
-def module_aliases(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether all of these tensors are memory of the module's own parameters and buffers."""
-    own = {
-        local_part(t).untyped_storage().data_ptr()
-        for source in (module.parameters(), module.buffers())
-        for t in source
-    }
-    return all(local_part(t).untyped_storage().data_ptr() in own for t in tensors.values())
 
 
 def unsynced_buffers(module: nn.Module) -> set[str]:
@@ -199,25 +291,37 @@ def _loaded_class(module: str, name: str) -> tuple[type, ...]:
     return (found,) if isinstance(found, type) else ()
 
 
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """What a wrapper that adds nothing to the state wraps; None for other modules."""
+    name = _inner_name(module)
+    if type(module).__name__ == "CheckpointWrapper":
+        name = _CHECKPOINT_WRAPPER.removesuffix(".")
+    return None if name is None or isinstance(module, AveragedModel) else module._modules.get(name)
+
+
+def _inner_name(module: nn.Module) -> str | None:
+    """Under which name a wrapper has what it wraps, where that is part of the names in its state_dict."""
+    if isinstance(module, (DistributedDataParallel, AveragedModel)):
+        return "module"
+    return (
+        "_orig_mod"
+        if isinstance(module, _loaded_class("torch._dynamo.eval_frame", "OptimizedModule"))
+        else None
+    )
+
+
 def _wrapper_prefixes(module: nn.Module) -> list[tuple[str, str]]:
     """(prefix of a wrapped module's keys, what it should be), the innermost first."""
-    compiled = _loaded_class("torch._dynamo.eval_frame", "OptimizedModule")
     prefixes = []
     for path, child in module.named_modules(remove_duplicate=False):
-        inner = (
-            "module"
-            if isinstance(child, (DistributedDataParallel, AveragedModel))
-            else "_orig_mod"
-            if isinstance(child, compiled)
-            else None
-        )
+        inner = _inner_name(child)
         if inner is not None:
             outer = f"{path}.".replace(_CHECKPOINT_WRAPPER, "") if path else ""
             prefixes.append((f"{outer}{inner}.", outer))
     return sorted(prefixes, key=lambda pair: -len(pair[0]))
 
 
-def _clean(key: str, prefixes: list[tuple[str, str]]) -> str:
+def _clean(key: str, prefixes: Sequence[tuple[str, str]]) -> str:
     """The key without wrapper prefixes; the innermost is taken away first, so that paths stay true."""
     key = key.replace(_CHECKPOINT_WRAPPER, "")
     for prefix, clean in prefixes:

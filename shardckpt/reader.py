@@ -39,7 +39,13 @@ Passed = Mapping[int, Sequence[Read]]
 """What this rank gets in exchanges: the reads of each stored chunk, by the row that stands for it."""
 
 
-def fill(source: Source, manifest: Manifest, targets: Sequence[LocalTensor], ranks: Ranks) -> int:
+def fill(
+    source: Source,
+    manifest: Manifest,
+    targets: Sequence[LocalTensor],
+    ranks: Ranks,
+    prepare: Callable[[], object] = lambda: None,
+) -> int:
     """Fill this rank's memory of `targets` from a checkpoint, whatever layout it was saved in.
 
     Every rank calls it, with a source of the same kind. What several ranks need from remote storage is
@@ -72,6 +78,11 @@ def fill(source: Source, manifest: Manifest, targets: Sequence[LocalTensor], ran
             fetcher.release(read)
 
     error = _exchange(fetcher, batches, passed, receive, ranks, error)
+    agree(ranks, error)
+    try:
+        prepare()
+    except Exception as failure:
+        error = failure
     agree(ranks, error)
     try:
         fetcher.hand_over((read for read in reads if read.row in live), apply)

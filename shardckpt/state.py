@@ -21,6 +21,7 @@ from shardckpt.objects import (
     optimizer_tree,
     parameter_names,
     reshard,
+    state_of,
     unsynced_buffers,
 )
 from shardckpt.plan import Layout
@@ -131,7 +132,7 @@ class _Walk:
         if isinstance(value, (nn.Module, torch.optim.Optimizer)):
             return self._walked(value, path)
         if isinstance(value, Stateful) and not isinstance(value, type):
-            return encode(value.state_dict(), path, self.leaf)
+            return encode(state_of(value, path), path, self.leaf)
         return NotImplemented
 
     def _walked(self, value: nn.Module | torch.optim.Optimizer, path: str) -> Any:
@@ -151,7 +152,7 @@ class _Walk:
             self.unsynced |= {join(path, name) for name in unsynced_buffers(value)}
             encoded = encode(module_tree(value, path), path, self.leaf)
         else:
-            encoded = encode(optimizer_tree(value, self.names), path, self.leaf)
+            encoded = encode(optimizer_tree(value, self.names, path), path, self.leaf)
         if self.memo is not None:
             self.memo.remember(path, value, self.tensors[first:], encoded)
         return encoded

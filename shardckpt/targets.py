@@ -1,49 +1,36 @@
-"""The inverse of flatten: what a load fills, and how it is handed to the state's objects.
-
-`bind` compares a state with a checkpoint and changes nothing. It returns the tensors to fill; once they
-are filled, `Targets.apply` gives everything else to the modules, optimizers and other objects.
-"""
+"""What a load fills: memory, and what is done with it once all of it is verified."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
 
-from shardckpt.errors import FormatError, MissingKeysError, ShapeMismatchError, StateError
+from shardckpt.dtypes import numpy_dtype
+from shardckpt.errors import FormatError, ShapeMismatchError, StateError
 from shardckpt.local import LocalTensor, empty_like_saved, local_tensor
 from shardckpt.manifest import Manifest, Tensor
-from shardckpt.objects import (
-    AVERAGED_COUNT,
-    Stateful,
-    iter_modules,
-    local_part,
-    module_aliases,
-    module_tree,
-    optimizer_parameters,
-    original_keys,
-    parameter_names,
-    reshard,
-)
+from shardckpt.overlaps import extent, find_conflict, find_overlaps, overlaps_itself
 from shardckpt.progress import doing
-from shardckpt.state import PerRank, check_state, per_rank_path
-from shardckpt.values import PerRankRef, TensorRef, decode, join
+from shardckpt.values import PerRankRef, TensorRef, join
 
-__all__ = ["Targets", "bind"]
+__all__ = ["TargetBuilder", "Targets", "mismatch"]
 
-_ABSENT = object()
-_LISTED = 8
-_EXTRA_STATE = "_extra_state"
-"""The end of a state_dict key whose value is the module's own affair, of any type and shape."""
+Undo = Callable[[], object]
 
 
 @dataclass
 class Targets:
     """What a load fills.
+
+    Once all new memory is filled, and before any of the state's own is, call `prepare`; when every tensor is
+    filled, `apply`. Should the load fail in between, on this rank or another, call `undo`.
 
     Attributes:
         tensors: memory to fill; partly the state's own, partly new and handed over by `apply`.
@@ -58,10 +45,27 @@ class Targets:
     unexpected: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    _live: list[torch.Tensor] = field(default_factory=list)
+    _prepare: list[tuple[str, Callable[[], Undo | None]]] = field(default_factory=list)
+    _undo: list[Undo] = field(default_factory=list)
     _finish: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        """Do what may still refuse the checkpoint. Raises StateError and others; `undo` takes it back."""
+        for path, action in self._prepare:
+            with doing(f"load_state_dict of {path!r}"):
+                undo = action()
+            if undo is not None:
+                self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Take back what `prepare` has changed."""
+        while self._undo:
+            self._undo.pop()()
 
     def apply(self) -> None:
         """Hand what was loaded to the state's objects. Call once, when every tensor is filled."""
+        torch.autograd.graph.increment_version(self._live)
         for path, finish in self._finish:
             try:
                 with doing(f"load_state_dict of {path!r}"):  # of the user's own, which may hang
@@ -73,304 +77,240 @@ class Targets:
                 ) from error
 
 
-def bind(state: dict[str, Any], manifest: Manifest, rank: int, *, strict: bool) -> Targets:
-    """What loading `manifest` into `state` fills on this rank. Changes nothing.
+class TargetBuilder:
+    """Collects what a load of one checkpoint fills. Changes nothing of the state."""
 
-    Raises ShapeMismatchError; with `strict` also MissingKeysError, if the names below any top-level key
-    of the state differ from the checkpoint's.
-    """
-    check_state(state)
-    modules = dict(iter_modules(state))
-    reshard(modules.values())
-    binder = _Binder(manifest, rank, parameter_names(modules))
-    saved = decode(manifest.values)
-    binder.entries(state, saved, "")
-    targets = binder.targets
-    targets.unused = [key for key in saved if key not in state]
-    if strict and (targets.missing or targets.unexpected):
-        raise MissingKeysError(_difference(targets))
-    return targets
-
-
-class _Binder:
-    """One walk over a state and, side by side, what was saved of it."""
-
-    def __init__(self, manifest: Manifest, rank: int, names: Mapping[int, tuple[str, str]]) -> None:
+    def __init__(self, manifest: Manifest) -> None:
         self.targets = Targets()
         self._manifest = manifest
-        self._rank = rank
-        self._names = names
         self._tensors: dict[str, Tensor] = {tensor.name: tensor for tensor in manifest.tensors}
+        self._live: list[tuple[str, LocalTensor]] = []
+        self._taken: dict[int, tuple[object, object]] = {}
 
-    def entries(self, held: Any, saved: Any, path: str) -> None:
-        """The entries of a dict or list of the state that is not plain data throughout."""
-        pairs = list(held.items() if isinstance(held, dict) else enumerate(held))
-        if not isinstance(saved, dict if isinstance(held, dict) else (list, tuple)):
-            raise self._mismatch(path, type(held).__qualname__, saved)
-        wanted = dict(saved if isinstance(saved, dict) else enumerate(saved))
-        for key, value in pairs:
-            self._entry(held, key, value, wanted.pop(key, _ABSENT), join(path, key))
-        if path:
-            for key, value in wanted.items():
-                self._unexpected(value, join(path, key))
-
-    def _entry(self, parent: Any, key: Any, held: Any, saved: Any, path: str) -> None:
-        if saved is _ABSENT:
-            self.targets.missing.append(path)
-        elif isinstance(held, PerRank):
-            self._per_rank(held, saved, path)
-        elif isinstance(held, nn.Module):
-            self._module(held, saved, path)
-        elif isinstance(held, torch.optim.Optimizer):
-            self._optimizer(held, saved, path)
-        elif isinstance(held, torch.Tensor) and isinstance(saved, TensorRef):
-            self._fill(local_tensor(held, path), saved.name)
-        elif isinstance(held, torch.Tensor):
-            raise self._mismatch(path, "tensor", saved)
-        elif isinstance(held, Stateful) and not isinstance(held, type):
-            tree = self._made(saved, held.state_dict(), path)
-            self.targets._finish.append((path, lambda: held.load_state_dict(tree())))
-        elif isinstance(held, (dict, list, tuple)) and _has_objects(held):
-            self.entries(held, saved, path)
-        elif not isinstance(parent, tuple):
-            made = self._made(saved, held, path)
-            self.targets._finish.append((path, lambda: parent.__setitem__(key, made())))
-        elif repr(saved) != repr(held):
-            raise StateError(
-                f"state[{path!r}] is {held!r} in a tuple, which cannot be changed, and {saved!r} in the "
-                "checkpoint. Use a list instead of the tuple."
-            )
-
-    def _per_rank(self, held: PerRank, saved: Any, path: str) -> None:
-        if not isinstance(saved, PerRankRef):
-            raise self._mismatch(path, "PerRank", saved)
-        saved_values = {}
-        if self._rank < self._manifest.world_size:
-            saved_values = self._manifest.per_rank[self._rank]
-        if not saved_values:  # a smaller world saved it, perhaps resharded since
-            self.targets.kept.append(path)
-            return
-        if saved.path not in saved_values:
-            raise FormatError(f"the checkpoint lacks rank {self._rank}'s value of state[{path!r}]")
-        content = decode(saved_values[saved.path])
-        holder = {"value": held.value}
-        self._entry(holder, "value", held.value, content, per_rank_path(path, self._rank))
-        self.targets._finish.append((path, lambda: setattr(held, "value", holder["value"])))
-
-    def _module(self, module: nn.Module, saved: Any, path: str) -> None:
-        """Tensors are filled in place; load_state_dict is called only for what is not plain memory."""
-        tree = module_tree(module, path)
-        wanted = dict(saved) if isinstance(saved, dict) else {}
-        if not isinstance(saved, dict):
-            raise self._mismatch(path, "module", saved)
-        loaded: dict[str, Any] = {}
-        extra: dict[str, Callable[[], Any]] = {}
-        for name, held in tree.items():
-            place = join(path, name)
-            value = wanted.pop(name, _ABSENT)
-            if value is _ABSENT:
-                self.targets.missing.append(place)
-            elif not isinstance(held, torch.Tensor) or name.rpartition(".")[2] == _EXTRA_STATE:
-                extra[name] = self._made(value, held, place)
-            elif isinstance(value, TensorRef):
-                self._fill(local_tensor(held, place), value.name)
-                loaded[name] = held
-            else:
-                raise self._mismatch(place, "tensor", value)
-        for name, value in wanted.items():
-            if name.rpartition(".")[2] != AVERAGED_COUNT or not isinstance(value, TensorRef):
-                self._unexpected(value, join(path, name))
-        if extra or not module_aliases(module, loaded):
-            keys = original_keys(module)
-
-            def finish() -> object:
-                loaded.update({name: make() for name, make in extra.items()})
-                return module.load_state_dict({keys[n]: v for n, v in loaded.items()}, strict=False)
-
-            self.targets._finish.append((path, finish))
-
-    def _optimizer(self, optimizer: torch.optim.Optimizer, saved: Any, path: str) -> None:
-        """State by parameter name, so neither the order of parameters nor their groups need to agree."""
-        if not _is_optimizer(saved):
-            raise self._mismatch(path, "optimizer", saved)
-        parameters = optimizer_parameters(optimizer, self._names)
-        groups = {name: group for group in saved["param_groups"] for name in group["params"]}
-        state: dict[Any, Callable[[], Any]] = {}
-        for number, (name, parameter) in enumerate(parameters):
-            live = optimizer.state.get(parameter, {})
-            if name not in groups:
-                self.targets.missing.append(join(join(path, "state"), name))
-                state[number] = lambda live=live: live  # type: ignore[misc]
-            elif name in saved["state"]:
-                place = join(join(path, "state"), name)
-                state[number] = self._made_state(saved["state"][name], live, parameter, place)
-        names = [name for name, _ in parameters]
-        for name in groups:
-            if name not in set(names):
-                self.targets.unexpected.append(join(join(path, "state"), name))
-        numbers = iter(range(len(names)))
-        made_groups = []
-        for index, group in enumerate(optimizer.param_groups):
-            own = [next(numbers) for _ in group["params"]]
-            sources = {id(g): g for number in own if (g := groups.get(names[number])) is not None}
-            if len(sources) > 1:
-                raise StateError(
-                    f"state[{path!r}]: the parameters of group {index} were in {len(sources)} groups when "
-                    "the checkpoint was written, so its learning rate and other options are unknown. Group "
-                    "the parameters as they were then."
-                )
-            source = next(iter(sources.values()), {k: v for k, v in group.items() if k != "params"})
-            options = {key: value for key, value in source.items() if key != "params"}
-            place = join(join(path, "param_groups"), index)
-            made_groups.append((own, self._made(options, group, place)))
-        rest = {k: v for k, v in saved.items() if k not in ("state", "param_groups")}
-        others = self._made(rest, None, path)
-
-        def finish() -> None:
-            filled = {number: make() for number, make in state.items()}
-            tree = {
-                **others(),
-                "state": {number: entry for number, entry in filled.items() if entry},
-                "param_groups": [{**make(), "params": own} for own, make in made_groups],
-            }
-            optimizer.load_state_dict(tree)
-            _keep_precision(optimizer, [p for _, p in parameters], filled)
-
-        self.targets._finish.append((path, finish))
-
-    def _made_state(
-        self, saved: dict[str, Any], live: Mapping[str, Any], parameter: torch.Tensor, path: str
-    ) -> Callable[[], Any]:
-        """What makes a parameter's state: its own tensors filled where they fit, else new ones laid out like it.
-
-        A live tensor that shares the parameter's memory is never filled: the parameter has its own value.
-        """
-        memory = _storage(parameter)
-        parts = {}
-        for key, value in saved.items():
-            held = live.get(key)
-            is_own = held is not None and not (isinstance(held, torch.Tensor) and _storage(held) == memory)
-            parts[key] = self._made(value, held if is_own else parameter, join(path, key), in_place=is_own)
-        return lambda: {key: make() for key, make in parts.items()}
-
-    def _made(self, saved: Any, like: Any, path: str, *, in_place: bool = False) -> Callable[[], Any]:
-        """What makes the saved value, to be called when tensors are filled.
-
-        Its tensors are new, laid out like those of `like` at the same place; or `like`'s own, where
-        `in_place` allows it and they fit.
-        """
-        if isinstance(saved, TensorRef):
-            return self._made_tensor(saved, like, path, in_place=in_place)
-        if isinstance(saved, PerRankRef):
-            raise self._mismatch(path, "PerRank", saved)
-        if isinstance(saved, dict):
-            of = like if isinstance(like, Mapping) else {}
-            parts = {
-                key: self._made(value, of.get(key), join(path, key), in_place=in_place)
-                for key, value in saved.items()
-            }
-            return lambda: _dict_like(like, {key: make() for key, make in parts.items()})
-        if isinstance(saved, (list, tuple)):
-            given = like if isinstance(like, (list, tuple)) and len(like) == len(saved) else ()
-            items = [
-                self._made(value, given[i] if given else None, join(path, i), in_place=in_place)
-                for i, value in enumerate(saved)
-            ]
-            kind = type(saved)
-            return lambda: kind(make() for make in items)
-        return lambda: saved
-
-    def _made_tensor(self, ref: TensorRef, like: Any, path: str, *, in_place: bool) -> Callable[[], Any]:
-        tensor = self._find(ref.name, path)
-        layout = like if isinstance(like, torch.Tensor) else None
-        if in_place and layout is not None and _fits(layout, tensor):
-            made = layout.detach()
-            self._fill(local_tensor(made, path), ref.name)
-        else:
-            made = empty_like_saved(tensor.dtype, tensor.shape, layout)
-            self._fill(local_tensor(made, path), ref.name, is_new=True)
-        return (lambda: made.numpy()) if ref.ndarray else (lambda: made)
-
-    def _fill(self, target: LocalTensor, name: str, *, is_new: bool = False) -> None:
-        """Note a tensor to fill from the checkpoint's `name`."""
-        saved = self._find(name, target.name)
-        if saved.shape != target.shape:
-            raise ShapeMismatchError(
-                f"state[{target.name!r}] has the shape {list(target.shape)}, but in the checkpoint it is "
-                f"{list(saved.shape)}. Build the model as it was, or leave this part out of the state."
-            )
-        if saved.dtype != target.dtype:
-            raise ShapeMismatchError(
-                f"state[{target.name!r}] has the type {target.dtype}, but in the checkpoint it is "
-                f"{saved.dtype}. Build it with the checkpoint's type, load, and convert afterwards."
-            )
-        if any(
-            n > 1 and stride == 0 for n, stride in zip(target.data.shape, target.data.stride(), strict=True)
-        ):
-            raise StateError(
-                f"state[{target.name!r}] is an expanded tensor, several of whose elements share their memory, so "
-                "it cannot be loaded into. Pass a clone() of it."
-            )
-        self.targets.tensors.append(
-            LocalTensor(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
-        )
-
-    def _find(self, name: str, path: str) -> Tensor:
+    def find(self, name: str, path: str) -> Tensor:
+        """The record of the tensor that the value at `path` refers to."""
         if name not in self._tensors:
-            raise StateError(
+            raise FormatError(
                 f"the checkpoint's values refer to the tensor {name!r} at {path!r}, which it lacks"
             )
         return self._tensors[name]
 
-    def _unexpected(self, saved: Any, path: str) -> None:
+    def fits(self, held: object, saved: Any, path: str) -> bool:
+        """Whether `held` is a tensor of the saved one's type and shape."""
+        if not isinstance(held, torch.Tensor) or not isinstance(saved, TensorRef):
+            return False
+        tensor = self.find(saved.name, path)
+        return tuple(held.shape) == tensor.shape and str(held.dtype) == f"torch.{tensor.dtype}"
+
+    def fill(self, held: torch.Tensor, path: str, name: str) -> None:
+        """Fill a tensor of the state, which lies at `path`, from the checkpoint's `name`."""
+        self._fill_live(local_tensor(held, path), path, name)
+        self.targets._live.append(held)
+
+    def made(self, saved: Any, like: Any, path: str) -> Callable[[], Any]:
+        """What makes the saved value, to be called when tensors are filled.
+
+        Its tensors are new, laid out like those of `like` at the same place.
+        """
+        return self._made(saved, like, path, refill=False)
+
+    def refilled(self, saved: Any, held: Any, path: str) -> Callable[[], Any]:
+        """What makes the saved value out of `held`, so that whoever refers to that sees what was loaded.
+
+        Dicts, lists and NumPy arrays are filled: they have then what was saved, and nothing else. Where two
+        values were saved for one object, it gets the first, and the other is new, as is what cannot be filled.
+        """
+        return self._made(saved, held, path, refill=True)
+
+    def finish(self, path: str, action: Callable[[], object]) -> None:
+        """Do something for the object at `path` when every tensor is filled."""
+        self.targets._finish.append((path, action))
+
+    def prepare(self, path: str, action: Callable[[], Undo | None]) -> None:
+        """Do something when new memory is filled. It may raise, and returns what takes it back."""
+        self.targets._prepare.append((path, action))
+
+    def missing(self, path: str) -> None:
+        """Note a name that the checkpoint lacks."""
+        self.targets.missing.append(path)
+
+    def unexpected(self, saved: Any, path: str) -> None:
         """Note the names below an entry that the state has no place for."""
         if isinstance(saved, dict) and saved:
             for key, value in saved.items():
-                self._unexpected(value, join(path, key))
+                self.unexpected(value, join(path, key))
         else:
             self.targets.unexpected.append(path)
 
-    @staticmethod
-    def _mismatch(path: str, kind: str, saved: Any) -> StateError:
-        found = {TensorRef: "a tensor", PerRankRef: "a per-rank value"}.get(
-            type(saved), f"a {type(saved).__qualname__}"
+    def done(self) -> Targets:
+        """What was collected. Targets that overlap are checked: one must not undo what another one gets.
+
+        Those that are the same memory are filled once, if one content was saved for them. Others are filled when
+        it is known that their memory can hold all that was saved for them.
+        """
+        for group in find_overlaps([target.data for _, target in self._live]):
+            members = [self._live[number] for number in group]
+            if len({(target.memory(), self._place(target.name)) for _, target in members}) > 1:
+                self._fill_together(members)
+        return self.targets
+
+    def _made(self, saved: Any, like: Any, path: str, *, refill: bool) -> Callable[[], Any]:
+        if isinstance(saved, TensorRef):
+            return self._made_tensor(saved, like, path, refill=refill)
+        if isinstance(saved, PerRankRef):
+            raise mismatch(path, type(like).__qualname__, saved)
+        if isinstance(saved, dict):
+            of = like if isinstance(like, Mapping) else {}
+            parts = {
+                key: self._made(value, of.get(key), join(path, key), refill=refill)
+                for key, value in saved.items()
+            }
+            if refill and isinstance(like, MutableMapping) and self._is_taken(like, saved):
+                return lambda: _refill_dict(like, {key: make() for key, make in parts.items()})
+            return lambda: _dict_like(like, {key: make() for key, make in parts.items()})
+        if isinstance(saved, (list, tuple)):
+            given = like if isinstance(like, (list, tuple)) else ()
+            items = [
+                self._made(value, given[i] if i < len(given) else None, join(path, i), refill=refill)
+                for i, value in enumerate(saved)
+            ]
+            kind = type(saved)
+            if refill and kind is list and isinstance(like, list) and self._is_taken(like, saved):
+                return lambda: _refill_list(like, [make() for make in items])
+            return lambda: kind(make() for make in items)
+        return lambda: saved
+
+    def _made_tensor(self, ref: TensorRef, like: Any, path: str, *, refill: bool) -> Callable[[], Any]:
+        tensor = self.find(ref.name, path)
+        if refill and isinstance(like, np.ndarray) and ref.ndarray and self._is_refillable(like, tensor):
+            self._fill_live(local_tensor(torch.from_numpy(like), path), path, ref.name)
+            return lambda: like
+        made = empty_like_saved(
+            tensor.dtype, tensor.shape, like if isinstance(like, torch.Tensor) else None
         )
-        return StateError(
-            f"state[{path!r}] is a {kind} here, but {found} in the checkpoint. Pass what was saved there, "
-            "or leave it out of the state."
+        self._fill(local_tensor(made, path), path, ref.name)
+        return (lambda: made.numpy()) if ref.ndarray else (lambda: made)
+
+    def _is_refillable(self, array: npt.NDArray[Any], saved: Tensor) -> bool:
+        """Whether the array can hold what was saved, and nothing else was saved for its memory."""
+        owner: Any = array
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        return (
+            array.shape == saved.shape
+            and array.dtype == numpy_dtype(saved.dtype)
+            and array.dtype.isnative
+            and array.flags.writeable
+            and array.flags.c_contiguous
+            and self._is_taken(owner, saved.name)
         )
 
+    def _is_taken(self, held: object, saved: object) -> bool:
+        """Take an object of the user's to hold what was saved; False if it has to hold something else."""
+        return bool(self._taken.setdefault(id(held), (held, saved))[1] == saved)
 
-def _fits(live: torch.Tensor, saved: Tensor) -> bool:
-    return tuple(live.shape) == saved.shape and str(live.dtype) == f"torch.{saved.dtype}"
+    def _fill_live(self, target: LocalTensor, path: str, name: str) -> None:
+        """Note a tensor of the state to fill from the checkpoint's `name`."""
+        data = target.data
+        if overlaps_itself(data):
+            raise StateError(
+                f"state[{path!r}] is a tensor several of whose elements share their memory (expanded, or made "
+                "by as_strided or unfold), so it cannot be loaded into. Pass a clone() of it."
+            )
+        storage = data.untyped_storage()
+        end = data.storage_offset() * data.itemsize + extent(data)
+        if data.numel() and storage.nbytes() < end:
+            raise StateError(
+                f"state[{path!r}] has no memory to load into: its storage was freed (resize_(0)). Allocate it "
+                "again first, or leave it out of the state."
+            )
+        self._live.append((path, self._fill(target, path, name, is_new=False)))
+
+    def _fill(self, target: LocalTensor, path: str, name: str, *, is_new: bool = True) -> LocalTensor:
+        """Note memory to fill from the checkpoint's `name`."""
+        saved = self.find(name, path)
+        if saved.shape != target.shape:
+            raise ShapeMismatchError(
+                f"state[{path!r}] has the shape {list(target.shape)}, but in the checkpoint it is "
+                f"{list(saved.shape)}. Build the model as it was, or leave this part out of the state."
+            )
+        if saved.dtype != target.dtype:
+            raise ShapeMismatchError(
+                f"state[{path!r}] has the type {target.dtype}, but in the checkpoint it is "
+                f"{saved.dtype}. Build it with the checkpoint's type, load, and convert afterwards."
+            )
+        noted = LocalTensor(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
+        self.targets.tensors.append(noted)
+        return noted
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Where each tensor of the checkpoint has its first chunk; tied ones have it in the same place."""
+        firsts = self._manifest.first_chunks().tolist()
+        chunks = self._manifest.chunks
+        places = {}
+        row = 0
+        for tensor in self._manifest.tensors:
+            if tensor.nbytes:
+                places[tensor.name] = (chunks.pack[firsts[row]], chunks.offset[firsts[row]])
+            row += len(tensor.arrays)
+        return places
+
+    def _place(self, name: str) -> Any:
+        return self._places.get(name, name)
+
+    def _fill_together(self, members: Sequence[tuple[str, LocalTensor]]) -> None:
+        """Read what was saved for targets that overlap into new memory, and copy it if all of it has room."""
+        targets = [target for _, target in members]
+        owned = {id(target) for target in targets}
+        self.targets.tensors = [target for target in self.targets.tensors if id(target) not in owned]
+        contents = [torch.empty_like(target.data) for target in targets]
+        for target, content in zip(targets, contents, strict=True):
+            self.targets.tensors.append(
+                LocalTensor(target.name, target.dtype, target.shape, target.pieces, content, is_new=True)
+            )
+
+        def check() -> None:
+            if (pair := find_conflict([target.data for target in targets], contents)) is not None:
+                one, other = (members[number][0] for number in pair)
+                raise StateError(
+                    f"state[{one!r}] and state[{other!r}] share their memory (they are tied), but in the "
+                    "checkpoint they differ, so that one of them would be lost. Untie them before the load, or "
+                    "load one of them."
+                )
+
+        def copy() -> None:
+            with torch.no_grad():
+                for target, content in zip(targets, contents, strict=True):
+                    target.data.copy_(content)
+
+        self.prepare(members[0][0], check)
+        self.targets._finish.insert(0, (members[0][0], copy))
 
 
-def _storage(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    """Which memory the tensor lies in, as far as this rank holds it."""
-    local = local_part(tensor)
-    return local.device, local.untyped_storage().data_ptr()
-
-
-def _is_optimizer(saved: Any) -> bool:
-    """Whether this is what `optimizer_tree` makes."""
-    return (
-        isinstance(saved, dict)
-        and isinstance(saved.get("state"), dict)
-        and all(isinstance(entry, dict) for entry in saved["state"].values())
-        and isinstance(saved.get("param_groups"), list)
-        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in saved["param_groups"])
+def mismatch(path: str, kind: str, saved: Any) -> StateError:
+    """The error that the checkpoint has something else than a `kind` at `path`."""
+    found = {TensorRef: "tensor", PerRankRef: "PerRank"}.get(type(saved), type(saved).__qualname__)
+    return StateError(
+        f"state[{path!r}] is {_with_article(kind)} here, but {_with_article(found)} in the checkpoint. Pass "
+        "what was saved there, or leave it out of the state."
     )
 
 
-def _has_objects(held: Any) -> bool:
-    """Whether something in this container is to be loaded into, and not just replaced."""
-    if isinstance(held, Mapping):
-        return any(_has_objects(value) for value in held.values())
-    if isinstance(held, (list, tuple)):
-        return any(_has_objects(value) for value in held)
-    return isinstance(held, (torch.Tensor, PerRank)) or (
-        isinstance(held, Stateful) and not isinstance(held, type)
-    )
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiouAEIO' else 'a'} {noun}"
+
+
+def _refill_dict(held: MutableMapping[Any, Any], value: dict[Any, Any]) -> MutableMapping[Any, Any]:
+    held.clear()
+    for key, item in value.items():
+        held[key] = item
+    return held
+
+
+def _refill_list(held: list[Any], value: list[Any]) -> list[Any]:
+    held[:] = value
+    return held
 
 
 def _dict_like(like: Any, value: dict[Any, Any]) -> Any:
@@ -382,35 +322,3 @@ def _dict_like(like: Any, value: dict[Any, Any]) -> Any:
     if isinstance(like, defaultdict):
         return defaultdict(like.default_factory, value)
     return value
-
-
-def _keep_precision(
-    optimizer: torch.optim.Optimizer,
-    parameters: Iterable[torch.Tensor],
-    filled: Mapping[int, Mapping[str, Any]],
-) -> None:
-    """Undo load_state_dict's cast of state to the parameter's type: what was saved comes back exactly."""
-    for number, parameter in enumerate(parameters):
-        for key, value in filled.get(number, {}).items():
-            held = optimizer.state[parameter].get(key)
-            if (
-                isinstance(value, torch.Tensor)
-                and isinstance(held, torch.Tensor)
-                and held.dtype != value.dtype
-            ):
-                optimizer.state[parameter][key] = value.to(held.device)
-
-
-def _difference(targets: Targets) -> str:
-    lines = ["the state and the checkpoint do not have the same names."]
-    for names, what in (
-        (targets.missing, "in the state but not in the checkpoint"),
-        (targets.unexpected, "in the checkpoint but not in the state"),
-    ):
-        if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            lines.append(f"  {len(names)} {what}: {', '.join(names[:_LISTED])}{more}")
-    lines.append(
-        "Nothing was loaded. With strict=False what both have is loaded, and the rest is reported."
-    )
-    return "\n".join(lines)

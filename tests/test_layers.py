@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "shardckpt": [
-        ["errors", "dtypes", "garbage", "pages", "progress", "version"],
+        ["errors", "dtypes", "garbage", "overlaps", "overrides", "pages", "progress", "version"],
         ["boundary", "box", "values", "storage", "ranks", "zarr_dtypes"],
         ["manifest", "objects", "draining"],
         ["plan", "reads", "zarr_view"],
@@ -22,6 +22,8 @@ LAYERS = {
         ["memo", "fetch", "staging"],
         ["state"],
         ["targets", "replicas", "writer", "reader", "commit", "retention"],
+        ["module_targets", "optimizer_targets"],
+        ["unflatten"],
         ["persisting"],
         ["saver"],
         ["handle"],

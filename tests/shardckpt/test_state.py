@@ -716,7 +716,7 @@ def test_one_generator_per_rank_goes_on(place: Storage) -> None:
 def test_per_rank_and_shared_do_not_mix(place: Storage) -> None:
     """A value saved per rank and asked for as shared, or the other way round, is an error."""
     shardckpt.save(place, {"a": shardckpt.PerRank(1), "b": 2})
-    with pytest.raises(StateError, match=r"'a'.*a per-rank value in the checkpoint"):
+    with pytest.raises(StateError, match=r"'a'.*an int here, but a PerRank in the checkpoint"):
         shardckpt.load(place, {"a": 0})
     with pytest.raises(StateError, match=r"'b'.*PerRank here"):
         shardckpt.load(place, {"b": shardckpt.PerRank(0)})
@@ -835,7 +835,7 @@ def test_expanded_tensors(place: Storage) -> None:
 def test_a_tensor_where_a_value_was(place: Storage) -> None:
     """A number in the checkpoint does not fill a tensor."""
     shardckpt.save(place, {"t": 5})
-    with pytest.raises(StateError, match=r"'t'.*tensor here, but a int"):
+    with pytest.raises(StateError, match=r"'t'.*tensor here, but an int"):
         shardckpt.load(place, {"t": torch.zeros(())})
 
 
