@@ -209,15 +209,16 @@ class Console:
         timeout = None
         if any(stream.tail.lines.drawn for stream in self._streams):
             timeout = _REDRAW_SECONDS
-        descriptors: list[int | DirectoryWatch] = [self._wake]
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
         if self._watch is not None:
-            descriptors.append(self._watch)
+            poll.register(self._watch, select.POLLIN)
         elif self._streams:
             timeout = _POLL_SECONDS
-        ready, _, _ = select.select(descriptors, [], [], timeout)
+        ready = poll.poll(None if timeout is None else timeout * 1000)
         if self._watch is not None:
             self._watch.clear()
-        if self._wake not in ready:
+        if self._wake not in (descriptor for descriptor, _ in ready):
             return None
         os.eventfd_read(self._wake)
         return self._orders.get()

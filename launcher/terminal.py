@@ -36,7 +36,9 @@ class Sink:
             try:
                 data = data[os.write(self._fd, data) :]
             except BlockingIOError:
-                select.select([], [self._fd], [])
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll()
             except OSError:
                 self.is_gone = True
 

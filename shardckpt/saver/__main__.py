@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -46,6 +48,11 @@ def main() -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)  # schedulers send them to all of a job
     os.chdir("/")
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # a trainer takes two descriptors, and one for each buffer
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
     from shardckpt.saver.lanes import lower_priority

@@ -27,8 +27,10 @@ from shardckpt.commit import Proposal, wait_committed
 from shardckpt.errors import SupersededError
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.runs import Place
+from shardckpt.saver.checks import RequestError, check, decode_values
 from shardckpt.saver.lanes import Lanes, Progress, Task
 from shardckpt.saver.memory import Pressure, SnapshotMemory, map_buffer, rounded
+from shardckpt.saver.outbox import Outbox
 from shardckpt.saver.shelf import Held, PackPlan, Part, Shelf, Trainer
 from shardckpt.saver.wire import (
     LINGER,
@@ -55,6 +57,7 @@ from shardckpt.saver.wire import (
     Stage,
     Tier,
     Welcome,
+    encode,
     peer,
 )
 from shardckpt.storage import Storage, open_storage
@@ -64,9 +67,11 @@ __all__ = ["Saver"]
 
 _log = logging.getLogger("shardckpt.saver")
 
-_SEND_TIMEOUT = 10.0  # seconds; messages are small, so only a stopped trainer does not take them
 _PACKS_AT_ONCE = 64  # descriptors in a message
+_LAST_READS = 64  # of what a trainer has sent before its death, more than the kernel keeps of that
+_MOST_REQUESTS = 1024  # for buffers
 _TELL_EVERY = 0.2  # seconds between two lines of progress
+_ACCEPT_AGAIN = 1.0  # seconds until connections are taken in again, once there were too many
 _GRACE = 5.0  # seconds for trainers to end once a drain was asked for
 _FIRST = 30.0  # seconds for the first trainer to come
 _LOST = "a rank ended before it had staged its part"
@@ -77,10 +82,12 @@ class _Client(Trainer):
     """A connected trainer."""
 
     channel: Channel = field(kw_only=True)
+    outbox: Outbox = field(kw_only=True)
     pidfd: int = field(kw_only=True)
     tiers: dict[str, Tier] = field(default_factory=dict)
     commit_timeout: float = 0.0
     plan: PackPlan | None = None
+    has_greeted: bool = False
     requests: deque[int] = field(default_factory=deque)
     """Sizes of the buffers that it waits for."""
     is_told: bool = False
@@ -123,6 +130,7 @@ class Saver:
     ) -> None:
         self._listener = listener
         self._control = control
+        self._agent = None if control is None else Outbox(control)
         self._linger = linger
         self._open = opener
         self._memory = memory or SnapshotMemory()
@@ -143,6 +151,7 @@ class Saver:
         self._may_linger = True
         self._empty_since = time.monotonic() + max(0.0, _FIRST - linger)  # nobody has come yet
         self._told = 0.0
+        self._accept_at = 0.0  # when it takes in connections again
         self._drain_until = 0.0
         self._has_flushed = False
         self._selector = selectors.DefaultSelector()
@@ -159,12 +168,13 @@ class Saver:
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._wake)
         if self._control is not None:
             self._control.setblocking(False)
-            self._selector.register(self._control, selectors.EVENT_READ, self._hear_control)
+            self._watch_control()
         while not self._is_over():
             for key, _ in self._selector.select(self._patience()):
                 key.data()
             while self._returned:
                 self._returned.popleft()()
+            self._accept_again()
             self._watch_memory()
             self._tidy()
             if self._is_draining:
@@ -187,10 +197,13 @@ class Saver:
         return not self._may_linger or time.monotonic() >= self._empty_since + self._linger
 
     def _patience(self) -> float | None:
-        patience = self._patience_of_clients()
-        if not self._shelf.buffers:
-            return patience
-        return self._memory.look_every if patience is None else min(patience, self._memory.look_every)
+        """How long to wait for something to happen before the next look at all."""
+        patience = [self._patience_of_clients()]
+        if self._shelf.buffers:
+            patience.append(self._memory.look_every)
+        if self._accept_at:
+            patience.append(_ACCEPT_AGAIN)
+        return min((seconds for seconds in patience if seconds is not None), default=None)
 
     def _patience_of_clients(self) -> float | None:
         if self._is_draining and not self._has_flushed:
@@ -213,14 +226,38 @@ class Saver:
 
     def _hear_control(self) -> None:
         assert self._control is not None
-        with contextlib.suppress(BlockingIOError):
-            try:
-                if self._control.recv(1 << 12):
-                    return
-            except ConnectionError:
-                pass
-            self._selector.unregister(self._control)
-            self._drain()
+        assert self._agent is not None
+        try:
+            self._agent.flush()
+            if not self._is_draining and not self._control.recv(1 << 12):
+                self._drain()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._agent.close()
+            if not self._is_draining:
+                self._drain()
+        self._watch_control()
+
+    def _watch_control(self) -> None:
+        """Have `_hear_control` called when the agent has something to say, or takes more of what it is told."""
+        assert self._control is not None
+        assert self._agent is not None
+        events = 0 if self._is_draining else selectors.EVENT_READ
+        events |= 0 if self._agent.is_empty else selectors.EVENT_WRITE
+        self._set_events(self._control, events, self._hear_control)
+
+    def _set_events(
+        self, connection: Channel | socket.socket, events: int, serve: Callable[[], None]
+    ) -> None:
+        """Have a connection served when one of the events, or none of them, is there."""
+        known = self._selector.get_map().get(connection)
+        if known is None and events:
+            self._selector.register(connection, events, serve)
+        elif known is not None and not events:
+            self._selector.unregister(connection)
+        elif known is not None and known.events != events:
+            self._selector.modify(connection, events, serve)
 
     def _drain(self) -> None:
         """Nobody is to come any more: have what is in memory only persisted, and end after that."""
@@ -256,14 +293,15 @@ class Saver:
         return [tier for tier in _client_of(newest).tiers if tier in failed - newest.durable]
 
     def _tell(self, **line: object) -> None:
-        """A line to who started this process, who may be dead."""
-        if self._control is not None:
+        """A line to who started this process, who may be dead, or stopped."""
+        if self._agent is not None:
             with contextlib.suppress(OSError):
-                self._control.send(json.dumps(line).encode() + b"\n")
+                self._agent.send(json.dumps(line).encode() + b"\n")
+            self._watch_control()
 
     def _tell_progress(self) -> None:
         now = time.monotonic()
-        if self._control is None or now < self._told + _TELL_EVERY:
+        if self._agent is None or not self._agent.is_empty or now < self._told + _TELL_EVERY:
             return
         for task in self._lanes.under_way():
             done, total = task.progress.done, task.progress.total
@@ -287,25 +325,35 @@ class Saver:
 
     # -- clients
 
+    def _accept_again(self) -> None:
+        """Take in connections again, once there were too many."""
+        if self._accept_at and time.monotonic() >= self._accept_at:
+            self._accept_at = 0.0
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError as error:  # it has gone again, or there are too many
-            if not isinstance(error, BlockingIOError | ConnectionError):
-                _log.warning("a trainer could not connect: %s", error)
+        except (BlockingIOError, ConnectionError):  # it has gone again
+            return
+        except OSError as error:  # there are too many: those that wait are taken in when others have gone
+            _log.warning("a trainer cannot connect yet: %s", error)
+            self._selector.unregister(self._listener)
+            self._accept_at = time.monotonic() + _ACCEPT_AGAIN
             return
         pid, uid = peer(connection)
         if uid != os.getuid():
             connection.close()
             return
-        connection.settimeout(_SEND_TIMEOUT)
+        connection.setblocking(False)
         try:
             pidfd = os.pidfd_open(pid)
         except OSError:  # dead already, or in another process namespace: the connection's end must do
             pidfd = -1
-        client = _Client(channel=Channel(connection), pidfd=pidfd)
+        channel = Channel(connection, takes_descriptors=False)
+        client = _Client(channel=channel, outbox=Outbox(connection), pidfd=pidfd)
         self._clients.add(client)
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._hear(client))
+        self._watch(client)
         if pidfd >= 0:
             # Its forked children may keep the connection open after its death.
             self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._hear_last(client))
@@ -314,29 +362,32 @@ class Saver:
         """Take in what has arrived from a trainer, and act on it."""
         if client not in self._clients:
             return
+        is_open = True
         try:
-            is_open = client.channel.read_some(wait=False)
+            self._flush_to(client)
+            is_open = client.channel.read_some()
             while (received := client.channel.next_message()) is not None:
-                message, descriptors = received
-                for descriptor in descriptors:  # nobody sends any
-                    os.close(descriptor)
-                self._obey(client, message)
+                self._obey(client, received[0])
         except BlockingIOError:
             is_open = not _is_dead(client)
-        except (EOFError, LookupError, OSError) as error:
-            _log.warning("a trainer is let go: %s", error)
+        except Exception as error:  # whatever it sent, it must not end this process, which others rely on
+            expected = isinstance(error, EOFError | LookupError | OSError | RequestError)
+            _log.warning("a trainer is let go: %s", error, exc_info=not expected)
             is_open = False
         if not is_open:
             self._let_go(client)
 
     def _hear_last(self, client: _Client) -> None:
         """A trainer is dead, whoever else has its connection open: act on what it still sent."""
-        while client in self._clients:
+        for _ in range(_LAST_READS):
             self._hear(client)
+        if client in self._clients:
+            self._let_go(client)
 
     def _let_go(self, client: _Client) -> None:
         self._clients.discard(client)
         self._selector.unregister(client.channel)
+        client.outbox.close()
         client.channel.close()
         if client.pidfd >= 0:
             self._selector.unregister(client.pidfd)
@@ -355,13 +406,33 @@ class Saver:
         if client not in self._clients:
             return
         try:
-            client.channel.send(answer, descriptors)
-        except OSError:  # it is dead, which the loop is about to hear, or stopped for too long
+            client.outbox.send(encode(answer, len(descriptors)), descriptors)
+        except OSError as error:  # it is dead, which the loop is about to hear, or does not read
+            if isinstance(error, BlockingIOError):
+                _log.warning("a trainer is let go: %s", error)
+            client.outbox.close()
             client.channel.shut()
+        self._watch(client)
+
+    def _flush_to(self, client: _Client) -> None:
+        """Send what a trainer has not taken yet. If it is gone, what it has sent before counts all the same."""
+        if not client.outbox.is_empty:
+            try:
+                client.outbox.flush()
+            except OSError:
+                client.outbox.close()
+            self._watch(client)
+
+    def _watch(self, client: _Client) -> None:
+        """Have `_hear` called when a trainer has sent something, or takes more."""
+        events = selectors.EVENT_READ | (0 if client.outbox.is_empty else selectors.EVENT_WRITE)
+        self._set_events(client.channel, events, lambda: self._hear(client))
 
     def _obey(self, client: _Client, message: Any) -> None:
+        check(message, client.tiers if client.has_greeted else None)
         match message:
             case Hello():
+                client.has_greeted = True
                 client.run = message.run
                 client.snapshots = 1 if self._shortages else message.snapshots
                 client.tiers = {tier.name: tier for tier in message.tiers}
@@ -377,6 +448,8 @@ class Saver:
                 client.is_told = False
                 self._shelf.take_back(client)
             case Reserve():
+                if len(client.requests) == _MOST_REQUESTS:
+                    raise RequestError("it asks for too many buffers")
                 client.wanted = rounded(message.size)
                 client.requests.append(client.wanted)
             case Begin():
@@ -386,7 +459,7 @@ class Saver:
             case Stage():
                 self._take(client, message)
             case Abandon():
-                if (lost := self._shelf.abandon(message.id)) is not None:
+                if (lost := self._shelf.abandon(message.id, client.run)) is not None:
                     self._report_lost(lost, message.error)
                 self._report_unstaged(client, message.error)
             case Find():
@@ -521,8 +594,8 @@ class Saver:
     def _take(self, client: _Client, stage: Stage) -> None:
         if client.plan is None:
             raise LookupError("it staged a pack without a plan")
+        held = self._shelf.stage(client, stage, client.plan, decode_values(stage))
         client.begun = None
-        held = self._shelf.stage(client, stage, client.plan)
         if held is None:
             for tier in ("memory", *stage.tiers):
                 self._send(client, Outcome(stage.id, tier, _LOST))
@@ -657,7 +730,7 @@ class Saver:
     def _attach(self, client: _Client, save_id: str) -> None:
         """Hand over what a snapshot is, and its packs' memory, a number of packs at a time."""
         held = self._shelf.snapshots.get(save_id)
-        if held is None or not held.is_whole or held.is_at_risk:
+        if held is None or held.run != client.run or not held.is_whole or held.is_at_risk:
             self._send(client, Attached([], []))
             return
         held.readers.add(client)
@@ -697,7 +770,7 @@ def _staged_pack(part: Part) -> StagedPack:
         part.stage.rank,
         memoryview(part.buffer.content)[: part.plan.size],
         part.plan.writes,
-        msgspec.json.decode(part.stage.values),
+        part.values,
         part.checksums,
     )
 
@@ -733,4 +806,8 @@ def _sealed(data: bytes) -> int:
 
 def _is_dead(client: _Client) -> bool:
     """Whether a trainer has ended, as far as this process can see."""
-    return client.pidfd >= 0 and bool(select.select([client.pidfd], [], [], 0)[0])
+    if client.pidfd < 0:
+        return False
+    poll = select.poll()  # `select.select` takes no descriptors from 1024 on
+    poll.register(client.pidfd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from shardckpt.plan import SavePlan, decode_plan
 from shardckpt.runs import checkpoint_order
@@ -93,6 +94,8 @@ class Part:
     stage: Stage
     buffer: Buffer
     plan: PackPlan
+    values: dict[str, Any]
+    """The rank's PerRank values by path."""
     checksums: list[int] | None = None
     """By chunk, once they are known."""
 
@@ -158,7 +161,7 @@ class Shelf:
         self._trainers: set[Trainer] = set()
         self._count = 0
         self._saves = 0
-        self._lost: deque[str] = deque(maxlen=_REMEMBERED)
+        self._lost: deque[tuple[str, str]] = deque(maxlen=_REMEMBERED)
 
     def newest(self, run: str) -> Held | None:
         """The run's newest whole snapshot."""
@@ -310,17 +313,21 @@ class Shelf:
         if buffer.snapshot is not None:
             self._drop(buffer.snapshot)
 
-    def stage(self, trainer: Trainer, stage: Stage, plan: PackPlan) -> Held | None:
+    def stage(self, trainer: Trainer, stage: Stage, plan: PackPlan, values: dict[str, Any]) -> Held | None:
         """A rank's part is in its buffer: from here on the saver answers for it.
 
         None if the save is lost already, since another rank's part will not come. Raises LookupError if the
-        buffer was not granted.
+        buffer was not granted, or the part is not one that the save lacks.
         """
         buffer = self._granted(trainer, stage.buffer)
-        buffer.is_granted = False
-        if stage.id in self._lost:
-            return None
         held = self.snapshots.get(stage.id)
+        if held is not None and not _lacks(held, trainer, stage):
+            raise LookupError(f"save {stage.id} does not lack such a part of rank {stage.rank}")
+        if plan.size > buffer.size:
+            raise LookupError(f"a pack of {plan.size} bytes is not in a buffer of {buffer.size}")
+        buffer.is_granted = False
+        if (trainer.run, stage.id) in self._lost:
+            return None
         if held is None:
             self._saves += 1
             held = self.snapshots[stage.id] = Held(
@@ -333,9 +340,9 @@ class Shelf:
                 self._saves,
             )
         buffer.snapshot = held
-        held.parts[stage.rank] = Part(trainer, stage, buffer, plan)
+        held.parts[stage.rank] = Part(trainer, stage, buffer, plan, values)
         if self._is_hopeless(held):
-            self.abandon(stage.id)
+            self.abandon(stage.id, trainer.run)
             return None
         return held
 
@@ -345,12 +352,12 @@ class Shelf:
             if other.path == held.path:
                 other.durable.add(tier)
 
-    def abandon(self, save_id: str) -> Held | None:
-        """A save will not be whole: give up what there is of it, and return it, if there is anything."""
+    def abandon(self, save_id: str, run: str) -> Held | None:
+        """A run's save will not be whole: give up what there is of it, and return it, if there is anything."""
         held = self.snapshots.get(save_id)
-        if held is not None and held.is_whole:
+        if held is not None and (held.is_whole or held.run != run):
             return None
-        self._lost.append(save_id)
+        self._lost.append((run, save_id))
         if held is not None:
             self._drop(held)
         return held
@@ -360,14 +367,14 @@ class Shelf:
         lost = []
         self._trainers.discard(trainer)
         if trainer.writing not in self.snapshots:
-            self.abandon(trainer.writing)
-        for held in list(self.snapshots.values()):
+            self.abandon(trainer.writing, trainer.run)
+        for held in self._of(trainer.run):
             held.readers.discard(trainer)
             takes_part = held.id == trainer.writing or any(
                 p.trainer is trainer for p in held.parts.values()
             )
             if not held.is_whole and (takes_part or self._is_hopeless(held)):
-                self.abandon(held.id)
+                self.abandon(held.id, held.run)
                 lost.append(held)
         self.take_back(trainer)
         return lost
@@ -458,6 +465,17 @@ class Shelf:
     def _close(self, buffer: Buffer) -> None:
         del self.buffers[buffer.number]
         buffer.close()
+
+
+def _lacks(held: Held, trainer: Trainer, stage: Stage) -> bool:
+    """Whether a part of this rank belongs to a save that another rank has begun, and is not there yet."""
+    first = next(iter(held.parts.values())).stage
+    return (
+        held.run == trainer.run
+        and stage.rank not in held.parts
+        and (stage.path, stage.step, stage.world_size, stage.local_ranks, stage.tiers)
+        == (first.path, first.step, first.world_size, first.local_ranks, first.tiers)
+    )
 
 
 def _is_replaced(held: Held, newest: Held | None) -> bool:

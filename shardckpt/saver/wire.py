@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import select
 import socket
 import struct
 from collections import deque
@@ -45,6 +44,7 @@ __all__ = [
     "Welcome",
     "address_of",
     "connect",
+    "encode",
     "listen",
     "peer",
 ]
@@ -247,14 +247,26 @@ Request = Hello | Plan | Reserve | Begin | Stage | Abandon | Find | Attach | Det
 Answer = Welcome | Reserved | GiveBack | Note | Outcome | Found | Attached
 
 
-class Channel:
-    """One end of a connection. One thread may send and another receive at the same time."""
+def encode(message: Request | Answer, descriptors: int = 0) -> bytes:
+    """A message as it is sent; so many descriptors are to go along with its first byte."""
+    data = msgspec.msgpack.encode(message)
+    return _HEADER.pack(len(data), descriptors) + data
 
-    def __init__(self, connection: socket.socket) -> None:
+
+class Channel:
+    """One end of a connection. One thread may send and another receive at the same time.
+
+    Args:
+        connection: the connection; a method waits as long as this says.
+        takes_descriptors: whether the other end may send any. Otherwise the kernel closes them.
+    """
+
+    def __init__(self, connection: socket.socket, *, takes_descriptors: bool = True) -> None:
         self._socket = connection
         self._decoder = msgspec.msgpack.Decoder(Request | Answer)
         self._data = bytearray()
         self._descriptors: deque[int] = deque()
+        self._takes_descriptors = takes_descriptors
 
     def fileno(self) -> int:
         """The connection's descriptor."""
@@ -262,15 +274,12 @@ class Channel:
 
     def send(self, message: Request | Answer, descriptors: Sequence[int] = ()) -> None:
         """Send a message, and copies of at most 250 descriptors. Raises OSError if the other end is gone."""
-        data = msgspec.msgpack.encode(message)
-        header = _HEADER.pack(len(data), len(descriptors))
-        if (
-            descriptors
-        ):  # which the kernel hands over with the first byte that they were sent with, or before
-            socket.send_fds(self._socket, [header], list(descriptors))
-            self._socket.sendall(data)
-        else:
-            self._socket.sendall(header + data)
+        data = memoryview(encode(message, len(descriptors)))
+        if descriptors:
+            # Which the kernel hands over with the first byte that they were sent with, or before.
+            sent = socket.send_fds(self._socket, [data[: _HEADER.size]], list(descriptors))
+            data = data[sent:]
+        self._socket.sendall(data)
 
     def receive(self) -> tuple[Any, list[int]] | None:
         """The next message and the descriptors that came with it; None when the other end is gone.
@@ -282,17 +291,14 @@ class Channel:
                 return None
         return message
 
-    def read_some(self, *, wait: bool = True) -> bool:
+    def read_some(self) -> bool:
         """Take in what has arrived, or wait for something. False when the other end is gone.
 
-        Raises BlockingIOError if nothing is there and it shall not wait.
+        Raises BlockingIOError if nothing is there, and the connection does not wait.
         """
-        if not wait and not select.select([self._socket], [], [], 0)[0]:
-            raise BlockingIOError  # recvmsg with a timeout would wait first
+        space = socket.CMSG_SPACE(_MAX_FDS * _DESCRIPTOR.size) if self._takes_descriptors else 0
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(
-                _READ, socket.CMSG_SPACE(_MAX_FDS * _DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, _, _ = self._socket.recvmsg(_READ, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError:
             return False
         self._data += data
@@ -309,6 +315,8 @@ class Channel:
         if len(self._data) < _HEADER.size:
             return None
         length, count = _HEADER.unpack_from(self._data)
+        if not self._takes_descriptors:
+            count = 0
         if length > _LONGEST or count > len(self._descriptors):
             raise EOFError("not a message of this version")
         end = _HEADER.size + length
@@ -316,7 +324,7 @@ class Channel:
             return None
         try:
             message = self._decoder.decode(bytes(self._data[_HEADER.size : end]))
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise EOFError(f"not a message of this version: {error}") from error
         del self._data[:end]
         return message, [self._descriptors.popleft() for _ in range(count)]

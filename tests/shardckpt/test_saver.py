@@ -11,12 +11,9 @@ import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,120 +34,8 @@ from shardckpt.saver.memory import Pressure, SnapshotMemory
 from shardckpt.saver.server import Saver
 from shardckpt.saving import SaveHandle
 from tests.parallel import Training
+from tests.savers import LIMIT, SaverProcess, wait_until
 from tests.worlds import context
-
-LIMIT = 60.0
-"""Seconds that nothing takes longer than, unless it hangs."""
-
-
-# -- savers
-
-
-class SaverProcess:
-    """A saver as `launch` starts it: it inherits a listening socket and a control connection."""
-
-    def __init__(self, address: str, *options: str) -> None:
-        self.address = address
-        self._listener = wire.listen(address)
-        self._lines = b""
-        self.start(*options)
-
-    def start(self, *options: str) -> None:
-        self._control, theirs = socket.socketpair()
-        self._control.settimeout(LIMIT)
-        fds = (self._listener.fileno(), theirs.fileno())
-        command = [
-            sys.executable,
-            "-m",
-            "shardckpt.saver",
-            "--listen",
-            str(fds[0]),
-            "--control",
-            str(fds[1]),
-        ]
-        self._process = subprocess.Popen([*command, *options], pass_fds=fds, start_new_session=True)
-        theirs.close()
-        self.pid = self._process.pid
-
-    def send(self, signum: int) -> None:
-        self._process.send_signal(signum)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait(LIMIT)
-
-    def told(self, *events: str) -> dict[str, Any]:
-        """The next line of these kinds."""
-        while True:
-            line, end, rest = self._lines.partition(b"\n")
-            if end:
-                self._lines = rest
-                told: dict[str, Any] = json.loads(line)
-                if told["event"] in events:
-                    return told
-            else:
-                more = self._control.recv(1 << 16)
-                assert more, f"the saver ended without a line about {events!r}"
-                self._lines += more
-
-    def told_of(self, step: int) -> dict[str, Any]:
-        """The next line about what became of this step's save in a tier."""
-        while True:
-            told = self.told("persisted", "failed", "superseded")
-            if told["step"] == step:
-                return told
-
-    def drain(self) -> int:
-        """Ask it to end; its exit code."""
-        self._control.shutdown(socket.SHUT_WR)
-        self.told("drained")
-        return self._process.wait(LIMIT)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._control.close()
-        self._listener.close()
-
-    @property
-    def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
-
-    @property
-    def memory(self) -> int:
-        """Bytes of the snapshot buffers that it has mapped."""
-        maps = Path(f"/proc/{self.pid}/maps").read_text()
-        found = re.findall(r"^(\w+)-(\w+) .*memfd:shardckpt", maps, re.MULTILINE)
-        return sum(int(end, 16) - int(start, 16) for start, end in found)
-
-
-@pytest.fixture
-def saver() -> Iterator[SaverProcess]:
-    made = SaverProcess(f"shardckpt-test-{os.getpid()}-{os.urandom(6).hex()}")
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture
-def client(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[SaverClient]:
-    """A trainer of this process."""
-    made = connected(saver, monkeypatch)
-    yield made
-    made.close()
-
-
-def connected(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch, run: str = "run") -> SaverClient:
-    monkeypatch.setenv("LAUNCH_SAVER", saver.address)
-    return SaverClient(run, [], 2, LIMIT, linger=0)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def wait_for_end(pid: int) -> None:

@@ -88,7 +88,7 @@ class Node:
     ) -> Held | None:
         path = step_path(f"attempt-{attempt:04d}", step)
         message = Stage(buffer.number, trainer.writing, path, step, rank, world, world, [], b"", b"")
-        held = self.shelf.stage(trainer, message, plan(trainer.wanted))
+        held = self.shelf.stage(trainer, message, plan(trainer.wanted), {})
         self.requests[trainer].append(trainer.wanted)
         return held
 

@@ -1,0 +1,101 @@
+"""What of a trainer's message the saver relies on, checked before it acts on any of it. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from shardckpt.saver.wire import Abandon, Attach, Begin, Hello, Plan, Request, Reserve, Stage
+
+__all__ = ["RequestError", "check", "decode_values"]
+
+_MOST_BYTES = 1 << 56  # of a pack; also what can be told apart from a negative number gone astray
+_MOST_SNAPSHOTS = 64
+_MOST_RANKS = 1 << 24
+_LONGEST_NAME = 4096
+
+
+class RequestError(ValueError):
+    """A trainer has sent what none sends."""
+
+
+def check(request: Request, tiers: Collection[str] | None) -> None:
+    """Raise RequestError for a message that makes no sense.
+
+    `tiers` are the names of the tiers that the trainer has named in its Hello; None before that.
+    """
+    if isinstance(request, Hello) is not (tiers is None):
+        raise RequestError("its first message is to be Hello, and no other")
+    known = tiers or ()
+    match request:
+        case Hello(run=run, tiers=named, snapshots=snapshots, commit_timeout=timeout):
+            _name(run, "run")
+            _within("snapshots", snapshots, 1, _MOST_SNAPSHOTS)
+            if not timeout >= 0 or math.isnan(timeout):
+                raise RequestError(f"a commit_timeout of {timeout}")
+            if len({tier.name for tier in named}) != len(named):
+                raise RequestError("two tiers have one name")
+            for tier in named:
+                _name(tier.name, "tier")
+                _within("keep_last", 1 if tier.keep_last is None else tier.keep_last, 1, 1 << 62)
+        case Plan():
+            _check_plan(request)
+        case Reserve(size=size):
+            _within("size", size, 0, _MOST_BYTES)
+        case Begin(id=save_id, path=path, rank=rank, tiers=names):
+            _save(save_id, path, names, known)
+            _within("rank", rank, 0, _MOST_RANKS)
+        case Stage(id=save_id, path=path, tiers=names):
+            _save(save_id, path, names, known)
+            _within("world_size", request.world_size, 1, _MOST_RANKS)
+            _within("rank", request.rank, 0, request.world_size - 1)
+            _within("local_ranks", request.local_ranks, 1, request.world_size)
+            _within("step", request.step, 0, 1 << 62)
+        case Abandon(id=save_id) | Attach(id=save_id):
+            _name(save_id, "id")
+        case _:
+            pass
+
+
+def decode_values(stage: Stage) -> dict[str, Any]:
+    """The PerRank values of a staged pack by path. Raises RequestError if they are none."""
+    try:
+        return msgspec.json.decode(stage.values, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"values that cannot be read: {error}") from error
+
+
+def _check_plan(plan: Plan) -> None:
+    _within("size", plan.size, 0, _MOST_BYTES)
+    if not len(plan.row) == len(plan.offset) == len(plan.nbytes):
+        raise RequestError("a plan with columns of different lengths")
+    if not plan.row:
+        return
+    if min(plan.row) < 0 or min(plan.offset) < 0 or min(plan.nbytes) < 0:
+        raise RequestError("a plan with a negative number")
+    if max(map(sum, zip(plan.offset, plan.nbytes, strict=True))) > plan.size:
+        raise RequestError("a plan with a chunk beyond its pack")
+
+
+def _save(save_id: str, path: str, tiers: Collection[str], known: Collection[str]) -> None:
+    _name(save_id, "id")
+    _name(path, "path")
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise RequestError(f"a save at {path!r}")
+    if len(set(tiers)) != len(tiers) or not set(tiers) <= set(known):
+        raise RequestError(
+            f"a save in tiers {', '.join(map(repr, tiers))}, of {', '.join(map(repr, known))}"
+        )
+
+
+def _name(text: str, what: str) -> None:
+    if not text or "\0" in text or len(text) > _LONGEST_NAME:
+        raise RequestError(f"{what} {text[:100]!r}")
+
+
+def _within(what: str, number: int, least: int, most: int) -> None:
+    if not least <= number <= most:
+        raise RequestError(f"{what} {number}, which is not from {least} to {most}")
