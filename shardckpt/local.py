@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -19,6 +21,7 @@ from shardckpt.plan import Layout
 
 __all__ = [
     "LocalTensor",
+    "as_array",
     "dtype_name",
     "empty_like_saved",
     "flat_bytes",
@@ -87,6 +90,26 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, in the same memory."""
     # view(-1) would keep the stride of a single element, which may be any
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def as_array(tensor: torch.Tensor, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """The memory of a strided CPU tensor as an array, whose `dtype` is as large as the tensor's.
+
+    `tensor.numpy()` would leave the user's storage without the right to be resized, for good.
+    """
+    return np.asarray(_Memory(tensor, np.dtype(dtype)))
+
+
+class _Memory:
+    def __init__(self, tensor: torch.Tensor, dtype: np.dtype[Any]) -> None:
+        self._keeps = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "typestr": dtype.str,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * dtype.itemsize for stride in tensor.stride()),
+        }
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

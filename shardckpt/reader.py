@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from shardckpt.fetch import Fetcher, in_parallel
-from shardckpt.local import LocalTensor, torch_dtype
+from shardckpt.local import LocalTensor, as_array, torch_dtype
 from shardckpt.manifest import Manifest
 from shardckpt.packs import Source
 from shardckpt.pages import provide, writable
@@ -26,14 +26,14 @@ __all__ = ["fill"]
 _AHEAD = 48 << 20
 """Bytes that a rank fetches for all, ahead of the exchange under way."""
 _THREADS = 6
-_WORDS: Mapping[int, tuple[torch.dtype, type[np.generic]]] = {
-    1: (torch.uint8, np.uint8),
-    2: (torch.int16, np.int16),
-    4: (torch.int32, np.int32),
-    8: (torch.int64, np.int64),
-    16: (torch.complex128, np.complex128),
+_WORDS: Mapping[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int16,
+    4: np.int32,
+    8: np.int64,
+    16: np.complex128,
 }
-"""Types that both torch and NumPy have, by their bytes: a copy does not care what the bits mean."""
+"""Types that NumPy has, by their bytes: a copy does not care what the bits mean."""
 
 Passed = Mapping[int, Sequence[Read]]
 """What this rank gets in exchanges: the reads of each stored chunk, by the row that stands for it."""
@@ -186,14 +186,14 @@ def _fetched_ahead(fetcher: Fetcher, units: Sequence[Unit]) -> Generator[memoryv
 def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: Read) -> None:
     """Put one verified chunk where it belongs."""
     dtype = torch_dtype(read.tensor.dtype)
-    word, plain = _WORDS[dtype.itemsize]
-    content = fetcher.content(read).view(plain).reshape(read.chunk)
+    word = _WORDS[dtype.itemsize]
+    content = fetcher.content(read).view(word).reshape(read.chunk)
     with torch.no_grad():  # the setting belongs to a thread
         for copy in read.copies:
             target, part = views[copy.wanted][copy.target], content[copy.source]
             if target.is_cpu and not target.is_conj() and not target.is_neg():
                 if target.is_contiguous():
                     provide(target.data_ptr(), target.nbytes)
-                np.copyto(target.view(word).numpy(), part)  # torch's own copy takes half as long again
+                np.copyto(as_array(target, word), part)  # torch's own copy takes half as long again
             else:
                 target.copy_(torch.from_numpy(writable(part)).view(dtype))

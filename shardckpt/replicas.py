@@ -17,7 +17,7 @@ import torch
 
 from shardckpt.box import Box
 from shardckpt.errors import RankMismatchError
-from shardckpt.local import LocalTensor, flat_bytes, is_plain
+from shardckpt.local import LocalTensor, as_array, flat_bytes, is_plain
 from shardckpt.plan import SavePlan
 from shardckpt.ranks import Ranks
 from shardckpt.staging import local_slices
@@ -98,7 +98,7 @@ class _View:
     @classmethod
     def of(cls, tensor: LocalTensor, box: Box) -> _View:
         data = tensor.data[local_slices(tensor, box)]
-        return cls(data, flat_bytes(data).numpy() if is_plain(data) else None)
+        return cls(data, as_array(flat_bytes(data), np.uint8) if is_plain(data) else None)
 
     def digest(self, checksum: int, *, whole: bool) -> int:
         """A checksum of what came before and the content, or samples of it."""
