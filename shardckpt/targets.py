@@ -122,6 +122,11 @@ class TargetBuilder:
         """
         return self._made(saved, held, path, refill=True)
 
+    def is_refillable(self, held: Any, saved: Any) -> bool:
+        """Whether `held` is a dict or list that can have what was saved, and nothing else was saved for it."""
+        kinds = {dict: MutableMapping, list: list}
+        return isinstance(held, kinds.get(type(saved), ())) and self._is_taken(held, saved)
+
     def finish(self, path: str, action: Callable[[], object]) -> None:
         """Do something for the object at `path` when every tensor is filled."""
         self.targets._finish.append((path, action))
@@ -165,7 +170,7 @@ class TargetBuilder:
                 key: self._made(value, of.get(key), join(path, key), refill=refill)
                 for key, value in saved.items()
             }
-            if refill and isinstance(like, MutableMapping) and self._is_taken(like, saved):
+            if refill and self.is_refillable(like, saved):
                 return lambda: _refill_dict(like, {key: make() for key, make in parts.items()})
             return lambda: _dict_like(like, {key: make() for key, make in parts.items()})
         if isinstance(saved, (list, tuple)):
@@ -175,14 +180,19 @@ class TargetBuilder:
                 for i, value in enumerate(saved)
             ]
             kind = type(saved)
-            if refill and kind is list and isinstance(like, list) and self._is_taken(like, saved):
+            if refill and self.is_refillable(like, saved):
                 return lambda: _refill_list(like, [make() for make in items])
             return lambda: kind(make() for make in items)
         return lambda: saved
 
     def _made_tensor(self, ref: TensorRef, like: Any, path: str, *, refill: bool) -> Callable[[], Any]:
         tensor = self.find(ref.name, path)
-        if refill and isinstance(like, np.ndarray) and ref.ndarray and self._is_refillable(like, tensor):
+        if (
+            refill
+            and isinstance(like, np.ndarray)
+            and ref.ndarray
+            and self._is_array_refillable(like, tensor)
+        ):
             self._fill_live(local_tensor(torch.from_numpy(like), path), path, ref.name)
             return lambda: like
         made = empty_like_saved(
@@ -191,7 +201,7 @@ class TargetBuilder:
         self._fill(local_tensor(made, path), path, ref.name)
         return (lambda: made.numpy()) if ref.ndarray else (lambda: made)
 
-    def _is_refillable(self, array: npt.NDArray[Any], saved: Tensor) -> bool:
+    def _is_array_refillable(self, array: npt.NDArray[Any], saved: Tensor) -> bool:
         """Whether the array can hold what was saved, and nothing else was saved for its memory."""
         owner: Any = array
         while isinstance(owner.base, np.ndarray):

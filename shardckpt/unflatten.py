@@ -99,6 +99,10 @@ class _Walk:
         if not isinstance(parent, tuple):
             made = self._builder.refilled(saved, held, path)
             self._builder.finish(path, lambda: parent.__setitem__(key, made()))
+        elif self._builder.is_refillable(held, saved):
+            self._builder.finish(path, self._builder.refilled(saved, held, path))
+        elif isinstance(held, tuple) and isinstance(saved, tuple) and len(held) == len(saved):
+            self.entries(held, saved, path)
         elif repr(saved) != repr(held):
             raise StateError(
                 f"state[{path!r}] is {held!r} in a tuple, which cannot be changed, and {saved!r} in the "

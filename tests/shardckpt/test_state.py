@@ -605,6 +605,96 @@ def test_kinds_of_dicts(place: Storage) -> None:
     assert loaded["k"] == {3: 4}
 
 
+def test_containers_are_filled(place: Storage) -> None:
+    """Whoever refers to a dict, list or array of the state sees what was loaded: that, and nothing else."""
+    saved = {
+        "progress": {"epoch": 3, "best": {"loss": 0.5, "at": [1, 2]}, "more": {"x": 1}},
+        "history": [{"a": 1}, {"a": 2}, 3],
+        "kinds": {"c": Counter("aa"), "d": defaultdict(list, {"k": [1]})},
+        "array": np.arange(3.0),
+        "mixed": ({"n": 1}, [torch.ones(2)], (1, [2])),
+    }
+    best = {"loss": 9.0, "gone": 1}
+    progress = {"gone": None, "epoch": 0, "best": best}
+    entry, array, counter, inner, last = {"b": 5}, np.zeros(3), Counter("xyz"), {"n": 0}, [0, 0]
+    history = [entry]
+    state = {
+        "progress": progress,
+        "history": history,
+        "kinds": {"c": counter, "d": defaultdict(list)},
+        "array": array,
+        "mixed": (inner, [torch.zeros(2)], (1, last)),
+    }
+    shardckpt.save(place, saved)
+    shardckpt.load(place, state)
+    assert state["progress"] is progress
+    assert progress["best"] is best
+    assert progress == saved["progress"]
+    assert list(progress) == ["epoch", "best", "more"]
+    assert state["history"] is history
+    assert history[0] is entry
+    assert history == saved["history"]
+    assert state["kinds"]["c"] is counter  # type: ignore[index]
+    assert counter == Counter("aa")
+    assert state["kinds"]["d"]["new"] == []  # type: ignore[index]
+    assert state["array"] is array
+    assert np.array_equal(array, np.arange(3.0))
+    assert inner == {"n": 1}
+    assert last == [2]
+
+
+def test_one_container_in_two_places(place: Storage) -> None:
+    """It is filled if the same was saved for both; else one of the two gets a new one, and nothing is lost."""
+    shardckpt.save(
+        place,
+        {"a": {"x": [1]}, "b": {"x": [1]}, "c": [{"n": 1}, {"n": 2}], "d": np.ones(2), "e": np.zeros(2)},
+    )
+    both, one, array = {"x": [0]}, {"n": 0}, np.full(2, 5.0)
+    state: dict[str, Any] = {"a": both, "b": both, "c": [one, one], "d": array, "e": array}
+    shardckpt.load(place, state)
+    assert state["a"] is state["b"] is both
+    assert both == {"x": [1]}
+    assert state["c"] == [{"n": 1}, {"n": 2}]
+    assert np.array_equal(state["d"], np.ones(2))
+    assert np.array_equal(state["e"], np.zeros(2))
+
+
+def test_containers_are_left_as_they_are_by_a_load_that_fails(place: Storage) -> None:
+    """Nothing is cleared before all is verified."""
+    shardckpt.save(place, {"a": {"x": 1}, "t": torch.ones(2)})
+    held = {"x": 0}
+    with pytest.raises(ShapeMismatchError):
+        shardckpt.load(place, {"a": held, "t": torch.ones(3)})
+    assert held == {"x": 0}
+
+
+def test_values_for_an_object_are_its_own(place: Storage) -> None:
+    """What state_dict() has returned is not written to: it may be the object's very state."""
+
+    class Keeps:
+        def __init__(self) -> None:
+            self.state: dict[str, Any] = {"list": [1], "tensor": torch.zeros(2), "array": np.zeros(2)}
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            assert self.before == [1]
+            self.state = state
+
+    saved, target = Keeps(), Keeps()
+    saved.state = {"list": [2, 3], "tensor": torch.ones(2), "array": np.ones(2)}
+    held = target.state
+    target.before = held["list"]
+    shardckpt.save(place, {"o": saved})
+    shardckpt.load(place, {"o": target})
+    assert target.state is not held
+    assert held["list"] == [1]
+    assert not held["tensor"].any()
+    assert not held["array"].any()
+    assert target.state["list"] == [2, 3]
+
+
 class Sampler:
     """An object with state, as data loaders and samplers have it."""
 
