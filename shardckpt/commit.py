@@ -7,7 +7,6 @@ living trainer.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from shardckpt.manifest import (
     part_path,
 )
 from shardckpt.plan import SavePlan
-from shardckpt.runs import FAILED, Place, Succession, succession
+from shardckpt.runs import FAILED, Place, Succession, read_manifest, read_small, succession
 from shardckpt.storage import Storage
 from shardckpt.version import __version__
 from shardckpt.zarr_view import encode_refs
@@ -177,7 +176,7 @@ def wait_committed(
 def was_committed(place: Place, save_id: str) -> bool:
     """Whether this very save is a checkpoint, as far as can be seen now."""
     try:
-        return decode_manifest(place.storage.read(MANIFEST), place.url).id == save_id
+        return read_manifest(place).id == save_id
     except (OSError, ShardckptError):
         return False
 
@@ -263,10 +262,10 @@ def _read_part(storage: Storage, rank: int, proposal: Proposal) -> Part | None:
 def _raise_failure(storage: Storage, folder: str, save_id: str, who: str) -> None:
     """Raise SaveError if a failure of this save was reported in that folder."""
     try:
-        report = json.loads(storage.read(f"{folder}{FAILED}"))
-    except (FileNotFoundError, ValueError):
+        report = read_small(storage, f"{folder}{FAILED}")
+    except (FileNotFoundError, FormatError):
         return
-    if isinstance(report, dict) and report.get("id") == save_id:
+    if report.get("id") == save_id:
         error = str(report.get("error")).removesuffix(f". {_STANDS}")
         kind = SupersededError if error.startswith(f"{SupersededError.__name__}: ") else SaveError
         raise kind(f"{who}: {error}. {_STANDS}")

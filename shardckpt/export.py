@@ -22,11 +22,11 @@ from shardckpt.errors import (
     StorageError,
     StorageFullError,
 )
-from shardckpt.manifest import Manifest, Tensor
+from shardckpt.manifest import Manifest, Tensor, tied_names
 from shardckpt.runs import find_place, read_manifest
 from shardckpt.safetensors_file import encode_header, sorted_for_alignment, write_tensors
 from shardckpt.storage import Storage
-from shardckpt.streaming import iter_boxes, slabs, tied_names
+from shardckpt.streaming import iter_boxes, slabs
 from shardckpt.values import PerRankRef, TensorRef, decode, segment
 
 __all__ = ["SUFFIXES", "Merged", "merge"]

@@ -77,6 +77,13 @@ class Fetcher:
         self._check_sizes(groups)
         in_parallel(verify, groups, self._threads)
 
+    def check_sizes(self, reads: Iterable[Read]) -> None:
+        """Compare the sizes of the chunks' packs with the manifest's, before memory is made for them.
+
+        Each is asked for once. Raises CorruptError, StorageError.
+        """
+        self._check_sizes([[read] for read in reads])
+
     def hand_over(self, reads: Iterable[Read], take: Callable[[Read], object]) -> None:
         """Hand verified chunks to `take`, and release them, as `verify` does."""
         groups = list(coalesced(reads, self._packs.request))

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardckpt.boundary import plain_errors
-from shardckpt.errors import NotACheckpointError, ShardckptError
+from shardckpt.errors import ShardckptError
 from shardckpt.garbage import no_garbage_collection
-from shardckpt.manifest import MANIFEST, Manifest, decode_checked, decode_manifest
+from shardckpt.manifest import Manifest, decode_checked, decode_manifest
 from shardckpt.packs import Source
 from shardckpt.persisting import tier_of
 from shardckpt.progress import doing
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.reader import fill
-from shardckpt.runs import Place, exact_place, find_place
+from shardckpt.runs import Place, exact_place, find_place, read_manifest_bytes
 from shardckpt.storage import Storage
 from shardckpt.targets import Targets
 from shardckpt.unflatten import bind
@@ -171,13 +171,8 @@ def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
     data = b""
     try:
         if ranks.rank == 0:
-            data = place.storage.read(MANIFEST)
+            data = read_manifest_bytes(place)
             manifest = decode_manifest(data, place.url)
-    except FileNotFoundError as failure:
-        error = NotACheckpointError(
-            f"{place.url} has no {MANIFEST}: no checkpoint is there, or it was deleted just now"
-        )
-        error.__cause__ = failure
     except Exception as failure:
         error = failure
     agree(ranks, error)

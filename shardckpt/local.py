@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_strided
 from shardckpt.dtypes import DTYPES
 from shardckpt.errors import UnsupportedValueError
+from shardckpt.manifest import shape_problem
 from shardckpt.objects import local_part
 from shardckpt.pages import prefer_huge_pages
 from shardckpt.plan import Layout
@@ -143,7 +144,10 @@ def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False)
             f"state[{name!r}] is a {kind} tensor, which has no plain memory to store or to load into. "
             "Convert it to a dense tensor first (for a meta tensor: module.to_empty(device=...))."
         )
-    return LocalTensor(name, dtype_name(data.dtype, name), shape, pieces, data, first_holder)
+    dtype = dtype_name(data.dtype, name)
+    if problem := shape_problem(dtype, shape):
+        raise UnsupportedValueError(f"state[{name!r}] {problem}. Reshape it, or leave it out.")
+    return LocalTensor(name, dtype, shape, pieces, data, first_holder)
 
 
 def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | None) -> torch.Tensor:

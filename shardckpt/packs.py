@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -78,7 +80,7 @@ def open_packs(source: Source, manifest: Manifest) -> Packs:
     if isinstance(source, MemoryPacks):
         return _Memory(source, manifest)
     if isinstance(source.root, LocalStorage):
-        return _MappedFiles(source, manifest)
+        return _MappedFiles(source.root, source, manifest)
     return _Files(source, manifest)
 
 
@@ -143,8 +145,9 @@ class _MappedFiles(_Files):
     is_near = True
     request = 8 << 20
 
-    def __init__(self, place: Place, manifest: Manifest) -> None:
+    def __init__(self, root: LocalStorage, place: Place, manifest: Manifest) -> None:
         super().__init__(place, manifest)
+        self._local = root
         self._sizes = [pack.size for pack in manifest.packs]
         self._mapped: OrderedDict[int, npt.NDArray[np.uint8] | None] = OrderedDict()
         self._lock = threading.Lock()
@@ -165,7 +168,7 @@ class _MappedFiles(_Files):
         with self._lock:
             if number not in self._mapped:
                 self._mapped[number] = _map_file(
-                    f"{self._root.url}/{self._paths[number]}", self._sizes[number]
+                    partial(self._local.opened, self._paths[number]), self._sizes[number]
                 )
             self._mapped.move_to_end(number)
             if len(self._mapped) > _MAPPED:
@@ -173,9 +176,11 @@ class _MappedFiles(_Files):
             return self._mapped[number]
 
 
-def _map_file(path: str, size: int) -> npt.NDArray[np.uint8] | None:
+def _map_file(
+    opened: Callable[[], AbstractContextManager[tuple[int, str]]], size: int
+) -> npt.NDArray[np.uint8] | None:
     try:
-        with open(path, "rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ), dtype=np.uint8)
+        with opened() as (fd, _):
+            return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), dtype=np.uint8)
     except (OSError, ValueError):  # a file that has become too short is a ValueError
         return None

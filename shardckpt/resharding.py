@@ -20,11 +20,20 @@ import numpy as np
 from shardckpt.box import Box, Runs, pieces_of_runs, split_evenly
 from shardckpt.commit import Proposal, commit
 from shardckpt.errors import CheckpointExistsError, ShardckptError, StorageError, StorageFullError
-from shardckpt.manifest import MANIFEST, Manifest, Part, Tensor, encode_record, pack_path, part_path
+from shardckpt.manifest import (
+    MANIFEST,
+    Manifest,
+    Part,
+    Tensor,
+    encode_record,
+    pack_path,
+    part_path,
+    tied_names,
+)
 from shardckpt.plan import ChunkWrite, Layout, SavePlan, plan_save
-from shardckpt.runs import Place, attempt_number, exact_place, find_place, read_manifest
+from shardckpt.runs import Place, attempt_for, exact_place, find_place, read_manifest
 from shardckpt.storage import LocalStorage, Storage
-from shardckpt.streaming import iter_boxes, tied_names
+from shardckpt.streaming import iter_boxes
 from shardckpt.values import TensorRef, decode
 
 __all__ = ["Resharded", "reshard"]
@@ -100,7 +109,7 @@ def reshard(
     proposal = Proposal(
         id=secrets.token_hex(16),
         step=manifest.step,
-        attempt=attempt_number(target.path.partition("/")[0]),
+        attempt=attempt_for(target.url, manifest.step) or 0,
         metrics=manifest.metrics,
         values=manifest.values,
         plan=plan,

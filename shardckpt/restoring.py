@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from shardckpt import records
 from shardckpt.errors import (
     CheckpointError,
     CorruptError,
@@ -181,8 +181,8 @@ class Newest:
 
 def _mark_bad(place: Place, error: Exception) -> None:
     """Tell later readers that this checkpoint failed verification. Best effort."""
-    record = json.dumps({"time": time.time(), "error": str(error)})
+    record = records.encode_report(str(error), time=time.time())
     try:
-        place.storage.write(BAD, record.encode())
+        place.storage.write(BAD, record)
     except OSError as failure:
         _log.warning("%s could not be marked as bad: %s", place.url, failure)

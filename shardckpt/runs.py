@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import posixpath
 import re
@@ -16,8 +16,9 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.errors import CorruptError, NotACheckpointError, StorageError
-from shardckpt.manifest import FORMAT, MANIFEST, Manifest, Pack, decode_manifest
+from shardckpt import records
+from shardckpt.errors import CorruptError, FormatError, NotACheckpointError, StateError, StorageError
+from shardckpt.manifest import FORMAT, MANIFEST, Manifest, Pack, attempt_and_step, decode_manifest
 from shardckpt.storage import Storage, open_storage
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Claim",
     "Place",
     "Succession",
+    "attempt_for",
     "attempt_number",
     "checkpoint_order",
     "claim_attempt",
@@ -35,6 +37,8 @@ __all__ = [
     "iter_good",
     "iter_places",
     "read_manifest",
+    "read_manifest_bytes",
+    "read_small",
     "step_path",
     "succession",
 ]
@@ -47,9 +51,9 @@ FAILED = "failed.json"
 
 _SHOWN_WITHIN = 10.0  # seconds
 
-_ATTEMPT = re.compile(r"attempt-(\d+)(?:-[0-9a-f]+)?\Z")
-_STEP = re.compile(r"step-(\d+)\Z")
-_IN_RUN = re.compile(r"(?P<run>.*?)/?(?P<path>attempt-\d+(?:-[0-9a-f]+)?/step-\d+)/*\Z", re.DOTALL)
+_ATTEMPT = re.compile(r"attempt-([0-9]+)(?:-[0-9a-f]+)?\Z")
+_STEP = re.compile(r"step-([0-9]+)\Z")
+_IN_RUN = re.compile(r"(?P<run>.*?)/?(?P<path>attempt-[0-9]+(?:-[0-9a-f]+)?/step-[0-9]+)/*\Z", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Place:
             self.storage.size(name)
         except FileNotFoundError:
             return False
+        except FormatError:  # there is something else than a file
+            return True
         return True
 
 
@@ -108,6 +114,8 @@ def find_place(
     if (place := next(iter_good(root), None)) is not None:
         return place
     found = root.list()
+    if MANIFEST in found:
+        return exact  # which is no file; `read_manifest` says so
     if not found:
         what = "nothing is there"
     elif any(_ATTEMPT.match(name) for name in found):
@@ -180,15 +188,47 @@ def succession(place: Place) -> Succession:
     return Succession.CLAIMED
 
 
+def attempt_for(url: str, step: int) -> int | None:
+    """The attempt, by its folder, of a checkpoint of this step that is written at `url`; None outside a run.
+
+    Raises StateError if the folder is that of another step: nobody could read it there.
+    """
+    folder = attempt_and_step(url)
+    if folder is None:
+        return None
+    if folder[1] != step:
+        raise StateError(
+            f"{url} is the folder of a run's step {folder[1]}, and this is the state of step {step}. Choose "
+            "the step's own folder, or one of another name."
+        )
+    return folder[0]
+
+
 def read_manifest(place: Place) -> Manifest:
     """The checked manifest. Raises NotACheckpointError if there is none, FormatError if it is invalid."""
+    return decode_manifest(read_manifest_bytes(place), place.url)
+
+
+def read_manifest_bytes(place: Place) -> bytes:
+    """The manifest as it is stored. Raises NotACheckpointError if there is none, FormatError if it is no file."""
+    storage = place.storage
     try:
-        data = place.storage.read(MANIFEST)
+        return storage.read(MANIFEST)
     except FileNotFoundError as error:
+        if MANIFEST in storage.list():
+            with contextlib.suppress(FileNotFoundError):
+                return storage.read(MANIFEST)  # it has come into being just now
+            raise FormatError(f"{place.url}: {MANIFEST} is a folder, and not a file") from error
         raise NotACheckpointError(
-            f"{place.url} has no {MANIFEST}: no checkpoint is there, or its save was never finished"
+            f"{place.url} has no {MANIFEST}: no checkpoint is there, its save was never finished, or it was "
+            "deleted just now"
         ) from error
-    return decode_manifest(data, place.url)
+
+
+def read_small(storage: Storage, path: str) -> dict[str, Any]:
+    """The members of a claim or a report. Raises FileNotFoundError, FormatError, StorageError."""
+    data = storage.read(path, 0, records.MAX_SMALL_BYTES + 1)
+    return records.decode_small(data, f"{storage.url}/{path}")
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -215,7 +255,7 @@ def claim_attempt(root: Storage) -> Claim:
     """
     suffix = "" if root.exclusive() else f"-{secrets.token_hex(4)}"
     claim = {"format": FORMAT, "id": secrets.token_hex(16), "created": time.time()}
-    content = json.dumps(claim).encode()
+    content = records.encode(claim)
     number = max((_number(_ATTEMPT, name) for name in root.list() if _ATTEMPT.match(name)), default=0)
     for candidate in range(number + 1, number + 1001):
         name = f"attempt-{candidate:04d}{suffix}"

@@ -27,7 +27,7 @@ from shardckpt.persisting import Destination, tier_of
 from shardckpt.plan import Layout, SavePlan, plan_save
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.replicas import Replicas
-from shardckpt.runs import Place
+from shardckpt.runs import Place, attempt_for
 from shardckpt.saver.client import is_first_on_node
 from shardckpt.sinks import OwnThread, Save, Sink
 from shardckpt.staging import Copies
@@ -247,8 +247,9 @@ def save_async(
     """
     session = SaveSession(current_ranks(), COMMIT_TIMEOUT)
     storage = open_storage(url, storage_options)
+    attempt = attempt_for(storage.url, step) or 0
     destination = Destination(tier_of(storage), Place(storage))
-    return session.start("", [destination], state, step=step, attempt=0, metrics=metrics)
+    return session.start("", [destination], state, step=step, attempt=attempt, metrics=metrics)
 
 
 @plain_errors

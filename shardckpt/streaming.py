@@ -15,7 +15,7 @@ from shardckpt.manifest import Manifest, Tensor
 from shardckpt.reads import Read, plan_reads
 from shardckpt.runs import Place
 
-__all__ = ["iter_boxes", "slabs", "tied_names"]
+__all__ = ["iter_boxes", "slabs"]
 
 _BATCH = 32 << 20
 """Bytes that are held together where less would do."""
@@ -34,6 +34,7 @@ def iter_boxes(
     dtypes = {tensor.name: tensor.dtype for tensor in manifest.tensors}
     fetcher = Fetcher(place, manifest)
     for wanted, reads in _groups(boxes, plan_reads(manifest, boxes), dtypes):
+        fetcher.check_sizes(reads)
         arrays = [np.empty(boxes[i][1].shape, numpy_dtype(dtypes[boxes[i][0]])) for i in wanted]
 
         def take(read: Read, arrays: list[npt.NDArray[Any]] = arrays, first: int = wanted.start) -> None:
@@ -75,25 +76,6 @@ def slabs(tensor: Tensor) -> list[Box]:
             start = reach
         reach = max(reach, high)
     return [*found, _rows(tensor, start, tensor.shape[0])]
-
-
-def tied_names(manifest: Manifest) -> dict[str, str]:
-    """Tensors that are stored as another one's chunks, by name: the first of those with the same ones."""
-    first = manifest.first_chunks().tolist()
-    rows = manifest.chunks
-    seen: dict[object, str] = {}
-    tied: dict[str, str] = {}
-    number = 0
-    for tensor in manifest.tensors:
-        start, stop = first[number], first[number + len(tensor.arrays)]
-        number += len(tensor.arrays)
-        if start == stop:
-            continue
-        chunks = tuple(rows.pack[start:stop]), tuple(rows.offset[start:stop])
-        name = seen.setdefault((tensor.dtype, tensor.shape, tensor.arrays, chunks), tensor.name)
-        if name != tensor.name:
-            tied[tensor.name] = name
-    return tied
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Box:

@@ -15,7 +15,7 @@ import numpy as np
 
 from shardckpt.errors import CheckpointExistsError, CorruptError
 from shardckpt.manifest import MANIFEST, REFS, Manifest, Pack, chunk_bytes, encode_record, pack_path
-from shardckpt.runs import Place, exact_place, find_place, read_manifest
+from shardckpt.runs import Place, attempt_for, exact_place, find_place, read_manifest
 from shardckpt.storage import LocalStorage, Storage, open_storage
 from shardckpt.zarr_view import encode_refs
 
@@ -48,6 +48,7 @@ def copy(
     manifest = read_manifest(place)
     if copied.is_committed():
         raise CheckpointExistsError(f"{copied.url} has a checkpoint already, which is never overwritten")
+    attempt = attempt_for(copied.url, manifest.step)
     checks = _chunks_by_pack(manifest)
     done = 0
     for number, pack in enumerate(manifest.packs):
@@ -58,7 +59,8 @@ def copy(
         if progress is not None:
             progress(done, manifest.stored_bytes)
     packs = tuple(Pack(pack_path(number), pack.size) for number, pack in enumerate(manifest.packs))
-    manifest = msgspec.structs.replace(manifest, packs=packs)
+    attempt = manifest.attempt if attempt is None else attempt
+    manifest = msgspec.structs.replace(manifest, packs=packs, attempt=attempt)
     copied.storage.write(REFS, encode_refs(manifest, copied.url))
     try:
         copied.storage.create(MANIFEST, encode_record(manifest))
@@ -90,13 +92,13 @@ def _mapped(place: Place, pack: Pack) -> Iterator[memoryview]:
         yield memoryview(b"")
         return
     if isinstance(place.root, LocalStorage):
-        found = place.root.size(path)
-        if found != pack.size:
-            raise CorruptError(
-                f"{place.url}: pack {pack.path} has {found} bytes, and should have {pack.size}"
-            )
-        with open(f"{place.root.url}/{path}", "rb") as file:
-            mapping = mmap.mmap(file.fileno(), pack.size, prot=mmap.PROT_READ)
+        with place.root.opened(path) as (fd, _):
+            found = os.fstat(fd).st_size
+            if found != pack.size:
+                raise CorruptError(
+                    f"{place.url}: pack {pack.path} has {found} bytes, and should have {pack.size}"
+                )
+            mapping = mmap.mmap(fd, pack.size, prot=mmap.PROT_READ)
     else:
         with tempfile.TemporaryFile() as file:
             os.truncate(file.fileno(), pack.size)

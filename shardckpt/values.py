@@ -16,16 +16,23 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
 from shardckpt.errors import FormatError, UnsupportedValueError
 
-__all__ = ["MAX_DEPTH", "PerRankRef", "TensorRef", "decode", "encode", "join", "segment"]
+__all__ = ["MAX_DEPTH", "PerRankRef", "TensorRef", "decode", "encode", "iter_references", "join", "segment"]
 
 _INT64 = 1 << 63
+_LARGE_INT = re.compile("-?0x[1-9a-f][0-9a-f]*")
+_KEY_TAGS = frozenset(("$tuple", "$bytes", "$float", "$int"))
+
+_MOST_COLLIDING = 1024
+"""Keys of one hash in a dict: with more, which only a forger finds, it would take quadratic time to fill."""
 
 MAX_DEPTH = 100
 """Levels of nesting: more would exhaust the recursion of JSON parsers."""
@@ -129,47 +136,123 @@ def encode(value: Any, path: str, leaf: Callable[[Any, str], Any] | None = None)
     )
 
 
-def decode(value: Any, path: str = "") -> Any:
+def decode(value: Any) -> Any:
     """The value of a JSON form; tensors become TensorRef, per-rank values PerRankRef.
 
-    Raises FormatError for a tag that this version does not know.
+    Raises FormatError for what no `encode` makes: a tag that this version does not know, or a wrong content.
     """
-    if path.count("/") > MAX_DEPTH:
-        raise FormatError(f"values: {path[:80]!r}... lies more than {MAX_DEPTH} levels deep")
+    try:
+        return _decode(value, 0)
+    except _InvalidError as error:
+        path = "/".join(segment(key)[:80] for key in reversed(error.keys[-8:]))
+        raise FormatError(f"values: {path!r} {error}") from error.__cause__
+
+
+def iter_references(value: Any) -> Iterator[TensorRef | PerRankRef]:
+    """Every reference in a decoded value, in order."""
+    if isinstance(value, TensorRef | PerRankRef):
+        yield value
+        return
+    waiting = [iter((value,))]
+    while waiting:
+        for item in waiting[-1]:
+            if isinstance(item, dict):
+                waiting.append(iter(item.values()))
+                break
+            if isinstance(item, list | tuple):
+                waiting.append(iter(item))
+                break
+            if isinstance(item, TensorRef | PerRankRef):
+                yield item
+        else:
+            waiting.pop()
+
+
+class _InvalidError(Exception):
+    """What is wrong with a value, and the keys that lead to it, the last one first.
+
+    They are gathered on the way up, so that nobody builds the path of a value with which nothing is wrong.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.keys: list[object] = []
+
+
+def _decode(value: Any, level: int) -> Any:
     if isinstance(value, list):
-        return [decode(v, join(path, i)) for i, v in enumerate(value)]
+        return _decode_items(value, level + 1)
+    if isinstance(value, int) and not isinstance(value, bool) and not -_INT64 <= value < _INT64:
+        raise _InvalidError("is an integer that does not fit 64 bits, which is written as $int")
     if not isinstance(value, dict):
         return value
     for tag in value:
         if tag.startswith("$"):
-            return _decode_tagged(tag if len(value) == 1 else ", ".join(value), value[tag], path)
-    return {key: decode(v, join(path, key)) for key, v in value.items()}
+            return _decode_tagged(tag if len(value) == 1 else ", ".join(value), value[tag], level)
+    _check_level(level + 1)
+    done: dict[str, Any] = {}
+    key = ""
+    try:
+        for key, item in value.items():
+            done[key] = _decode(item, level + 1)
+    except _InvalidError as error:
+        error.keys.append(key)
+        raise
+    return done
 
 
-def _decode_tagged(tag: str, content: Any, path: str) -> Any:
+def _decode_items(items: list[Any], level: int) -> list[Any]:
+    _check_level(level)
+    done: list[Any] = []
+    try:
+        for item in items:
+            done.append(_decode(item, level))
+    except _InvalidError as error:
+        error.keys.append(len(done))
+        raise
+    return done
+
+
+def _check_level(level: int) -> None:
+    if level > MAX_DEPTH + 1:
+        raise _InvalidError(f"lies more than {MAX_DEPTH} levels deep")
+
+
+def _decode_tagged(tag: str, content: Any, level: int) -> Any:
     try:
         match tag:
             case "$tuple":
-                return tuple(decode(v, join(path, i)) for i, v in enumerate(_list(content)))
+                return tuple(_decode_items(_list(content), level + 1))
             case "$bytes":
                 return base64.b64decode(content, validate=True)
             case "$float":
                 return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[content]
             case "$int":
-                return int(content, 16)
+                return _large_int(content)
             case "$dict":
                 items = map(_list, _list(content))
-                return _dict([(decode(key), decode(v, join(path, key))) for key, v in items])
+                pairs = [(_decode_key(key, level), value) for key, value in items]
+                return _dict(pairs, _decode_items([value for _, value in pairs], level + 1))
             case "$tensor" | "$ndarray" if isinstance(content, str):
                 return TensorRef(content, ndarray=tag == "$ndarray")
             case "$per_rank" if isinstance(content, str):
                 return PerRankRef(content)
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"values: {path!r} has an invalid {tag}: {error!r}") from error
-    raise FormatError(
-        f"values: {path!r} has the entry type {tag!r}, which this version does not know; "
+        raise _InvalidError(f"has an invalid {tag}: {_short(error)}") from error
+    raise _InvalidError(
+        f"has the entry type {tag[:80]!r}, which this version does not know; "
         "read this checkpoint with a newer shardckpt"
     )
+
+
+def _large_int(content: str) -> int:
+    """The integer of this text, which `encode` writes where 64 bits are too few."""
+    if not _LARGE_INT.fullmatch(content):
+        raise ValueError("it is not -0x or 0x with hexadecimal digits, of which the first is not 0")
+    value = int(content, 16)
+    if -_INT64 <= value < _INT64:
+        raise ValueError("it fits 64 bits, and is to be a plain number")
+    return value
 
 
 def _list(content: Any) -> list[Any]:
@@ -178,11 +261,28 @@ def _list(content: Any) -> list[Any]:
     return content
 
 
-def _dict(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    made = dict(items)
-    if len(made) < len(items):
+def _decode_key(key: Any, level: int) -> Any:
+    if isinstance(key, list) or (isinstance(key, dict) and not _KEY_TAGS.intersection(key)):
+        raise TypeError("unhashable key: it must be a number, a text, bytes, None or a tuple of these")
+    found = _decode(key, level)
+    if isinstance(found, tuple) and next(iter_references(found), None) is not None:
+        raise TypeError("a key that refers to a tensor")
+    return found
+
+
+def _dict(pairs: list[tuple[Any, Any]], values: list[Any]) -> dict[Any, Any]:
+    keys = [key for key, _ in pairs]
+    if max(Counter(map(hash, keys)).values(), default=0) > _MOST_COLLIDING:
+        raise ValueError("its keys are made to be slow")
+    made = dict(zip(keys, values, strict=True))
+    if len(made) < len(values):
         raise ValueError("a key occurs twice")
     return made
+
+
+def _short(error: Exception) -> str:
+    text = repr(error)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _plain(text: str) -> str:

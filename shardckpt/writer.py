@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import crc32c
 
+from shardckpt import records
 from shardckpt.manifest import Part, encode_record, pack_path, part_path
 from shardckpt.runs import FAILED
 from shardckpt.storage import Storage
@@ -140,6 +140,6 @@ def report_lost(storage: Storage, ranks: Iterable[int], save_id: str, reason: st
 
 
 def _leave_word(storage: Storage, path: str, save_id: str, reason: str) -> None:
-    record = json.dumps({"id": save_id, "error": reason})
+    record = records.encode_report(reason, id=save_id)
     with contextlib.suppress(OSError):
-        storage.write(f"{path}/{FAILED}" if path else FAILED, record.encode())
+        storage.write(f"{path}/{FAILED}" if path else FAILED, record)

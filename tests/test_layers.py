@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "shardckpt": [
         ["errors", "dtypes", "garbage", "overlaps", "overrides", "pages", "progress", "version"],
-        ["boundary", "box", "values", "storage", "ranks", "zarr_dtypes"],
+        ["boundary", "box", "records", "values", "storage", "ranks", "zarr_dtypes"],
         ["manifest", "objects", "draining"],
         ["plan", "reads", "zarr_view"],
         ["runs", "local", "sharing"],

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import msgspec
-
 from shardckpt.cli.output import Column, age, print_json, print_table, size
-from shardckpt.errors import NotACheckpointError
+from shardckpt.errors import CheckpointError, FormatError, NotACheckpointError, UnknownVersionError
 from shardckpt.fetch import in_parallel
-from shardckpt.manifest import FORMAT, MANIFEST, Pack
-from shardckpt.runs import BAD, FAILED, Place, exact_place, iter_places
+from shardckpt.manifest import MANIFEST, decode_head
+from shardckpt.runs import (
+    BAD,
+    FAILED,
+    Place,
+    exact_place,
+    iter_places,
+    read_manifest_bytes,
+    read_small,
+)
+from shardckpt.storage import Storage
 
 __all__ = ["Row", "list_checkpoints", "show"]
 
@@ -65,17 +71,6 @@ class Row:
     bytes: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""
-
-
-class _Head(msgspec.Struct):
-    """What is needed of a manifest here: the tables of a large one are skipped, not decoded."""
-
-    format: str
-    step: int
-    world_size: int
-    created: float
-    metrics: dict[str, float | str]
-    packs: list[Pack]
 
 
 def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None) -> list[Row]:
@@ -137,18 +132,17 @@ def _row(place: Place) -> Row:
     storage = place.storage
     names = storage.list()
     if MANIFEST not in names:
-        note = _error_in(storage.read(FAILED)) if FAILED in names else ""
+        note = _error_in(storage, FAILED) if FAILED in names else ""
         return Row(place.url, attempt, step, "failed" if FAILED in names else "unfinished", note=note)
     try:
-        head = msgspec.json.decode(storage.read(MANIFEST), type=_Head)
-        metrics = {name: float(value) for name, value in head.metrics.items()}
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        return Row(place.url, attempt, step, "invalid", note=f"manifest.json: {error}")
+        head = decode_head(read_manifest_bytes(place), place.url)
+    except UnknownVersionError as error:
+        return Row(place.url, attempt, step, "other version", note=_about(place, error))
+    except CheckpointError as error:
+        return Row(place.url, attempt, step, "invalid", note=_about(place, error))
     state, note = "good", ""
-    if head.format != FORMAT:
-        state, note = "other version", head.format
-    elif BAD in names:
-        state, note = "bad", _error_in(storage.read(BAD)).removeprefix(f"{place.url}: ")
+    if BAD in names:
+        state, note = "bad", _error_in(storage, BAD).removeprefix(f"{place.url}: ")
     return Row(
         url=place.url,
         attempt=attempt,
@@ -157,15 +151,18 @@ def _row(place: Place) -> Row:
         created=head.created,
         world_size=head.world_size,
         bytes=sum(pack.size for pack in head.packs),
-        metrics=metrics,
+        metrics=head.metric_values,
         note=note,
     )
 
 
-def _error_in(report: bytes) -> str:
+def _error_in(storage: Storage, name: str) -> str:
     """The error in a report that a reader or writer has left."""
     try:
-        found = json.loads(report)
-    except ValueError:
-        return ""
-    return str(found.get("error", "")) if isinstance(found, dict) else ""
+        return str(read_small(storage, name).get("error", ""))
+    except (FormatError, FileNotFoundError) as error:
+        return str(error)
+
+
+def _about(place: Place, error: Exception) -> str:
+    return str(error).removeprefix(f"{place.url}: ")

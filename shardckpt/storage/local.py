@@ -1,7 +1,7 @@
 """A folder on a local or mounted file system."""
 
 # Names here are strings on their way to system calls, beside descriptors, for which Path has none.
-# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH112, PTH120, PTH121, PTH208
+# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH112, PTH115, PTH120, PTH121, PTH208
 from __future__ import annotations
 
 import contextlib
@@ -9,11 +9,13 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from shardckpt.errors import (
     CorruptError,
     CredentialsError,
+    FormatError,
     OutOfReachError,
     StorageError,
     StorageFullError,
@@ -21,7 +23,7 @@ from shardckpt.errors import (
 from shardckpt.storage import direct
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.names import is_temporary, join, temporary_name
-from shardckpt.storage.protocol import Before
+from shardckpt.storage.protocol import Before, check_whole
 from shardckpt.storage.work import cleanup
 
 __all__ = ["LocalStorage"]
@@ -40,19 +42,22 @@ _OUT_OF_REACH = {
     errno.ECONNRESET,
 }
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NO_FILE = (errno.ENXIO, errno.ENODEV)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EACCES)
 
 
 class LocalStorage:
     """A folder, given by its absolute path. See `Storage` for what each method guarantees.
 
-    `past_caches`: what is read comes from the disk itself.
+    `past_caches`: what is read comes from the disk itself. `follow_links`: files are also read where a symbolic
+    link leads out of the folder.
     """
 
-    def __init__(self, path: str, *, past_caches: bool = False) -> None:
+    def __init__(self, path: str, *, past_caches: bool = False, follow_links: bool = False) -> None:
         self._path = path
         self._past_caches = past_caches
         self._root = path
+        self._follow_links = follow_links
         self._durable: set[str] = set()  # folders whose entry in their parent is on disk
         self._lock = threading.Lock()
 
@@ -63,23 +68,29 @@ class LocalStorage:
     def __repr__(self) -> str:
         return f"LocalStorage({self._path!r})"
 
-    def __reduce__(self) -> tuple[type[LocalStorage], tuple[str]]:
-        return LocalStorage, (self._path,)
+    def __reduce__(self) -> tuple[Callable[..., LocalStorage], tuple[str]]:
+        return partial(LocalStorage, follow_links=self._follow_links), (self._path,)
 
     def at(self, path: str) -> LocalStorage:
-        below = LocalStorage(join(self._path, path, self._path), past_caches=self._past_caches)
+        below = LocalStorage(
+            join(self._path, path, self._path),
+            past_caches=self._past_caches,
+            follow_links=self._follow_links,
+        )
         below._root, below._durable, below._lock = self._root, self._durable, self._lock
         return below
 
     def fresh(self) -> LocalStorage:
-        return LocalStorage(self._path, past_caches=True)
+        again = LocalStorage(self._path, past_caches=True, follow_links=self._follow_links)
+        again._root = self._root
+        return again
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        with self._opened(path) as (fd, full):
+        with self.opened(path) as (fd, full):
             end = os.fstat(fd).st_size
-            stop = end if stop is None else stop
+            stop = check_whole(full, end) if stop is None else min(stop, end)
             if self._past_caches:
-                data = bytearray(max(0, min(stop, end) - start))
+                data = bytearray(max(0, stop - start))
                 with _explained("read", full):
                     found = direct.read_file(full, start, memoryview(data))
                 return bytes(data[:found])
@@ -92,7 +103,7 @@ class LocalStorage:
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         found, wanted, view = 0, buffer.nbytes, as_bytes(buffer)
-        with self._opened(path) as (fd, full), _explained("read", full):
+        with self.opened(path) as (fd, full), _explained("read", full):
             if self._past_caches:
                 found = direct.read_file(full, offset, view)
             while (
@@ -107,7 +118,7 @@ class LocalStorage:
             )
 
     def size(self, path: str) -> int:
-        with self._opened(path) as (fd, _):
+        with self.opened(path) as (fd, _):
             return os.fstat(fd).st_size
 
     def write(self, path: str, data: bytes | memoryview) -> None:
@@ -195,20 +206,46 @@ class LocalStorage:
         return True
 
     @contextlib.contextmanager
-    def _opened(self, path: str) -> Iterator[tuple[int, str]]:
-        """A descriptor of a regular file for reading, and the file's full name."""
+    def opened(self, path: str) -> Iterator[tuple[int, str]]:
+        """A descriptor of a regular file for reading, and the file's full name.
+
+        Raises FileNotFoundError; FormatError for what is no file, which might never end or never begin, and
+        for a symbolic link that leads out of the storage's root, unless such are followed.
+        """
         full = join(self._path, path, self._path)
         with _explained("read", full):
             try:
-                fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
+                # Nobody may ever write to a FIFO; a file is not affected.
+                fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
             except NotADirectoryError:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), full) from None
+            except OSError as error:
+                if error.errno not in _NO_FILE:
+                    raise
+                raise FormatError(f"{full} cannot be read: it is a socket or a device") from error
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            kind = os.fstat(fd).st_mode
+            if stat.S_ISDIR(kind):
                 raise FileNotFoundError(errno.ENOENT, "No such file (there is a folder)", full)
+            if not stat.S_ISREG(kind):
+                raise FormatError(f"{full} cannot be read: it is a FIFO or a device, and not a file")
+            if not self._follow_links:
+                self._check_inside(fd, full)
             yield fd, full
         finally:
             os.close(fd)
+
+    def _check_inside(self, fd: int, full: str) -> None:
+        """Raise FormatError if an open file lies outside the root: a link in a copied run may lead anywhere."""
+        root = os.path.realpath(self._root).rstrip("/") + "/"
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(root):
+                return
+        if not (real := os.path.realpath(full)).startswith(root):
+            raise FormatError(
+                f"{full} is {real}, by a symbolic link that leads out of {self._root}, and is not read. If "
+                "you trust it, give the option follow_links"
+            )
 
     @contextlib.contextmanager
     def _temporary(self, full: str, data: bytes | memoryview) -> Iterator[str]:

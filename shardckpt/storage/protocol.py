@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Before", "Storage"]
+from shardckpt.errors import FormatError
+
+__all__ = ["MAX_WHOLE", "Before", "Storage", "check_whole"]
 
 Before: TypeAlias = Callable[[int, int], object]
 """Called with (start, stop) of a block of a buffer before its bytes are written; may still change them."""
+
+
+MAX_WHOLE = 1 << 30
+"""Bytes of the largest file that is read whole, without saying how much of it is wanted."""
+
+
+def check_whole(name: str, size: int) -> int:
+    """The size of a file that is to be read whole. Raises FormatError if that is more than any has."""
+    if size > MAX_WHOLE:
+        raise FormatError(f"{name} has {size} bytes: no file of this kind has more than {MAX_WHOLE}")
+    return size
 
 
 @runtime_checkable
@@ -18,7 +31,8 @@ class Storage(Protocol):
     A `path` is relative to the folder, with `/` between names, and never leaves it: an absolute
     path, an empty name, `.` and `..` are refused with StorageError. Folders come into being with
     their first file. Every error is a StorageError that names the URL, or one of the three that
-    are a part of the contract: FileNotFoundError, FileExistsError, CorruptError.
+    are a part of the contract: FileNotFoundError, FileExistsError, CorruptError. What is there and is no file,
+    like a FIFO, is a FormatError.
     """
 
     @property
@@ -31,7 +45,8 @@ class Storage(Protocol):
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes [start, stop) of a file, fewer where it ends before `stop`, as in a slice.
 
-        Raises FileNotFoundError if there is no such file.
+        Without `stop` it is for small files, and larger ones than `MAX_WHOLE` may be refused with
+        FormatError. Raises FileNotFoundError if there is no such file.
         """
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:

@@ -17,7 +17,7 @@ from shardckpt.storage.buffers import as_bytes, blocks
 from shardckpt.storage.limits import client_options
 from shardckpt.storage.names import is_temporary, join
 from shardckpt.storage.probe import ExclusiveProbe
-from shardckpt.storage.protocol import Before
+from shardckpt.storage.protocol import Before, check_whole
 from shardckpt.storage.s3_client import CONFIG, Reach, S3Client
 from shardckpt.storage.s3_errors import BeyondEndError, RefusedError, TransientError, UnreachableError
 from shardckpt.storage.work import Work, cleanup, in_loop, stop
@@ -201,6 +201,7 @@ class S3Storage:
     async def _get(self, key: str) -> bytes:
         async def get(reach: Reach) -> bytes:
             answer = await self._client.call("get_object", key, reach)
+            check_whole(self._name(key), int(answer["ContentLength"]))
             data = bytearray()
             with self._client.explained(key):
                 async with answer["Body"] as body:

@@ -43,8 +43,9 @@ def open_storage(
     in a URL stand for themselves. `storage_options` are the arguments of the fsspec file system (for S3: `key`,
     `secret`, `token`, `profile`, `endpoint_url`, `anon`, `client_kwargs`, `config_kwargs`), and
     `transfer_deadline` and `transfer_least_rate` (docs/storage.md). What they do not say comes from where the
-    protocol's own tools take it. A Storage is returned as it is. Raises StorageError for what names none, also
-    where slashes are missing, as in `s3:/bucket`.
+    protocol's own tools take it. A local path has one, `follow_links`: whether files are also read where a
+    symbolic link leads out of the run. A Storage is returned as it is. Raises StorageError for what names
+    none, also where slashes are missing, as in `s3:/bucket`.
     """
     if not isinstance(url, str | os.PathLike):
         if storage_options:
@@ -63,11 +64,14 @@ def open_storage(
     if not protocol and (slip := _SLIP.fullmatch(text)):
         meant = f"{(slip['remote'] or slip['local']).lower()}://{slip['rest'].strip()}"
         raise StorageError(f"{text}: did you mean {meant}? (A folder of this name would be ./{text})")
-    if storage_options:
+    options = dict(storage_options or {})
+    follow_links = options.pop("follow_links", False)
+    if options:
         raise StorageError(
-            f"{text} is a local path, which takes no storage_options: is 's3://' missing before it?"
+            f"{text} is a local path, which takes no storage_options but follow_links: is 's3://' missing "
+            "before it?"
         )
-    return LocalStorage(_local_path(text, protocol))
+    return LocalStorage(_local_path(text, protocol), follow_links=bool(follow_links))
 
 
 def protocol_of(url: str) -> str:

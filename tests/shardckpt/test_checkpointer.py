@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import shardckpt
 from launcher.progress import Progress, read_progress, report
-from shardckpt import runs
+from shardckpt import records, runs
 from shardckpt.errors import (
     CheckpointExistsError,
     CorruptError,
@@ -776,7 +777,9 @@ def test_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
     """A checkpoint that a newer library wrote is not bad: going back silently would lose work."""
     saved(tmp_path, 1, 2)
     manifest = next(tmp_path.glob("*/step-00000002/manifest.json"))
-    manifest.write_bytes(manifest.read_bytes().replace(b"shardckpt/1", b"shardckpt/2", 1))
+    document = records.open_sealed(manifest.read_bytes(), manifest.name)
+    newer = document.replace(b"shardckpt/1", b"shardckpt/2", 1)
+    manifest.write_bytes(records.encode(msgspec.Raw(newer)))
     with pytest.raises(UnknownVersionError, match="shardckpt/2"):
         restored(tmp_path)
     assert not (manifest.parent / BAD).exists()

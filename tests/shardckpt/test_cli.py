@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import shardckpt
+from shardckpt import records
 from shardckpt.cli import main
 from shardckpt.cli.output import age, print_table, printable, size
 from shardckpt.manifest import MANIFEST, REFS
@@ -84,10 +85,11 @@ def flip(path: Path, offset: int) -> None:
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
-    """Edit a JSON file."""
+    """Edit a JSON file, which keeps its checksum right if it has one."""
     document = json.loads(path.read_bytes())
+    is_record = document.pop("crc32c", None) is not None
     edit(document)
-    path.write_text(json.dumps(document))
+    path.write_bytes(records.encode(document) if is_record else json.dumps(document).encode())
 
 
 class TestLs:
@@ -120,11 +122,13 @@ class TestLs:
 
     def test_what_is_wrong_with_each(self, call: Call, run: Path, newest: Path) -> None:
         """A checkpoint that was marked bad, cannot be read, is of another version, or whose save failed."""
-        (newest / "bad.json").write_text(json.dumps({"error": f"{newest}: the chunk of 'x' is corrupt"}))
+        (newest / "bad.json").write_bytes(
+            records.encode({"error": f"{newest}: the chunk of 'x' is corrupt"})
+        )
         (run / "attempt-0001/step-00000100" / MANIFEST).write_text("{")
         change(run / "attempt-0001/step-00000050" / MANIFEST, lambda m: m.update(format="shardckpt/9"))
         failed = run / "attempt-0002/step-00000200/failed.json"
-        failed.write_text(json.dumps({"id": "x", "error": "StorageFullError: no\x1b[31m space"}))
+        failed.write_bytes(records.encode({"id": "x", "error": "StorageFullError: no\x1b[31m space"}))
         code, out, _ = call("ls", run, "--json")
         rows = json.loads(out)["checkpoints"]
         assert [row["state"] for row in rows] == ["other version", "invalid", "bad", "failed"]

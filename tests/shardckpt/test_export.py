@@ -35,12 +35,12 @@ from shardckpt.errors import (
     StorageFullError,
 )
 from shardckpt.export import merge
-from shardckpt.manifest import MANIFEST, Manifest, decode_manifest
+from shardckpt.manifest import MANIFEST, Manifest, decode_manifest, tied_names
 from shardckpt.plan import Layout, plan_save
 from shardckpt.resharding import reshard
 from shardckpt.runs import Place
 from shardckpt.storage import open_storage
-from shardckpt.streaming import iter_boxes, slabs, tied_names
+from shardckpt.streaming import iter_boxes, slabs
 from shardckpt.writer import persist
 from tests.faults import FaultyStorage
 from tests.servers import S3Server

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardckpt import records
 from shardckpt.box import Box
 from shardckpt.dtypes import DTYPES
 from shardckpt.errors import FormatError, UnknownVersionError
@@ -56,7 +57,7 @@ def laid_out(tensors: list[Tensor], writers: int = 1, **head: Any) -> Manifest:
         "created": 1.5,
         "writer": "test",
         "metrics": {},
-        "values": {},
+        "values": {f"v{i}": {"$tensor": tensor.name} for i, tensor in enumerate(tensors)},
         "per_rank": [{} for _ in range(writers)],
     }
     return Manifest(
@@ -85,13 +86,21 @@ def _tensors(draw: st.DrawFn, name: str) -> Tensor:
     return Tensor(name, dtype, shape, arrays)
 
 
+_keys = st.text().filter(lambda key: not key.startswith("$"))
+
+
 @st.composite
 def _manifests(draw: st.DrawFn) -> Manifest:
-    names = draw(st.lists(st.sampled_from(["w", "model/a", "model/b.c", "x y/%2F/1", "é"]), unique=True))
+    names = draw(
+        st.lists(st.sampled_from(["w", "model/a", "model/b.c", "x y/%2F/1", "%C3%A9"]), unique=True)
+    )
     return laid_out(
         [draw(_tensors(name)) for name in names],
         draw(st.integers(1, 3)),
-        values=draw(st.dictionaries(st.text(), st.none() | st.integers(-9, 9) | st.text(), max_size=3)),
+        values={
+            **draw(st.dictionaries(_keys, st.none() | st.integers(-9, 9) | st.text(), max_size=3)),
+            "the tensors": [{"$tensor": name} for name in names],
+        },
         metrics=draw(
             st.dictionaries(
                 st.text(),
@@ -143,12 +152,13 @@ def record(where: str = IN_RUN) -> dict[str, Any]:
     )
     decode_manifest(encode_record(manifest), where)
     found = json.loads(encode_record(manifest))
+    assert found.popitem()[0] == "crc32c"
     assert isinstance(found, dict)
     return found
 
 
 def refuse(data: dict[str, Any] | bytes, message: str, where: str = IN_RUN) -> None:
-    content = data if isinstance(data, bytes) else json.dumps(data).encode()
+    content = data if isinstance(data, bytes) else records.encode(data)
     with pytest.raises(FormatError, match=message) as caught:
         decode_manifest(content, where)
     assert str(caught.value).startswith(where)
@@ -369,7 +379,7 @@ def test_not_a_record(data: bytes) -> None:
 
 def test_truncated() -> None:
     """No prefix of a manifest is one."""
-    data = json.dumps(record()).encode()
+    data = records.encode(record())
     for length in range(len(data)):
         refuse(data[:length], "is not a valid shardckpt/1 record")
 
@@ -431,7 +441,7 @@ def test_packs_of_older_steps(path: str, where: str, in_run: bool) -> None:
     manifest = record(IN_RUN)
     manifest["packs"][0]["path"] = path
     if in_run:
-        assert decode_manifest(json.dumps(manifest).encode(), where).packs[0].path == path
+        assert decode_manifest(records.encode(manifest), where).packs[0].path == path
     else:
         refuse(manifest, "which is not a plain path inside this run", where)
 
@@ -474,10 +484,10 @@ def test_part_refusals(edit: Edit, message: str) -> None:
         "crc32c": [1],
         "values": {},
     }
-    decode_part(json.dumps(part).encode(), IN_RUN)
+    decode_part(records.encode(part), IN_RUN)
     edit(part)
     with pytest.raises(FormatError, match=message) as caught:
-        decode_part(json.dumps(part).encode(), IN_RUN)
+        decode_part(records.encode(part), IN_RUN)
     assert str(caught.value).startswith(IN_RUN)
 
 

@@ -78,7 +78,7 @@ def manifest_of(plan: SavePlan) -> Manifest:
         created=0.0,
         writer="test",
         metrics={},
-        values={},
+        values={f"v{number}": {"$tensor": t.name} for number, t in enumerate(plan.tensors)},
         per_rank=[{}] * world,
         packs=tuple(Pack(pack_path(rank), size) for rank, size in enumerate(plan.pack_sizes)),
         tensors=plan.tensors,

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardckpt.zarr_dtypes  # noqa: F401
+from shardckpt import records
 from shardckpt.box import Box
 from shardckpt.dtypes import DTYPES, EXTENDED, fill_value, numpy_dtype
 from shardckpt.errors import FormatError, NotACheckpointError
@@ -96,7 +97,7 @@ def write_pack(tensors: Mapping[str, Stored], writers: int = 1) -> tuple[Manifes
         created=1.5,
         writer="by hand",
         metrics={"loss": 1.25, "grad": "nan"},
-        values={},
+        values={f"v{number}": {"$tensor": name} for number, name in enumerate(tensors)},
         per_rank=[{}] * writers,
         packs=tuple(Pack(pack_path(rank), len(pack)) for rank, pack in enumerate(packs)),
         tensors=tuple(records),
@@ -328,9 +329,10 @@ def test_packs_of_older_steps(tmp_path: Path, up: str) -> None:
         (here / path).resolve().parent.mkdir(parents=True, exist_ok=True)
         (here / path).write_bytes(content)
     sizes = manifest.packs
-    record = json.loads(encode_record(manifest))
+    record = json.loads(records.open_sealed(encode_record(manifest), MANIFEST))
     record["packs"][1]["path"] = older
-    manifest = decode_manifest(json.dumps(record).encode(), str(here))
+    record.update(attempt=2, step=2)
+    manifest = decode_manifest(records.encode(record), str(here))
     assert [pack.size for pack in manifest.packs] == [pack.size for pack in sizes]
     (here / MANIFEST).write_bytes(encode_record(manifest))
     refs = encode_refs(manifest, str(here))
@@ -346,7 +348,7 @@ def test_each_save_has_references_of_its_own(change: str) -> None:
     """What an earlier call left to be used again does not show in a later one."""
     tensors = of_every_kind(["float32"])
     first, _ = write_pack(tensors, writers=2)
-    record = json.loads(encode_record(first)) | {"step": 8, "id": "1" * 32}
+    record = json.loads(records.open_sealed(encode_record(first), MANIFEST)) | {"step": 8, "id": "1" * 32}
     url = "/other" if change == "url" else "/run"
     if change == "offset":
         record["chunks"]["offset"][0] += 64
@@ -436,9 +438,9 @@ def test_goes_by_the_manifest_alone(tmp_path: Path) -> None:
     write(tmp_path, tensors)
     (tmp_path / REFS).write_bytes(b"{")
     assert_holds(open_group(str(tmp_path)), tensors)
-    record = json.loads((tmp_path / MANIFEST).read_bytes())
+    record = json.loads(records.open_sealed((tmp_path / MANIFEST).read_bytes(), MANIFEST))
     record["packs"][0]["path"] = "../../etc/passwd"
-    (tmp_path / MANIFEST).write_text(json.dumps(record))
+    (tmp_path / MANIFEST).write_bytes(records.encode(record))
     with pytest.raises(FormatError, match="inside this run"):
         open_group(str(tmp_path))
 
@@ -448,7 +450,7 @@ def test_s3(tmp_path: Path, moto_s3: S3Server) -> None:
     tensors = of_every_kind(["float32", "bfloat16"])
     manifest = write(tmp_path, tensors)
     options = dict(moto_s3.options)
-    url = f"{moto_s3.url('zarr')}/attempt-0001/step-00000001"
+    url = f"{moto_s3.url('zarr')}/attempt-0001/step-00000007"
     (tmp_path / REFS).write_bytes(encode_refs(manifest, url))
     files = fsspec.filesystem("s3", **options)
     files.put(str(tmp_path) + "/", url, recursive=True)
@@ -585,7 +587,7 @@ def test_the_documented_reader_reads_what_save_writes(tmp_path: Path) -> None:
 
 def test_the_documented_example(tmp_path: Path) -> None:
     """The document's manifest and packs are a checkpoint, which holds what the document says."""
-    manifest = re.findall(r"```json\n(.*?)```", _DOCUMENT, re.DOTALL)[-1].encode()
+    manifest = re.findall(r"```json\n(.*?)```", _DOCUMENT, re.DOTALL)[-1].strip().encode()
     checked = decode_manifest(manifest, str(tmp_path))
     (tmp_path / MANIFEST).write_bytes(manifest)
     for line in re.findall(r"```text\n(.*?)```", _DOCUMENT, re.DOTALL)[-1].splitlines():
