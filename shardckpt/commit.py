@@ -23,7 +23,6 @@ from shardckpt.manifest import (
     Manifest,
     Pack,
     Part,
-    decode_manifest,
     decode_part,
     encode_record,
     pack_path,
@@ -156,7 +155,7 @@ def wait_committed(
     pause, started = _FIRST_PAUSE, time.monotonic()
     while True:
         try:
-            manifest = decode_manifest(storage.read(MANIFEST), place.url)
+            manifest = read_manifest(place)
         except FileNotFoundError:
             _raise_failure(storage, "", save_id, place.url)
         else:

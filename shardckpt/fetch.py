@@ -8,8 +8,9 @@ looked at twice for that, so that no second copy of the state is held; remote on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,11 +24,17 @@ from shardckpt.manifest import CRC_BYTES, Manifest
 from shardckpt.packs import Source, open_packs
 from shardckpt.progress import alive
 from shardckpt.reads import Read, Stored, coalesced, describe
+from shardckpt.storage.rereading import warn_misread
+from shardckpt.storage.work import Interruption
 
 __all__ = ["Fetcher", "in_parallel"]
 
 _THREADS = 4
+_THREADS_AHEAD = 6
+_AHEAD = 48 << 20
+"""Bytes that are fetched ahead of those in use."""
 
+S = TypeVar("S", bound=Stored)
 T = TypeVar("T")
 
 
@@ -92,9 +99,39 @@ class Fetcher:
     def fetch(self, chunks: Sequence[Stored]) -> memoryview:
         """The bytes from the first to the last of these neighbours in a pack, verified. Raises as `verify`."""
         self._check_sizes([chunks])
-        content = self._read(chunks)
-        self._compare(chunks, content)
-        return content
+        return self._read_right(chunks)[0]
+
+    def fetch_ahead(self, groups: Iterable[Sequence[Stored]]) -> Generator[memoryview]:
+        """What `fetch` returns for each group of neighbours, in order; the next ones are fetched meanwhile.
+
+        What is fetched ahead is 48 MiB, or one group. Close the generator when it is not needed to its end.
+        """
+        waiting = deque((group, group[-1].offset + group[-1].nbytes - group[0].offset) for group in groups)
+        running: deque[tuple[int, Future[memoryview]]] = deque()
+        interruption = Interruption()
+
+        def fetch(group: Sequence[Stored]) -> memoryview:
+            with interruption.joined():
+                return self.fetch(group)
+
+        with ThreadPoolExecutor(_THREADS_AHEAD, thread_name_prefix="shardckpt") as pool:
+            try:
+                while waiting or running:
+                    ahead = sum(nbytes for nbytes, _ in running)
+                    while waiting and (not running or ahead + waiting[0][1] <= _AHEAD):
+                        group, nbytes = waiting.popleft()
+                        running.append((nbytes, pool.submit(fetch, group)))
+                        ahead += nbytes
+                    yield running.popleft()[1].result()
+            finally:
+                interruption.set()
+                pool.shutdown(cancel_futures=True)
+
+    def drop(self, chunks: Sequence[Stored]) -> None:
+        """Tell that these neighbours, which `fetch` has returned, are not needed any more."""
+        self._packs.drop(
+            chunks[0].pack, chunks[0].offset, chunks[-1].offset + chunks[-1].nbytes + CRC_BYTES
+        )
 
     def hold(self, read: Read, content: memoryview) -> None:
         """Take the bytes of a chunk, verified elsewhere, as they are."""
@@ -120,48 +157,80 @@ class Fetcher:
         for read in group:
             take(read)
             self.release(read)
-        self._packs.drop(group[0].pack, group[0].offset, group[-1].offset + group[-1].nbytes + CRC_BYTES)
+        self.drop(group)
 
     def _verify(self, group: list[Read]) -> None:
-        """One request for neighbouring chunks, which are then held if they are far."""
-        content = self._read(group)
-        self._compare(group, content)
-        if not self.is_near:
-            for read in group:
-                start = read.offset - group[0].offset
-                self.hold(read, content[start : start + read.nbytes])
+        """One request for neighbouring chunks; held are those that are far, or were not right at first."""
+        content, repaired = self._read_right(group)
+        for read in repaired if self.is_near else group:
+            start = read.offset - group[0].offset
+            self.hold(read, content[start : start + read.nbytes])
+
+    def _read_right(self, chunks: Sequence[S]) -> tuple[memoryview, list[S]]:
+        """The bytes of neighbouring chunks, verified, and those of the chunks that were wrong at first.
+
+        A chunk that is wrong is read again, past caches: what is wrong twice is corrupt.
+        """
+        alive()
+        content = self._read(chunks)
+        wrong = [chunk for chunk in chunks if self._difference(chunk, _part(content, chunks[0], chunk))]
+        if wrong:
+            content = memoryview(bytearray(content))
+        for chunk in wrong:
+            part = _part(content, chunks[0], chunk)
+            first = self._difference(chunk, part)
+            part[:] = self._read_again(chunk)
+            if difference := self._difference(chunk, part):
+                raise CorruptError(
+                    f"{self._packs.url}: {describe(self._manifest, chunk.row)} is corrupt, also when it is read "
+                    f"again: {difference}. Load another checkpoint of this run (shardckpt ls), and have the "
+                    "storage checked."
+                )
+            warn_misread(
+                f"{self._packs.url}: {describe(self._manifest, chunk.row)} was read wrongly: {first}."
+            )
+        return content, wrong
 
     def _read(self, chunks: Sequence[Stored]) -> memoryview:
         first, last = chunks[0], chunks[-1]
+        span = first.pack, first.offset, last.offset + last.nbytes + CRC_BYTES
         try:
-            return self._packs.read(first.pack, first.offset, last.offset + last.nbytes + CRC_BYTES)
+            return self._packs.read(*span)
+        except (FileNotFoundError, CorruptError):  # it ends too early, or seems to
+            pass
+        try:
+            return self._packs.read_again(*span)
         except FileNotFoundError as error:
             raise self._missing(first.pack) from error
 
-    def _compare(self, chunks: Sequence[Stored], content: memoryview) -> None:
-        alive()
+    def _read_again(self, chunk: Stored) -> memoryview:
+        try:
+            return self._packs.read_again(chunk.pack, chunk.offset, chunk.offset + chunk.nbytes + CRC_BYTES)
+        except FileNotFoundError as error:
+            raise self._missing(chunk.pack) from error
+
+    def _difference(self, chunk: Stored, content: memoryview) -> str:
+        """How the chunk's bytes, with the checksum behind them, differ from what was written; empty if not."""
         if not self._packs.has_checksums:
-            return
-        for chunk in chunks:
-            begin = chunk.offset - chunks[0].offset
-            end = begin + chunk.nbytes
-            found = crc32c.crc32c(content[begin:end])
-            stored = int.from_bytes(content[end : end + CRC_BYTES], "little")
-            if not found == stored == chunk.crc32c:
-                raise CorruptError(
-                    f"{self._packs.url}: {describe(self._manifest, chunk.row)} is corrupt: its checksum is "
-                    f"{found:08x}, the one stored with it {stored:08x}, the manifest's {chunk.crc32c:08x}. "
-                    "Load another checkpoint of this run (shardckpt ls), and have the storage checked."
-                )
+            return ""
+        found = crc32c.crc32c(content[: chunk.nbytes])
+        stored = int.from_bytes(content[chunk.nbytes :], "little")
+        if found == stored == chunk.crc32c:
+            return ""
+        return (
+            f"its checksum is {found:08x}, the one stored with it {stored:08x}, the manifest's "
+            f"{chunk.crc32c:08x}"
+        )
 
     def _check_sizes(self, groups: Sequence[Sequence[Stored]]) -> None:
         """Compare each pack's size with the manifest's, once, which is quicker than to come upon its end."""
         for number in sorted({group[0].pack for group in groups} - self._sized):
             pack = self._manifest.packs[number]
-            try:
-                found = self._packs.size(number)
-            except FileNotFoundError as error:
-                raise self._missing(number) from error
+            found = self._size(number, self._packs.size)
+            if found != pack.size:
+                found = self._size(number, self._packs.size_again)
+            if found is None:
+                raise self._missing(number)
             if found != pack.size:
                 chunks = (chunk for group in groups for chunk in group if chunk.pack == number)
                 lost = next((c for c in chunks if c.offset + c.nbytes + CRC_BYTES > found), None)
@@ -172,6 +241,12 @@ class Fetcher:
                     + (f"; the first chunk that is lost is {names}" if lost else "")
                 )
             self._sized.add(number)
+
+    def _size(self, number: int, ask: Callable[[int], int]) -> int | None:
+        try:
+            return ask(number)
+        except FileNotFoundError:
+            return None
 
     def _missing(self, number: int) -> CorruptError:
         pack = self._manifest.packs[number]
@@ -188,13 +263,29 @@ def _near_threads() -> int:
 
 
 def in_parallel(function: Callable[[Any], T], work: Sequence[Any], threads: int = _THREADS) -> list[T]:
-    """The function's results in order; the first error is raised once everything under way has ended."""
+    """The function's results in order; the first error is raised once everything under way has ended.
+
+    What is under way by then is not waited for in storages: such waits end at once.
+    """
     if len(work) < 2 or threads == 1:
         return [function(item) for item in work]
+    interruption = Interruption()
+
+    def run(item: Any) -> T:
+        with interruption.joined():
+            return function(item)
+
     with ThreadPoolExecutor(threads, thread_name_prefix="shardckpt") as pool:
-        futures = [pool.submit(function, item) for item in work]
+        futures = [pool.submit(run, item) for item in work]
         try:
             return [future.result() for future in futures]
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            interruption.set()
             raise
+
+
+def _part(content: memoryview, first: Stored, chunk: Stored) -> memoryview:
+    """The bytes of a chunk and its checksum, in those that begin with the first one's."""
+    start = chunk.offset - first.offset
+    return content[start : start + chunk.nbytes + CRC_BYTES]

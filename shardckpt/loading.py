@@ -17,7 +17,7 @@ from shardckpt.persisting import tier_of
 from shardckpt.progress import doing
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.reader import fill
-from shardckpt.runs import Place, exact_place, find_place, read_manifest_bytes
+from shardckpt.runs import Place, exact_place, find_place, read_decoded
 from shardckpt.storage import Storage
 from shardckpt.targets import Targets
 from shardckpt.unflatten import bind
@@ -171,8 +171,9 @@ def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
     data = b""
     try:
         if ranks.rank == 0:
-            data = read_manifest_bytes(place)
-            manifest = decode_manifest(data, place.url)
+            data, manifest = read_decoded(
+                place, lambda stored: (stored, decode_manifest(stored, place.url))
+            )
     except Exception as failure:
         error = failure
     agree(ranks, error)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from shardckpt.manifest import Manifest
 from shardckpt.pages import drop, populate
 from shardckpt.runs import Place
-from shardckpt.storage import LocalStorage
+from shardckpt.storage import LocalStorage, Storage
 
 __all__ = ["MemoryPacks", "Packs", "Source", "open_packs"]
 
@@ -71,6 +71,12 @@ class Packs(Protocol):
         Raises CorruptError if the pack ends earlier, FileNotFoundError, StorageError.
         """
 
+    def read_again(self, number: int, start: int, stop: int) -> memoryview:
+        """As `read`, past caches: from the disk itself, over another connection. For what seems to be wrong."""
+
+    def size_again(self, number: int) -> int:
+        """As `size`, past caches."""
+
     def drop(self, number: int, start: int, stop: int) -> None:
         """Tell that what was read there is not needed any more."""
 
@@ -108,6 +114,9 @@ class _Memory:
         populate(content)  # at once, and not page by page
         return content.data
 
+    read_again = read
+    size_again = size
+
     def drop(self, number: int, start: int, stop: int) -> None:
         pass  # the memory is another's
 
@@ -131,8 +140,21 @@ class _Files:
         return self._root.size(self._paths[number])
 
     def read(self, number: int, start: int, stop: int) -> memoryview:
+        return self._read(self._root, number, start, stop)
+
+    @cached_property
+    def _fresh(self) -> Storage:
+        return self._root.fresh()
+
+    def read_again(self, number: int, start: int, stop: int) -> memoryview:
+        return self._read(self._fresh, number, start, stop)
+
+    def size_again(self, number: int) -> int:
+        return self._fresh.size(self._paths[number])
+
+    def _read(self, root: Storage, number: int, start: int, stop: int) -> memoryview:
         content = np.empty(stop - start, dtype=np.uint8).data
-        self._root.read_into(self._paths[number], start, content)
+        root.read_into(self._paths[number], start, content)
         return content
 
     def drop(self, number: int, start: int, stop: int) -> None:
@@ -157,6 +179,10 @@ class _MappedFiles(_Files):
         if mapped is not None and populate(mapped[start:stop]):
             return mapped[start:stop].data
         return super().read(number, start, stop)
+
+    def read_again(self, number: int, start: int, stop: int) -> memoryview:
+        self.drop(number, start, stop)  # what is mapped stays in the page cache
+        return super().read_again(number, start, stop)
 
     def drop(self, number: int, start: int, stop: int) -> None:
         mapped = self._map(number)

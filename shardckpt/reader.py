@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -23,9 +22,6 @@ from shardckpt.sharing import Unit, Wants
 
 __all__ = ["fill"]
 
-_AHEAD = 48 << 20
-"""Bytes that a rank fetches for all, ahead of the exchange under way."""
-_THREADS = 6
 _WORDS: Mapping[int, type[np.generic]] = {
     1: np.uint8,
     2: np.int16,
@@ -138,7 +134,7 @@ def _exchange(
                 receive(read, content[start : start + chunk.nbytes])
 
     own = [unit for batch in batches for unit in batch if unit.fetcher == ranks.rank]
-    with closing(_fetched_ahead(fetcher, own if error is None else [])) as fetched:
+    with closing(fetcher.fetch_ahead([unit.chunks for unit in own] if error is None else [])) as fetched:
         for batch in batches:
             mine = [unit for unit in batch if unit.fetcher == ranks.rank]
             ready: list[tuple[Unit, memoryview]] = []
@@ -164,23 +160,6 @@ def _exchange(
             except Exception as failure:
                 error = failure
     return error
-
-
-def _fetched_ahead(fetcher: Fetcher, units: Sequence[Unit]) -> Generator[memoryview]:
-    """The verified content of each unit, in order, fetched in the background some way ahead."""
-    waiting = deque(units)
-    running: deque[tuple[Unit, Future[memoryview]]] = deque()
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="shardckpt") as pool:
-        try:
-            while waiting or running:
-                ahead = sum(unit.nbytes for unit, _ in running)
-                while waiting and (not running or ahead + waiting[0].nbytes <= _AHEAD):
-                    unit = waiting.popleft()
-                    running.append((unit, pool.submit(fetcher.fetch, unit.chunks)))
-                    ahead += unit.nbytes
-                yield running.popleft()[1].result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: Read) -> None:

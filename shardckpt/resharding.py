@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import secrets
 import struct
@@ -33,6 +32,7 @@ from shardckpt.manifest import (
 from shardckpt.plan import ChunkWrite, Layout, SavePlan, plan_save
 from shardckpt.runs import Place, attempt_for, exact_place, find_place, read_manifest
 from shardckpt.storage import LocalStorage, Storage
+from shardckpt.storage.work import cleanup
 from shardckpt.streaming import iter_boxes
 from shardckpt.values import TensorRef, decode
 
@@ -40,6 +40,8 @@ __all__ = ["Resharded", "reshard"]
 
 _WINDOW = 2 << 30
 """Bytes of packs that are put together in a temporary file at a time, on their way to an object store."""
+
+_PIECE = 16 << 20
 
 _MOST_FILES = 256
 """Packs that are open at a time."""
@@ -117,8 +119,10 @@ def reshard(
     try:
         _persist(place, manifest, target.storage, proposal, progress)
         commit(target, proposal, _COMMIT_TIMEOUT)
-    except BaseException:
-        _clean(target)
+    except BaseException as error:
+        with cleanup(error, f"packs may be left at {target.url}"):
+            if not target.is_committed():
+                target.storage.delete_tree("")
         raise
     return Resharded(
         source=place.url,
@@ -140,13 +144,6 @@ def _check_empty(target: Place) -> None:
             f"{target.url} is not empty: it has {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}. "
             "Give a URL where nothing is yet, or delete what is there first"
         )
-
-
-def _clean(target: Place) -> None:
-    """Delete what was written, unless a checkpoint has come into being. Best effort."""
-    with contextlib.suppress(OSError):
-        if not target.is_committed():
-            target.storage.delete_tree("")
 
 
 def _persist(
@@ -250,21 +247,19 @@ def _remote_packs(storage: Storage, sizes: Mapping[int, int]) -> Iterator[Put]:
     end = 0
     for rank, nbytes in sizes.items():
         starts[rank] = end
-        end += -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        end += nbytes
     with tempfile.TemporaryFile() as file:
         with _explained(tempfile.gettempdir(), end):
             os.ftruncate(file.fileno(), end)
             yield lambda rank, offset, data: _write_at(file.fileno(), starts[rank] + offset, data)
         for rank, nbytes in sizes.items():
-            if not nbytes:
-                storage.write_pack(pack_path(rank), memoryview(b""))
-                continue
-            # One mapping for each pack: what was uploaded does not stay in memory.
-            with (
-                mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ, offset=starts[rank]) as mapping,
-                memoryview(mapping) as content,
-            ):
-                storage.write_pack(pack_path(rank), content)
+            pieces = _pieces_at(file.fileno(), starts[rank], nbytes)
+            storage.write_pieces(pack_path(rank), nbytes, pieces)
+
+
+def _pieces_at(descriptor: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+    for start in range(0, nbytes, _PIECE):
+        yield memoryview(os.pread(descriptor, min(_PIECE, nbytes - start), offset + start))
 
 
 def _write_at(descriptor: int, offset: int, data: memoryview) -> None:

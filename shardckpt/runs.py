@@ -9,10 +9,10 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,6 +20,7 @@ from shardckpt import records
 from shardckpt.errors import CorruptError, FormatError, NotACheckpointError, StateError, StorageError
 from shardckpt.manifest import FORMAT, MANIFEST, Manifest, Pack, attempt_and_step, decode_manifest
 from shardckpt.storage import Storage, open_storage
+from shardckpt.storage.rereading import read_twice
 
 __all__ = [
     "BAD",
@@ -36,12 +37,14 @@ __all__ = [
     "find_place",
     "iter_good",
     "iter_places",
+    "read_decoded",
     "read_manifest",
-    "read_manifest_bytes",
     "read_small",
     "step_path",
     "succession",
 ]
+
+T = TypeVar("T")
 
 ATTEMPT = "attempt.json"
 BAD = "bad.json"
@@ -206,29 +209,43 @@ def attempt_for(url: str, step: int) -> int | None:
 
 def read_manifest(place: Place) -> Manifest:
     """The checked manifest. Raises NotACheckpointError if there is none, FormatError if it is invalid."""
-    return decode_manifest(read_manifest_bytes(place), place.url)
+    return read_decoded(place, lambda data: decode_manifest(data, place.url))
 
 
-def read_manifest_bytes(place: Place) -> bytes:
-    """The manifest as it is stored. Raises NotACheckpointError if there is none, FormatError if it is no file."""
-    storage = place.storage
+def read_decoded(place: Place, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of the stored manifest, which is read again if that raises FormatError.
+
+    Raises NotACheckpointError if there is none, FormatError also if it is no file.
+    """
+
+    def read(storage: Storage) -> T:
+        return decode(_read_manifest(storage, place.url))
+
+    return read_twice(place.storage, read)
+
+
+def _read_manifest(storage: Storage, url: str) -> bytes:
     try:
         return storage.read(MANIFEST)
     except FileNotFoundError as error:
         if MANIFEST in storage.list():
             with contextlib.suppress(FileNotFoundError):
                 return storage.read(MANIFEST)  # it has come into being just now
-            raise FormatError(f"{place.url}: {MANIFEST} is a folder, and not a file") from error
+            raise FormatError(f"{url}: {MANIFEST} is a folder, and not a file") from error
         raise NotACheckpointError(
-            f"{place.url} has no {MANIFEST}: no checkpoint is there, its save was never finished, or it was "
+            f"{url} has no {MANIFEST}: no checkpoint is there, its save was never finished, or it was "
             "deleted just now"
         ) from error
 
 
 def read_small(storage: Storage, path: str) -> dict[str, Any]:
     """The members of a claim or a report. Raises FileNotFoundError, FormatError, StorageError."""
-    data = storage.read(path, 0, records.MAX_SMALL_BYTES + 1)
-    return records.decode_small(data, f"{storage.url}/{path}")
+
+    def read(storage: Storage) -> dict[str, Any]:
+        data = storage.read(path, 0, records.MAX_SMALL_BYTES + 1)
+        return records.decode_small(data, f"{storage.url}/{path}")
+
+    return read_twice(storage, read)
 
 
 class Claim(msgspec.Struct, frozen=True):

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
 
-import crc32c
 import msgspec
 import numpy as np
 
-from shardckpt.errors import CheckpointExistsError, CorruptError
-from shardckpt.manifest import MANIFEST, REFS, Manifest, Pack, chunk_bytes, encode_record, pack_path
+from shardckpt.errors import CheckpointError, CheckpointExistsError, CorruptError
+from shardckpt.fetch import Fetcher
+from shardckpt.manifest import (
+    CRC_BYTES,
+    MANIFEST,
+    REFS,
+    Manifest,
+    Pack,
+    chunk_bytes,
+    encode_record,
+    pack_path,
+)
+from shardckpt.reads import coalesced
 from shardckpt.runs import Place, attempt_for, exact_place, find_place, read_manifest
-from shardckpt.storage import LocalStorage, Storage, open_storage
+from shardckpt.storage import Storage, open_storage
+from shardckpt.storage.work import cleanup
 from shardckpt.zarr_view import encode_refs
 
 __all__ = ["copy"]
 
 _PIECE = 16 << 20
+_ZEROS = memoryview(bytes(1 << 20))
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes done so far, and the bytes in all."""
+
+
+class _Chunk(NamedTuple):
+    """A stored chunk. Is `Stored`."""
+
+    row: int
+    pack: int
+    offset: int
+    nbytes: int
+    crc32c: int
 
 
 def copy(
@@ -30,12 +53,18 @@ def copy(
     *,
     source_options: Mapping[str, Any] | None = None,
     target_options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> str:
     """Copy a checkpoint to the URL `target`, or of a run its newest good one into the run `target`.
 
     Every chunk is verified, and the copy exists only once it is whole: its manifest is written last. A run
-    keeps the attempt and step in its folders' names, so that training can resume from either side.
+    keeps the attempt and step in its folders' names, so that training can resume from either side. Needs no
+    space for temporary files, and memory for about 256 MiB, or a few of the largest chunks.
+
+    A copy that fails, or is interrupted, leaves the packs that are whole: the same call goes on from there.
+    Packs that are at the target already are read and verified, and copied only if they are not right. Of a
+    checkpoint that is corrupt nothing is left.
+
     `progress` is called with the bytes done and the bytes in all. Returns the copy's URL.
 
     Raises NotACheckpointError, CorruptError, CheckpointExistsError, StorageError; then there is no copy.
@@ -49,73 +78,102 @@ def copy(
     if copied.is_committed():
         raise CheckpointExistsError(f"{copied.url} has a checkpoint already, which is never overwritten")
     attempt = attempt_for(copied.url, manifest.step)
-    checks = _chunks_by_pack(manifest)
-    done = 0
-    for number, pack in enumerate(manifest.packs):
-        with _mapped(place, pack) as content:
-            _verify(content, checks[number], f"{place.url}: pack {pack.path}")
-            copied.storage.write_pack(pack_path(number), content)
-        done += pack.size
-        if progress is not None:
-            progress(done, manifest.stored_bytes)
-    packs = tuple(Pack(pack_path(number), pack.size) for number, pack in enumerate(manifest.packs))
-    attempt = manifest.attempt if attempt is None else attempt
-    manifest = msgspec.structs.replace(manifest, packs=packs, attempt=attempt)
-    copied.storage.write(REFS, encode_refs(manifest, copied.url))
+    made = msgspec.structs.replace(
+        manifest,
+        packs=tuple(Pack(pack_path(number), pack.size) for number, pack in enumerate(manifest.packs)),
+        attempt=manifest.attempt if attempt is None else attempt,
+    )
+    _copy_packs(Fetcher(place, manifest), copied, made, progress or (lambda _done, _total: None))
+    copied.storage.write(REFS, encode_refs(made, copied.url))
     try:
-        copied.storage.create(MANIFEST, encode_record(manifest))
+        copied.storage.create(MANIFEST, encode_record(made))
     except FileExistsError as error:
         raise CheckpointExistsError(f"{copied.url} was made by another writer meanwhile") from error
     return copied.url
 
 
-def _chunks_by_pack(manifest: Manifest) -> list[list[tuple[int, int, int]]]:
-    """For each pack, the (offset, bytes, checksum) of its chunks, in order."""
-    lengths = np.repeat(
-        [chunk_bytes(t.dtype, a.chunk) for t in manifest.tensors for a in t.arrays],
+def _copy_packs(source: Fetcher, copied: Place, made: Manifest, progress: Progress) -> None:
+    """Have all packs of the manifest `made` at the place of the copy."""
+    chunks = _chunks_by_pack(made)
+    found = set(copied.storage.list())
+    target = Fetcher(copied, made)
+    whole: list[str] = []
+    written: list[str] = []
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, made.stored_bytes)
+
+    try:
+        for number, pack in enumerate(made.packs):
+            before = done
+            if pack.path.partition("/")[0] not in found or not _is_right(target, chunks[number], advance):
+                done = before
+                written.append(pack.path)
+                with closing(_pieces(source, chunks[number], pack.size, advance)) as pieces:
+                    copied.storage.write_pieces(pack.path, pack.size, pieces)
+            whole.append(pack.path)
+            done = before + pack.size
+            progress(done, made.stored_bytes)
+    except CheckpointError as error:  # there will be no copy of this one
+        with cleanup(error, f"packs of it may be left at {copied.url}"):
+            for path in written:
+                copied.storage.delete(path)
+        raise
+    except BaseException as error:
+        if whole:
+            error.add_note(
+                f"{len(whole)} of {len(made.packs)} packs are at {copied.url}, complete: the same command goes "
+                "on with the others"
+            )
+        raise
+
+
+def _pieces(
+    source: Fetcher, chunks: Sequence[_Chunk], size: int, advance: Callable[[int], object]
+) -> Generator[memoryview]:
+    """The bytes of a pack, from its first to its last: verified chunks, and zeros between them."""
+    groups = list(coalesced(chunks, _PIECE))
+    position = 0
+    with closing(source.fetch_ahead(groups)) as contents:
+        for group, content in zip(groups, contents, strict=True):
+            yield from _zeros(group[0].offset - position)
+            yield content
+            advance(group[0].offset + len(content) - position)
+            position = group[0].offset + len(content)
+            source.drop(group)
+    yield from _zeros(size - position)
+
+
+def _zeros(count: int) -> Iterator[memoryview]:
+    for start in range(0, count, len(_ZEROS)):
+        yield _ZEROS[: count - start]
+
+
+def _is_right(target: Fetcher, chunks: Sequence[_Chunk], advance: Callable[[int], object]) -> bool:
+    """Whether a pack is at the target already, whole and right."""
+    groups = list(coalesced(chunks, _PIECE))
+    try:
+        with closing(target.fetch_ahead(groups)) as contents:
+            for group, content in zip(groups, contents, strict=True):
+                advance(len(content))
+                target.drop(group)
+    except CorruptError:
+        return False
+    return bool(groups)
+
+
+def _chunks_by_pack(manifest: Manifest) -> list[list[_Chunk]]:
+    """The chunks of each pack, in order, each once: tied tensors have rows of their own for the same bytes."""
+    nbytes = np.repeat(
+        [chunk_bytes(t.dtype, a.chunk) - CRC_BYTES for t in manifest.tensors for a in t.arrays],
         np.diff(manifest.first_chunks()),
     )
-    found: list[set[tuple[int, int, int]]] = [set() for _ in manifest.packs]
     table = manifest.chunks
-    for pack, offset, length, checksum in zip(
-        table.pack, table.offset, lengths.tolist(), table.crc32c, strict=True
-    ):
-        found[pack].add((offset, length, checksum))
-    return [sorted(chunks) for chunks in found]
-
-
-@contextmanager
-def _mapped(place: Place, pack: Pack) -> Iterator[memoryview]:
-    """The pack's bytes in memory that the kernel can take back: the file itself, or a temporary copy."""
-    path = place.pack(pack)
-    if pack.size == 0:
-        yield memoryview(b"")
-        return
-    if isinstance(place.root, LocalStorage):
-        with place.root.opened(path) as (fd, _):
-            found = os.fstat(fd).st_size
-            if found != pack.size:
-                raise CorruptError(
-                    f"{place.url}: pack {pack.path} has {found} bytes, and should have {pack.size}"
-                )
-            mapping = mmap.mmap(fd, pack.size, prot=mmap.PROT_READ)
-    else:
-        with tempfile.TemporaryFile() as file:
-            os.truncate(file.fileno(), pack.size)
-            mapping = mmap.mmap(file.fileno(), pack.size)
-        with memoryview(mapping) as whole:
-            for start in range(0, pack.size, _PIECE):
-                place.root.read_into(path, start, whole[start : start + _PIECE])
-    with memoryview(mapping) as content:
-        yield content
-
-
-def _verify(content: memoryview, chunks: list[tuple[int, int, int]], where: str) -> None:
-    for offset, length, checksum in chunks:
-        with content[offset : offset + length - 4] as chunk:
-            found = crc32c.crc32c(chunk)
-        if found != checksum:
-            raise CorruptError(
-                f"{where}: the chunk at byte {offset} has the checksum {found:08x}, the manifest says "
-                f"{checksum:08x}. No copy was made; copy another checkpoint of this run (shardckpt ls)."
-            )
+    columns = zip(table.pack, table.offset, nbytes.tolist(), table.crc32c, strict=True)
+    found: list[dict[int, _Chunk]] = [{} for _ in manifest.packs]
+    for row, (pack, offset, length, checksum) in enumerate(columns):
+        found[pack].setdefault(offset, _Chunk(row, pack, offset, length, checksum))
+    return [sorted(chunks.values(), key=lambda chunk: chunk.offset) for chunks in found]

@@ -29,6 +29,7 @@ __all__ = [
     "FaultyStorage",
     "HookedStorage",
     "Killed",
+    "MisreadStorage",
     "Opener",
     "SaverHost",
     "SaverThread",
@@ -177,6 +178,43 @@ class HookedStorage(FaultyStorage):
     def _enter(self, method: str, path: str, *, mutates: bool = False) -> None:
         self._hook(method, self._name(path))
         super()._enter(method, path, mutates=mutates)
+
+
+class MisreadStorage(FaultyStorage):
+    """One bit of what it reads is wrong: in files whose path ends with `name`, as often as `times` says.
+
+    What is stored is right. `fresh` gives a folder of which the same is true: it shares the count.
+    """
+
+    def __init__(self, inner: Storage, name: str, times: int = 1) -> None:
+        super().__init__(inner)
+        self._file = name
+        self._left = [times]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all wrong bits have been read."""
+        return self._left[0] <= 0
+
+    def at(self, path: str) -> MisreadStorage:
+        below = MisreadStorage(self._inner.at(path), self._file)
+        below._log, below._folder, below._left = self._log, self._name(path), self._left
+        return below
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        data = bytearray(super().read(path, start, stop))
+        self._spoil(path, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        super().read_into(path, offset, buffer)
+        self._spoil(path, buffer)
+
+    def _spoil(self, path: str, data: memoryview) -> None:
+        with self._log.lock:
+            if path.endswith(self._file) and data and self._left[0] > 0:
+                self._left[0] -= 1
+                data[len(data) // 2] ^= 1
 
 
 # -- savers

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, by default that of this process. Returns its exit code; raises for bugs only."""
     if argv is not None:
         return _run(list(argv))
-    signal.signal(signal.SIGTERM, _interrupt)  # so that what is half-written is deleted
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that what is half-written is deleted
+        signal.signal(number, _interrupt)
     try:
         return _run(sys.argv[1:])
     finally:
@@ -59,8 +60,9 @@ def _run(arguments: list[str]) -> int:
         return int(end.code or 0)
     except BrokenPipeError:
         return _leave_pipe()
-    except KeyboardInterrupt:
-        print("shardckpt: interrupted; nothing half-written is left", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        left = "; ".join(_notes(interrupt)) or "nothing half-written is left"
+        print(f"shardckpt: interrupted; {printable(left)}", file=sys.stderr)
         return INTERRUPTED
     except (UsageError, ShardckptError, OSError) as error:
         return _fail(error, as_json="--json" in arguments)
@@ -210,11 +212,16 @@ def _fail(error: Exception, *, as_json: bool) -> int:
         if not isinstance(error, OSError) or isinstance(error, ShardckptError)
         else _of_system(error)
     )
-    line = " ".join(text.split()) or type(error).__name__
+    line = " ".join("; ".join([text.rstrip(), *_notes(error)]).split()) or type(error).__name__
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": line, "exit_code": code}})
     print(f"shardckpt: {printable(line)}", file=sys.stderr)
     return code
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way: what is left of the work, and where."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _of_system(error: OSError) -> str:
@@ -231,4 +238,7 @@ def _leave_pipe() -> int:
 
 
 def _interrupt(*_: object) -> NoReturn:
+    """End the command. What it tidies up by then takes a moment, which nothing is to cut short."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from shardckpt.runs import (
     Place,
     exact_place,
     iter_places,
-    read_manifest_bytes,
+    read_decoded,
     read_small,
 )
 from shardckpt.storage import Storage
@@ -135,7 +135,7 @@ def _row(place: Place) -> Row:
         note = _error_in(storage, FAILED) if FAILED in names else ""
         return Row(place.url, attempt, step, "failed" if FAILED in names else "unfinished", note=note)
     try:
-        head = decode_head(read_manifest_bytes(place), place.url)
+        head = read_decoded(place, lambda data: decode_head(data, place.url))
     except UnknownVersionError as error:
         return Row(place.url, attempt, step, "other version", note=_about(place, error))
     except CheckpointError as error:

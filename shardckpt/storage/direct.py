@@ -75,34 +75,31 @@ def write_pieces(path: str, size: int, pieces: Iterable[memoryview]) -> None:
         os.close(fd)
 
 
-def read_file(path: str, offset: int, view: memoryview) -> int:
-    """Fill `view` from the disk, as far as the file goes; how far that is. What is cached is not trusted.
+def read_file(fd: int, offset: int, view: memoryview) -> int:
+    """Fill `view` from the disk, as far as the open file goes; how far that is. What is cached is not trusted.
 
-    Where the file system has no O_DIRECT, the kernel is asked to forget what it has cached.
+    Where the file system has no O_DIRECT, the kernel is asked to forget what it has cached. The descriptor is
+    not good for other reads afterwards.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):
-            os.fdatasync(fd)  # what is not written yet cannot be forgotten
-        os.posix_fadvise(fd, offset, len(view), os.POSIX_FADV_DONTNEED)
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
-        found = 0
-        with mmap.mmap(-1, _BLOCK) as memory, memoryview(memory) as bounce:
-            while found < len(view):
-                position = offset + found
-                start = position // _PAGE * _PAGE
-                end = -(-(offset + len(view)) // _PAGE) * _PAGE
-                with bounce[: min(_BLOCK, end - start)] as pages:
-                    n = _read_once(fd, pages, start) - (position - start)
-                if n <= 0:
-                    break
-                n = min(n, len(view) - found)
-                view[found : found + n] = bounce[position - start : position - start + n]
-                found += n
-        return found
-    finally:
-        os.close(fd)
+    with contextlib.suppress(OSError):
+        os.fdatasync(fd)  # what is not written yet cannot be forgotten
+    os.posix_fadvise(fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+    found = 0
+    with mmap.mmap(-1, _BLOCK) as memory, memoryview(memory) as bounce:
+        while found < len(view):
+            position = offset + found
+            start = position // _PAGE * _PAGE
+            end = -(-(offset + len(view)) // _PAGE) * _PAGE
+            with bounce[: min(_BLOCK, end - start)] as pages:
+                n = _read_once(fd, pages, start) - (position - start)
+            if n <= 0:
+                break
+            n = min(n, len(view) - found)
+            view[found : found + n] = bounce[position - start : position - start + n]
+            found += n
+    return found
 
 
 def _read_once(fd: int, pages: memoryview, offset: int) -> int:

@@ -92,7 +92,7 @@ class LocalStorage:
             if self._past_caches:
                 data = bytearray(max(0, stop - start))
                 with _explained("read", full):
-                    found = direct.read_file(full, start, memoryview(data))
+                    found = direct.read_file(fd, start, memoryview(data))
                 return bytes(data[:found])
             with _explained("read", full):
                 pieces = []
@@ -105,13 +105,10 @@ class LocalStorage:
         found, wanted, view = 0, buffer.nbytes, as_bytes(buffer)
         with self.opened(path) as (fd, full), _explained("read", full):
             if self._past_caches:
-                found = direct.read_file(full, offset, view)
-            while (
-                not self._past_caches
-                and found < wanted
-                and (n := os.preadv(fd, [view[found:]], offset + found))
-            ):
-                found += n
+                found = direct.read_file(fd, offset, view)
+            else:
+                while found < wanted and (n := os.preadv(fd, [view[found:]], offset + found)):
+                    found += n
         if found < wanted:
             raise CorruptError(
                 f"{full} is truncated: wanted {wanted} bytes at offset {offset}, found {found}"

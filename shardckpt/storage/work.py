@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from functools import partial
@@ -149,11 +150,16 @@ def in_thread(function: Callable[[], T]) -> Work[T]:
 def cleanup(error: BaseException, left: str) -> Iterator[None]:
     """For tidying up after `error`: what fails in the block is added to the error as a note, `left`.
 
-    After an interrupt there is little time for it; after any other error as much as the storage needs.
+    After an interrupt there is little time for it, all blocks for the same one together; after any other error
+    as much as the storage needs.
     """
     try:
-        with at_most(_CLEANUP) if not isinstance(error, Exception) else contextlib.nullcontext():
+        if isinstance(error, Exception):
             yield
+        else:
+            until = error.__dict__.setdefault("_tidied_until", time.monotonic() + _CLEANUP)
+            with at_most(until - time.monotonic()):
+                yield
     except FileNotFoundError:
         pass
     except BaseException as failure:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardckpt import packs, reader, sharing
+from shardckpt import fetch, packs, sharing
 from shardckpt.box import Box, Piece
 from shardckpt.errors import CorruptError, StorageError
 from shardckpt.local import LocalTensor, empty_like_saved, local_tensor
@@ -249,7 +249,7 @@ def test_a_job_fetches_each_byte_once(
     for module, name, value in (
         (sharing, "_UNIT", 8 << 10),
         (sharing, "_BATCH", 20 << 10),
-        (reader, "_AHEAD", 16 << 10),
+        (fetch, "_AHEAD", 16 << 10),
     ):
         monkeypatch.setattr(module, name, value)
     storage = Remote(open_storage(tmp_path))
