@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from zarr.buffer.cpu import Buffer
-from zarr.core.dtype.common import HasEndianness, HasItemSize
-from zarr.dtype import DataTypeValidationError, ZDType, data_type_registry
+from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
+from zarr.dtype import ZDType, data_type_registry
 
 from shardckpt.dtypes import EXTENDED
 
