@@ -183,6 +183,8 @@ def _array_paths(tensor: Tensor) -> Sequence[str]:
 
 def _chunk_keys(grid: Sequence[int]) -> Iterable[str]:
     """The end of each chunk's key, in C order: `/0/1`; the empty string for a scalar's only chunk."""
+    if 0 in grid:
+        return ()  # however many there would be along the other dimensions
     axes = [[f"/{i}" for i in range(n)] for n in grid]
     return axes[0] if len(axes) == 1 else map("".join, itertools.product(*axes))
 
@@ -222,7 +224,9 @@ def _nodes(tensors: Iterable[Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
             }
             yield tensor.name, _group({"shape": tensor.shape, "dtype": tensor.dtype, "boxes": boxes})
         for path, array in zip(paths, tensor.arrays, strict=True):
-            yield path, _array(tensor.dtype, array.shape, array.chunk)
+            # Zarr goes through the chunks of an array without elements, which has none: as few as can be.
+            chunk = array.chunk if array.box.volume else tuple(max(n, 1) for n in array.shape)
+            yield path, _array(tensor.dtype, array.shape, chunk)
 
 
 def _group(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,10 @@ class FaultyStorage:
         self._enter("list", path)
         return self._inner.list(path)
 
+    def sizes(self, path: str = "") -> dict[str, int]:
+        self._enter("sizes", path)
+        return self._inner.sizes(path)
+
     def delete(self, path: str) -> None:
         self._enter("delete", path, mutates=True)
         self._inner.delete(path)

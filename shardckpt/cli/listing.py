@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 from shardckpt.cli.output import Column, age, print_json, print_table, size
 from shardckpt.errors import CheckpointError, FormatError, NotACheckpointError, UnknownVersionError
 from shardckpt.fetch import in_parallel
-from shardckpt.manifest import MANIFEST, decode_head
+from shardckpt.manifest import MANIFEST, Pack, decode_head
 from shardckpt.runs import (
     BAD,
     FAILED,
@@ -38,6 +39,7 @@ _COLUMNS = (
 
 _STYLES = {
     "bad": "red",
+    "damaged": "red",
     "invalid": "red",
     "failed": "yellow",
     "unfinished": "yellow",
@@ -55,8 +57,9 @@ class Row:
         url: where it is.
         attempt: from the folder's name; 0 outside a run.
         step: from the manifest, or the folder's name.
-        state: "good"; "bad" (marked by a reader whose verification failed); "unfinished" (under way, or
-            given up); "failed" (the writer said so); "invalid" (its manifest cannot be read); "other version".
+        state: "good" (its packs are there, with the right length); "bad" (marked by a reader whose verification
+            failed); "damaged" (a pack is missing, or has another length); "unfinished" (under way, or given
+            up); "failed" (the writer said so); "invalid" (its manifest cannot be read); "other version".
         newest: whether it is the newest good one, which `restore` takes.
         note: what is known of a failure.
     """
@@ -80,10 +83,11 @@ def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None)
     """
     exact = exact_place(url, storage_options)
     names = exact.storage.list()
+    sizes = lru_cache(maxsize=None)(exact.root.sizes)
     if exact.path or MANIFEST in names:
         if not names:
             raise NotACheckpointError(f"{exact.url}: nothing is there")
-        return [_row(exact)]
+        return [_row(exact, sizes)]
     places = sorted(iter_places(exact.root), key=lambda place: place.order)
     if not places:
         found = (
@@ -94,7 +98,7 @@ def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None)
         raise NotACheckpointError(
             f"{exact.url} is neither a run with checkpoints nor a checkpoint: {found}"
         )
-    rows = in_parallel(_row, places)
+    rows = in_parallel(partial(_row, sizes=sizes), places)
     good = [number for number, row in enumerate(rows) if row.state == "good"]
     if good:
         rows[good[-1]] = Row(**{**asdict(rows[good[-1]]), "newest": True})
@@ -127,7 +131,7 @@ def show(url: str, storage_options: Mapping[str, Any] | None, *, as_json: bool) 
     return 0
 
 
-def _row(place: Place) -> Row:
+def _row(place: Place, sizes: Callable[[str], dict[str, int]]) -> Row:
     attempt, step, _ = place.order
     storage = place.storage
     names = storage.list()
@@ -143,6 +147,8 @@ def _row(place: Place) -> Row:
     state, note = "good", ""
     if BAD in names:
         state, note = "bad", _error_in(storage, BAD).removeprefix(f"{place.url}: ")
+    elif problem := _pack_problem(place, head.packs, sizes):
+        state, note = "damaged", problem
     return Row(
         url=place.url,
         attempt=attempt,
@@ -154,6 +160,20 @@ def _row(place: Place) -> Row:
         metrics=head.metric_values,
         note=note,
     )
+
+
+def _pack_problem(place: Place, packs: Sequence[Pack], sizes: Callable[[str], dict[str, int]]) -> str:
+    """What the storage lacks of the packs, or has of another length: by a listing of the folders they are in."""
+    wrong = []
+    for pack in packs:
+        path = place.pack(pack)
+        folder = "/".join(path.split("/")[:2]) if place.path else ""
+        found = sizes(folder).get(path.removeprefix(f"{folder}/"))
+        if found != pack.size:
+            lack = "is missing" if found is None else f"has {found} bytes"
+            wrong.append(f"{pack.path} {lack}, and should have {pack.size}")
+    more = f", and {len(wrong) - 1} more like it" if len(wrong) > 1 else ""
+    return f"the pack {wrong[0]}{more}" if wrong else ""
 
 
 def _error_in(storage: Storage, name: str) -> str:

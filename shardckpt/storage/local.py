@@ -179,6 +179,34 @@ class LocalStorage:
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
+    def sizes(self, path: str = "") -> dict[str, int]:
+        found: dict[str, int] = {}
+        linked: set[str] = set()
+        waiting = [path]
+        while waiting:
+            folder = waiting.pop()
+            full = join(self._path, folder, self._path)
+            with _explained("list", full):
+                try:
+                    entries = list(os.scandir(full))
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+            for entry in entries:
+                if is_temporary(entry.name):
+                    continue
+                below = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir():
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else ""
+                    if not real or (real not in linked and (self._follow_links or self._is_inside(real))):
+                        linked.add(real)
+                        waiting.append(below)
+                    continue
+                with contextlib.suppress(FileNotFoundError, FormatError):
+                    regular = entry.is_file(follow_symlinks=False)
+                    size = entry.stat(follow_symlinks=False).st_size if regular else self.size(below)
+                    found[below[len(path) :].lstrip("/")] = size
+        return found
+
     def delete(self, path: str) -> None:
         full = join(self._path, path, self._path)
         with _explained("delete", full):
@@ -234,15 +262,17 @@ class LocalStorage:
 
     def _check_inside(self, fd: int, full: str) -> None:
         """Raise FormatError if an open file lies outside the root: a link in a copied run may lead anywhere."""
-        root = os.path.realpath(self._root).rstrip("/") + "/"
         with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{fd}").startswith(root):
+            if self._is_inside(os.readlink(f"/proc/self/fd/{fd}")):
                 return
-        if not (real := os.path.realpath(full)).startswith(root):
+        if not self._is_inside(real := os.path.realpath(full)):
             raise FormatError(
                 f"{full} is {real}, by a symbolic link that leads out of {self._root}, and is not read. If "
                 "you trust it, give the option follow_links"
             )
+
+    def _is_inside(self, real: str) -> bool:
+        return real.startswith(os.path.realpath(self._root).rstrip("/") + "/")
 
     @contextlib.contextmanager
     def _temporary(self, full: str, data: bytes | memoryview) -> Iterator[str]:

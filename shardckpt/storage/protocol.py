@@ -99,6 +99,13 @@ class Storage(Protocol):
         Temporary files of this library are left out.
         """
 
+    def sizes(self, path: str = "") -> dict[str, int]:
+        """The bytes of every file below, by its path from there; {} if there is no such folder.
+
+        Takes a request for a thousand files or so, not one for each. Temporary files of this library are left
+        out, and so is what `size` refuses.
+        """
+
     def delete(self, path: str) -> None:
         """Remove a file for good. An absent one is fine."""
 

@@ -168,6 +168,19 @@ class FsspecStorage:
             return []
         return sorted(name for name in names if not is_temporary(name))
 
+    def sizes(self, path: str = "") -> dict[str, int]:
+        self._system.invalidate_cache()
+        try:
+            found = self._do("read", path, self._system.find, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        start = len(self._system._strip_protocol(self._name(path)).rstrip("/")) + 1
+        return {
+            name[start:]: int(info["size"])
+            for name, info in found.items()
+            if info["type"] == "file" and name[start:] and not is_temporary(name.rpartition("/")[2])
+        }
+
     def delete(self, path: str) -> None:
         try:
             self._do("delete", path, self._system.rm_file)

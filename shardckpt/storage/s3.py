@@ -155,6 +155,17 @@ class S3Storage:
             names.update(key[len(prefix) :].rstrip("/") for key in keys)
         return sorted(name for name in names if name and not is_temporary(name))
 
+    def sizes(self, path: str = "") -> dict[str, int]:
+        prefix = self._prefix(path)
+        found = {
+            entry["Key"][len(prefix) :]: int(entry["Size"])
+            for page in self._wait(self._pages(prefix))
+            for entry in page.get("Contents", [])
+        }
+        return {
+            name: size for name, size in found.items() if name and not is_temporary(name.rpartition("/")[2])
+        }
+
     def delete(self, path: str) -> None:
         try:
             self._wait(self._client.request("delete_object", self._key(path)))

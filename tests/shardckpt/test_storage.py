@@ -161,6 +161,9 @@ class TestContract:
         assert store.list() == ["a", "b", "c", "c-1"]
         assert store.list("b") == store.at("b").list() == ["deep", "file"]
         assert store.list("a") == []  # a file
+        assert store.sizes() == {"a": 1, "b/deep/er/file": 1, "b/file": 1, "c-1/x": 1, "c/x": 1}
+        assert store.sizes("b") == store.at("b").sizes() == {"deep/er/file": 1, "file": 1}
+        assert store.sizes("a") == store.sizes("none") == store.sizes("b/dee") == {}
         assert store.list("b/dee") == []  # the beginning of a name is no folder
 
     def test_delete(self, store: Storage) -> None:
