@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -18,7 +19,7 @@ from shardckpt.fetch import Fetcher
 from shardckpt.manifest import Manifest, Tensor
 from shardckpt.reads import ChunkIndex, Read, index_chunks, plan_reads
 from shardckpt.runs import Place, find_place, read_manifest
-from shardckpt.storage import Storage
+from shardckpt.storage import LocalStorage, Storage
 from shardckpt.values import decode
 from shardckpt.zarr_view import open_group
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     import zarr
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+
+_COMPARED, _LONGEST = 10_000, 200
+"""Names, and their characters, among which one is sought that is like a wrong one: that takes quadratic time."""
 
 
 class Checkpoint:
@@ -88,15 +93,17 @@ class Checkpoint:
         """
         tensor = self.tensor(name)
         box, rest = _bounds(index, tensor.shape)
-        result = np.zeros(box.shape, dtype=numpy_dtype(tensor.dtype))
         fetcher = Fetcher(self._place, self.manifest)
+        reads = plan_reads(self.manifest, [(name, box)], self._index)
+        fetcher.check_sizes(reads)
+        result = np.zeros(box.shape, dtype=numpy_dtype(tensor.dtype))
 
         def take(read: Read) -> None:
             chunk = fetcher.chunk(read)
             for copy in read.copies:
                 result[copy.target] = chunk[copy.source]
 
-        fetcher.verify(plan_reads(self.manifest, [(name, box)], self._index), take)
+        fetcher.verify(reads, take)
         return np.asarray(result[rest])
 
     def tensor(self, name: str) -> Tensor:
@@ -104,13 +111,19 @@ class Checkpoint:
         if name not in self.tensors:
             import difflib
 
-            alike = difflib.get_close_matches(name, self.tensors, n=3)
+            usual = [known for known in itertools.islice(self.tensors, _COMPARED) if len(known) <= _LONGEST]
+            alike = difflib.get_close_matches(name[:_LONGEST], usual, n=3)
             hint = f"; did you mean {', '.join(map(repr, alike))}?" if alike else ""
             raise MissingKeysError(f"{self.url} has no tensor {name!r}{hint}")
         return self.tensors[name]
 
     def zarr(self) -> zarr.Group:
-        """The tensors as a read-only zarr.Group, which fetches chunks when they are indexed."""
+        """The tensors as a read-only zarr.Group, which fetches chunks when they are indexed.
+
+        Raises CorruptError if a pack in a local folder is not there, or has another size.
+        """
+        if isinstance(self._place.root, LocalStorage):  # elsewhere it takes a request for each
+            Fetcher(self._place, self.manifest).check_all_sizes()
         return open_group(self.url, self._options, manifest=self.manifest)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> int:

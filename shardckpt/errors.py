@@ -50,6 +50,15 @@ __all__ = [
 ]
 
 
+LOAD_ANOTHER = "Load another checkpoint of this run (shardckpt ls), and have the storage checked."
+"""The remedy at the end of a CorruptError about a chunk."""
+
+
+def finding(error: Exception) -> str:
+    """What an error found, without the remedy that whoever tells of it sees to."""
+    return str(error).removesuffix(LOAD_ANOTHER).strip().rstrip(".")
+
+
 class ShardckptError(Exception):
     """Every error that this library raises by itself."""
 

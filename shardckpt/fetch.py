@@ -18,12 +18,13 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
+from shardckpt.box import Box
 from shardckpt.dtypes import numpy_dtype
-from shardckpt.errors import CorruptError
+from shardckpt.errors import LOAD_ANOTHER, CorruptError
 from shardckpt.manifest import CRC_BYTES, Manifest
 from shardckpt.packs import Source, open_packs
 from shardckpt.progress import alive
-from shardckpt.reads import Read, Stored, coalesced, describe
+from shardckpt.reads import Read, Stored, coalesced, describe, plan_reads
 from shardckpt.storage.rereading import warn_misread
 from shardckpt.storage.work import Interruption
 
@@ -83,6 +84,11 @@ class Fetcher:
         groups = list(coalesced(reads, self._packs.request))
         self._check_sizes(groups)
         in_parallel(verify, groups, self._threads)
+
+    def check_all_sizes(self) -> None:
+        """Compare the size of every pack with the manifest's. Raises CorruptError, StorageError."""
+        reads = plan_reads(self._manifest, [(t.name, Box.whole(t.shape)) for t in self._manifest.tensors])
+        self.check_sizes(reads)
 
     def check_sizes(self, reads: Iterable[Read]) -> None:
         """Compare the sizes of the chunks' packs with the manifest's, before memory is made for them.
@@ -183,8 +189,7 @@ class Fetcher:
             if difference := self._difference(chunk, part):
                 raise CorruptError(
                     f"{self._packs.url}: {describe(self._manifest, chunk.row)} is corrupt, also when it is read "
-                    f"again: {difference}. Load another checkpoint of this run (shardckpt ls), and have the "
-                    "storage checked."
+                    f"again: {difference}. {LOAD_ANOTHER}"
                 )
             warn_misread(
                 f"{self._packs.url}: {describe(self._manifest, chunk.row)} was read wrongly: {first}."

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardckpt.boundary import plain_errors
-from shardckpt.errors import ShardckptError
+from shardckpt.errors import CheckpointError, ShardckptError
+from shardckpt.fetch import Fetcher
 from shardckpt.garbage import no_garbage_collection
+from shardckpt.local import CannotAllocateError
 from shardckpt.manifest import Manifest, decode_checked, decode_manifest
 from shardckpt.packs import Source
 from shardckpt.persisting import tier_of
@@ -148,6 +150,8 @@ def _fill(
     targets = Targets()
     try:
         targets = bind(state, manifest, ranks.rank, strict=strict)
+    except CannotAllocateError as failure:
+        error = _larger_than_stored(source, manifest) or failure
     except Exception as failure:  # of the state's own objects, too
         error = failure
     agree(ranks, error)
@@ -162,6 +166,16 @@ def _fill(
         error = failure
     agree(ranks, error)
     return targets, nbytes
+
+
+def _larger_than_stored(source: Source, manifest: Manifest) -> CheckpointError | None:
+    """What is wrong with the packs' sizes, which say how large the tensors are."""
+    try:
+        if isinstance(source, Place):
+            Fetcher(source, manifest).check_all_sizes()
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:

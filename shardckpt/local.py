@@ -13,8 +13,8 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_strided
-from shardckpt.dtypes import DTYPES
-from shardckpt.errors import UnsupportedValueError
+from shardckpt.dtypes import DTYPES, itemsize
+from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.manifest import shape_problem
 from shardckpt.objects import local_part
 from shardckpt.pages import prefer_huge_pages
@@ -155,7 +155,21 @@ def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | No
 
     Where it has not, or there is none, a plain tensor in the memory of the CPU.
     """
-    kind = torch_dtype(dtype)
+    try:
+        return _empty_like_saved(torch_dtype(dtype), shape, like)
+    except (RuntimeError, MemoryError) as error:
+        nbytes = math.prod(shape) * itemsize(dtype)
+        raise CannotAllocateError(
+            f"a tensor of shape {list(shape)} and type {dtype} has {nbytes} bytes, for which there is no memory: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+class CannotAllocateError(StateError, MemoryError):
+    """There is no memory for a tensor of the checkpoint: it is too large here, or its size is a forgery."""
+
+
+def _empty_like_saved(kind: torch.dtype, shape: tuple[int, ...], like: torch.Tensor | None) -> torch.Tensor:
     if like is None or tuple(like.shape) != shape or like.is_meta:
         held = made = torch.empty(shape, dtype=kind, device="cpu")
     elif isinstance(like, DTensor):

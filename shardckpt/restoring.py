@@ -17,6 +17,7 @@ from shardckpt.errors import (
     NotACheckpointError,
     StorageError,
     UnknownVersionError,
+    finding,
 )
 from shardckpt.garbage import no_garbage_collection
 from shardckpt.handle import MEMORY
@@ -79,11 +80,11 @@ class Newest:
                 if candidate.snapshot is not None or candidate.tier == len(self._tiers) - 1:
                     raise
                 failure = error
-                self._warn("%s; going on without what the local tier has of it", error)
+                self._warn("going on without what the local tier has of it: %s", error)
                 continue
             except (CorruptError, FormatError) as error:
                 failure = error
-                self._warn("%s; going on with the checkpoint before it", error)
+                self._warn("going on with the checkpoint before it: %s", error)
                 if candidate.snapshot is None and self._ranks.rank == 0:
                     _mark_bad(self._place(candidate), error)
                 continue
@@ -176,7 +177,7 @@ class Newest:
 
     def _warn(self, text: str, error: Exception) -> None:
         if self._ranks.rank == 0:
-            _log.warning(text, error)
+            _log.warning(text, finding(error))
 
 
 def _mark_bad(place: Place, error: Exception) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from shardckpt.box import Box
 from shardckpt.cli.output import Progress, count, print_json, printable, size
-from shardckpt.errors import CorruptError
+from shardckpt.errors import CorruptError, finding
 from shardckpt.fetch import Fetcher
 from shardckpt.manifest import REFS, Manifest
 from shardckpt.reads import Read, plan_reads
@@ -106,7 +106,7 @@ def _damage(place: Place, manifest: Manifest, reads: list[Read]) -> str:
     try:
         Fetcher(place, manifest).verify(reads)
     except CorruptError as error:
-        return str(error).removeprefix(f"{place.url}: ").partition(" Load another")[0].rstrip(".")
+        return finding(error).removeprefix(f"{place.url}: ")
     return ""
 
 
