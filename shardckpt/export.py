@@ -27,7 +27,7 @@ from shardckpt.runs import find_place, read_manifest
 from shardckpt.safetensors_file import encode_header, sorted_for_alignment, write_tensors
 from shardckpt.storage import Storage
 from shardckpt.streaming import iter_boxes, slabs
-from shardckpt.values import PerRankRef, TensorRef, decode, segment
+from shardckpt.values import PerRankRef, TensorRef, children, decode, rebuilt, segment
 
 __all__ = ["SUFFIXES", "Merged", "merge"]
 
@@ -134,12 +134,7 @@ def _subtree(manifest: Manifest, state: Any, only: str | None) -> Any:
     """What lies at the path `only` of the state, with per-rank values as lists by rank."""
     found = _with_ranks(state, manifest)
     for number, part in enumerate(only.strip("/").split("/") if only else ()):
-        if isinstance(found, dict):
-            below = {segment(key): value for key, value in found.items()}
-        elif isinstance(found, list | tuple):
-            below = {str(index): value for index, value in enumerate(found)}
-        else:
-            below = {}
+        below = {segment(key): value for key, value in children(found)}
         if part not in below:
             place = "/".join(str(only).strip("/").split("/")[:number])
             names = ", ".join(list(below)[:8]) + (" ..." if len(below) > 8 else "")
@@ -152,11 +147,8 @@ def _subtree(manifest: Manifest, state: Any, only: str | None) -> Any:
 def _with_ranks(value: Any, manifest: Manifest) -> Any:
     if isinstance(value, PerRankRef):
         return [decode(values[value.path]) for values in manifest.per_rank if value.path in values]
-    if isinstance(value, dict):
-        return {key: _with_ranks(item, manifest) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_with_ranks(item, manifest) for item in value)
-    return value
+    items = [_with_ranks(item, manifest) for _, item in children(value)]
+    return rebuilt(value, items) if items else value
 
 
 def _named(manifest: Manifest, state: Any, only: str | None) -> dict[str, Tensor]:
@@ -177,8 +169,8 @@ def _references(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """The tensors of a tree: the keys that lead to each, and its name in the checkpoint."""
     if isinstance(value, TensorRef):
         yield path, value.name
-    elif isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+    else:
+        for key, item in children(value):
             yield from _references(item, f"{path}/{key}" if path else str(key))
 
 

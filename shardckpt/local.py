@@ -11,25 +11,34 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parameter import is_lazy
 
 from shardckpt.box import Box, Piece, Runs, pieces_of_runs, split_strided
 from shardckpt.dtypes import DTYPES, itemsize
 from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.manifest import shape_problem
-from shardckpt.objects import local_part
 from shardckpt.pages import prefer_huge_pages
 from shardckpt.plan import Layout
+from shardckpt.wrapped import is_wrapper, local_part
 
 __all__ = [
     "LocalTensor",
+    "Sharding",
     "as_array",
+    "check_memory",
     "dtype_name",
     "empty_like_saved",
     "flat_bytes",
     "is_plain",
     "local_tensor",
+    "sharding_of",
     "torch_dtype",
 ]
+
+_PARTS = (Replicate, Shard, _StridedShard)
+"""Placements that give a rank all of a tensor or a part that is known here; not subclasses, which may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,35 +128,79 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return plain and not tensor.is_conj() and not tensor.is_neg()
 
 
-def local_tensor(tensor: torch.Tensor, name: str, *, first_holder: bool = False) -> LocalTensor:
+def local_tensor(
+    tensor: torch.Tensor, name: str, *, local: torch.Tensor | None = None, first_holder: bool = False
+) -> LocalTensor:
     """What this rank holds of `tensor`, a plain tensor (held whole) or a DTensor.
 
-    Raises UnsupportedValueError for layouts that cannot be stored: sparse or quantized tensors, meta
-    tensors, and DTensors with partial values.
+    Args:
+        tensor: says what its shape is, and which part of it is here.
+        name: its name in the checkpoint, for error messages too.
+        local: what is here, if it is not the tensor's own local part but of the same shape.
+        first_holder: see Layout.
+
+    Raises UnsupportedValueError for what has no elements in memory of its own, such as sparse, quantized, nested,
+    meta and fake tensors, and for DTensors whose placements do not say which part of it is here.
     """
+    data = local_part(tensor) if local is None else local
+    check_memory(data, name)
+    data = data.detach()
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
-        data = local_part(tensor).detach()
-        pieces = _dtensor_pieces(tensor, name)
-        held = sum(piece.box.volume for piece in pieces)
-        if held != data.numel():
+        pieces = sharding_of(tensor, name).pieces
+        wanted = tuple(
+            max((p.at[d] + p.box.shape[d] for p in pieces), default=0) for d in range(len(shape))
+        )
+        if sum(p.box.volume for p in pieces) != data.numel() or (pieces and wanted != tuple(data.shape)):
             raise UnsupportedValueError(
                 f"state[{name!r}] is a DTensor of shape {list(shape)} with placements {tensor.placements}, "
-                f"of which this rank should hold {held} elements, but its local tensor has {data.numel()}"
+                f"of which this rank should hold a part of shape {list(wanted)}, but its local tensor has the "
+                f"shape {list(data.shape)}. Make it with distribute_tensor, or pass its true shape to from_local."
             )
     else:
-        data = tensor.detach()
         pieces = (Piece(Box.whole(shape), (0,) * len(shape)),) if math.prod(shape) else ()
-    if data.layout is not torch.strided or data.is_quantized or data.is_meta:
-        kind = "meta" if data.is_meta else "quantized" if data.is_quantized else str(data.layout)
-        raise UnsupportedValueError(
-            f"state[{name!r}] is a {kind} tensor, which has no plain memory to store or to load into. "
-            "Convert it to a dense tensor first (for a meta tensor: module.to_empty(device=...))."
-        )
     dtype = dtype_name(data.dtype, name)
     if problem := shape_problem(dtype, shape):
         raise UnsupportedValueError(f"state[{name!r}] {problem}. Reshape it, or leave it out.")
     return LocalTensor(name, dtype, shape, pieces, data, first_holder)
+
+
+def check_memory(data: torch.Tensor, name: str) -> None:
+    """Raise UnsupportedValueError unless a local tensor has memory, in which its strides find its elements."""
+    kind = remedy = None
+    if is_lazy(data):
+        kind, remedy = "an uninitialized parameter or buffer", "Run the model once, which gives it a shape."
+    elif data.is_nested:
+        kind, remedy = "a nested tensor", "Pass its parts: t.values() and t.offsets(), or list(t.unbind())."
+    elif data.is_meta:
+        kind, remedy = "a meta tensor", "Give it memory first: module.to_empty(device=...)."
+    elif data.is_quantized:
+        kind, remedy = (
+            "a quantized tensor",
+            "Pass int_repr(), q_scale() and q_zero_point(), or dequantize it.",
+        )
+    elif data.layout is not torch.strided:
+        kind, remedy = f"a tensor of layout {data.layout}", "Convert it with to_dense(), or pass its parts."
+    elif is_wrapper(data) or not _is_backed(data):
+        kind = f"a {type(data).__module__}.{type(data).__qualname__} without memory of its own"
+        remedy = "If its storage was freed, fill it again; if it stands for other tensors, pass those."
+    if kind is not None:
+        raise UnsupportedValueError(
+            f"state[{name!r}] is {kind}, which can be neither stored nor loaded into. {remedy}"
+        )
+
+
+def _is_backed(data: torch.Tensor) -> bool:
+    """Whether the storage is real, and as long as shape and strides say."""
+    if not data.numel():
+        return True
+    try:
+        storage = data.untyped_storage()
+        last = sum((n - 1) * stride for n, stride in zip(data.shape, data.stride(), strict=True))
+        needed = (data.storage_offset() + last + 1) * data.element_size()
+        return storage.device == data.device and storage.nbytes() >= needed and storage.data_ptr() != 0
+    except (NotImplementedError, RuntimeError):  # what a subclass without storage raises
+        return False
 
 
 def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | None) -> torch.Tensor:
@@ -173,44 +226,89 @@ def _empty_like_saved(kind: torch.dtype, shape: tuple[int, ...], like: torch.Ten
     if like is None or tuple(like.shape) != shape or like.is_meta:
         held = made = torch.empty(shape, dtype=kind, device="cpu")
     elif isinstance(like, DTensor):
-        held = torch.empty_like(local_part(like), dtype=kind)
+        held = _empty_like(local_part(like), kind)
         # Not empty_like(like), which works out anew for each shape how the result is sharded.
         made = DTensor.from_local(
             held, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
     else:
-        held = made = torch.empty_like(like, dtype=kind, requires_grad=False)
+        held = made = _empty_like(like, kind)
     if held.is_cpu and held.layout is torch.strided:
         prefer_huge_pages(held.data_ptr(), held.nbytes)
     return made
 
 
-def _dtensor_pieces(tensor: DTensor, name: str) -> tuple[Piece, ...]:
-    """The boxes of this rank by the placements, applied from the left mesh dimension to the right.
+def _empty_like(local: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if is_wrapper(local):  # which might make another wrapper
+        return torch.empty(local.shape, dtype=dtype, device=local.device)
+    return torch.empty_like(local, dtype=dtype, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a DTensor is split, and which part this rank has.
+
+    Attributes:
+        splits: (dimension, parts, split factor) of each split, in their order.
+        index: the number of this rank's part, and `count`, of all; None where it is in none.
+        pieces: the boxes of that part, with their place in local memory.
+    """
+
+    splits: tuple[tuple[int, int, int], ...]
+    index: int | None
+    pieces: tuple[Piece, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of parts; replicas of one are not counted."""
+        return math.prod(parts for _, parts, _ in self.splits)
+
+
+def sharding_of(tensor: DTensor, name: str) -> Sharding:
+    """By the placements, applied from the left mesh dimension to the right.
 
     torch's own helper gives the first offset only, which is not enough for a strided shard of a
-    dimension that does not divide evenly.
+    dimension that does not divide evenly. Raises UnsupportedValueError for placements of another meaning.
     """
     mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:  # this rank is not in the tensor's mesh
-        return ()
     for placement in tensor.placements:
-        if not _is_part(placement):
+        if type(placement) not in _PARTS:
             remedy = (
                 "call redistribute() first" if isinstance(placement, Partial) else "replicate or shard it"
             )
             raise UnsupportedValueError(
                 f"state[{name!r}] is a DTensor with the placement {placement!r}, which is not a part of the "
-                f"tensor; {remedy}."
+                f"tensor that is known here; {remedy}."
             )
-    splits = _splits(tensor.placements, tuple(mesh.shape), tuple(coordinate))
-    return _pieces(tuple(tensor.shape), splits)
+    if not _is_default_order(tensor._spec):
+        raise UnsupportedValueError(
+            f"state[{name!r}] is a DTensor with placements {tensor.placements} in the explicit order "
+            f"{tensor._spec.shard_order}, which is not supported; redistribute() it to the default order, in "
+            "which mesh dimensions split from the left to the right."
+        )
+    coordinate = mesh.get_coordinate()
+    sizes = tuple(mesh.shape)
+    splits = _splits(tensor.placements, sizes, tuple(coordinate) if coordinate else (0,) * len(sizes))
+    ways = tuple((dim, parts, factor) for dim, parts, _, factor in splits)
+    if coordinate is None:  # this rank is not in the tensor's mesh
+        return Sharding(ways, None, ())
+    index = 0
+    for _, parts, own, _ in splits:
+        index = index * parts + own
+    return Sharding(ways, index, _pieces(tuple(tensor.shape), splits))
 
 
-def _is_part(placement: Placement) -> bool:
-    """Whether the placement gives a rank all of a tensor or a part; the strided shard is a private class."""
-    return isinstance(placement, Replicate | Shard) or hasattr(placement, "split_factor")
+def _is_default_order(spec: DTensorSpec) -> bool:
+    """Whether the placements alone say how the tensor is split: torch 2.10 can give the order besides."""
+    order = getattr(spec, "shard_order", None)
+    if order is None or spec.use_strided_shard_as_shard_order:
+        return True
+    return bool(order == _default_order(spec.placements))
+
+
+@lru_cache(maxsize=1 << 10)
+def _default_order(placements: tuple[Placement, ...]) -> Any:
+    return DTensorSpec.compute_default_shard_order(placements)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -513,7 +513,9 @@ def _check_values(manifest: Manifest, where: str) -> None:
         raise FormatError(
             f"{wrong} it has the values of {len(manifest.per_rank)} ranks of {manifest.world_size}"
         )
-    if not isinstance(manifest.values, dict) or any(key.startswith("$") for key in manifest.values):
+    if not isinstance(manifest.values, dict) or any(
+        key.startswith("$") and key != "$dict" for key in manifest.values
+    ):
         raise FormatError(f"{wrong} its values are not a dict with text keys")
     refer(manifest.values, of_rank=False)
     for rank, values in enumerate(manifest.per_rank):

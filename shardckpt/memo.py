@@ -18,8 +18,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardckpt.local import LocalTensor
-from shardckpt.objects import local_part
 from shardckpt.overrides import is_patched, optimizer_saves_plainly, saves_plainly
+from shardckpt.wrapped import flat, is_wrapper, local_part, memory_parts
 
 __all__ = ["Known", "Memo"]
 
@@ -77,7 +77,7 @@ class Memo:
         if not _is_usual(value):
             return
         live = list(_tensors(value))
-        memory = {_storage(tensor) for tensor in live}
+        memory = {_storage(part) for tensor in live for part in memory_parts(tensor)}
         if all(not tensor.data.numel() or _storage(tensor.data) in memory for tensor in tensors):
             guards = [weakref.ref(tensor, lambda _: self.clear()) for tensor in live]
             known = Known(tuple(tensors), encoded)
@@ -142,15 +142,18 @@ def _looks(value: nn.Module | torch.optim.Optimizer) -> list[Any]:
     return looks
 
 
-def _memory(tensor: object) -> Any:
+def _memory(tensor: Any) -> Any:
     """Which object it is, and where and how its elements lie."""
     if not isinstance(tensor, torch.Tensor):
         return id(tensor)
     local = local_part(tensor)
+    if is_wrapper(local):
+        inner, context = flat(local)
+        return id(tensor), id(local), repr(context), *((name, _memory(held)) for name, held in inner)
     layout: Any = id(tensor._spec) if isinstance(tensor, DTensor) else tensor.device
     bits = local.is_conj(), local.is_neg()
     return id(tensor), local.data_ptr(), local.shape, local.stride(), local.dtype, bits, layout
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return local_part(tensor).untyped_storage().data_ptr()
+def _storage(part: torch.Tensor) -> int:
+    return part.untyped_storage().data_ptr()

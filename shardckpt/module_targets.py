@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from shardckpt.errors import MissingKeysError, ShapeMismatchError, ShardckptError
-from shardckpt.local import local_tensor
-from shardckpt.objects import AVERAGED_COUNT, ModuleState, loading_module, local_part, module_state
+from shardckpt.objects import AVERAGED_COUNT, ModuleState, loading_module, module_state
 from shardckpt.overrides import has_override, load_overrides
+from shardckpt.state import module_errors
+from shardckpt.subclasses import expand
 from shardckpt.targets import TargetBuilder, mismatch
-from shardckpt.values import TensorRef, join
+from shardckpt.values import TensorRef, WrapperRef, join
+from shardckpt.wrapped import memory_parts, storages
 
 __all__ = ["bind_module"]
 
@@ -33,7 +35,8 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
     if not isinstance(saved, dict):
         raise mismatch(path, "module", saved)
     module = loading_module(module)
-    state = module_state(module, path)
+    with module_errors(module, path):
+        state = module_state(module, path)
     saved = {
         name: value for name, value in saved.items() if name in state.tree or not _is_count(name, value)
     }
@@ -43,19 +46,19 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
         return
     handed: dict[str, Callable[[], Any]] = {}
     filled: dict[str, torch.Tensor] = {}
-    memory = _memory(module)
+    memory = {s for source in (module.parameters(), module.buffers()) for t in source for s in storages(t)}
     for name, held in state.tree.items():
         place = join(path, name)
         if name not in saved:
             builder.missing(place)
         elif not isinstance(held, torch.Tensor) or _is_extra(name):
             handed[state.key(name)] = builder.made(saved[name], held, place)
-        elif not isinstance(saved[name], TensorRef):
+        elif not isinstance(saved[name], (TensorRef, WrapperRef)):
             raise mismatch(place, "tensor", saved[name])
-        elif overrides.see(name) or _storage(held) not in memory:
+        elif overrides.see(name) or not storages(held) <= memory:
             handed[state.key(name)] = builder.made(saved[name], held, place)
         else:
-            builder.fill(held, place, saved[name].name)
+            builder.fill(held, place, saved[name])
             filled[state.key(name)] = held
     for name, value in saved.items():
         if name not in state.tree:
@@ -71,7 +74,7 @@ def _agrees(builder: TargetBuilder, tree: Mapping[str, Any], saved: dict[str, An
     """Whether names, shapes and types are the module's own, so that its code will accept them."""
     held = {name: t for name, t in tree.items() if isinstance(t, torch.Tensor) and not _is_extra(name)}
     for name, tensor in held.items():
-        local_tensor(tensor, join(path, name))  # refuses what cannot be loaded into
+        expand(tensor, join(path, name))  # refuses what cannot be loaded into
     return tree.keys() == saved.keys() and all(
         builder.fits(tensor, saved[name], join(path, name)) for name, tensor in held.items()
     )
@@ -101,7 +104,9 @@ def _offer(
     def load() -> Callable[[], None]:
         with torch.no_grad():
             before = [
-                (local_part(t), local_part(t).clone()) for t in (*module.parameters(), *module.buffers())
+                (part, part.clone())
+                for tensor in (*module.parameters(), *module.buffers())
+                for part in memory_parts(tensor)
             ]
 
         def undo() -> None:
@@ -171,12 +176,3 @@ def _is_count(name: str, saved: Any) -> bool:
 
 def _is_extra(name: str) -> bool:
     return name.rpartition(".")[2] == _EXTRA_STATE
-
-
-def _memory(module: nn.Module) -> set[int]:
-    """The memory of the module's parameters and buffers."""
-    return {_storage(tensor) for source in (module.parameters(), module.buffers()) for tensor in source}
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return local_part(tensor).untyped_storage().data_ptr()

@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -31,7 +30,6 @@ __all__ = [
     "is_by_number",
     "iter_modules",
     "loading_module",
-    "local_part",
     "module_state",
     "module_tree",
     "optimizer_parameters",
@@ -140,14 +138,15 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     fsdp = _loaded_class("torch.distributed.fsdp", "FSDPModule")
     if not fsdp:
         return
-    waiting, seen = list(modules), set()
+    waiting: list[nn.Module | None] = list(modules)
+    seen: set[nn.Module] = set()
     while waiting:
         module = waiting.pop()
         if module is None or module in seen:
             continue
         seen.add(module)
         if isinstance(module, fsdp):
-            module.reshard()
+            module.reshard()  # type: ignore[operator]
         waiting.extend(module._modules.values())
 
 
@@ -249,14 +248,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, where: str) -> None:
             "them. Make the optimizer from the parameters that the model has now, after it is wrapped, sharded "
             "or converted."
         )
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, without a graph, and without the time that `to_local` takes to make one."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    local = tensor._local_tensor
-    return local if type(local) is torch.Tensor else tensor.to_local()
 
 
 def unsynced_buffers(module: nn.Module) -> set[str]:

@@ -15,13 +15,13 @@ from shardckpt.objects import (
     check_optimizer,
     has_groups,
     is_by_number,
-    local_part,
     optimizer_parameters,
     state_of,
 )
 from shardckpt.overrides import has_override, optimizer_loads_plainly
 from shardckpt.targets import TargetBuilder, mismatch
 from shardckpt.values import join
+from shardckpt.wrapped import storages
 
 __all__ = ["bind_optimizer", "with_layouts"]
 
@@ -127,14 +127,14 @@ def _made_state(
 
     A live tensor that shares the parameter's memory is never filled: the parameter has its own value.
     """
-    memory = _storage(parameter)
+    memory = storages(parameter)
     parts: dict[str, Callable[[], Any]] = {}
     for key, value in saved.items():
         held = live.get(key)
         place = join(path, key)
-        is_own = held is not None and not (isinstance(held, torch.Tensor) and _storage(held) == memory)
+        is_own = held is not None and not (isinstance(held, torch.Tensor) and storages(held) & memory)
         if in_place and is_own and builder.fits(held, value, place):
-            builder.fill(cast("torch.Tensor", held), place, value.name)
+            builder.fill(cast("torch.Tensor", held), place, value)
             parts[key] = partial(_same, held)
         else:
             parts[key] = builder.made(value, held if is_own else parameter, place)
@@ -239,9 +239,3 @@ class _LikeParameter(dict[Any, Any]):
 
     def get(self, key: Any, _default: Any = None) -> Any:
         return super().get(key, self._parameter)
-
-
-def _storage(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    """Which memory the tensor lies in, as far as this rank holds it."""
-    local = local_part(tensor)
-    return local.device, local.untyped_storage().data_ptr()

@@ -34,7 +34,7 @@ from shardckpt.runs import Place, attempt_for, exact_place, find_place, read_man
 from shardckpt.storage import LocalStorage, Storage
 from shardckpt.storage.work import cleanup
 from shardckpt.streaming import iter_boxes
-from shardckpt.values import TensorRef, decode
+from shardckpt.values import TensorRef, children, decode
 
 __all__ = ["Resharded", "reshard"]
 
@@ -320,5 +320,5 @@ def _per_rank_names(manifest: Manifest, rank: int) -> Iterator[str]:
         value = waiting.pop()
         if isinstance(value, TensorRef):
             yield value.name
-        elif isinstance(value, dict | list | tuple):
-            waiting.extend(value.values() if isinstance(value, dict) else value)
+        else:
+            waiting.extend(item for _, item in children(value))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardckpt.errors import StateError, UnsupportedValueError
-from shardckpt.local import LocalTensor, local_tensor
+from shardckpt.errors import ShardckptError, StateError, UnsupportedValueError
+from shardckpt.local import LocalTensor, check_memory, local_tensor
 from shardckpt.memo import Memo
 from shardckpt.objects import (
     Stateful,
@@ -25,9 +27,11 @@ from shardckpt.objects import (
     unsynced_buffers,
 )
 from shardckpt.plan import Layout
-from shardckpt.values import encode, join
+from shardckpt.subclasses import expand
+from shardckpt.values import encode, form_of, join
+from shardckpt.wrapped import memory_parts
 
-__all__ = ["FlatState", "PerRank", "check_state", "flatten", "per_rank_path"]
+__all__ = ["FlatState", "PerRank", "check_state", "flatten", "module_errors", "per_rank_path"]
 
 
 class PerRank:
@@ -91,8 +95,25 @@ def flatten(state: dict[str, Any], rank: int, memo: Memo | None = None) -> FlatS
         memo.begin(modules)
     walk = _Walk(rank, dict(modules), memo)
     with torch.no_grad():  # local parts of DTensors are taken without a graph
-        values = encode(state, "", walk.leaf)
+        values = encode(dict(state), "", walk.leaf)
     return FlatState(walk.tensors, values, walk.per_rank)
+
+
+@contextlib.contextmanager
+def module_errors(module: nn.Module, path: str) -> Iterator[None]:
+    """For a block that calls the module's state_dict: what it raises becomes a StateError with the path."""
+    try:
+        yield
+    except ShardckptError:
+        raise
+    except Exception as error:
+        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+            for part in memory_parts(tensor):  # what has no elements cannot give them
+                check_memory(part, join(path, name))
+        raise StateError(
+            f"state[{path!r}], a {type(module).__qualname__}, could not give its state: its state_dict() raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def per_rank_path(path: str, rank: int) -> str:
@@ -119,13 +140,15 @@ class _Walk:
     def leaf(self, value: Any, path: str) -> Any:
         """The JSON form of what is not plain data; tensors are noted on the way."""
         if isinstance(value, torch.Tensor):
-            self.tensors.append(local_tensor(value, path, first_holder=path in self.unsynced))
-            return {"$tensor": path}
+            reference, parts = expand(value, path, first_holder=path in self.unsynced)
+            self.tensors += parts
+            return form_of(reference)
         if isinstance(value, np.ndarray):
             self.tensors.append(local_tensor(_from_numpy(value, path), path))
             return {"$ndarray": path}
-        if isinstance(value, np.generic):
-            return encode(value.item(), path)
+        if isinstance(value, np.generic) and value.dtype.kind in "biufc":
+            plain = value.item()
+            return NotImplemented if plain is value else encode(plain, path)  # longdouble is its own item
         if isinstance(value, PerRank):
             self.per_rank[path] = encode(value.value, per_rank_path(path, self.rank), self.leaf)
             return {"$per_rank": path}
@@ -150,7 +173,9 @@ class _Walk:
         first = len(self.tensors)
         if isinstance(value, nn.Module):
             self.unsynced |= {join(path, name) for name in unsynced_buffers(value)}
-            encoded = encode(module_tree(value, path), path, self.leaf)
+            with module_errors(value, path):
+                tree = module_tree(value, path)
+            encoded = encode(tree, path, self.leaf)
         else:
             encoded = encode(optimizer_tree(value, self.names, path), path, self.leaf)
         if self.memo is not None:
@@ -160,10 +185,20 @@ class _Walk:
 
 def _from_numpy(array: np.ndarray[Any, Any], path: str) -> torch.Tensor:
     """The array as a tensor that shares its memory where it can."""
+    if type(array) not in (np.ndarray, np.memmap):
+        raise UnsupportedValueError(
+            f"state[{path!r}] is a {type(array).__module__}.{type(array).__qualname__}, of which only the array "
+            "itself could be stored. Pass its parts: for a masked array, a.data and a.mask."
+        )
+    if not array.dtype.isnative:
+        raise UnsupportedValueError(
+            f"state[{path!r}] is a NumPy array of the foreign byte order {array.dtype.str!r}. Convert it: "
+            "a.astype(a.dtype.newbyteorder('='))."
+        )
     plain = array.flags.writeable and all(n >= 0 and n % array.itemsize == 0 for n in array.strides)
     try:
         return torch.from_numpy(array if plain else array.copy())
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UnsupportedValueError(
             f"state[{path!r}] is a NumPy array of {array.dtype}, which cannot be stored. Convert it to a "
             "number type, or leave it out."

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardckpt.conform import conform
 from shardckpt.dtypes import numpy_dtype
 from shardckpt.errors import FormatError, ShapeMismatchError, StateError
 from shardckpt.local import LocalTensor, empty_like_saved, local_tensor
 from shardckpt.manifest import Manifest, Tensor
-from shardckpt.overlaps import extent, find_conflict, find_overlaps, overlaps_itself
+from shardckpt.overlaps import find_conflict, find_overlaps, overlaps_itself
 from shardckpt.progress import doing
-from shardckpt.values import PerRankRef, TensorRef, join
+from shardckpt.subclasses import empty_wrapper, expand, pair
+from shardckpt.values import PerRankRef, Record, TensorRef, WrapperRef, join, rebuilt
+from shardckpt.wrapped import inner_names, is_wrapper, local_part, memory_parts
 
 __all__ = ["TargetBuilder", "Targets", "mismatch"]
 
@@ -96,16 +99,21 @@ class TargetBuilder:
         return self._tensors[name]
 
     def fits(self, held: object, saved: Any, path: str) -> bool:
-        """Whether `held` is a tensor of the saved one's type and shape."""
-        if not isinstance(held, torch.Tensor) or not isinstance(saved, TensorRef):
+        """Whether `held` is a tensor of the saved one's type and shape; of a wrapper, whether both are one."""
+        if not isinstance(held, torch.Tensor):
+            return False
+        if isinstance(saved, WrapperRef) or is_wrapper(local_part(held)):
+            return isinstance(saved, WrapperRef) and is_wrapper(local_part(held))
+        if not isinstance(saved, TensorRef):
             return False
         tensor = self.find(saved.name, path)
         return tuple(held.shape) == tensor.shape and str(held.dtype) == f"torch.{tensor.dtype}"
 
-    def fill(self, held: torch.Tensor, path: str, name: str) -> None:
-        """Fill a tensor of the state, which lies at `path`, from the checkpoint's `name`."""
-        self._fill_live(local_tensor(held, path), path, name)
-        self.targets._live.append(held)
+    def fill(self, held: torch.Tensor, path: str, saved: Any) -> None:
+        """Fill a tensor of the state, which lies at `path`; of a wrapper, what it consists of."""
+        for part, name in self._paired(held, saved, path):
+            self._fill_live(part, part.name, name)
+        self.targets._live += memory_parts(held) if isinstance(saved, WrapperRef) else [held]
 
     def made(self, saved: Any, like: Any, path: str) -> Callable[[], Any]:
         """What makes the saved value, to be called when tensors are filled.
@@ -124,8 +132,9 @@ class TargetBuilder:
 
     def is_refillable(self, held: Any, saved: Any) -> bool:
         """Whether `held` is a dict or list that can have what was saved, and nothing else was saved for it."""
-        kinds = {dict: MutableMapping, list: list}
-        return isinstance(held, kinds.get(type(saved), ())) and self._is_taken(held, saved)
+        is_dict = isinstance(held, MutableMapping) and isinstance(saved, dict)
+        is_list = isinstance(held, list) and type(saved) is list
+        return (is_dict or is_list) and self._is_taken(held, saved)
 
     def finish(self, path: str, action: Callable[[], object]) -> None:
         """Do something for the object at `path` when every tensor is filled."""
@@ -164,6 +173,8 @@ class TargetBuilder:
             return self._made_tensor(saved, like, path, refill=refill)
         if isinstance(saved, PerRankRef):
             raise mismatch(path, type(like).__qualname__, saved)
+        if isinstance(saved, WrapperRef):
+            return self._made_wrapper(saved, like, path)
         if isinstance(saved, dict):
             of = like if isinstance(like, Mapping) else {}
             parts = {
@@ -172,18 +183,20 @@ class TargetBuilder:
             }
             if refill and self.is_refillable(like, saved):
                 return lambda: _refill_dict(like, {key: make() for key, make in parts.items()})
-            return lambda: _dict_like(like, {key: make() for key, make in parts.items()})
-        if isinstance(saved, (list, tuple)):
-            given = like if isinstance(like, (list, tuple)) else ()
+            return lambda: conform(rebuilt(saved, [make() for make in parts.values()]), like, path)
+        if isinstance(saved, (list, tuple, deque)):
+            given = list(like) if isinstance(like, (list, tuple, deque)) else []
             items = [
                 self._made(value, given[i] if i < len(given) else None, join(path, i), refill=refill)
                 for i, value in enumerate(saved)
             ]
-            kind = type(saved)
+            if isinstance(saved, Record):
+                conform(saved, like, path)  # raises now, with nothing changed
             if refill and self.is_refillable(like, saved):
                 return lambda: _refill_list(like, [make() for make in items])
-            return lambda: kind(make() for make in items)
-        return lambda: saved
+            return lambda: conform(rebuilt(saved, [make() for make in items]), like, path)
+        value = conform(saved, like, path)
+        return lambda: value
 
     def _made_tensor(self, ref: TensorRef, like: Any, path: str, *, refill: bool) -> Callable[[], Any]:
         tensor = self.find(ref.name, path)
@@ -200,6 +213,41 @@ class TargetBuilder:
         )
         self._fill(local_tensor(made, path), path, ref.name)
         return (lambda: made.numpy()) if ref.ndarray else (lambda: made)
+
+    def _made_wrapper(self, saved: WrapperRef, like: Any, path: str) -> Callable[[], Any]:
+        """What makes a wrapper as `like` is: only its class, which is not in the checkpoint, can do it."""
+        if not isinstance(like, torch.Tensor) or not is_wrapper(local_part(like)):
+            raise StateError(
+                f"state[{path!r}] was saved as a tensor subclass {saved.type}, and there is none here to "
+                "load into. A checkpoint has no classes: make it first, for an optimizer's state by a step, "
+                "which the load undoes."
+            )
+        made = empty_wrapper(like)
+        for part, name in self._paired(made, saved, path):
+            self._fill(part, part.name, name)
+        return lambda: made
+
+    def _paired(self, held: torch.Tensor, saved: Any, path: str) -> list[tuple[LocalTensor, str]]:
+        """The tensors with memory that `held` consists of, each with its name in the checkpoint."""
+        if not isinstance(saved, (TensorRef, WrapperRef)):
+            raise mismatch(path, "tensor", saved)
+        if isinstance(saved, WrapperRef):
+            saved = self._without_late_parts(local_part(held), saved, path)
+        reference, parts = expand(held, path)
+        names = dict(pair(reference, saved, path))
+        return [(part, names[part.name]) for part in parts]
+
+    def _without_late_parts(self, wrapper: torch.Tensor, saved: WrapperRef, path: str) -> WrapperRef:
+        """What was saved of a wrapper, without the inner tensors that the live one lacks so far: it gets them.
+
+        Such a one is an attribute that is None so far, as the precomputed scale of a float8 weight is.
+        """
+        present = set(inner_names(wrapper)) if is_wrapper(wrapper) else set(saved)
+        late = [name for name in saved if name not in present and getattr(wrapper, name, wrapper) is None]
+        for name in late:
+            make = self.made(saved[name], None, join(path, name))
+            self.finish(path, partial(_set_part, wrapper, name, make))
+        return saved.with_tensors({name: part for name, part in saved.items() if name not in late})
 
     def _is_array_refillable(self, array: npt.NDArray[Any], saved: Tensor) -> bool:
         """Whether the array can hold what was saved, and nothing else was saved for its memory."""
@@ -226,13 +274,6 @@ class TargetBuilder:
             raise StateError(
                 f"state[{path!r}] is a tensor several of whose elements share their memory (expanded, or made "
                 "by as_strided or unfold), so it cannot be loaded into. Pass a clone() of it."
-            )
-        storage = data.untyped_storage()
-        end = data.storage_offset() * data.itemsize + extent(data)
-        if data.numel() and storage.nbytes() < end:
-            raise StateError(
-                f"state[{path!r}] has no memory to load into: its storage was freed (resize_(0)). Allocate it "
-                "again first, or leave it out of the state."
             )
         self._live.append((path, self._fill(target, path, name, is_new=False)))
 
@@ -311,6 +352,10 @@ def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiouAEIO' else 'a'} {noun}"
 
 
+def _set_part(wrapper: torch.Tensor, name: str, make: Callable[[], torch.Tensor]) -> None:
+    setattr(wrapper, name, make().to(wrapper.device))
+
+
 def _refill_dict(held: MutableMapping[Any, Any], value: dict[Any, Any]) -> MutableMapping[Any, Any]:
     held.clear()
     for key, item in value.items():
@@ -321,14 +366,3 @@ def _refill_dict(held: MutableMapping[Any, Any], value: dict[Any, Any]) -> Mutab
 def _refill_list(held: list[Any], value: list[Any]) -> list[Any]:
     held[:] = value
     return held
-
-
-def _dict_like(like: Any, value: dict[Any, Any]) -> Any:
-    """The dict as the kind of dict that `like` is: JSON has one kind, schedulers use several."""
-    if isinstance(like, Counter):
-        return Counter(value)
-    if isinstance(like, OrderedDict):
-        return OrderedDict(value)
-    if isinstance(like, defaultdict):
-        return defaultdict(like.default_factory, value)
-    return value

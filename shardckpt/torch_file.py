@@ -10,7 +10,7 @@ import io
 import pickle
 import struct
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardckpt.kinds import kind_of
 from shardckpt.manifest import Tensor
-from shardckpt.values import TensorRef
+from shardckpt.values import EnumRef, Record, TensorRef, children
 
 __all__ = ["write_state"]
 
@@ -27,6 +28,9 @@ _ALIGN = 64
 _LOCAL_HEADER = 30
 _ZIP64_FIELD = 20
 _ZIP64_FROM = 1 << 31
+
+_LOADABLE = (torch.Size, torch.dtype, torch.device, bytearray)
+"""Of the types with a form of their own, those that weights_only knows."""
 
 _STORAGES = {
     "bool": "BoolStorage",
@@ -138,13 +142,38 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _replaced(value: Any, tensor: Callable[[str], _Placeholder]) -> Any:
+    """A tree of values as weights_only has them: tensors in place, and plain data for types that it refuses."""
     if isinstance(value, TensorRef):
         return tensor(value.name)
+    items = [_replaced(item, tensor) for _, item in children(value)]
     if isinstance(value, dict):
-        return {key: _replaced(item, tensor) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_replaced(item, tensor) for item in value)
-    return value
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        return kind(zip(map(_hashable, value), items, strict=True))
+    if isinstance(value, Record):
+        return dict(zip(value._fields, items, strict=True))
+    if isinstance(value, list | tuple | deque) and not isinstance(value, torch.Size):
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, set | frozenset):
+        return set(map(_hashable, value))
+    plain = _plain(value)
+    return list(plain) if isinstance(plain, tuple) and not isinstance(value, torch.Size) else plain
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return tuple(sorted(map(_hashable, value), key=repr))
+    return tuple(map(_hashable, value)) if type(value) is tuple else _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value without items as one of a type that weights_only knows."""
+    if isinstance(value, EnumRef):
+        return _plain(value.value)
+    kind = kind_of(type(value))
+    if kind is None or isinstance(value, _LOADABLE):
+        return value
+    content = kind.write(value)
+    return tuple(content) if isinstance(content, list) else content
 
 
 def _record(archive: zipfile.ZipFile, file: BinaryIO, name: str, nbytes: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardckpt.conform import conform
 from shardckpt.errors import FormatError, MissingKeysError, StateError
 from shardckpt.manifest import Manifest
 from shardckpt.module_targets import bind_module
@@ -15,7 +16,7 @@ from shardckpt.objects import Stateful, iter_modules, parameter_names, reshard
 from shardckpt.optimizer_targets import bind_optimizer, with_layouts
 from shardckpt.state import PerRank, check_state, per_rank_path
 from shardckpt.targets import TargetBuilder, Targets, mismatch
-from shardckpt.values import PerRankRef, TensorRef, decode, join
+from shardckpt.values import PerRankRef, Record, decode, join
 
 __all__ = ["bind"]
 
@@ -66,6 +67,8 @@ class _Walk:
         is_dict = isinstance(held, Mapping)
         if not isinstance(saved, dict if is_dict else (list, tuple)):
             raise mismatch(path, type(held).__qualname__, saved)
+        if isinstance(saved, Record):
+            conform(saved, held, path)  # raises if it has other names
         wanted = dict(saved if isinstance(saved, dict) else enumerate(saved))
         for key, value in list(held.items() if is_dict else enumerate(held)):
             self._entry(held, key, value, wanted.pop(key, _ABSENT), join(path, key))
@@ -83,9 +86,7 @@ class _Walk:
         elif isinstance(held, torch.optim.Optimizer):
             bind_optimizer(self._builder, held, saved, path, self._names)
         elif isinstance(held, torch.Tensor):
-            if not isinstance(saved, TensorRef):
-                raise mismatch(path, "tensor", saved)
-            self._builder.fill(held, path, saved.name)
+            self._builder.fill(held, path, saved)
         elif isinstance(held, Stateful) and not isinstance(held, type):
             tree = self._builder.made(saved, with_layouts(held, path), path)
             self._builder.finish(path, lambda: held.load_state_dict(tree()))
@@ -103,7 +104,7 @@ class _Walk:
             self._builder.finish(path, self._builder.refilled(saved, held, path))
         elif isinstance(held, tuple) and isinstance(saved, tuple) and len(held) == len(saved):
             self.entries(held, saved, path)
-        elif repr(saved) != repr(held):
+        elif repr(saved := conform(saved, held, path)) != repr(held):
             raise StateError(
                 f"state[{path!r}] is {held!r} in a tuple, which cannot be changed, and {saved!r} in the "
                 "checkpoint. Use a list instead of the tuple."

@@ -5,71 +5,72 @@ with one key that begins with `$`:
 
     {"$tuple": [..]}   {"$bytes": "base64"}   {"$float": "nan" | "inf" | "-inf"}   {"$int": "hexadecimal"}
     {"$dict": [[key, value], ..]}     a dict with keys that are not strings, or that begin with $
+    {"$mapping": [class, dict]}       an OrderedDict, a Counter, or a defaultdict (then a third item)
+    {"$namedtuple": {name: value}}    {"$deque": [[..], maxlen]}   {"$set": [..]}   {"$frozenset": [..]}
+    {"$complex": [real, imaginary]}
+    {"$enum": [class, value]}         a member of an Enum that is neither a number nor a string
     {"$tensor": "name"}               a tensor of this checkpoint
     {"$ndarray": "name"}              the same, and it was a NumPy array
+    {"$wrapper": {..}}                a tensor subclass that consists of other tensors
     {"$per_rank": "path"}             a value that every rank has its own of
 
-Nothing is ever executed when values are read, and there is no pickle.
+and those of `shardckpt.kinds`. Nothing is ever executed or imported when values are read, and there is no pickle.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from enum import Enum
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
 from shardckpt.errors import FormatError, UnsupportedValueError
+from shardckpt.kinds import KEY_KINDS, kind_of, kinds
+from shardckpt.references import (
+    EnumRef,
+    PerRankRef,
+    Record,
+    TensorRef,
+    WrapperRef,
+    children,
+    iter_references,
+    rebuilt,
+)
 
-__all__ = ["MAX_DEPTH", "PerRankRef", "TensorRef", "decode", "encode", "iter_references", "join", "segment"]
+__all__ = [
+    "MAX_DEPTH",
+    "EnumRef",
+    "PerRankRef",
+    "Record",
+    "TensorRef",
+    "WrapperRef",
+    "children",
+    "decode",
+    "encode",
+    "form_of",
+    "iter_references",
+    "join",
+    "rebuilt",
+    "segment",
+]
 
 _INT64 = 1 << 63
 _LARGE_INT = re.compile("-?0x[1-9a-f][0-9a-f]*")
-_KEY_TAGS = frozenset(("$tuple", "$bytes", "$float", "$int"))
+_KEY_TAGS = KEY_KINDS | {"$tuple", "$bytes", "$float", "$int", "$complex", "$frozenset", "$namedtuple"}
+
+_WRAPPER_KEYS = {"type", "dtype", "shape", "sharding", "context", "tensors"}
 
 _MOST_COLLIDING = 1024
 """Keys of one hash in a dict: with more, which only a forger finds, it would take quadratic time to fill."""
 
 MAX_DEPTH = 100
 """Levels of nesting: more would exhaust the recursion of JSON parsers."""
-
-
-class TensorRef:
-    """Stands in a tree of values for a tensor: its name, and whether NumPy or torch should have it."""
-
-    __slots__ = ("name", "ndarray")
-
-    def __init__(self, name: str, *, ndarray: bool = False) -> None:
-        self.name = name
-        self.ndarray = ndarray
-
-    def __repr__(self) -> str:
-        return f"TensorRef({self.name!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TensorRef) and (self.name, self.ndarray) == (
-            other.name,
-            other.ndarray,
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.ndarray))
-
-
-class PerRankRef:
-    """Stands in a tree of values for a value that every rank has its own of; `path` is its place."""
-
-    __slots__ = ("path",)
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __repr__(self) -> str:
-        return f"PerRankRef({self.path!r})"
 
 
 def segment(key: object) -> str:
@@ -108,32 +109,121 @@ def encode(value: Any, path: str, leaf: Callable[[Any, str], Any] | None = None)
         return int(value) if -_INT64 <= value < _INT64 else {"$int": hex(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
-    if isinstance(value, (bytes, bytearray)):
+    if isinstance(value, bytes):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     if path.count("/") >= MAX_DEPTH:
         raise UnsupportedValueError(
             f"state[{path!r}] lies {MAX_DEPTH} levels deep. Does it contain itself? Flatten it."
         )
     if isinstance(value, Mapping):
-        _check_distinct(value, path)
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {_checked_text(key, path): encode(v, join(path, key), leaf) for key, v in value.items()}
-        return {
-            "$dict": [
-                [encode(key, f"{path} (a key)"), encode(v, join(path, key), leaf)]
-                for key, v in value.items()
-            ]
-        }
-    if isinstance(value, (list, tuple)):
-        items = [encode(v, join(path, i), leaf) for i, v in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
+        return _encode_mapping(value, path, leaf)
+    if (
+        isinstance(value, (list, tuple, deque))
+        and (found := _encode_sequence(value, path, leaf)) is not None
+    ):
+        return found
+    if (kind := kind_of(type(value))) is not None:
+        try:
+            content = kind.write(value)
+        except ValueError as error:
+            raise UnsupportedValueError(
+                f"state[{path!r}] is {value!r}, which cannot be stored: {error}. Convert it, or leave it out."
+            ) from error
+        return {kind.tag: _checked_text(content, path) if isinstance(content, str) else content}
+    if type(value) is complex:
+        return {"$complex": [encode(value.real, path), encode(value.imag, path)]}
+    if type(value) in (set, frozenset):
+        items = [_encode_hashable(item, f"{path} (an item)") for item in value]
+        # sorted, since ranks must agree, and the order of a set depends on the seed of hash()
+        by_text = {json.dumps(item, sort_keys=True): item for item in items}
+        if len(by_text) < len(items):
+            raise UnsupportedValueError(
+                f"state[{path!r}] is a set with two items of one form, such as two NaNs"
+            )
+        return {f"${type(value).__name__}": [by_text[text] for text in sorted(by_text)]}
+    if isinstance(value, Enum):
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        return {"$enum": [name, encode(value.value, path)]}
     if leaf is not None and (encoded := leaf(value, path)) is not NotImplemented:
         return encoded
     raise UnsupportedValueError(
         f"state[{path!r}] is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored "
-        "as data. Storable: tensors, NumPy arrays, numbers, strings, bytes, None, lists, tuples, dicts, "
+        "as data. Storable: tensors, NumPy arrays, numbers, strings, bytes, None, lists, tuples, dicts, sets, "
+        "enum members, dates, paths, torch's types and devices, "
         "and objects with state_dict() and load_state_dict(). Convert it, or leave it out."
     )
+
+
+def _encode_hashable(value: Any, path: str) -> Any:
+    """The form of a key or of a set's item, where no live object says which class it has."""
+    for item in value if isinstance(value, (tuple, frozenset)) else (value,):
+        if isinstance(item, Enum) and not isinstance(item, (int, str, float)):
+            raise UnsupportedValueError(
+                f"state[{path!r}] is the member {item} of an enum, which can be stored as a value only, not as a "
+                "key or in a set. Pass its value or its name."
+            )
+    return encode(value, path)
+
+
+def form_of(reference: TensorRef | WrapperRef) -> Any:
+    """The JSON form of a reference to a tensor, or of several."""
+    if isinstance(reference, TensorRef):
+        return {"$ndarray" if reference.ndarray else "$tensor": reference.name}
+    return {
+        "$wrapper": {
+            "type": reference.type,
+            "dtype": reference.dtype,
+            "shape": list(reference.shape),
+            "sharding": [list(split) for split in reference.sharding],
+            "context": encode(reference.context, "the context"),
+            "tensors": {
+                name: [form_of(r) for r in part] if isinstance(part, list) else form_of(part)
+                for name, part in reference.items()
+            },
+        }
+    }
+
+
+def _encode_mapping(value: Mapping[Any, Any], path: str, leaf: Callable[[Any, str], Any] | None) -> Any:
+    _check_distinct(value, path)
+    form: Any
+    if all(isinstance(key, str) and not key.startswith("$") for key in value):
+        form = {_checked_text(key, path): encode(v, join(path, key), leaf) for key, v in value.items()}
+    else:
+        form = {
+            "$dict": [
+                [_encode_hashable(key, f"{path} (a key)"), encode(v, join(path, key), leaf)]
+                for key, v in value.items()
+            ]
+        }
+    if type(value) is OrderedDict or type(value) is Counter:
+        return {"$mapping": [type(value).__name__, form]}
+    if type(value) is defaultdict:
+        factory = next((name for name, made in _FACTORIES.items() if made is value.default_factory), None)
+        return {"$mapping": ["defaultdict", form, factory]}
+    return form
+
+
+def _encode_sequence(
+    value: list[Any] | tuple[Any, ...] | deque[Any], path: str, leaf: Callable[[Any, str], Any] | None
+) -> Any:
+    """None for a kind of tuple that has a form of its own, or none at all."""
+    names = getattr(value, "_fields", None) if isinstance(value, tuple) else None
+    if isinstance(value, tuple) and type(value) is not tuple and names is None:
+        return None
+    items = [encode(v, join(path, i), leaf) for i, v in enumerate(value)]
+    if names is not None:
+        return {"$namedtuple": dict(zip(names, items, strict=True))}
+    if isinstance(value, deque):
+        return {"$deque": [items, value.maxlen]}
+    return items if isinstance(value, list) else {"$tuple": items}
+
+
+_FACTORIES: dict[str | None, Any] = {
+    **{made.__name__: made for made in (list, dict, int, float, set, str, tuple, bool, bytes)},
+    None: None,
+}
+"""What a defaultdict may make, by name. One that makes anything else comes back with None."""
 
 
 def decode(value: Any) -> Any:
@@ -146,26 +236,6 @@ def decode(value: Any) -> Any:
     except _InvalidError as error:
         path = "/".join(segment(key)[:80] for key in reversed(error.keys[-8:]))
         raise FormatError(f"values: {path!r} {error}") from error.__cause__
-
-
-def iter_references(value: Any) -> Iterator[TensorRef | PerRankRef]:
-    """Every reference in a decoded value, in order."""
-    if isinstance(value, TensorRef | PerRankRef):
-        yield value
-        return
-    waiting = [iter((value,))]
-    while waiting:
-        for item in waiting[-1]:
-            if isinstance(item, dict):
-                waiting.append(iter(item.values()))
-                break
-            if isinstance(item, list | tuple):
-                waiting.append(iter(item))
-                break
-            if isinstance(item, TensorRef | PerRankRef):
-                yield item
-        else:
-            waiting.pop()
 
 
 class _InvalidError(Exception):
@@ -189,12 +259,18 @@ def _decode(value: Any, level: int) -> Any:
     for tag in value:
         if tag.startswith("$"):
             return _decode_tagged(tag if len(value) == 1 else ", ".join(value), value[tag], level)
-    _check_level(level + 1)
+    return _decode_object(value, level + 1)
+
+
+def _decode_object(content: Any, level: int) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise TypeError(f"expected an object, found {content!r}")
+    _check_level(level)
     done: dict[str, Any] = {}
     key = ""
     try:
-        for key, item in value.items():
-            done[key] = _decode(item, level + 1)
+        for key, item in content.items():
+            done[key] = _decode(item, level)
     except _InvalidError as error:
         error.keys.append(key)
         raise
@@ -220,6 +296,11 @@ def _check_level(level: int) -> None:
 
 def _decode_tagged(tag: str, content: Any, level: int) -> Any:
     try:
+        if (kind := kinds(tag)) is not None:
+            made = kind.read(content)
+            if kind.write(made) != content:
+                raise ValueError("it is not as this library writes it")
+            return made
         match tag:
             case "$tuple":
                 return tuple(_decode_items(_list(content), level + 1))
@@ -233,15 +314,88 @@ def _decode_tagged(tag: str, content: Any, level: int) -> Any:
                 items = map(_list, _list(content))
                 pairs = [(_decode_key(key, level), value) for key, value in items]
                 return _dict(pairs, _decode_items([value for _, value in pairs], level + 1))
+            case "$mapping":
+                return _decode_mapping(_list(content), level)
+            case "$namedtuple":
+                return Record(_decode_object(content, level + 1))
+            case "$deque":
+                return _decode_deque(_list(content), level)
+            case "$set" | "$frozenset":
+                return _decode_set(_list(content), level, set if tag == "$set" else frozenset)
+            case "$complex":
+                real, imaginary = _decode_items(_list(content), level + 1)
+                if type(real) is not float or type(imaginary) is not float:
+                    raise TypeError(f"expected two floats, found {content!r}")
+                return complex(real, imaginary)
+            case "$enum":
+                name, member = _decode_items(_list(content), level + 1)
+                if not isinstance(name, str):
+                    raise TypeError(f"expected the name of a class, found {name!r}")
+                return EnumRef(name, member)
+            case "$wrapper":
+                return _decode_wrapper(content, level)
             case "$tensor" | "$ndarray" if isinstance(content, str):
                 return TensorRef(content, ndarray=tag == "$ndarray")
             case "$per_rank" if isinstance(content, str):
                 return PerRankRef(content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise _InvalidError(f"has an invalid {tag}: {_short(error)}") from error
     raise _InvalidError(
         f"has the entry type {tag[:80]!r}, which this version does not know; "
         "read this checkpoint with a newer shardckpt"
+    )
+
+
+def _decode_mapping(content: list[Any], level: int) -> Any:
+    name, form, *factory = content
+    made = _decode(form, level)
+    if type(made) is not dict:
+        raise TypeError(f"expected a dict, found {form!r}")
+    if name == "defaultdict":
+        (what,) = factory
+        return defaultdict(_FACTORIES[what], made)
+    if factory or name not in ("OrderedDict", "Counter"):
+        raise ValueError(f"no class {name!r}")
+    return OrderedDict(made) if name == "OrderedDict" else Counter(made)
+
+
+def _decode_deque(content: list[Any], level: int) -> deque[Any]:
+    items, length = content
+    if length is not None and (type(length) is not int or length < len(_list(items))):
+        raise ValueError(f"expected a length, found {length!r}")
+    return deque(_decode_items(_list(items), level + 1), length)
+
+
+def _decode_set(content: list[Any], level: int, kind: type) -> Any:
+    _check_level(level + 1)
+    items = [_decode_key(item, level) for item in content]
+    return kind(_dict([(item, None) for item in items], items))
+
+
+def _decode_wrapper(content: Any, level: int) -> WrapperRef:
+    if not isinstance(content, dict) or set(content) != _WRAPPER_KEYS:
+        raise ValueError(f"expected the keys {', '.join(sorted(_WRAPPER_KEYS))}")
+    if not isinstance(content["type"], str) or not isinstance(content["dtype"], str):
+        raise TypeError("expected the names of a class and of a type")
+    numbers = [_list(content["shape"]), *map(_list, _list(content["sharding"]))]
+    if not all(type(n) is int and n >= 0 for row in numbers for n in row):
+        raise TypeError("expected integers that are not negative")
+    if not all(len(split) == 3 for split in numbers[1:]):
+        raise ValueError("expected a dimension, parts and a factor")
+    tensors = _decode_object(content["tensors"], level + 1)
+    for name, part in tensors.items():
+        if not all(isinstance(p, TensorRef | WrapperRef) for p in (part if type(part) is list else [part])):
+            raise TypeError(f"expected tensors at {name!r}")
+    context = _decode(content["context"], level + 1)
+    if next(iter_references(context), None) is not None:
+        raise TypeError("a context that refers to a tensor")
+    return WrapperRef(
+        tensors,
+        type=content["type"],
+        dtype=content["dtype"],
+        shape=tuple(numbers[0]),
+        sharding=tuple((dim, parts, factor) for dim, parts, factor in numbers[1:]),
+        context=context,
     )
 
 

@@ -13,12 +13,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "shardckpt": [
-        ["errors", "dtypes", "garbage", "overlaps", "overrides", "pages", "progress", "version"],
+        [
+            "errors",
+            "dtypes",
+            "garbage",
+            "kinds",
+            "overlaps",
+            "overrides",
+            "pages",
+            "progress",
+            "references",
+            "version",
+            "wrapped",
+        ],
         ["boundary", "box", "records", "values", "storage", "ranks", "zarr_dtypes"],
-        ["manifest", "objects", "draining"],
+        ["manifest", "objects", "draining", "conform"],
         ["plan", "reads", "zarr_view"],
         ["runs", "local", "sharing"],
-        ["packs"],
+        ["packs", "subclasses"],
         ["memo", "fetch", "staging"],
         ["state"],
         ["targets", "replicas", "writer", "reader", "commit", "retention"],

@@ -6,6 +6,7 @@ import fnmatch
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from shardckpt.cli.output import Column, age, count, print_fields, print_json, p
 from shardckpt.errors import MissingKeysError
 from shardckpt.manifest import Manifest, Tensor
 from shardckpt.runs import find_place, read_manifest
-from shardckpt.values import PerRankRef, TensorRef, decode, join
+from shardckpt.values import PerRankRef, TensorRef, children, decode, join
 
 __all__ = ["show"]
 
@@ -130,14 +131,11 @@ def _values(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         return
     if isinstance(value, PerRankRef):
         yield path, "one for each rank"
-    elif isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _values(item, join(path, key))
-    elif isinstance(value, list | tuple) and any(
-        isinstance(v, dict | list | tuple | TensorRef) for v in value
+    elif (isinstance(value, dict) and value) or any(
+        isinstance(item, dict | list | tuple | deque | TensorRef) for _, item in children(value)
     ):
-        for number, item in enumerate(value):
-            yield from _values(item, join(path, number))
+        for key, item in children(value):
+            yield from _values(item, join(path, key))
     elif path:
         yield path, _short(value)
 

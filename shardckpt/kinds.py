@@ -1,0 +1,142 @@
+"""Value types of the standard library and of torch that have a JSON form of their own, by class.
+
+Each kind is one constructor of values that cannot hold others, and its inverse. Subclasses are other kinds:
+a pandas Timestamp is no datetime. Free of torch, whose types are known only where torch is imported already;
+elsewhere they are read as text and tuples.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+__all__ = ["KEY_KINDS", "Kind", "kind_of", "kinds"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One type of values.
+
+    Attributes:
+        tag: the key of its JSON form.
+        write: the content of the form, of JSON's own types. ValueError for what is not pure data.
+        read: its inverse. TypeError, ValueError or ArithmeticError for other content.
+    """
+
+    tag: str
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+
+
+def kind_of(cls: type) -> Kind | None:
+    """The kind of exactly this class, if it has one."""
+    name = _TORCH_CLASSES.get(cls.__qualname__) if cls.__module__.split(".")[0] == "torch" else None
+    return _BY_TAG[name] if name is not None else _BY_CLASS.get(cls)
+
+
+def kinds(tag: str) -> Kind | None:
+    """The kind that has this tag, if there is one."""
+    return _BY_TAG.get(tag)
+
+
+def _integers(content: Any, count: int, *, optional: bool = False) -> tuple[Any, ...]:
+    if not isinstance(content, list) or len(content) != count:
+        raise TypeError(f"expected {count} numbers, found {content!r}")
+    if not all(type(n) is int or (optional and n is None) for n in content):
+        raise TypeError(f"expected integers, found {content!r}")
+    return tuple(content)
+
+
+def _text(content: Any) -> str:
+    if not isinstance(content, str):
+        raise TypeError(f"expected a text, found {content!r}")
+    return content
+
+
+def _read_bytes(content: Any) -> bytearray:
+    return bytearray(base64.b64decode(content, validate=True))
+
+
+def _write_slice(value: slice) -> list[int | None]:
+    parts = [value.start, value.stop, value.step]
+    if not all(n is None or (type(n) is int and abs(n) < 1 << 63) for n in parts):
+        raise ValueError("its ends are no integers")
+    return parts
+
+
+def _write_range(value: range) -> list[int]:
+    parts = [value.start, value.stop, value.step]
+    if not all(abs(n) < 1 << 63 for n in parts):
+        raise ValueError("its ends do not fit 64 bits")
+    return parts
+
+
+def _write_time(value: Any) -> str:
+    if value.tzinfo is not None and type(value.tzinfo) is not datetime.timezone:
+        raise ValueError("its time zone is more than an offset; convert it with astimezone(datetime.UTC)")
+    return str(value.isoformat())
+
+
+def _write_size(value: Any) -> list[int]:
+    return [int(n) for n in value]
+
+
+def _read_size(content: Any) -> Any:
+    sizes = _integers(content, len(content) if isinstance(content, list) else -1)
+    torch = sys.modules.get("torch")
+    return torch.Size(sizes) if torch is not None else sizes
+
+
+def _read_dtype(content: Any) -> Any:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return f"torch.{_text(content)}"
+    found = getattr(torch, _text(content), None)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"torch {torch.__version__} has no type {content!r}")
+    return found
+
+
+def _read_device(content: Any) -> Any:
+    if not re.fullmatch(r"[a-z0-9_]+(:[0-9]+)?", _text(content)):
+        raise ValueError("no device")
+    torch = sys.modules.get("torch")
+    return torch.device(content) if torch is not None else content
+
+
+_BY_CLASS: dict[type, Kind] = {
+    bytearray: Kind("$bytearray", lambda v: base64.b64encode(v).decode("ascii"), _read_bytes),
+    range: Kind("$range", _write_range, lambda c: range(*_integers(c, 3))),
+    slice: Kind("$slice", _write_slice, lambda c: slice(*_integers(c, 3, optional=True))),
+    type(Path()): Kind("$path", str, lambda c: Path(_text(c))),
+    datetime.datetime: Kind("$datetime", _write_time, lambda c: datetime.datetime.fromisoformat(_text(c))),
+    datetime.date: Kind("$date", datetime.date.isoformat, lambda c: datetime.date.fromisoformat(_text(c))),
+    datetime.time: Kind("$time", _write_time, lambda c: datetime.time.fromisoformat(_text(c))),
+    datetime.timedelta: Kind(
+        "$timedelta",
+        lambda v: [v.days, v.seconds, v.microseconds],
+        lambda c: datetime.timedelta(*_integers(c, 3)),
+    ),
+    Decimal: Kind("$decimal", str, lambda c: Decimal(_text(c))),
+    Fraction: Kind("$fraction", str, lambda c: Fraction(_text(c))),
+}
+
+_BY_TAG: dict[str, Kind] = {
+    **{kind.tag: kind for kind in _BY_CLASS.values()},
+    "$size": Kind("$size", _write_size, _read_size),
+    "$dtype": Kind("$dtype", lambda v: str(v).removeprefix("torch."), _read_dtype),
+    "$device": Kind("$device", str, _read_device),
+}
+
+KEY_KINDS = frozenset(_BY_TAG) - {"$bytearray", "$slice"}
+"""Tags of the kinds whose values may be keys of a dict, and items of a set."""
+
+_TORCH_CLASSES = {"Size": "$size", "dtype": "$dtype", "device": "$device"}
