@@ -45,6 +45,7 @@ from launcher.restart import Again, Decision, Finish, GiveUp, History, Limits, d
 from launcher.round import DRAIN_SIGNALS, Phase, Round, Wish
 from launcher.run_dir import RunDir
 from launcher.saver import Saver
+from launcher.secret import Secret, find_secret
 from launcher.slots import Slots
 from launcher.stacks import StackTaker
 from launcher.team import Ready
@@ -89,7 +90,8 @@ class Agent:
             undo.callback(self._teller.close)
             self._control = Control(self._run_dir.own / RECORD)
             undo.callback(self._control.close)
-            self._membership = _membership(config, self._run_dir, reaper)
+            self._secret = find_secret(config.secret, config.rdzv_endpoint[0], self._run_dir.path)
+            self._membership = _membership(config, self._secret, self._run_dir, reaper)
             undo.pop_all()
         self._monitor = Monitor()
         self._saver = Saver(self._run_dir.saver_log, reaper)
@@ -236,7 +238,7 @@ class Agent:
                 self._history = History.of_team([History.from_json(hello["history"]) for hello in hellos])
                 if not self.config.is_alone:
                     self._addr = hellos[rank]["addr"]
-                    self._teller.joined(event)
+                    self._teller.joined(event, has_secret=self._secret is not None)
                 self._get_ready(round_)
             case DeadlinePassed() if round_.phase is Phase.GATHERING and round_.team is None:
                 self._join()
@@ -586,7 +588,7 @@ class Agent:
         return GiveUp(code, reason, is_final=self.config.is_alone)
 
     def _end(self, decision: Finish | GiveUp) -> int:
-        self._membership.leave(finished=decision.is_final)
+        self._membership.leave(outcome=decision.exit_code if decision.is_final else None)
         exit_code = self._drain(decision.exit_code)
         if exit_code == ExitCode.PREEMPTED:
             self._teller.preempted()
@@ -620,7 +622,7 @@ class Agent:
         return drain.exit_code(exit_code)
 
 
-def _membership(config: Config, run_dir: RunDir, reaper: Subreaper) -> Membership:
+def _membership(config: Config, secret: Secret | None, run_dir: RunDir, reaper: Subreaper) -> Membership:
     if config.is_alone:
         return Alone()
     least, most = config.nnodes
@@ -633,6 +635,8 @@ def _membership(config: Config, run_dir: RunDir, reaper: Subreaper) -> Membershi
         node_rank=config.node_rank,
         local_addr=config.local_addr,
         conf=config.rdzv_conf,
+        secret=secret.text if secret else None,
+        secret_source=secret.source if secret else "",
     )
     return Together(settings, run_dir.member_log, reaper)
 

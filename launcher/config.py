@@ -16,6 +16,7 @@ from launcher.errors import UsageError
 from launcher.nodes import NODE_KEYS, Given, resolve_nodes
 from launcher.options import OPTIONS, Setting, find, read
 from launcher.parsers import RDZV_CONF
+from launcher.secret import Secret, given_secret
 
 __all__ = ["Config", "Shown", "config_from_settings", "settings_from_environ", "settings_from_file"]
 
@@ -85,7 +86,11 @@ class Config:
     """Where several nodes meet: a host (IPv6 without brackets) and a port."""
     rdzv_id: str | None = None
     rdzv_conf: Mapping[str, str] = field(default_factory=dict)
-    """torch's keys for the backend; numbers and truth values are checked, and still text."""
+    """torch's keys for the backend; numbers and truth values are checked, and still text. Of its own `launch`
+    has "secret": a file with the job's secret."""
+    rdzv_secret: str | None = field(default=None, repr=False)
+    """The job's secret itself, by which its nodes know each other; that in a file beats it. None: see
+    docs/security.md."""
     node_rank: int | None = None
     """This node's number, for the static backend."""
     local_addr: str | None = None
@@ -150,6 +155,7 @@ class Config:
             )
         if self.rdzv_backend == "static":
             self._check_static()
+        given_secret(self.rdzv_conf, self.rdzv_secret)
         for key in self.rdzv_conf:
             if key not in RDZV_CONF[self.rdzv_backend]:
                 keys = ", ".join(RDZV_CONF[self.rdzv_backend])
@@ -179,6 +185,11 @@ class Config:
     def is_alone(self) -> bool:
         """Whether this node is the whole job, now and later: then there is nobody to meet."""
         return self.nnodes[1] == 1
+
+    @property
+    def secret(self) -> Secret | None:
+        """The secret that is given for the nodes of the job."""
+        return given_secret(self.rdzv_conf, self.rdzv_secret)
 
     @property
     def run_id(self) -> str:
@@ -260,11 +271,15 @@ def _scalar(node: Any, source: str, key: str) -> str:
 
 
 def config_from_settings(
-    words: Sequence[str], *sources: Iterable[Setting], is_program: bool = False
+    words: Sequence[str],
+    *sources: Iterable[Setting],
+    is_program: bool = False,
+    secret: str | None = None,
 ) -> Config:
     """The job that `sources` describe together, the first of them taking precedence.
 
-    `words` are the script (or module, or program) and its arguments.
+    `words` are the script (or module, or program) and its arguments, `secret` the job's, if the environment
+    has it.
 
     All settings are read, also those that others beat, so that no mistake goes unnoticed.
     """
@@ -280,6 +295,7 @@ def config_from_settings(
     for key in ("run_dir", "log_dir"):
         if key in values:
             values[key] = Path(values[key]).expanduser().absolute()
+    values["rdzv_secret"] = secret
     known = {item.name for item in fields(Config)}
     config = Config(command=command, **{key: value for key, value in values.items() if key in known})
     _check_shown(config, given)

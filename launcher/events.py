@@ -205,19 +205,26 @@ class MemberFailed:
     """This node is in no team any more, or could not join one; `reason` is a line for the user.
 
     `kind` is "usage" (wrong endpoint, address or backend), "unavailable" (refused, or nobody there in time),
-    "closed" (the job with this id has ended), "quorum" (not enough nodes in time) or "lost" (the
+    "closed" (the job with this id had ended before), "over" (it has ended while this node waited, or was lost:
+    `outcome` is its exit code), "quorum" (not enough nodes in time) or "lost" (the
     team goes on without this node, or its store is gone: it may join again).
     """
 
     kind: str
     reason: str
+    outcome: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MemberNews:
-    """What keeps this node from being in a team as yet; `text` is a line for the user."""
+    """What keeps this node from being in a team as yet, or else concerns it; `text` is a line for the user.
+
+    `is_bad`: something is wrong. `phase` is what this node does meanwhile, in a word or two; None: as before.
+    """
 
     text: str
+    is_bad: bool = False
+    phase: str | None = None
 
 
 Event = (

@@ -35,12 +35,14 @@ class Rendezvous:
 
     `backend` is "c10d", "static", "etcd-v2", "etcd" or another one that torch's registry knows. `endpoint` is
     host and port. `node_rank` is this node's number with "static", where all `max_nodes` nodes must come.
-    `local_addr` is the address at which other nodes reach this one; None: found by the way to the
-    endpoint. `conf` is what torchrun takes as --rdzv-conf; unless given, `join_timeout` is 600 s,
-    `last_call_timeout` 2 s, `read_timeout` (for somebody to answer at the endpoint; never longer than
-    `join_timeout`) 60 s, `keep_alive_interval` 1 s and `keep_alive_max_attempt` 30; `is_host` says whether to
-    serve the store of "c10d" and "static", which is otherwise done by the first process on the endpoint's
-    machine. `has_met`: this node has been in a generation of the job before.
+    `local_addr` is the address at which other nodes reach this one; None: found by the way to the endpoint.
+    `conf` is what torchrun takes as --rdzv-conf; unless given, `join_timeout` is 600 s, `last_call_timeout` 2
+    s, `read_timeout` (for somebody to answer at the endpoint; never longer than `join_timeout`) 60 s,
+    `keep_alive_interval` 1 s and `keep_alive_max_attempt` 30; `is_host` says whether to serve the store of
+    "c10d" and "static", which is otherwise done by the first process on the endpoint's machine. `has_met`:
+    this node has been in a generation of the job before. `secret` is what all nodes of the job share, by
+    which they know each other, and `secret_source` where it comes from, in words; None: anybody can take
+    part.
 
     A node beyond `max_nodes` waits, without a limit, until another one is lost or the job has ended.
     """
@@ -54,6 +56,12 @@ class Rendezvous:
     local_addr: str | None = None
     conf: Mapping[str, str] = field(default_factory=dict)
     has_met: bool = False
+    secret: str | None = field(default=None, repr=False)
+    secret_source: str = ""
+
+    @property
+    def secret_key(self) -> bytes | None:
+        return None if self.secret is None else self.secret.encode()
 
     @property
     def server(self) -> str:
@@ -89,10 +97,11 @@ class Membership(Protocol):
     def say(self, message: Mapping[str, Any]) -> None:
         """Have every node of the generation hear `message`, a JSON object; lost if there is none."""
 
-    def leave(self, finished: bool = False) -> None:
+    def leave(self, outcome: int | None = None) -> None:
         """Leave for good and in peace: nobody is told that this node is lost. Then `close`.
 
-        `finished`: the job has ended, and a node that comes now is told so.
+        `outcome` is the exit code with which the whole job has ended, if it has: nodes that wait, and those
+        that come now, are told so.
         """
 
     def close(self) -> None:
@@ -128,7 +137,7 @@ class Alone:
         """Hear `message` at the next `receive`."""
         self._tell(Heard(0, _through_json(message)))
 
-    def leave(self, finished: bool = False) -> None:
+    def leave(self, outcome: int | None = None) -> None:
         """Nothing: there is nobody to be told."""
 
     def close(self) -> None:
@@ -201,11 +210,11 @@ class Together:
         if self._process is not None:
             _order(self._process, order="say", number=self._joins, message=message)
 
-    def leave(self, finished: bool = False) -> None:
+    def leave(self, outcome: int | None = None) -> None:
         """Leave for good and in peace: nobody is told that this node is lost."""
         self._has_left = True
         if self._process is not None:
-            _order(self._process, order="leave", finished=finished)
+            _order(self._process, order="leave", outcome=outcome)
 
     def close(self) -> None:
         """Let go of the process, which ends by itself, soon. There are no more events.
@@ -243,8 +252,8 @@ def _order(member: Companion, **order: Any) -> None:
 _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "joined": lambda m: Joined(m["rank"], m["hellos"]),
     "heard": lambda m: Heard(m["node"], m["message"]),
-    "failed": lambda m: MemberFailed(m["kind"], m["reason"]),
-    "news": lambda m: MemberNews(m["text"]),
+    "failed": lambda m: MemberFailed(m["kind"], m["reason"], m["outcome"]),
+    "news": lambda m: MemberNews(m["text"], m.get("is_bad", False), m.get("phase")),
 }
 
 

@@ -182,7 +182,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "rdzv-conf",
         parsers.rdzv_conf,
-        "how nodes wait for each other, in torch's keys: join_timeout=600,last_call_timeout=30",
+        "how nodes wait for each other, in torch's keys: join_timeout=600,last_call_timeout=30; secret=FILE",
         "KEY=VALUE,…",
         _NODES,
         torchrun=True,

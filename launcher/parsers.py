@@ -37,9 +37,17 @@ _ELASTIC = {
     "keep_alive_max_attempt": int,
     "read_timeout": int,
 }
+_SECRET = {"secret": str}  # launch's own
 RDZV_CONF: Mapping[str, Mapping[str, type]] = {
-    "c10d": {**_ELASTIC, "store_type": str, "is_host": bool},
-    "etcd-v2": {**_ELASTIC, "protocol": str, "ssl_cert": str, "ssl_cert_key": str, "ca_cert": str},
+    "c10d": {**_ELASTIC, **_SECRET, "store_type": str, "is_host": bool},
+    "etcd-v2": {
+        **_ELASTIC,
+        **_SECRET,
+        "protocol": str,
+        "ssl_cert": str,
+        "ssl_cert_key": str,
+        "ca_cert": str,
+    },
     "etcd": {
         "timeout": int,
         "last_call_timeout": int,
@@ -48,10 +56,11 @@ RDZV_CONF: Mapping[str, Mapping[str, type]] = {
         "key": str,
         "cacert": str,
         "etcd_prefix": str,
+        **_SECRET,
     },
-    "static": {"timeout": int},
+    "static": {"timeout": int, **_SECRET},
 }
-"""What --rdzv-conf may hold: rendezvous backend -> key -> type, as torch reads them."""
+"""What --rdzv-conf may hold: rendezvous backend -> key -> type, as torch reads them, but for the secret."""
 
 
 def whole(minimum: int, what: str) -> Callable[[str], int]:

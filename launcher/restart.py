@@ -148,6 +148,8 @@ def _after_exclusion(round_: Round, history: History) -> Decision:
     if round_.cut_off.kind == "lost" and failed < _JOIN_ATTEMPTS:
         after = replace(history, failed_joins=failed)
         return Again(after, "joining again", _pause(failed + 1), same_team=False)
+    if round_.cut_off.kind == "over":
+        return Finish(round_.cut_off.outcome or ExitCode.OK, round_.cut_off.reason, is_final=False)
     code = _MEMBER_CODES.get(round_.cut_off.kind, ExitCode.INTERNAL)
     return GiveUp(code, round_.cut_off.reason, is_final=False)
 

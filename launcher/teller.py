@@ -79,6 +79,7 @@ class Teller:
                 raise
         self._left_at: tuple[int | None, bool] = (None, False)  # step, and whether all saved there
         self._has_told_silence = False
+        self._has_told_trust = False
         self._progress_told: tuple[float, int | None] = (0.0, None)  # when, and which step
 
     @property
@@ -130,10 +131,18 @@ class Teller:
             nodes = f"{least} to {most}" if least < most else f"{least}"
             self._console.say(f"meeting at {host}:{port}: waiting for {nodes} nodes", style=_DIM)
 
-    def joined(self, event: Joined) -> None:
+    def joined(self, event: Joined, *, has_secret: bool) -> None:
         hosts = ", ".join(str(hello["host"]) for hello in event.hellos)
         self._console.say(f"node {event.rank} of {len(event.hellos)}: {hosts}", style=_DIM)
         self._journal.record("node_joined", node=event.rank, hosts=hosts)
+        if event.rank == 0 and not has_secret and not self._has_told_trust:
+            self._has_told_trust = True
+            host, port = self._config.rdzv_endpoint
+            self._warn(
+                f"this job has no secret: whoever reaches {host}:{port} can stop it, or take part in it and so "
+                f"run code on its nodes; give all nodes one with LAUNCH_SECRET or --rdzv-conf secret=FILE "
+                f"(docs/security.md)"
+            )
         mine = event.hellos[event.rank]["args"]
         for node, hello in enumerate(event.hellos):
             if hello["args"] != mine:
@@ -284,6 +293,8 @@ class Teller:
             what = "no worker" if has_saver else "nothing"
             left = "" if round_.is_stuck else f"; {what} is left running"
             self._console.say(f"stopped by {name}{left}", style=_BOLD)
+        elif isinstance(decision, Finish) and round_.cut_off is not None and round_.cut_off.kind == "over":
+            self._console.say(round_.cut_off.reason, style=_BOLD)
         elif round_.cut_off is not None:
             again = f"; {decision.reason}" if isinstance(decision, Again) else ""
             self._alarm(f"{round_.cut_off.reason}{again}")
@@ -375,7 +386,10 @@ class Teller:
                 )
                 text = f"step {event.step} did not become durable in {event.url}: {event.error}"
                 self._alarm(text)
-            case MemberNews(text=text):
+            case MemberNews(text=text, is_bad=True):
+                self._warn(text)
+            case MemberNews(text=text, phase=phase):
+                self._board = self._board.in_phase(phase or self._board.phase)
                 self._console.say(text, style=_DIM)
 
     def saver_refused(self, reason: str) -> None:

@@ -63,7 +63,7 @@ LAYERS = {
         ],
         [
             *["frames", "oom", "parsers", "nodes", "command", "rendezvous", "run_dir", "spawner", "saver"],
-            *["control", "recovery", "status", "stillness"],
+            *["control", "recovery", "secret", "status", "stillness"],
         ],
         ["options", "diagnosis", "stacks", "membership", "metrics"],
         ["member", "config", "schedulers", "backlog", "round"],

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from launcher import run
 from launcher.cli.arguments import asks_a_job, configure, parse, split
 from launcher.errors import ExitCode, LaunchError
+from launcher.secret import VARIABLE
 
 __all__ = ["main", "parse"]
 
@@ -59,4 +60,6 @@ def _launch(words: list[str]) -> int:
 
         sys.stdout.write(f"launch {version('shardckpt')}\n")
         return ExitCode.OK
-    return run(configure(parsed))
+    config = configure(parsed)
+    os.environ.pop(VARIABLE, None)  # what workers do not know they cannot print
+    return run(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from launcher.config import Config, config_from_settings, settings_from_environ,
 from launcher.errors import UsageError
 from launcher.options import OPTIONS, Option, Setting, find
 from launcher.schedulers import settings_from_scheduler
+from launcher.secret import VARIABLE
 
 __all__ = ["CONTROL_NAMES", "Parsed", "asks_a_job", "configure", "parse", "split"]
 
@@ -55,6 +57,7 @@ def configure(parsed: Parsed) -> Config:
         from_file,
         settings_from_scheduler(),
         is_program=parsed.is_program,
+        secret=os.environ.get(VARIABLE),
     )
 
 

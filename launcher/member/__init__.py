@@ -6,11 +6,11 @@ of the launcher that imports torch for itself. FD is one end of a stream socket 
     {"order": "settings", ...}                                  a `Rendezvous`; the first line
     {"order": "join", "number": 1, "hello": {...}}              the number is repeated in what is told of it
     {"order": "say", "number": 1, "message": {...}}
-    {"order": "leave", "finished": false}
+    {"order": "leave", "outcome": null}                       the exit code of the job, if it has ended
 
 and go out:
 
-    {"event": "news", "number": 1, "text": "..."}              a line for the user, while it joins
+    {"event": "news", "number": 1, "text": "..."}              a line for the user: a `MemberNews`
     {"event": "joined", "number": 1, "rank": 0, "hellos": [...]}
     {"event": "heard", "number": 1, "node": 0, "message": {...}}
     {"event": "failed", "number": 1, "kind": "lost", "reason": "..."}      the last line

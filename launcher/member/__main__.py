@@ -38,7 +38,7 @@ def main(fd: int) -> None:
             case "say":
                 member.say(order["number"], order["message"])
             case "leave":
-                member.leave(order["finished"])
+                member.leave(order["outcome"])
                 return
     member.desert()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.member.refusal import Refused
-from launcher.member.stores import Store
+from launcher.member.stores import SignedStore
 
 __all__ = ["Charter", "check_hellos"]
 
@@ -24,13 +24,14 @@ class Charter:
     A node that does not fit to a running job finds out before it takes part, and disturbs it no more.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: SignedStore) -> None:
         self._store = store
 
     def check(self, hello: Mapping[str, Any]) -> None:
         """Raise `Refused` unless a node that says `hello` belongs to the job, as far as there is one."""
-        if self._store.check(["charter"]):
-            _compare(json.loads(self._store.get("charter")), hello)
+        text = self._store.get("charter")
+        if text is not None:
+            _compare(json.loads(text), hello)
 
     def write(self, hello: Mapping[str, Any]) -> None:
         """A generation of nodes like the one that says `hello` begins."""

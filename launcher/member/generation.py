@@ -6,15 +6,12 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any
-
-from torch.distributed import DistStoreError
 
 from launcher.member.log import Entry, Reader, Writer
 from launcher.member.meeting import Seat
 from launcher.member.pulse import GONE, Watch
-from launcher.member.stores import connect_again
+from launcher.member.signing import ForgedError
 
 __all__ = ["Generation"]
 
@@ -39,12 +36,12 @@ class Generation:
         self.rank = seat.rank
         self.size = seat.size
         self.hellos: list[Message] = []
-        self._store = connect_again(seat.store)
+        self._store = seat.store.connect_again()
         self._hear = hear
         self._fail = fail
         self._lose = lose
-        self._reader = Reader(connect_again(seat.store))
-        self._writer = Writer(connect_again(seat.store), seat.rank)
+        self._reader = Reader(seat.store.connect_again())
+        self._writer = Writer(seat.store.connect_again(), seat.rank)
         self._said: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: the end
         self._unsaid = 0  # of what is in the queue or on its way
         self._all_said = threading.Condition()
@@ -63,12 +60,10 @@ class Generation:
         """
         self._beat()
         self._store.set(f"hello/{self.rank}", json.dumps(hello))
-        keys = [f"hello/{node}" for node in range(self.size)]
-        try:
-            self._store.wait(keys, timedelta(seconds=seconds))
-        except DistStoreError:
-            raise TimeoutError(f"not all of {self.size} nodes said hello within {seconds:g} s") from None
-        self.hellos = [json.loads(value) for value in self._store.multi_get(keys)]
+        texts = self._store.wait(*(f"hello/{node}" for node in range(self.size)), seconds=seconds)
+        if texts is None:
+            raise TimeoutError(f"not all of {self.size} nodes said hello within {seconds:g} s")
+        self.hellos = list(map(json.loads, texts))
         return self.hellos
 
     def start(self) -> None:
@@ -94,14 +89,15 @@ class Generation:
     def look(self, now: float) -> list[int]:
         """Give a sign of life, and tell of nodes that give none any more; to be called every `PERIOD`.
 
-        Node 0 looks at all the others, and they at it. Returns the nodes that were found lost for the first time.
+        Node 0 looks at all the others, and they at it. Returns the nodes that were found lost for the first
+        time.
         """
         with self._beat_lock:
             if self._is_over:
                 return []
             self._beat()
         watched = list(range(1, self.size)) if self.rank == 0 else [0]
-        signs = self._store.multi_get([f"beat/{node}" for node in watched]) if watched else []
+        signs = self._store.get_all([f"beat/{node}" for node in watched]) if watched else []
         silent = self._watch.look(dict(zip(watched, signs, strict=True)), now)
         new = [node for node in silent if node not in self._silent]
         self._silent.update(new)
@@ -113,14 +109,14 @@ class Generation:
         """Be in it no more, in peace: the others expect no sign of life from now on."""
         self.stop()
         with self._beat_lock:
-            self._store.set(f"beat/{self.rank}", GONE.decode())
+            self._store.set(f"beat/{self.rank}", GONE)
 
     def abandon(self, why: str) -> None:
         """Instead of `start`: have the others form another generation, because this node is not in it."""
         self._is_over = True
         farewell = {"kind": "lost", "node": self.rank, "why": why}
         self._writer.append([farewell], self._see, self._is_still_news)
-        self._store.set(f"beat/{self.rank}", GONE.decode())
+        self._store.set(f"beat/{self.rank}", GONE)
 
     def stop(self) -> None:
         """Hear and speak no more."""
@@ -134,6 +130,9 @@ class Generation:
     def _guarded(self, run: Callable[[], None]) -> None:
         try:
             run()
+        except ForgedError as error:
+            if not self._is_over:
+                self._fail(f"what the nodes say to each other was overwritten: {error}")
         except RuntimeError as error:
             if not self._is_over:
                 self._lose(error)

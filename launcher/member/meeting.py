@@ -7,9 +7,8 @@ endpoint, or else one that node 0 of the generation serves.
 
 from __future__ import annotations
 
-import logging
+import json
 import os
-import pickle
 import socket
 import sys
 import threading
@@ -17,8 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch.distributed import DistStoreError
 from torch.distributed.elastic.rendezvous import (
@@ -30,28 +28,28 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
     RendezvousTimeoutError,
 )
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import (
-    create_backend as create_c10d_backend,
-)
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
-    DynamicRendezvousHandler,
-    RendezvousBackend,
-    Token,
-    create_handler,
-)
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend, create_handler
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launcher.member.endpoint import is_here, reach, resolve, show
+from launcher.member.endpoint import is_here, listening_address, reach, resolve, show
+from launcher.member.gate import Gate, StoreBackend, known_as
 from launcher.member.pulse import Arrivals
 from launcher.member.refusal import Refused
-from launcher.member.stores import PrefixStore, Store, TCPStore
+from launcher.member.seal import open_seal
+from launcher.member.signing import Signer
+from launcher.member.stores import (
+    PortTakenError,
+    SignedStore,
+    Store,
+    TCPStore,
+    connect,
+    serve,
+)
 from launcher.membership import Rendezvous
 
-__all__ = ["Meeting", "Seat", "bounded", "meet"]
+__all__ = ["Meeting", "Seat", "bounded", "join_patience", "meet", "meet_through"]
 
-_ANSWER = timedelta(seconds=5)
-"""How long an operation of a store may take."""
-
+_WORD = 10.0  # seconds at most, for node 0 of a generation to tell where its store is
 _HANDSHAKE = 10.0  # seconds at most, for what listens at the endpoint to show that it is a store
 _ROLL_CALL = 0.1  # seconds between two looks at who has come
 _MISSED_SIGNS = 4  # of a node that waits, after which it is not counted on
@@ -97,7 +95,7 @@ class Seat:
 
     rank: int
     size: int
-    store: Store
+    store: SignedStore
     is_host: bool
     """Whether this process serves `store`."""
 
@@ -108,8 +106,8 @@ class Meeting(Protocol):
     name: str
     """What this node, in this process, is known by."""
 
-    store: Store | None
-    """The job's store, as long as it exists; None: each generation has one of its own."""
+    store: SignedStore | None
+    """What the job keeps beside its generations; None: each generation has a store of its own."""
 
     is_host: bool
     """Whether this process serves `store`."""
@@ -120,6 +118,10 @@ class Meeting(Protocol):
         Raises `Refused`, or RuntimeError or RendezvousConnectionError if the store is gone.
         """
 
+    def running_without(self) -> int:
+        """How many nodes the job runs on, to be asked when this is none of them; 0: it does not, or nobody
+        knows."""
+
     def is_in(self) -> bool:
         """Whether the rendezvous has this node in its generation, as far as can be known.
 
@@ -129,8 +131,8 @@ class Meeting(Protocol):
     def waiting(self) -> int:
         """How many nodes wait to be taken in, and have given signs of life since the last generation formed."""
 
-    def end_job(self) -> None:
-        """Have every node that comes from now on refused: the job is finished."""
+    def end_job(self, exit_code: int) -> None:
+        """Have every node that waits, or comes from now on, refused: the job has ended with `exit_code`."""
 
     def count_out(self, node: str) -> None:
         """Let nobody wait for a node that is lost; `node` is the `name` of its meeting."""
@@ -139,37 +141,55 @@ class Meeting(Protocol):
         """Be no part of the rendezvous any more, and let nobody wait for this node."""
 
 
-def meet(settings: Rendezvous, addr: str, tell: Callable[[str], None]) -> Meeting:
+Tell = Callable[[str], None]
+"""To be called with lines for the user."""
+
+
+def meet(settings: Rendezvous, addr: str, tell: Tell, suspect: Tell) -> Meeting:
     """Connect to the rendezvous, or begin to serve its store if the endpoint is this machine.
 
-    Raises `Refused`. `tell` is called with lines for the user, meanwhile.
+    Raises `Refused`. `tell` is called with lines for the user, meanwhile, and `suspect` at any time with what
+    is found in a store that no node of this job has written.
     """
     try:
-        return _meet(settings, {**_DEFAULTS, **settings.conf}, addr, tell)
+        return _meet(settings, _conf(settings), addr, tell, suspect)
     except ValueError as error:
         raise Refused("usage", f"--rdzv-conf cannot be used: {error}") from None
 
 
-def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str, tell: Callable[[str], None]) -> Meeting:
+def join_patience(settings: Rendezvous) -> float:
+    """How many seconds to wait for the other nodes."""
+    try:
+        return _seconds(_conf(settings), "join_timeout")
+    except ValueError as error:
+        raise Refused("usage", f"--rdzv-conf cannot be used: {error}") from None
+
+
+def _conf(settings: Rendezvous) -> Mapping[str, str]:
+    given = {key: value for key, value in settings.conf.items() if key != "secret"}
+    if "timeout" in given:  # the one that the static and the old etcd rendezvous have
+        given.setdefault("join_timeout", given["timeout"])
+    return {**_DEFAULTS, **given}
+
+
+def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str, tell: Tell, suspect: Tell) -> Meeting:
+    signer = Signer(settings.secret_key, settings.run_id, suspect=suspect)
     if settings.backend in ("c10d", "static"):
-        backend, store, is_host = _connect(settings, conf, tell)
+        store, signer, is_host = _connect(settings, conf, signer, tell)
+        own = SignedStore(store, signer, f"launch.{settings.run_id}/")
         if settings.backend == "static":
-            return _Fixed(settings, _seconds(conf, "join_timeout"), store, is_host)
-        gate = _Gate(backend)
+            return _Fixed(settings, _seconds(conf, "join_timeout"), own, is_host)
+        gate = Gate(StoreBackend(store, f"launch.{settings.run_id}/state"), signer)
         handler: RendezvousHandler = create_handler(store, gate, _parameters(settings, conf, addr))
-        return _Elastic(settings, conf, addr, handler, gate, store, is_host)
+        return _Elastic(settings, addr, handler, gate, signer, own, is_host)
     resolve(settings.endpoint)
     parameters = _parameters(settings, conf, addr)
     try:
         if settings.backend == "etcd-v2":
             from torch.distributed.elastic.rendezvous.etcd_rendezvous_backend import create_backend
 
-            backend, etcd_store = create_backend(parameters)
-            gate = _Gate(backend)
-            handler = create_handler(etcd_store, gate, parameters)
-            return _Elastic(settings, conf, addr, handler, gate, None, False)
-        handler = get_rendezvous_handler(parameters)
-        return _Elastic(settings, conf, addr, handler, None, None, False)
+            return meet_through(settings, addr, signer, *create_backend(parameters))
+        return _Elastic(settings, addr, get_rendezvous_handler(parameters), None, signer)  # JSON in etcd
     except RendezvousConnectionError:
         _reach(settings, conf, tell)
         raise _not_a_store(settings) from None
@@ -179,9 +199,16 @@ def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str, tell: Callab
         ) from error
 
 
-def _parameters(
-    settings: Rendezvous, conf: Mapping[str, str], addr: str, **more: Any
-) -> RendezvousParameters:
+def meet_through(
+    settings: Rendezvous, addr: str, signer: Signer, backend: RendezvousBackend, store: Store
+) -> Meeting:
+    """Meet where torch's state is in a `backend` whose `store` cannot compare and set, as etcd's."""
+    gate = Gate(backend, signer)
+    handler = create_handler(store, gate, _parameters(settings, _conf(settings), addr))
+    return _Elastic(settings, addr, handler, gate, signer)
+
+
+def _parameters(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> RendezvousParameters:
     return RendezvousParameters(
         backend=settings.backend,
         endpoint=show(settings.endpoint),
@@ -189,7 +216,7 @@ def _parameters(
         min_nodes=settings.min_nodes,
         max_nodes=settings.max_nodes,
         local_addr=_name(addr),
-        **{**conf, **more},
+        **conf,
     )
 
 
@@ -199,26 +226,39 @@ def _name(addr: str) -> str:
 
 
 def _connect(
-    settings: Rendezvous, conf: Mapping[str, str], tell: Callable[[str], None]
-) -> tuple[RendezvousBackend, TCPStore, bool]:
-    """A connection to the store at the endpoint, which this process serves if it is the first there."""
+    settings: Rendezvous, conf: Mapping[str, str], signer: Signer, tell: Tell
+) -> tuple[TCPStore, Signer, bool]:
+    """A connection to the store at the endpoint, and what signs for the job there.
+
+    Also, whether this process serves it, which it does if it is the first there.
+    """
+    host, port = settings.endpoint
     wants_to_host = _parameters(settings, conf, "").get_as_bool("is_host")
     if wants_to_host is None:
         wants_to_host = is_here(settings.endpoint)
     if wants_to_host:
         try:
-            return *_create(settings, conf, is_host=True), True
-        except RendezvousConnectionError:
+            store = serve(host, listening_address(settings.endpoint, settings.local_addr), port)
+            return store, open_seal(store, settings, signer, is_host=True, is_first=True), True
+        except PortTakenError:
             pass  # another process of this machine has the port; it should be one like this
+        except OSError as error:
+            why = f"{show(settings.endpoint)} cannot be served from here: {error.strerror}"
+            raise Refused("usage", f"{why}: correct --rdzv-endpoint") from None
     _reach(settings, conf, tell)
+    seconds = min(_patience(conf), _HANDSHAKE)
+
+    def shake_hands() -> tuple[TCPStore, Signer, bool]:
+        store = connect(host, port, seconds)
+        return store, open_seal(store, settings, signer, is_host=False, is_first=bool(wants_to_host)), False
+
     try:
-        seconds = min(_patience(conf), _HANDSHAKE)
-        return *bounded(seconds, lambda: _create(settings, conf, is_host=False)), False
-    except (RendezvousConnectionError, TimeoutError):
+        return bounded(seconds, shake_hands)
+    except (RuntimeError, TimeoutError):
         raise _not_a_store(settings) from None
 
 
-def _reach(settings: Rendezvous, conf: Mapping[str, str], tell: Callable[[str], None]) -> None:
+def _reach(settings: Rendezvous, conf: Mapping[str, str], tell: Tell) -> None:
     """Wait until somebody accepts connections at the endpoint; raises `Refused` if nobody does in time."""
     try:
         reach(settings.endpoint, _patience(conf), tell)
@@ -254,16 +294,6 @@ def _not_a_store(settings: Rendezvous) -> Refused:
     )
 
 
-def _create(
-    settings: Rendezvous, conf: Mapping[str, str], is_host: bool
-) -> tuple[RendezvousBackend, TCPStore]:
-    parameters = _parameters(settings, conf, "", is_host=is_host, read_timeout=int(_HANDSHAKE))
-    backend, store = create_c10d_backend(parameters)
-    assert isinstance(store, TCPStore)
-    store.set_timeout(_ANSWER)
-    return backend, store
-
-
 def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
@@ -274,90 +304,28 @@ def _too_few(settings: Rendezvous, came: int | None, seconds: float) -> Refused:
     return Refused("quorum", f"{found} {settings.min_nodes} {nodes} came within {seconds:g} s")
 
 
-class _Gate(RendezvousBackend):
-    """Stands between torch's handler and its backend, to end a wait and to take nodes out.
-
-    torch's handler has no way to leave a rendezvous without closing it for all, and none to take out a node
-    that is known to be dead; so all would wait until its keep-alive is too old.
-    """
-
-    def __init__(self, backend: RendezvousBackend) -> None:
-        self._backend = backend
-        self._is_shut = False
-
-    @property
-    def name(self) -> str:
-        return self._backend.name
-
-    def get_state(self) -> tuple[bytes, Token] | None:
-        self._check()
-        return self._backend.get_state()
-
-    def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
-        self._check()
-        return self._backend.set_state(state, token)
-
-    def participants(self) -> list[str]:
-        """The nodes that take part, by the `name` of their meetings."""
-        found = self._backend.get_state()
-        return [] if found is None else [_known_as(desc) for desc in pickle.loads(found[0]).participants]
-
-    def waiting(self) -> Mapping[str, str]:
-        """Who waits to be taken in, each with its last sign of life."""
-        found = self._backend.get_state()
-        if found is None:
-            return {}
-        state = pickle.loads(found[0])
-        return {str(desc): str(state.last_heartbeats.get(desc)) for desc in state.wait_list}
-
-    def shut(self) -> None:
-        """Let the handler through no more. It goes on to try, and need not say so each time."""
-        self._is_shut = True
-        logging.getLogger(DynamicRendezvousHandler.__module__).setLevel(logging.CRITICAL)
-
-    def count_out(self, node: str) -> None:
-        """Mark a node as dead since long; all count it out at their next look, as one without keep-alive."""
-        has_set = False
-        while not has_set and (found := self._backend.get_state()) is not None:
-            bits, token = found
-            state = pickle.loads(bits)
-            dead = [desc for desc in state.last_heartbeats if _known_as(desc) == node]
-            if not dead:
-                return
-            state.last_heartbeats.update(dict.fromkeys(dead, datetime.min.replace(tzinfo=UTC)))
-            outcome = self._backend.set_state(pickle.dumps(state), token)
-            has_set = outcome is not None and outcome[2]
-
-    def _check(self) -> None:
-        if self._is_shut:
-            raise RendezvousConnectionError("this node has left")
-
-
-def _known_as(desc: Any) -> str:
-    """The `name` of the meeting of a node that torch's state describes so."""
-    return f"{desc.addr}/{desc.pid}"
-
-
 class _Elastic:
     """A rendezvous of torch's, in which nodes come and go."""
 
     def __init__(
         self,
         settings: Rendezvous,
-        conf: Mapping[str, str],
         addr: str,
         handler: RendezvousHandler,
-        gate: _Gate | None,
-        store: TCPStore | None,
-        is_host: bool,
+        gate: Gate | None,
+        signer: Signer,
+        store: SignedStore | None = None,
+        is_host: bool = False,
     ) -> None:
+        conf = _conf(settings)
         self._settings = settings
         self._patience = _seconds(conf, "join_timeout")
         self._addr = addr
         self._handler = handler
         self._gate = gate
         self.name = f"{_name(addr)}/{os.getpid()}"
-        self.store: Store | None = store
+        self._signer = signer
+        self.store: SignedStore | None = store
         self.is_host = is_host
         self._sign_patience = _MISSED_SIGNS * float(conf["keep_alive_interval"])
         self._arrivals = Arrivals(self._sign_patience)
@@ -370,14 +338,28 @@ class _Elastic:
             came = None if self._gate is None else len(self._gate.participants()) + 1  # it has gone again
             raise _too_few(self._settings, came, self._patience) from None
         except (RendezvousClosedError, RendezvousGracefulExitError):
-            raise Refused(
-                "closed",
-                f"the job with the id {self._settings.run_id} has ended: choose another --rdzv-id for a new one",
-            ) from None
+            raise self._too_late() from None
         self._arrivals = Arrivals(self._sign_patience)
-        if self.store is not None:
-            return Seat(info.rank, info.world_size, info.store, self.is_host)
+        if self.store is not None and self._gate is not None:
+            part = self.store.part(f"generation-{self._gate.round_of(self.name)}")
+            return Seat(info.rank, info.world_size, part, self.is_host)
         return Seat(info.rank, info.world_size, self._serve(info.store, info.rank), info.rank == 0)
+
+    def _too_late(self) -> Refused:
+        """The job has ended: while this node waited, so that it has nothing to do, or before it came."""
+        outcome = None if self._gate is None else self._gate.outcome
+        if self._gate is None or outcome is None or not (self._gate.was_open or self._settings.has_met):
+            advice = "choose another --rdzv-id for a new one"
+            return Refused("closed", f"the job with the id {self._settings.run_id} has ended: {advice}")
+        how = "has finished" if outcome == 0 else f"has ended with exit code {outcome}"
+        return Refused("over", f"the job {how}; this node was not needed", outcome)
+
+    def running_without(self) -> int:
+        if self._gate is None:
+            return 0
+        state = self._gate.look()
+        is_out = self.name not in map(known_as, state.participants)
+        return len(state.participants) if is_out and state.complete and not state.closed else 0
 
     def is_in(self) -> bool:
         return self._gate is None or self.name in self._gate.participants()
@@ -387,7 +369,9 @@ class _Elastic:
             return self._handler.num_nodes_waiting()
         return self._arrivals.look(self._gate.waiting(), time.monotonic())
 
-    def end_job(self) -> None:
+    def end_job(self, exit_code: int) -> None:
+        if self._gate is not None:
+            self._gate.record_outcome(exit_code)
         self._handler.set_closed()  # type: ignore[no-untyped-call]
 
     def count_out(self, node: str) -> None:
@@ -406,16 +390,30 @@ class _Elastic:
             except DistStoreError as error:  # an answer that others owe: one of them has died meanwhile
                 print(error, file=sys.stderr)
 
-    def _serve(self, agreed: Store, rank: int) -> TCPStore:
-        """A store for a generation, where the one of the rendezvous cannot compare and set."""
+    def _serve(self, agreed: Store, rank: int) -> SignedStore:
+        """A store for a generation, where the one of the rendezvous cannot compare and set.
+
+        Node 0 serves it, and tells the others of it in the one that was `agreed` on.
+        """
+        number = 0 if self._gate is None else self._gate.round_of(self.name)
+        word = SignedStore(agreed, self._signer, f"launch/{number}/")
         if rank == 0:
-            served = TCPStore(self._addr, 0, is_master=True, wait_for_workers=False, timeout=_ANSWER)
+            served = serve(self._addr, listening_address((self._addr, 0), None), 0)
             self._served.append(served)
-            agreed.set("launch/port", str(served.port))
-            agreed.set("launch/addr", self._addr)
-            return served
-        addr, port = agreed.get("launch/addr").decode(), int(agreed.get("launch/port"))
-        return TCPStore(addr, port, is_master=False, wait_for_workers=False, timeout=_ANSWER)
+            name = uuid.uuid4().hex
+            word.set("store", json.dumps([self._addr, served.port, name]))
+            return self._generation(served, name)
+        told = word.wait("store", seconds=_WORD)
+        if told is None:
+            raise Refused(
+                "usage",
+                "no node that has this node's secret says where the store is: give all nodes the same one",
+            )
+        addr, port, name = json.loads(told[0])
+        return self._generation(connect(addr, port, _WORD), name)
+
+    def _generation(self, store: Store, name: str) -> SignedStore:
+        return SignedStore(store, self._signer.within(name))
 
 
 class _Fixed:
@@ -425,7 +423,7 @@ class _Fixed:
     of the generation; a ticket is good for one.
     """
 
-    def __init__(self, settings: Rendezvous, patience: float, store: Store, is_host: bool) -> None:
+    def __init__(self, settings: Rendezvous, patience: float, store: SignedStore, is_host: bool) -> None:
         if settings.node_rank is None or not 0 <= settings.node_rank < settings.max_nodes:
             raise Refused(
                 "usage",
@@ -437,8 +435,8 @@ class _Fixed:
         self._rank = settings.node_rank
         self._size = settings.max_nodes
         self.name = str(settings.node_rank)
-        self.store: Store | None = store
-        self._tickets = PrefixStore(f"static.{settings.run_id}", store)
+        self.store: SignedStore | None = store
+        self._tickets = store.part("static")
         self.is_host = is_host
         self._has_left = False
 
@@ -446,26 +444,27 @@ class _Fixed:
         ticket = uuid.uuid4().hex
         self._tickets.set(f"ticket/{self._rank}", ticket)
         deadline = time.monotonic() + self._patience
-        while not self._tickets.check([f"generation/{ticket}"]):
+        while (name := self._tickets.get(f"generation/{ticket}")) is None:
             came = self._give_out() if self._rank == 0 else None
             if time.monotonic() > deadline:
                 raise _too_few(self._settings, came, self._patience)
             if self._has_left:
                 raise RendezvousConnectionError("this node has left")
             time.sleep(_ROLL_CALL)
-        number = self._tickets.get(f"generation/{ticket}").decode()
-        return Seat(self._rank, self._size, PrefixStore(number, self._tickets), self.is_host)
+        return Seat(self._rank, self._size, self._tickets.part(name), self.is_host)
 
     def _give_out(self) -> int:
         """Begin a generation if every node has come; returns how many have."""
-        came = [key for rank in range(self._size) if self._tickets.check([key := f"ticket/{rank}"])]
-        tickets = [ticket.decode() for ticket in self._tickets.multi_get(came)]
-        new = [ticket for ticket in tickets if not self._tickets.check([f"generation/{ticket}"])]
+        tickets = [self._tickets.get(f"ticket/{rank}") for rank in range(self._size)]
+        new = [one for one in tickets if one is not None and not self._tickets.get(f"generation/{one}")]
         if len(new) == self._size:
-            number = str(self._tickets.add("generations", 1))
+            name = uuid.uuid4().hex
             for ticket in new:
-                self._tickets.set(f"generation/{ticket}", number)
+                self._tickets.set(f"generation/{ticket}", name)
         return len(new)
+
+    def running_without(self) -> int:
+        return 0  # never without this one
 
     def is_in(self) -> bool:
         return True  # its place is kept
@@ -473,7 +472,7 @@ class _Fixed:
     def waiting(self) -> int:
         return 0  # nobody comes that is not in it already
 
-    def end_job(self) -> None:
+    def end_job(self, exit_code: int) -> None:
         pass  # who comes now waits for the others, in vain; torch's static rendezvous is never closed either
 
     def count_out(self, node: str) -> None:

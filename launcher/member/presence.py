@@ -35,7 +35,7 @@ class Presence:
         watch = Watch()
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self._store.add("present", 0) > 0:
-            pulse = {0: str(self._store.add("pulse", 0)).encode()}
+            pulse = {0: str(self._store.add("pulse", 0))}
             if watch.look(pulse, time.monotonic()):
                 return
             time.sleep(min(_PAUSE, PERIOD))

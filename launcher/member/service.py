@@ -17,15 +17,18 @@ from typing import Any
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from launcher.member.charter import Charter, check_hellos
-from launcher.member.endpoint import local_address, show
+from launcher.member.endpoint import is_served, local_address, show, wait_for_name
+from launcher.member.gate import OverwrittenError
 from launcher.member.generation import Generation
 from launcher.member.link import Link
-from launcher.member.meeting import Meeting, bounded, meet
+from launcher.member.meeting import Meeting, bounded, join_patience, meet
 from launcher.member.presence import Presence
 from launcher.member.pulse import PERIOD
 from launcher.member.refusal import Refused
-from launcher.member.stores import PrefixStore, Store, connect_again
+from launcher.member.signing import ForgedError
+from launcher.member.stores import SignedStore
 from launcher.membership import Rendezvous
+from launcher.wording import count
 
 __all__ = ["Member"]
 
@@ -33,6 +36,7 @@ _GREETING = 10.0  # seconds for all nodes of a generation to say hello; else the
 _UNREACHABLE = 5.0  # seconds without an answer of the store, after which this node is on its own
 _FAREWELL = 2.0  # seconds for each thing that is done when leaving
 _LINGER = 10.0  # seconds that a store is served after the job's end
+_OTHERS = "others can reach that port: see docs/security.md"
 _ASK = 1.0  # seconds between two looks at what the rendezvous knows
 
 
@@ -47,6 +51,8 @@ class Member:
         self._is_host = False  # of that store
         self._generation: Generation | None = None
         self._number = 0  # of the last join that was ordered
+        self._is_spare = False  # this node, as the user was told
+        self._has_suspected = False  # that others write to the store
         self._joins: queue.SimpleQueue[tuple[int, Mapping[str, Any]]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of the end: one failure is told, and none after the agent has left
         self._is_ending = False
@@ -63,19 +69,23 @@ class Member:
         if self._generation is not None and number == self._number:
             self._generation.say(message)
 
-    def leave(self, finished: bool) -> None:
-        """Leave in peace, and return when the others do not need this process any more."""
+    def leave(self, outcome: int | None) -> None:
+        """Leave in peace, and return when the others do not need this process any more.
+
+        `outcome` is the exit code of the job, if it has ended with that.
+        """
         self._end()
         if self._generation is not None:
             self._generation.flush(_FAREWELL)
             self._try(self._generation.retire)
-        if finished and self._meeting is not None:
-            self._try(self._meeting.end_job)
+        if outcome is not None and self._meeting is not None:
+            self._try(partial(self._meeting.end_job, outcome))
         self._withdraw()
-        self._linger(_LINGER if finished else math.inf)
+        self._linger(math.inf if outcome is None else _LINGER)
 
     def desert(self) -> None:
-        """The agent is dead, or has heard of a failure: tell the others, and return when they can do without."""
+        """The agent is dead, or has heard of a failure: tell the others, and return when they can do
+        without."""
         why = "its launch was killed" if self._end() else "it lost sight of the others"
         if self._generation is not None:
             self._generation.tell_lost(self._generation.rank, why)
@@ -90,14 +100,14 @@ class Member:
             was_ending, self._is_ending = self._is_ending, True
         return not was_ending
 
-    def _fail(self, kind: str, reason: str) -> None:
+    def _fail(self, kind: str, reason: str, outcome: int | None = None) -> None:
         if self._end():
-            self._link.tell(event="failed", number=self._number, kind=kind, reason=reason)
+            self._link.tell(event="failed", number=self._number, kind=kind, reason=reason, outcome=outcome)
 
-    def _tell_news(self, text: str) -> None:
+    def _tell_news(self, text: str, **more: Any) -> None:
         with self._lock:
             if not self._is_ending:
-                self._link.tell(event="news", number=self._number, text=text)
+                self._link.tell(event="news", number=self._number, text=text, **more)
 
     def _lose(self, reason: str) -> None:
         self._fail("lost", reason)
@@ -108,14 +118,19 @@ class Member:
         if not self._is_ending:
             print(error, file=sys.stderr)
         where = show(self._settings.endpoint)
-        self._lose(f"{self._settings.server} ({where}) is gone, or cannot be reached")
+        if is_served(self._settings.endpoint, _FAREWELL):
+            self._lose(f"the store at {where} refuses what it should not ({_line(error)}); {_OTHERS}")
+        else:
+            self._lose(f"{self._settings.server} ({where}) is gone, or cannot be reached")
 
     def _run_joins(self) -> None:
         try:
             while True:
                 self._form(*self._joins.get())
         except Refused as refused:
-            self._fail(refused.kind, refused.reason)
+            self._fail(refused.kind, refused.reason, refused.outcome)
+        except (OverwrittenError, ForgedError) as error:
+            self._fail("unavailable", f"{error} ({show(self._settings.endpoint)}): {_OTHERS}")
         except (RuntimeError, RendezvousError) as error:
             self._miss_store(error)
         except Exception as error:
@@ -128,10 +143,12 @@ class Member:
         if former is not None:
             former.flush(_FAREWELL)
             former.retire()
+        if self._meeting is None:
+            wait_for_name(self._settings.endpoint, join_patience(self._settings), self._tell_news)
         own = {**self._introduce(), **hello}
         meeting = self._meeting = self._meeting or self._meet(own["addr"])
         own["member"] = meeting.name
-        charter = None if meeting.store is None else Charter(self._in_job(connect_again(meeting.store)))
+        charter = None if meeting.store is None else Charter(meeting.store.connect_again())
         if charter is not None and former is None:
             charter.check(own)
         while number == self._number:
@@ -165,16 +182,24 @@ class Member:
         return {"host": socket.gethostname(), "addr": addr, "version": version}
 
     def _meet(self, addr: str) -> Meeting:
-        meeting = meet(self._settings, addr, self._tell_news)
+        meeting = meet(self._settings, addr, self._tell_news, self._suspect)
         if meeting.store is not None:
-            self._depend_on(self._in_job(meeting.store), meeting.is_host)
+            self._depend_on(meeting.store, meeting.is_host)
         threading.Thread(target=self._live, args=(meeting,), daemon=True).start()
         threading.Thread(target=self._watch_store, daemon=True).start()
         return meeting
 
-    def _depend_on(self, store: Store, is_host: bool) -> None:
+    def _suspect(self, key: str) -> None:
+        """Something is in a store that no node of this job has written: users are told once."""
+        if not self._has_suspected:
+            self._has_suspected = True
+            where = show(self._settings.endpoint)
+            what = f"the store at {where} holds what no node of this job has written ({key}): it is passed over"
+            self._tell_news(f"{what}; {_OTHERS}", is_bad=True)
+
+    def _depend_on(self, store: SignedStore, is_host: bool) -> None:
         """Be counted at `store` from now on, and not where it was before; `is_host`: this process serves it."""
-        former, presence = self._presence, Presence(connect_again(store))
+        former, presence = self._presence, Presence(store.connect_again().counters)
         presence.enter()
         self._presence, self._is_host = presence, is_host
         if former is not None:
@@ -197,14 +222,27 @@ class Member:
                 if generation is not None:
                     for lost in generation.look(now):
                         meeting.count_out(generation.hellos[lost]["member"])
-                    if now - asked >= _ASK:
-                        asked = now
+                if now - asked >= _ASK:
+                    asked = now
+                    if generation is None:
+                        self._look_for_room(meeting)
+                    else:
                         newcomers.look(generation)
                         self._check_place(meeting, generation)
                 self._has_answered.set()
                 time.sleep(PERIOD)
         except (RuntimeError, RendezvousError) as error:
             self._miss_store(error)
+
+    def _look_for_room(self, meeting: Meeting) -> None:
+        """Tell that this node waits for nothing but the loss of another one, as soon as that is so."""
+        running = meeting.running_without()
+        is_spare = running >= self._settings.max_nodes
+        if is_spare and not self._is_spare:
+            full = f"the job runs on {count(running, 'node')}, the most that --nnodes allows"
+            until = "until one of them is lost or the job has ended"
+            self._tell_news(f"{full}: this node waits as a spare, {until}", phase="waiting as a spare")
+        self._is_spare = is_spare
 
     def _check_place(self, meeting: Meeting, generation: Generation) -> None:
         """Notice that the others have counted this node out while it, and perhaps their store, stood still."""
@@ -222,10 +260,6 @@ class Member:
                 where = show(self._settings.endpoint)
                 self._lose(f"the store at {where} has not answered for {missed * PERIOD:g} s")
             time.sleep(PERIOD)
-
-    def _in_job(self, store: Store) -> Store:
-        """What this job keeps in `store` beside its generations."""
-        return PrefixStore(f"launch.{self._settings.run_id}", store)
 
     def _withdraw(self) -> None:
         if self._meeting is not None:
@@ -263,3 +297,7 @@ class _Newcomers:
         if count not in (0, self._told):
             generation.say({"kind": "waiting", "count": count})
         self._told = count
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

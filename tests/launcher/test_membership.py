@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 import queue
+import re
 import select
 import signal
 import socket
@@ -12,13 +15,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.events import Event, Heard, Joined, MemberFailed, MemberNews
-from launcher.member.endpoint import is_here, local_address, resolve, show
+from launcher.member.endpoint import (
+    is_here,
+    listening_address,
+    local_address,
+    resolve,
+    show,
+    wait_for_name,
+)
 from launcher.member.pulse import GONE, PERIOD, Arrivals, Watch
 from launcher.member.refusal import Refused
 from launcher.membership import Alone, Membership, Rendezvous, Together
@@ -31,6 +42,18 @@ STORE_IS_GONE = (
     "the node that serves the store is gone, frozen or cut off; start the job again, it goes on from its "
     "checkpoints"
 )
+
+PLAIN = {
+    "round": 1,
+    "complete": False,
+    "closed": False,
+    "deadline": None,
+    "participants": [],
+    "wait_list": [],
+    "redundancy_list": [],
+    "last_heartbeats": [],
+}
+"""A state of torch's rendezvous as it is kept."""
 
 STORES: list[
     Any
@@ -75,8 +98,8 @@ class Node:
         self.team.nodes.remove(self)
         self.member.close()
 
-    def leave(self, finished: bool = False) -> None:
-        self.member.leave(finished)
+    def leave(self, outcome: int | None = None) -> None:
+        self.member.leave(outcome)
         self.kill_agent()
 
     def receive(self) -> None:
@@ -121,6 +144,7 @@ class Team:
         self.least, self.most = least, most
         self.conf = conf
         self.backend = "c10d"
+        self.secret: str | None = None
         self.nodes: list[Node] = []
         self.pids: set[int] = set()
         self.reaper = Spared()
@@ -136,6 +160,8 @@ class Team:
             max_nodes=self.most,
             node_rank=node_rank,
             conf={"is_host": str(int(is_first)), **self.conf},
+            secret=self.secret,
+            secret_source="the test",
         )
         number = len(self.pids)
         member = Together(settings, self.path / f"member-{number}.log", self.reaper)
@@ -176,7 +202,7 @@ class Team:
 
     def close(self) -> None:
         for node in self.nodes:
-            node.member.leave(finished=True)
+            node.member.leave(outcome=0)
         for node in self.nodes:
             node.member.close()
         for pid in self.pids:
@@ -338,12 +364,15 @@ def test_a_node_that_the_others_have_gone_on_without_finds_out(team: Team) -> No
 
 def count_out(team: Team, member: str) -> None:
     """Make a node's keep-alive too old."""
-    from launcher.member.meeting import _create, _Gate
+    from launcher.member.gate import Gate, StoreBackend
+    from launcher.member.seal import open_seal
+    from launcher.member.signing import Signer
+    from launcher.member.stores import connect
 
     settings = Rendezvous("c10d", team.endpoint, "job", team.least, team.most)
-    backend, store = _create(settings, {}, is_host=False)
-    STORES.append(store)
-    _Gate(backend).count_out(member)
+    STORES.append(store := connect(*team.endpoint, SLOW))
+    signer = open_seal(store, settings, Signer(None, "job"), is_host=False, is_first=False)
+    Gate(StoreBackend(store, "launch.job/state"), signer).count_out(member)
 
 
 def test_a_node_that_stands_still_while_it_waits_is_not_waited_for_twice(team: Team) -> None:
@@ -433,14 +462,36 @@ def test_who_leaves_in_peace_is_not_lost(team: Team) -> None:
     team.form()
     served_by = host.pid
     host.say(kind="bye")
-    host.leave(finished=True)
+    host.leave(outcome=0)
     team.wait(lambda: bool(other.heard("bye")) and bool(late.heard("bye")))
     late.join()
-    assert late.failed().kind == "closed"
-    assert "has ended" in late.failed().reason
+    assert late.failed() == MemberFailed("over", "the job has finished; this node was not needed", 0)
+    newcomer = team.add()
+    newcomer.join()
+    assert newcomer.failed().kind == "closed"  # it may be meant for another job
+    assert "has ended: choose another --rdzv-id" in newcomer.failed().reason
     assert not other.heard("lost")
-    other.leave(finished=True)
+    other.leave(outcome=0)
     wait_for_death(served_by)
+
+
+@pytest.mark.parametrize("outcome", [0, 3])
+def test_a_spare_that_is_not_needed(team: Team, outcome: int) -> None:
+    """It says that it is one, and ends as the job does."""
+    team.most = 1
+    host = team.add()
+    host.join()
+    team.wait(lambda: host.size() == 1)
+    spare = team.add()
+    spare.join()
+    team.wait(lambda: bool(spare.news()))
+    assert spare.news()[0].startswith(
+        "the job runs on 1 node, the most that --nnodes allows: this node waits"
+    )
+    host.leave(outcome)
+    assert (spare.failed().kind, spare.failed().outcome) == ("over", outcome)
+    assert spare.failed().reason.endswith("; this node was not needed")
+    assert len(spare.news()) == 1
 
 
 def test_versions_must_be_the_same(team: Team) -> None:
@@ -568,26 +619,20 @@ def test_not_a_store_answers(team: Team, answer: bytes) -> None:
 def test_a_store_that_cannot_compare_and_set(tmp_path: Path) -> None:
     """As those of etcd. Node 0 of a generation then serves one for it; here the nodes are threads."""
     from torch.distributed import FileStore
-    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
     from launcher.member.generation import Generation
-    from launcher.member.meeting import meet
+    from launcher.member.meeting import meet_through
+    from launcher.member.signing import Signer
 
-    class Backend(C10dRendezvousBackend):
-        name = "file"
-
-    def create(parameters: Any) -> Any:
-        store = FileStore(str(tmp_path / "store"))
-        return create_handler(store, Backend(store, parameters.run_id), parameters)
-
-    rendezvous_handler_registry.register("file", create)
-    settings = Rendezvous("file", ("127.0.0.1", 1), "job", 2, 2)
+    settings = Rendezvous("etcd-v2", ("127.0.0.1", 1), "job", 2, 2)
+    path = str(tmp_path / "store")
     heard: dict[int, queue.SimpleQueue[tuple[int, Any]]] = {0: queue.SimpleQueue(), 1: queue.SimpleQueue()}
 
     def take_part(number: int) -> Generation:
-        seat = meet(settings, "127.0.0.1", pytest.fail).next()
+        store = FileStore(path)
+        backend = C10dRendezvousBackend(store, "job")
+        seat = meet_through(settings, "127.0.0.1", Signer(b"secret", "job"), backend, store).next()
         generation = Generation(seat, lambda *said: heard[seat.rank].put(said), pytest.fail, pytest.fail)
         assert len(generation.greet({"number": number}, SLOW)) == 2
         assert seat.is_host == (seat.rank == 0)
@@ -610,19 +655,20 @@ class Heap:
     """The nodes of one generation in this process, at a store of their own."""
 
     def __init__(self, size: int) -> None:
-        from torch.distributed import TCPStore
-
         from launcher.member.generation import Generation
         from launcher.member.meeting import Seat
+        from launcher.member.signing import Signer
+        from launcher.member.stores import SignedStore, serve
 
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = serve("127.0.0.1", "127.0.0.1", 0)
+        signed = SignedStore(self.store, Signer(b"secret", "job"))
         self.heard: list[queue.SimpleQueue[tuple[int, Any]]] = [queue.SimpleQueue() for _ in range(size)]
         self.failures: queue.SimpleQueue[str] = queue.SimpleQueue()
 
         def make(rank: int) -> Generation:
             heard = self.heard[rank]
             return Generation(
-                Seat(rank, size, self.store, rank == 0),
+                Seat(rank, size, signed, rank == 0),
                 lambda *said: heard.put(said),
                 self.failures.put,
                 lambda error: self.failures.put(str(error)),
@@ -689,9 +735,30 @@ def test_a_node_is_lost_once_and_heard_no_more() -> None:
 
 
 def test_a_host_that_does_not_exist() -> None:
-    with pytest.raises(Refused, match=r"nosuch\.invalid:29400 cannot be resolved") as refused:
+    """Its name may be known later, so that is not bad usage."""
+    with pytest.raises(Refused, match=r"nosuch\.invalid, cannot be resolved \(.*\w") as refused:
         resolve(("nosuch.invalid", 29400))
+    assert refused.value.kind == "unavailable"
+    with pytest.raises(
+        Refused, match=r"nosuch\.invalid, .*; tried since [\d:]+, for 0 s: start the node"
+    ) as refused:
+        wait_for_name(("nosuch.invalid", 29400), 0.0, pytest.fail)
+    assert refused.value.kind == "unavailable"
+    with pytest.raises(Refused, match="is no name of a host") as refused:
+        wait_for_name(("x" * 80, 29400), SLOW, pytest.fail)
     assert refused.value.kind == "usage"
+
+
+def test_a_name_that_is_known_later() -> None:
+    """As that of a pod that has not started yet."""
+    answers = [Refused("unavailable", "not known"), Refused("unavailable", "not known"), None]
+
+    def look_up(_: tuple[str, int]) -> None:
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    wait_for_name(("pod-0", 29400), SLOW, pytest.fail, look_up)
+    assert answers == []
 
 
 def test_which_machine_is_meant() -> None:
@@ -703,7 +770,7 @@ def test_which_machine_is_meant() -> None:
 
 def test_a_sign_that_does_not_change_is_silence() -> None:
     watch = Watch()
-    looks = [watch.look({1: b"7", 2: str(i).encode(), 3: GONE}, i * PERIOD) for i in range(12)]
+    looks = [watch.look({1: "7", 2: str(i), 3: GONE}, i * PERIOD) for i in range(12)]
     first = next(i for i, silent in enumerate(looks) if silent)
     assert first * PERIOD == 4.0
     assert looks[first] == {1: 4.0}
@@ -721,7 +788,296 @@ def test_who_waits_must_show_life_anew() -> None:
 
 def test_time_in_which_nobody_looked_is_not_silence() -> None:
     watch = Watch()
-    assert watch.look({1: b"7"}, 0.0) == {}
-    assert watch.look({1: b"7"}, 100.0) == {}
-    assert watch.look({1: b"8"}, 100.5) == {}
-    assert watch.look({1: b"8"}, 101.0) == {}
+    assert watch.look({1: "7"}, 0.0) == {}
+    assert watch.look({1: "7"}, 100.0) == {}
+    assert watch.look({1: "8"}, 100.5) == {}
+    assert watch.look({1: "8"}, 101.0) == {}
+
+
+def test_where_a_store_listens() -> None:
+    """At the endpoint's address and no other one; at all if others reach it at one that is not known here."""
+    assert listening_address(("127.0.0.1", 29400), None) == "127.0.0.1"
+    assert listening_address(("localhost", 29400), None) == "127.0.0.1"
+    assert listening_address(("192.0.2.1", 29400), None) == ""  # translated on the way here
+    assert listening_address(("192.0.2.1", 29400), "127.0.0.3") == "127.0.0.3"
+
+
+# -- others at the store
+
+
+class Hostile:
+    """What a process that reaches the store, but is no node of the job, can do there."""
+
+    def __init__(self, team: Team) -> None:
+        from launcher.member.stores import connect
+
+        self.store = connect(*team.endpoint, SLOW)
+        self.trace = team.path / "trace"
+        STORES.append(self.store)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+    def overwrite(self, *keys: str) -> None:
+        for key in keys:
+            assert self.store.check([key])
+            self.store.set(key, pickle.dumps(self))
+
+    def all_keys(self) -> list[str]:
+        return list(self.store.list_keys())
+
+
+@pytest.mark.parametrize("secret", [None, "of the nodes alone"])
+def test_a_pickle_in_place_of_the_state(team: Team, secret: str | None) -> None:
+    """Nobody unpickles it; the nodes put the state right, tell of it once, and go on."""
+    team.secret = secret
+    host, other = team.add(), team.add()
+    team.form()
+    hostile = Hostile(team)
+    hostile.overwrite("launch.job/state")
+    team.wait(lambda: bool(host.news() or other.news()))
+    (told,) = host.news() or other.news()
+    assert re.search(
+        r"^the store at 127.0.0.1:\d+ holds what no node of this job has written \(state\)", told
+    )
+    hostile.overwrite("launch.job/state")
+    team.form()
+    for node in team.nodes:
+        node.say(kind="on")
+    team.wait(lambda: len(host.heard("on")) == len(other.heard("on")) == 2)
+    assert not hostile.trace.exists()
+    assert not host.failure()
+
+
+def test_pickles_everywhere(team: Team) -> None:
+    """A node that cannot go on says why."""
+    team.secret = "of the nodes alone"
+    host, other = team.add(), team.add()
+    team.form()
+    hostile = Hostile(team)
+    hostile.overwrite(*hostile.all_keys())
+    team.wait(lambda: host.failure() is not None and other.failure() is not None)
+    for node in (host, other):
+        assert node.failed().kind == "lost"
+        assert "others can reach that port" in node.failed().reason
+    assert not hostile.trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "reason"),
+    [
+        (
+            "of the others",
+            "of mine alone",
+            "has another secret than this node (the test): give all nodes the same",
+        ),
+        (
+            "of the others",
+            None,
+            "know each other by a secret, and this node has none: give all nodes the same",
+        ),
+        (None, "of mine alone", "has no secret, and this node has one (the test): give all nodes the same"),
+    ],
+    ids=["other", "missing", "needless"],
+)
+def test_a_node_with_a_wrong_secret(team: Team, theirs: str | None, mine: str | None, reason: str) -> None:
+    """It is told at once, and disturbs nobody."""
+    team.least, team.secret = 1, theirs
+    host = team.add()
+    host.join()
+    team.wait(lambda: host.size() == 1)
+    team.secret = mine
+    stranger = team.add()
+    stranger.join()
+    assert stranger.failed().kind == "usage"
+    assert reason in stranger.failed().reason
+    assert host.failure() is None
+    assert not host.heard("waiting")
+
+
+def test_nobody_reaches_the_store_at_another_address(team: Team) -> None:
+    host = team.add()
+    host.join()
+    team.wait(lambda: host.size() == 1)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", team.endpoint[1]))
+
+
+class Kept:
+    """A backend of a rendezvous in this process, that anybody may write to."""
+
+    name = "kept"
+
+    def __init__(self) -> None:
+        self.stored: bytes | None = None
+
+    def get_state(self) -> tuple[bytes, Any] | None:
+        return None if self.stored is None else (self.stored, self.stored)
+
+    def set_state(self, state: bytes, token: Any = None) -> tuple[bytes, Any, bool] | None:
+        has_set = token == self.stored
+        self.stored = state if has_set else self.stored
+        return None if self.stored is None else (self.stored, self.stored, has_set)
+
+
+def gated(
+    secret: bytes | None = b"secret", kept: Kept | None = None, run_id: str = "job"
+) -> tuple[Any, Kept]:
+    from launcher.member.gate import Gate
+    from launcher.member.signing import Signer
+
+    kept = kept or Kept()
+    return Gate(kept, Signer(secret, run_id), pause=0.0), kept  # type: ignore[arg-type]
+
+
+def state_with(*addresses: str) -> bytes:
+    """A state of torch's with everything in it, as torch hands it over."""
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _NodeDesc, _RendezvousState
+
+    state = _RendezvousState()
+    nodes = [_NodeDesc(address, 7, 0) for address in addresses]
+    state.round, state.complete, state.deadline = 3, True, datetime.now(UTC)
+    state.participants = {node: rank for rank, node in enumerate(nodes)}
+    state.wait_list, state.redundancy_list = set(nodes), set(nodes[:1])
+    state.last_heartbeats = dict.fromkeys(nodes, datetime.now(UTC))
+    return pickle.dumps(state)
+
+
+def test_torch_gets_back_what_it_has_written() -> None:
+    gate, kept = gated()
+    assert gate.get_state() is None
+    written = gate.set_state(state_with("a", "b"))
+    assert written[2]
+    assert vars(pickle.loads(gate.get_state()[0])) == vars(pickle.loads(state_with("a", "b"))) | {
+        name: vars(pickle.loads(written[0]))[name] for name in ("deadline", "last_heartbeats")
+    }
+    assert gate.round_of("a/7") == 3
+    assert not gate.set_state(state_with("c"), b"of another state")[2]
+    assert gate.participants() == ["a/7", "b/7"]
+    assert b"\x80" not in kept.stored  # no pickle
+
+
+def test_an_older_state_is_replaced_by_the_newest() -> None:
+    """Whoever has seen one can put it back, signed as it is."""
+    gate, kept = gated()
+    gate.set_state(state_with("a"))
+    old = kept.stored
+    gate.set_state(state_with("a", "b"), kept.stored)
+    new, kept.stored = kept.stored, old
+    assert gate.participants() == ["a/7", "b/7"]
+    assert pickle.loads(gate.get_state()[0]).participants
+    assert gated(kept=kept)[0].participants() == ["a/7", "b/7"]
+    assert kept.stored != old
+    kept.stored = None
+    assert gate.participants() == ["a/7", "b/7"]
+    assert new is not None
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"",
+        b"garbage",
+        pickle.dumps(Path("x")),
+        b"unsigned:{}",
+        b"hmac-sha256:",
+        b"hmac-sha256:" + b"0" * 64 + b"{}",
+    ],
+)
+def test_a_state_that_is_none(stored: bytes) -> None:
+    """Without a state that this node knows it waits for others to put it right, and then gives up."""
+    from launcher.member.gate import OverwrittenError
+
+    gate, kept = gated()
+    gate.set_state(state_with("a"))
+    good, kept.stored = kept.stored, stored
+    assert gate.participants() == ["a/7"]
+    kept.stored = stored
+    with pytest.raises(OverwrittenError):
+        gated(kept=kept)[0].participants()
+    assert kept.stored == stored
+    assert good is not None
+
+
+def test_what_is_signed_for_another_job_or_key_does_not_count() -> None:
+    from launcher.member.signing import ForgedError, Signer
+
+    signer = Signer(b"secret", "job")
+    signed = signer.sign("key", b"value")
+    assert signer.check("key", signed) == b"value"
+    assert Signer(b"secret", "job").check("key", signed) == b"value"
+    for other, key in (
+        (signer, "other"),
+        (Signer(b"another", "job"), "key"),
+        (Signer(b"secret", "jo", "b"), "key"),
+        (Signer(b"secret", "other"), "key"),
+        (signer.within("nonce"), "key"),
+        (Signer(None), "key"),
+    ):
+        with pytest.raises(ForgedError):
+            other.check(key, signed)
+    with pytest.raises(ForgedError):
+        signer.check("key", Signer(None).sign("key", b"value"))
+    with pytest.raises(ForgedError):
+        signer.check("key", signed[:-1] + b"!")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"round": 1}',
+        *(
+            json.dumps({**PLAIN, **wrong})
+            for wrong in (
+                {"round": True},
+                {"round": "1"},
+                {"closed": 0},
+                {"deadline": 5},
+                {"deadline": "2026-01-01"},
+                {"participants": [[["a", 1], 0]]},
+                {"participants": {"a": 0}},
+                {"wait_list": [["a", "1", 0]]},
+                {"last_heartbeats": [[["a", 1, 0], "never"]]},
+                {"more": 1},
+            )
+        ),
+        "[" * 100000,
+    ],
+)
+def test_a_text_that_is_no_state(text: str) -> None:
+    from launcher.member.state import StateError, decode_state
+
+    with pytest.raises(StateError):
+        decode_state(text)
+
+
+def test_every_field_of_torchs_state_is_known() -> None:
+    """Another version of torch may have others."""
+    from launcher.member.state import decode_state, encode_state, from_torch
+
+    state = from_torch(state_with("a", "b"))
+    assert vars(decode_state(encode_state(state))) == vars(state)
+    assert encode_state(decode_state(json.dumps(PLAIN))) == json.dumps(PLAIN, sort_keys=True)
+
+
+def test_a_forged_entry_is_replaced_and_one_that_was_read_is_missed() -> None:
+    """What lies where the next entry comes is as good as nothing; what replaces one that was read is not."""
+    heap = Heap(2)
+    heap.store.set("log/0", "garbage")
+    heap.nodes[0].start()
+    heap.nodes[0].say({"kind": "first"})
+    assert heap.hear(0, 1) == [(0, {"kind": "first"})]
+    heap.store.set("log/0", "garbage")
+    heap.nodes[1].start()
+    assert "what the nodes say to each other was overwritten" in heap.failures.get(timeout=SLOW)
+    assert heap.heard[1].empty()
+    heap.close()
+
+
+def test_a_sign_of_before_is_none() -> None:
+    """Whoever has seen signs of life can write them again."""
+    watch = Watch()
+    looks = [watch.look({1: "8" if i % 2 else "7", 2: None}, i * PERIOD) for i in range(20)]
+    assert set(looks[-1]) == {1, 2}
