@@ -201,6 +201,8 @@ def environ_of_pod(documents: Mapping[str, dict[str, Any]], spec: Mapping[str, A
     environ = {"JOB_COMPLETION_INDEX": str(spec["completions"] - 1)}
     environ["HOSTNAME"] = f"{job}-{environ['JOB_COMPLETION_INDEX']}"
     for variable in spec["template"]["spec"]["containers"][0]["env"]:
+        if "secretKeyRef" in variable.get("valueFrom", {}):
+            continue  # optional, and no such Secret is there
         path = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
         key = path.removeprefix("metadata.labels['").removesuffix("']")
         environ[variable["name"]] = variable["value"] if "value" in variable else labels[key]
