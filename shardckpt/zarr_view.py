@@ -24,9 +24,9 @@ from shardckpt.storage.limits import client_options
 if TYPE_CHECKING:
     import zarr
 
-__all__ = ["encode_refs", "open_group"]
+__all__ = ["TEMPLATES", "encode_refs", "open_group"]
 
-_TEMPLATES = ("u", "attempt", "run")
+TEMPLATES = ("u", "attempt", "run")
 """The checkpoint's folder, and those above it, by how many `../` a pack's path begins with."""
 
 _MAX_CONSOLIDATED = 10_000
@@ -226,14 +226,14 @@ def _nodes(tensors: Iterable[Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
         for path, array in zip(paths, tensor.arrays, strict=True):
             # Zarr goes through the chunks of an array without elements, which has none: as few as can be.
             chunk = array.chunk if array.box.volume else tuple(max(n, 1) for n in array.shape)
-            yield path, _array(tensor.dtype, array.shape, chunk)
+            yield path, _array(posixpath.basename(path), tensor.dtype, array.shape, chunk)
 
 
 def _group(attributes: dict[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
-def _array(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Any]:
+def _array(name: str, dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Any]:
     endian = {"configuration": {"endian": "little"}} if itemsize(dtype) > 1 else {}
     return {
         "zarr_format": 3,
@@ -244,6 +244,8 @@ def _array(dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[s
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": fill_value(dtype),
         "codecs": [{"name": "bytes", **endian}, {"name": "crc32c"}],
+        # Those of one array alone: xarray takes dimensions of one name in a group for one dimension.
+        "dimension_names": [f"{name}:{d}" for d in range(len(shape))],
         "attributes": {},
     }
 
@@ -266,7 +268,7 @@ def _text(node: dict[str, Any]) -> str:
 def _pack_urls(manifest: Manifest, url: str) -> tuple[dict[str, str], list[str]]:
     """The templates, and each pack's URL written with them."""
     folders = [url.rstrip("/")]
-    for _ in _TEMPLATES[1:]:
+    for _ in TEMPLATES[1:]:
         folders.append(folders[-1].rpartition("/")[0])
     urls, plain = [], []
     templates = {"u": folders[0]}
@@ -274,8 +276,8 @@ def _pack_urls(manifest: Manifest, url: str) -> tuple[dict[str, str], list[str]]
         path, up = pack.path, 0
         while path.startswith("../"):
             path, up = path[3:], up + 1
-        templates[_TEMPLATES[up]] = folders[up]
-        urls.append(f"{{{{{_TEMPLATES[up]}}}}}/{path}")
+        templates[TEMPLATES[up]] = folders[up]
+        urls.append(f"{{{{{TEMPLATES[up]}}}}}/{path}")
         plain.append(f"{folders[up]}/{path}")
     if any("{{" in folder for folder in folders) or any(
         set("{}") & set(pack.path) for pack in manifest.packs

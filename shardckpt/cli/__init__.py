@@ -6,6 +6,7 @@
     shardckpt merge CKPT OUT.safetensors|.pt    one file
     shardckpt reshard CKPT URL --world-size N   the same checkpoint for another number of ranks
     shardckpt copy CKPT URL                     to another storage
+    shardckpt refs RUN                          what Zarr reads by, where the run is now
 
 Exit codes: 0 done, 1 another failure, 2 wrong command line, 3 not a checkpoint, 4 corrupt, 5 storage,
 6 exists already, 130 interrupted. What is for a machine is on stdout, errors and progress on stderr.
@@ -170,6 +171,12 @@ def _copy(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refs(options: argparse.Namespace) -> int:
+    from shardckpt.cli.references import show
+
+    return show(options.url, _storage_options(options), as_json=options.json)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "ls": _ls,
     "info": _info,
@@ -177,23 +184,27 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "merge": _merge,
     "reshard": _reshard,
     "copy": _copy,
+    "refs": _refs,
 }
 
 
 def _storage_options(options: argparse.Namespace, url: str | None = None) -> dict[str, Any] | None:
     """What the storage at the URL gets to know from the command line."""
+    named = options.url if url is None else url
+    is_local = "://" not in named or named.startswith(("file://", "local://"))
+    local = {"follow_links": True} if options.follow_links and is_local else None
     if not options.endpoint_url:
-        return None
-    if (options.url if url is None else url).startswith(("s3://", "s3a://")):
+        return local
+    if named.startswith(("s3://", "s3a://")):
         return {"endpoint_url": options.endpoint_url}
     if url is None:
         raise UsageError("--endpoint-url is for s3:// URLs")
-    return None
+    return local
 
 
 def _options_of_two(options: argparse.Namespace) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     found = _storage_options(options, options.url), _storage_options(options, options.out)
-    if options.endpoint_url and not any(found):
+    if options.endpoint_url and not any(given and "endpoint_url" in given for given in found):
         raise UsageError("--endpoint-url is for s3:// URLs")
     return found
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from shardckpt.box import Box
 from shardckpt.cli.output import Progress, count, print_json, printable, size
-from shardckpt.errors import CorruptError, finding
+from shardckpt.errors import CheckpointError, CorruptError, FormatError, StorageError, finding
 from shardckpt.fetch import Fetcher
 from shardckpt.manifest import REFS, Manifest
 from shardckpt.reads import Read, plan_reads
-from shardckpt.runs import Place, find_place, read_manifest
-from shardckpt.zarr_view import encode_refs
+from shardckpt.runs import Place, exact_place, find_place, read_manifest
+from shardckpt.zarr_view import TEMPLATES, encode_refs
 
 __all__ = ["Report", "check", "show"]
 
 _BATCH = 64 << 20
 _MOST_SHOWN = 20
-_TEMPLATE = re.compile(r"\{\{\w+\}\}/")
 
 
 @dataclass
@@ -83,7 +82,7 @@ def show(url: str, storage_options: Mapping[str, Any] | None, *, as_json: bool) 
     if report.problems:
         print(f"{place.url} is corrupt: {count(len(report.problems), 'problem')} in {what}")
     else:
-        print(f"{place.url} is good: {what}, every checksum is right; {REFS} agrees")
+        print(f"{place.url} is good: {what}, every checksum is right{'' if report.notes else f'; {REFS} agrees'}")
     for problem in report.problems[:_MOST_SHOWN]:
         print(f"  {printable(problem)}")
     if len(report.problems) > _MOST_SHOWN:
@@ -124,52 +123,86 @@ def _batches(reads: list[Read]) -> Iterator[list[Read]]:
 
 
 def _check_refs(place: Place, manifest: Manifest, report: Report) -> None:
-    expected = json.loads(encode_refs(manifest, place.url))
+    expected = _Refs(json.loads(encode_refs(manifest, place.url)))
     try:
-        found = json.loads(place.storage.read(REFS))
-        refs, templates = dict(found["refs"]), dict(found.get("templates", {}))
+        found = _Refs(json.loads(place.storage.read(REFS)))
     except FileNotFoundError:
         report.problems.append(f"{REFS} is missing: plain Zarr cannot open it; shardckpt can")
         return
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, FormatError) as error:
         report.problems.append(f"{REFS} is not a reference file: {error!r}")
         return
     wrong = sorted(
         key
-        for key in {*refs, *expected["refs"]}
-        if not _same_reference(refs.get(key), expected["refs"].get(key))
+        for key in {*found.entries, *expected.entries}
+        if not _same_entry(found.entries.get(key), expected.entries.get(key))
     )
+    written = f"`shardckpt refs {place.url}` writes it for where it is now"
     if wrong:
         report.problems.append(
             f"{REFS} disagrees with the manifest about {count(len(wrong), 'key')}, like {wrong[0]!r}: plain "
-            "Zarr would read something else"
+            f"Zarr would read something else; {written}"
         )
-    elif templates != expected["templates"]:
-        report.notes.append(
-            f"{REFS} names the packs below {templates.get('u', 'another place')!r}: the checkpoint was moved "
-            "or copied. Plain Zarr readers give the template 'u' themselves; shardckpt needs nothing"
-        )
+    elif found.templates != expected.templates:
+        there = found.templates.get("u", "another place")
+        if not _is_consistent(found.templates, expected.templates):
+            report.problems.append(
+                f"{REFS} names packs at places that do not belong together: plain Zarr would read something "
+                f"else; {written}"
+            )
+        elif (other := _id_there(there)) not in (None, manifest.id):
+            report.problems.append(
+                f"{REFS} is for {there}, where there is another checkpoint now ({other!r}), which plain Zarr "
+                f"would read; {written}"
+            )
+        elif not _is_same_folder(there, place.url):
+            report.notes.append(
+                f"{REFS} is for {there}, from where it was moved or copied: plain Zarr looks there; {written}"
+            )
 
 
-def _same_reference(one: Any, other: Any) -> bool:
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other) == 3:
-        return one[1:] == other[1:] and _same_pack(str(one[0]), str(other[0]))
+class _Refs:
+    """What a reference file says: templates, and by its key each node's text or [URL, offset, bytes]."""
+
+    def __init__(self, content: Any) -> None:
+        if content.get("gen") or set(content) - {"version", "templates", "refs", "gen"}:
+            raise ValueError("it has other parts than templates and refs")
+        self.templates: dict[str, str] = {str(k): str(v) for k, v in content.get("templates", {}).items()}
+        self.entries: dict[str, Any] = dict(content["refs"])
+
+
+def _same_entry(one: Any, other: Any) -> bool:
     if isinstance(one, str) and isinstance(other, str):
         try:
             return bool(_node(one) == _node(other))
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
-    return False
+    return bool(one == other and type(one) is type(other))
 
 
-def _same_pack(one: str, other: str) -> bool:
-    """Whether two URLs name one pack, as far as can be told when the checkpoint may have been moved."""
-    if one == other:
-        return True
-    plain, templated = sorted((one, other), key=lambda url: bool(_TEMPLATE.match(url)))
-    if _TEMPLATE.match(plain):
+def _is_consistent(found: Mapping[str, str], expected: Mapping[str, str]) -> bool:
+    """Whether templates are those of one checkpoint, wherever it is: its folder, and those above it."""
+    folder = found.get("u", "").rstrip("/")
+    return set(found) == set(expected) and all(
+        found[name] == folder.rsplit("/", ups)[0] for ups, name in enumerate(TEMPLATES) if name in found
+    )
+
+
+def _id_there(url: str) -> str | None:
+    """The id of the checkpoint in a local folder, as far as there is one."""
+    if "://" in url:
+        return None
+    try:
+        return read_manifest(exact_place(url)).id
+    except (CheckpointError, StorageError):
+        return None
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except OSError:
         return False
-    return "/".join(plain.split("/")[-2:]) == "/".join(_TEMPLATE.sub("", templated).split("/")[-2:])
 
 
 def _node(text: str) -> Any:

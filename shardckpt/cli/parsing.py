@@ -36,6 +36,7 @@ _COMMANDS = {
     "merge": "write a checkpoint as one .safetensors or .pt file",
     "reshard": "write a checkpoint again, as another number of ranks would have written it",
     "copy": "copy a checkpoint to another storage, verified on the way",
+    "refs": "write refs.json, by which Zarr reads, anew after a run was moved or copied",
 }
 
 
@@ -111,6 +112,8 @@ def _parser(command: str) -> _Parser:
     if command == "ls":
         parser.description += " The newest good one, which a restore takes, is marked *."
         add("url", metavar="RUN", help="a run, or one checkpoint")
+    elif command == "refs":
+        add("url", metavar="RUN", help="a run, or one checkpoint, where it is now")
     elif command in ("copy",):
         add("url", metavar="CKPT", help="a checkpoint or a run")
         add("out", metavar="URL", help="where it is to be; for a run, the run it becomes a part of")
@@ -125,6 +128,7 @@ def _parser(command: str) -> _Parser:
         add("out", metavar="URL", help="the new checkpoint, where nothing is yet")
         add("--world-size", metavar="N", type=_positive, required=True, help="number of ranks")
     add("--json", action="store_true", help="print one JSON document; of an error too, as {'error': ...}")
+    add("--follow-links", action="store_true", help="also read where links lead out of a local run")
     add("--endpoint-url", metavar="URL", help="address of the S3 server, if it is not Amazon's")
     return parser
 

@@ -27,7 +27,7 @@ from shardckpt.cli.output import age, print_table, printable, size
 from shardckpt.manifest import MANIFEST, REFS
 from tests.servers import S3Server
 
-COMMANDS = ("ls", "info", "verify", "merge", "reshard", "copy")
+COMMANDS = ("ls", "info", "verify", "merge", "reshard", "copy", "refs")
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,9 @@ class TestVerify:
         """Only plain Zarr needs to be told: that is a note, and not damage."""
         code, out, _ = call("verify", newest)
         assert code == 0
-        assert f"names the packs below '{made}/attempt-0002/step-00000150'" in out
+        assert (
+            f"refs.json is for {made}/attempt-0002/step-00000150, from where it was moved or copied" in out
+        )
         assert "note:" not in call("verify", made)[1]
 
 
@@ -391,7 +393,10 @@ class TestErrors:
         [
             (["lss"], "unknown command 'lss'; did you mean ls?"),
             (["verfiy", "x"], "unknown command 'verfiy'; did you mean verify?"),
-            (["zzz"], "unknown command 'zzz'. The commands are ls, info, verify, merge, reshard, copy"),
+            (
+                ["zzz"],
+                "unknown command 'zzz'. The commands are ls, info, verify, merge, reshard, copy, refs",
+            ),
             (["--jsn"], "unknown option --jsn"),
             (["ls"], "the following arguments are required: RUN. shardckpt ls --help"),
             (["ls", "a", "b"], "ls: one argument too many: b"),
