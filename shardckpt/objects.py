@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_optimizer",
     "has_groups",
     "is_by_number",
+    "is_sharded",
     "iter_modules",
     "loading_module",
     "module_state",
@@ -115,6 +117,15 @@ def module_tree(module: nn.Module, where: str) -> dict[str, Any]:
     Raises UnsupportedValueError for FSDP version 1, whose flat parameters the library does not store.
     """
     return module_state(module, where).tree
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether it has parameters of which a rank holds a part."""
+    return any(
+        isinstance(parameter, DTensor)
+        and any(not placement.is_replicate() for placement in parameter.placements)
+        for parameter in module.parameters()
+    )
 
 
 def loading_module(module: nn.Module) -> nn.Module:

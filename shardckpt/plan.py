@@ -29,6 +29,7 @@ __all__ = [
     "SavePlan",
     "decode_plan",
     "encode_plan",
+    "looks_whole",
     "plan_save",
 ]
 
@@ -289,6 +290,12 @@ def _cut(box: tuple[int, ...], shape: tuple[int, ...], size: int) -> tuple[int, 
         return (-(-box[0] // pieces), *box[1:])
     divisor = next(n for n in range(min(rows, box[0]), 0, -1) if box[0] % n == 0)
     return (divisor, *box[1:]) if divisor * 8 >= rows else box
+
+
+def looks_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is stored as one is that was held whole. So may be shards that are large."""
+    grid = tuple(max(1, n) for n in tensor.shape)
+    return tensor.is_array and tensor.arrays[0].chunk == _cut(grid, tensor.shape, itemsize(tensor.dtype))
 
 
 def _holders_of(cell: Box, tensor: _Held) -> Sequence[int]:

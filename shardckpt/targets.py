@@ -18,6 +18,7 @@ from shardckpt.errors import FormatError, ShapeMismatchError, StateError
 from shardckpt.local import LocalTensor, empty_like_saved, local_tensor
 from shardckpt.manifest import Manifest, Tensor
 from shardckpt.overlaps import find_conflict, find_overlaps, overlaps_itself
+from shardckpt.plan import looks_whole
 from shardckpt.progress import doing
 from shardckpt.subclasses import empty_wrapper, expand, pair
 from shardckpt.values import PerRankRef, Record, TensorRef, WrapperRef, join, rebuilt
@@ -81,11 +82,15 @@ class Targets:
 
 
 class TargetBuilder:
-    """Collects what a load of one checkpoint fills. Changes nothing of the state."""
+    """Collects what a load of one checkpoint fills. Changes nothing of the state.
 
-    def __init__(self, manifest: Manifest) -> None:
+    `is_sharded` tells whether the state's modules are sharded. It is asked where it matters.
+    """
+
+    def __init__(self, manifest: Manifest, is_sharded: Callable[[], bool]) -> None:
         self.targets = Targets()
         self._manifest = manifest
+        self._is_sharded = is_sharded
         self._tensors: dict[str, Tensor] = {tensor.name: tensor for tensor in manifest.tensors}
         self._live: list[tuple[str, LocalTensor]] = []
         self._taken: dict[int, tuple[object, object]] = {}
@@ -208,9 +213,14 @@ class TargetBuilder:
         ):
             self._fill_live(local_tensor(torch.from_numpy(like), path), path, ref.name)
             return lambda: like
-        made = empty_like_saved(
-            tensor.dtype, tensor.shape, like if isinstance(like, torch.Tensor) else None
-        )
+        layout = like if isinstance(like, torch.Tensor) and tuple(like.shape) == tensor.shape else None
+        if layout is None and self._is_sharded() and not looks_whole(tensor):
+            raise StateError(
+                f"state[{path!r}] was saved in shards, and nothing here shows how it is laid out on these ranks: "
+                "all of them would get all of it, which does not go with a sharded model. Pass the optimizer "
+                "itself in place of an object around it, or let that make its state, by a step, before the load."
+            )
+        made = empty_like_saved(tensor.dtype, tensor.shape, layout)
         self._fill(local_tensor(made, path), path, ref.name)
         return (lambda: made.numpy()) if ref.ndarray else (lambda: made)
 

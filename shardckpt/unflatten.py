@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from shardckpt.conform import conform
 from shardckpt.errors import FormatError, MissingKeysError, StateError
 from shardckpt.manifest import Manifest
 from shardckpt.module_targets import bind_module
-from shardckpt.objects import Stateful, iter_modules, parameter_names, reshard
+from shardckpt.objects import Stateful, is_sharded, iter_modules, parameter_names, reshard
 from shardckpt.optimizer_targets import bind_optimizer, with_layouts
 from shardckpt.state import PerRank, check_state, per_rank_path
 from shardckpt.targets import TargetBuilder, Targets, mismatch
@@ -34,7 +35,7 @@ def bind(state: dict[str, Any], manifest: Manifest, rank: int, *, strict: bool) 
     check_state(state)
     modules = dict(iter_modules(state))
     reshard(modules.values())
-    builder = TargetBuilder(manifest)
+    builder = TargetBuilder(manifest, cache(lambda: any(map(is_sharded, modules.values()))))
     walk = _Walk(builder, manifest, rank, parameter_names(modules), strict)
     saved = decode(manifest.values)
     walk.entries(state, saved, "")

@@ -82,7 +82,9 @@ def show(url: str, storage_options: Mapping[str, Any] | None, *, as_json: bool) 
     if report.problems:
         print(f"{place.url} is corrupt: {count(len(report.problems), 'problem')} in {what}")
     else:
-        print(f"{place.url} is good: {what}, every checksum is right{'' if report.notes else f'; {REFS} agrees'}")
+        print(
+            f"{place.url} is good: {what}, every checksum is right{'' if report.notes else f'; {REFS} agrees'}"
+        )
     for problem in report.problems[:_MOST_SHOWN]:
         print(f"  {printable(problem)}")
     if len(report.problems) > _MOST_SHOWN:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import shardckpt
 from shardckpt.errors import CorruptError, MissingKeysError, ShapeMismatchError, StateError
 from shardckpt.loading import load_place
 from shardckpt.runs import Place
 from shardckpt.storage import Storage, open_storage
-from tests.worlds import ThreadRanks, outcomes
+from tests.worlds import ThreadRanks, outcomes, run_processes
 
 _numbers = itertools.count()
 
@@ -42,6 +46,9 @@ class Plain(nn.Module):
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters()):
                 parameter.fill_(value + number)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(self.inner(x))
 
 
 def spoil(place: Storage) -> None:
@@ -495,3 +502,83 @@ def test_an_object_whose_state_dict_raises(place: Storage) -> None:
 
     with pytest.raises(StateError, match=r"state\['a/b'\], a .*Raises.*AttributeError: no such thing"):
         shardckpt.save(place, {"a": {"b": Raises()}})
+
+
+# -- sharded
+
+
+class Holder:
+    """An object of one's own around an optimizer, which it keeps where it can be seen, or where it cannot."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, hidden: bool = False) -> None:
+        self.inner = (lambda: optimizer) if hidden else {"one": optimizer}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.inner() if callable(self.inner) else self.inner["one"]
+
+    def state_dict(self) -> Any:
+        return {"wrapped": self._optimizer().state_dict()}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self._optimizer().load_state_dict(state_dict["wrapped"])
+
+
+def _sharded(value: float, steps: int, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = Renamed(value)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+    for _ in range(steps):
+        model(torch.ones(2, 2)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def _local(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """All that this rank holds, with how it is laid out."""
+    tensors = [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+    return [
+        (t.placements, t.to_local().tolist()) if isinstance(t, DTensor) else t.tolist() for t in tensors
+    ]
+
+
+def _sharded_loads(_rank: int, folder: str) -> dict[str, str]:
+    """What became of each load on this rank: "right", or the error."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of what it imports of torch itself
+
+    model, optimizer = _sharded(1.0, 2, amsgrad=True)
+    wanted = _local(model, optimizer)
+    shardckpt.save(f"{folder}/plain", {"model": model, "optimizer": optimizer})
+    shardckpt.save(f"{folder}/held", {"model": model, "optimizer": Holder(optimizer)})
+    cases: dict[str, tuple[int, str, Callable[[Any], Any]]] = {
+        "fresh": (0, "plain", lambda o: o),
+        "live, without amsgrad": (1, "plain", lambda o: o),
+        "held, fresh": (0, "held", Holder),
+        "held, live": (1, "held", Holder),
+        "hidden, fresh": (0, "held", partial(Holder, hidden=True)),
+        "hidden, live": (2, "held", partial(Holder, hidden=True)),
+    }
+    told = {}
+    for name, (steps, url, wrap) in cases.items():
+        other, target = _sharded(5.0, steps, amsgrad=name == "hidden, live")
+        try:
+            shardckpt.load(f"{folder}/{url}", {"model": other, "optimizer": wrap(target)})
+            told[name] = "right" if _local(other, target) == wanted else "wrong"
+        except shardckpt.ShardckptError as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    zero = ZeroRedundancyOptimizer(nn.Linear(2, 2).parameters(), torch.optim.AdamW)
+    try:
+        shardckpt.save(f"{folder}/zero", {"model": model, "optimizer": zero})
+    except shardckpt.ShardckptError as error:
+        told["zero"] = f"{type(error).__name__}: {error}"
+    return told
+
+
+def test_sharded(tmp_path: Path) -> None:
+    """State is laid out as its parameter is, in every way in which it comes; or it is refused by its place."""
+    for told in run_processes(2, _sharded_loads, str(tmp_path)):
+        assert re.match(
+            r"StateError: .*state\['optimizer/wrapped/state/0/exp_avg'\]", told.pop("hidden, fresh")
+        )
+        assert re.match(r"UnsupportedValueError: .*state\['optimizer'\].*fully_shard", told.pop("zero"))
+        assert set(told.values()) == {"right"}, told
