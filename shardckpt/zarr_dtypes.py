@@ -13,8 +13,13 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from zarr.buffer.cpu import Buffer
-from zarr.core.dtype.common import DataTypeValidationError, HasEndianness, HasItemSize
+from zarr.core.dtype.common import HasEndianness, HasItemSize
 from zarr.dtype import ZDType, data_type_registry
+
+try:  # where zarr 3.4 has it, which warns of the other place
+    from zarr.errors import DataTypeValidationError  # type: ignore[attr-defined]
+except ImportError:
+    from zarr.dtype import DataTypeValidationError
 
 from shardckpt.dtypes import EXTENDED
 
