@@ -10,6 +10,27 @@ from pathlib import Path
 import pytest
 
 from tests import servers
+from tests.mounts import InNamespace, Mount, mounted, needs_namespace
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs to mount is run where that is allowed."""
+    items[:] = [InNamespace.of(item) if needs_namespace(item) else item for item in items]
+
+
+@pytest.fixture
+def mounts() -> Iterator[Mount]:
+    """Mounts file systems: `mounts(kind, folder, options)`."""
+    yield from mounted()
+
+
+@pytest.fixture
+def other_user() -> int:
+    """The id of another user, as whom processes can be started."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be another user")
+    return 65534
 
 
 @pytest.fixture(scope="session", autouse=True)

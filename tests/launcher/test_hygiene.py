@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.launcher.conftest import LAUNCH, PATIENCE, Job, wait_for_death
+from tests.mounts import Mount
 
 WAITS = """
     import os, signal, sys
@@ -154,7 +155,7 @@ def test_uninterruptible_sleep_that_sigkill_ends(job: Job) -> None:
 
 
 @contextmanager
-def deaf_file_system(folder: Path) -> Iterator[threading.Event]:
+def deaf_file_system(folder: Path, mount: Mount) -> Iterator[threading.Event]:
     """A FUSE file system at `folder` that takes its first request and never answers, until the context ends.
 
     Whoever has asked sleeps, from the first signal on uninterruptibly: it does not even die of SIGKILL.
@@ -165,10 +166,8 @@ def deaf_file_system(folder: Path) -> Iterator[threading.Event]:
         device = os.open("/dev/fuse", os.O_RDWR)
     except OSError as error:
         pytest.skip(f"no FUSE here: {error}")
-    options = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}".encode()
-    if libc.mount(b"deaf", str(folder).encode(), b"fuse", 0, options):
-        os.close(device)
-        pytest.skip(f"mounting FUSE needs root: {os.strerror(ctypes.get_errno())}")
+    options = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    mount("fuse", folder, options)
 
     asked = threading.Event()
 
@@ -194,7 +193,7 @@ def deaf_file_system(folder: Path) -> Iterator[threading.Event]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_uninterruptible_sleep_that_nothing_ends(job: Job) -> None:
+def test_uninterruptible_sleep_that_nothing_ends(job: Job, mounts: Mount) -> None:
     """A hung file system or driver: `launch` gives up on the process, and says so, in bounded time."""
     fifo = job.fifo()
     folder = job.path / "deaf"
@@ -204,7 +203,7 @@ def test_uninterruptible_sleep_that_nothing_ends(job: Job) -> None:
         open("fifo", "w").write(f"{os.getpid()}\\n")
         os.stat("deaf/file")
         """
-    with deaf_file_system(folder) as asked:
+    with deaf_file_system(folder, mounts) as asked:
         process = job.start("--grace=0.1", job.script(source))
         ((worker,),) = pids_told(fifo, 1)
         assert asked.wait(PATIENCE)

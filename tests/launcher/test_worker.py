@@ -324,7 +324,7 @@ def test_tunables_of_the_user_stay(job: Job, given: str, found: str) -> None:
 
 
 def test_programs_get_the_contract_and_default_signals(job: Job) -> None:
-    """What this system ignores anyway (where nohup runs the tests, SIGHUP) stays so; SIGUSR1 is ignored besides."""
+    """What is ignored anyway (under nohup, SIGHUP) stays so; SIGUSR1 is ignored besides."""
     look = "grep SigIgn /proc/self/status"
     plain = subprocess.run(["sh", "-c", look], capture_output=True, text=True, check=True).stdout
     source = f"echo $RANK $WORLD_SIZE $LAUNCH_ROUND; {look}"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
-import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from shardckpt.loading import load_place
 from shardckpt.runs import Place
 from shardckpt.saving import SaveSession
 from shardckpt.storage import Storage, open_storage
+from tests.mounts import Mount
 from tests.servers import S3Server
 from tests.worlds import PeerGoneError, ThreadRanks, outcomes, run_processes, run_threads, start_save
 
@@ -360,15 +359,12 @@ def test_states_that_do_not_fit(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, mounts: Mount) -> Path:
     """A file system of 1 MiB."""
     folder = tmp_path / "small"
     folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=1m"):
-        pytest.skip(f"no right to mount a small file system: {os.strerror(ctypes.get_errno())}")
-    yield folder
-    libc.umount2(bytes(folder), 2)
+    mounts("tmpfs", folder, "size=1m")
+    return folder
 
 
 def test_a_full_disk(small_disk: Path) -> None:

@@ -25,6 +25,7 @@ from shardckpt import records
 from shardckpt.cli import main
 from shardckpt.cli.output import age, print_table, printable, size
 from shardckpt.manifest import MANIFEST, REFS
+from tests.mounts import Mount
 from tests.servers import S3Server
 
 COMMANDS = ("ls", "info", "verify", "merge", "reshard", "copy", "refs")
@@ -663,13 +664,9 @@ class TestWords:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, mounts: Mount) -> Path:
     """A file system with 4 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"needs to mount: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    mounts("tmpfs", folder, "size=4m")
+    return folder

@@ -43,6 +43,7 @@ from shardckpt.storage import open_storage
 from shardckpt.streaming import iter_boxes, slabs
 from shardckpt.writer import persist
 from tests.faults import FaultyStorage
+from tests.mounts import Mount
 from tests.servers import S3Server
 
 DTYPES = [
@@ -619,13 +620,9 @@ def _escaped(name: str) -> str:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, mounts: Mount) -> Path:
     """A file system with 4 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, check=False, capture_output=True, text=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"needs to mount: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    mounts("tmpfs", folder, "size=4m")
+    return folder

@@ -37,11 +37,13 @@ from shardckpt.errors import (
 )
 from shardckpt.storage import LocalStorage, Storage, open_storage
 from tests.faults import FaultyStorage, Killed
+from tests.mounts import Mount, remount_read_only
 from tests.servers import FaultyProxy, S3Server, faulty_proxy
 
 PART = 16 << 20
 SMALL_PART = 100_000
 RACERS = 8
+MOUNTED = [pytest.param(kind, marks=pytest.mark.mounts) for kind in ("tmpfs", "ramfs")]
 
 
 @pytest.fixture(params=["local", "memory", "moto", "rclone"])
@@ -394,7 +396,7 @@ class TestLocal:
         rest=st.sampled_from([0, 1, 63, 4095]) | st.integers(0, 4095),
         misaligned=st.sampled_from([0, 1, 64, 4095]),
     )
-    @pytest.mark.parametrize("where", ["disk", "tmpfs", "ramfs"])
+    @pytest.mark.parametrize("where", ["disk", *MOUNTED])
     def test_packs_of_odd_sizes_and_addresses(
         self, folder: Path, blocks: int, rest: int, misaligned: int
     ) -> None:
@@ -407,7 +409,7 @@ class TestLocal:
         assert (folder / "pack").read_bytes() == view
 
     @pytest.mark.parametrize("misaligned", [0, 1])
-    @pytest.mark.parametrize("where", ["disk", "ramfs"])
+    @pytest.mark.parametrize("where", ["disk", MOUNTED[1]])
     def test_packs_of_many_chunks(self, folder: Path, misaligned: int) -> None:
         size = 3 * PART + 4097
         memory = mmap.mmap(-1, size + 1)
@@ -456,7 +458,7 @@ class TestLocal:
         storage = open_storage(small_disk)
         storage.write("file", b"x")
         storage.write("folder/other", b"x")
-        _mount("-o", "remount,ro", str(small_disk))
+        remount_read_only(small_disk, options="size=4m")
         for call in _mutations(storage):
             with pytest.raises(StorageError, match=r"read-only.*Choose another") as caught:
                 call()
@@ -467,7 +469,8 @@ class TestLocal:
         storage = open_storage(tmp_path / "run")
         storage.write("file", b"x")
         storage.write("folder/other", b"x")
-        (tmp_path / "run").chmod(0o500)
+        for folder in ("run/folder", "run"):  # its owner may write into what is in it, but for this
+            (tmp_path / folder).chmod(0o500)
         with unprivileged():
             for call in _mutations(storage):
                 with pytest.raises(CredentialsError, match="permissions") as caught:
@@ -972,25 +975,22 @@ def proxied(moto_s3: S3Server) -> Iterator[tuple[Storage, FaultyProxy]]:
 
 
 @pytest.fixture
-def folder(where: str, tmp_path: Path) -> Iterator[Path]:
+def folder(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A folder on a file system of the kind `where`."""
     folder = tmp_path / where
     folder.mkdir()
     if where != "disk":
-        _mount("-t", where, where, str(folder))
-    yield folder
-    if where != "disk":
-        subprocess.run(["umount", str(folder)], check=True)
+        request.getfixturevalue("mounts")(where, folder)
+    return folder
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, mounts: Mount) -> Path:
     """A file system with 4 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    _mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder))
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    mounts("tmpfs", folder, "size=4m")
+    return folder
 
 
 @pytest.fixture
@@ -1008,12 +1008,6 @@ def unprivileged() -> Callable[[], Any]:
             os.seteuid(before)
 
     return context
-
-
-def _mount(*arguments: str) -> None:
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"mount is not permitted here: {done.stderr.strip()}")
 
 
 def _mutations(storage: Storage) -> list[Callable[[], None]]:

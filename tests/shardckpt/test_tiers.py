@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +31,7 @@ from shardckpt.runs import BAD, iter_places
 from shardckpt.sinks import Save
 from shardckpt.storage import Storage, open_storage
 from tests.faults import FailingOnce, HookedStorage, SaverThread, saver_thread
+from tests.mounts import Mount, remount_read_only
 from tests.servers import S3Server, faulty_proxy
 from tests.worlds import Checkpoints, ThreadRanks, outcomes
 
@@ -690,40 +689,35 @@ def test_retention_fails(method: str, tiers: Tiers) -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "read-only"])
-def test_a_real_disk_that_refuses(kind: str, tiers: Tiers) -> None:
+def test_a_real_disk_that_refuses(kind: str, tiers: Tiers, mounts: Mount) -> None:
     """A file system of one megabyte; or one that is mounted read-only for a while."""
     Path(tiers.local).mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tiers.local]
-    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount")
-    try:
-        with saver_thread():
-            checkpointer = tiers.checkpointer(keep_last=2)
-            save(checkpointer, 1)
-            filler = Path(tiers.local, "filler")
-            if kind == "full":
-                filler.write_bytes(bytes(1020_000))
-                expected = "No space left on device"
-            else:
-                subprocess.run(["mount", "-o", "remount,ro", tiers.local], check=True)
-                expected = "mounted read-only"
-            handle = checkpointer.save(2, state_at(2))
-            handle.wait("remote")
-            with pytest.raises(SaveError, match=expected):
-                handle.wait("local")
-            with pytest.raises(SaveError):
-                checkpointer.wait()
-            if kind == "full":
-                filler.unlink()
-            else:
-                subprocess.run(["mount", "-o", "remount,rw", tiers.local], check=True)
-            assert committed(tiers.local) == [1]
-            save(checkpointer, 3)
-            checkpointer.close()
-            assert committed(tiers.local) == [3, 1]
-            shardckpt.open(tiers.local).verify()
-    finally:
-        subprocess.run(["umount", "-l", tiers.local], check=True)
+    mounts("tmpfs", Path(tiers.local), "size=1m")
+    with saver_thread():
+        checkpointer = tiers.checkpointer(keep_last=2)
+        save(checkpointer, 1)
+        filler = Path(tiers.local, "filler")
+        if kind == "full":
+            filler.write_bytes(bytes(1020_000))
+            expected = "No space left on device"
+        else:
+            remount_read_only(Path(tiers.local), options="size=1m")
+            expected = "mounted read-only"
+        handle = checkpointer.save(2, state_at(2))
+        handle.wait("remote")
+        with pytest.raises(SaveError, match=expected):
+            handle.wait("local")
+        with pytest.raises(SaveError):
+            checkpointer.wait()
+        if kind == "full":
+            filler.unlink()
+        else:
+            remount_read_only(Path(tiers.local), read_only=False, options="size=1m")
+        assert committed(tiers.local) == [1]
+        save(checkpointer, 3)
+        checkpointer.close()
+        assert committed(tiers.local) == [3, 1]
+        shardckpt.open(tiers.local).verify()
 
 
 # -- object storage
