@@ -33,14 +33,15 @@ _HOMES = {
 def run(config: Config) -> int:
     """Run a job to its end, and return the exit code that `launch` would end with.
 
-    Call it from the main thread: it handles signals. Children that this process has already are left
-    alone, all that come while it runs are not, but for a saver that still persists when it is not waited
-    for any longer. Raises `LaunchError` if the job cannot run at all.
+    Call it from the main thread: it handles signals, and raises the limit of open files (workers get the
+    former one). Children that this process has already are left alone, all that come while it runs are not,
+    but for a saver that still persists when it is not waited for any longer. Raises `LaunchError` if the job
+    cannot run at all.
     """
-    from launcher.processes import Subreaper
+    from launcher.processes import Subreaper, raise_file_limit
     from launcher.zygote import Zygote
 
-    reaper = Subreaper()
+    reaper = Subreaper(raise_file_limit())
     zygote = Zygote(config, reaper)  # imports torch while this process imports the rest
     from launcher.agent import Agent
 

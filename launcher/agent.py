@@ -376,6 +376,7 @@ class Agent:
             host=host,
             round=round_.plan.number,
             at=deaths[0].at if deaths else epoch,
+            seconds=(round_.failed_exits[0].at if deaths else now) - self._workers.began,
             has_finished=round_.has_finished,
             has_drained=round_.has_drained,
             deaths=deaths,
@@ -416,7 +417,6 @@ class Agent:
                 list(round_.reports.values()),
                 lost,
                 self._teller.next_in_words(decision),
-                started=self._teller.round_began,
                 newest_saved=self._teller.newest_saved,
                 is_only_in_memory=self._teller.is_only_in_memory,
             )

@@ -17,6 +17,7 @@ from launcher.nodes import NODE_KEYS, Given, resolve_nodes
 from launcher.options import OPTIONS, Setting, find, read
 from launcher.parsers import RDZV_CONF
 from launcher.secret import Secret, given_secret
+from launcher.wording import count
 
 __all__ = ["Config", "Shown", "config_from_settings", "settings_from_environ", "settings_from_file"]
 
@@ -129,14 +130,20 @@ class Config:
                 f"nproc: expected at most {gpus}, the GPUs that workers can see, found {self.nproc}: "
                 f"ask for fewer, or set CUDA_VISIBLE_DEVICES= (empty) for workers without GPUs"
             )
+        self._check_files()
 
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    def _check_files(self) -> None:
+        """Raise `UsageError` if not enough files may be open, even when the limit is raised."""
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        needed = self.nproc * _FILES_OF_WORKER + _OWN_FILES
+        if files == resource.RLIM_INFINITY or files >= needed:
+            return
         most = (files - _OWN_FILES) // _FILES_OF_WORKER
-        if files != resource.RLIM_INFINITY and self.nproc > most:
-            raise UsageError(
-                f"nproc: expected at most {most}, for which the {files} files that may be open here suffice, "
-                f"found {self.nproc}: raise `ulimit -n`"
-            )
+        fewer = f", or ask for at most {most}" if most > 0 else ""
+        raise UsageError(
+            f"nproc: {count(self.nproc, 'worker')} need{'s' if self.nproc == 1 else ''} {needed} open files, and {files} are allowed here: "
+            f"raise the hard limit (`ulimit -Hn`){fewer}"
+        )
 
     def _check_nodes(self) -> None:
         least, most = self.nnodes

@@ -106,9 +106,9 @@ def gather(
 ) -> Death:
     """Read what a failed worker left behind.
 
-    `epoch_at` is its death in seconds since the epoch; `is_ours`, whether launch had told it to end. Of one that
-    answers such a signal itself, `said_before` is how many bytes it had written to stderr when it was told: a
-    traceback that begins later is its answer, and no failure.
+    `epoch_at` is its death in seconds since the epoch; `is_ours`, whether launch had told it to end. Of one
+    that answers such a signal itself, `said_before` is how many bytes it had written to stderr when it was
+    told: a traceback that begins later is its answer, and no failure.
     """
     words = _read_words(files, exit.code)
     if is_ours and said_before is not None:
@@ -127,6 +127,7 @@ def gather(
         kill=_find_killer(exit, words, oom, is_ours),
         log=str(files.err),
         is_ours=is_ours,
+        has_joined=progress is not None,
     )
 
 
@@ -421,15 +422,14 @@ def judge(
     lost: Mapping[int, tuple[str, str]],
     decision_text: str,
     *,
-    started: float,
     newest_saved: int | None,
     is_only_in_memory: bool = False,
 ) -> Verdict:
     """The verdict on a round that failed, from what each node says of it; there is one report at least.
 
-    `lost` has the nodes that say nothing any more: their host, and why. `decision_text` is what happens
-    next. `started` is when the round began, in seconds since the epoch. `newest_saved` is the step of the
-    newest snapshot or checkpoint, `is_only_in_memory` whether no other tier has it.
+    `lost` has the nodes that say nothing any more: their host, and why. `decision_text` is what happens next.
+    `newest_saved` is the step of the newest snapshot or checkpoint, `is_only_in_memory` whether no other tier
+    has it.
     """
     deaths = sorted((death for report in reports for death in report.deaths), key=lambda death: death.at)
     trouble = tuple(_on(report, len(reports), report.trouble) for report in reports if report.trouble)
@@ -446,7 +446,7 @@ def judge(
     return Verdict(
         round=reports[0].round,
         time=at,
-        seconds=at - started,
+        seconds=_seconds_until(first, reports),
         rank=culprit.rank if culprit else None,
         code=culprit.failure_code if culprit else None,
         host=culprit.host if culprit else None,
@@ -471,6 +471,14 @@ def judge(
         log=first.log if first else None,
         next=decision_text,
     )
+
+
+def _seconds_until(first: Death | None, reports: Sequence[NodeReport]) -> float:
+    """From the start of a round to its failure, by the monotonic clock of the node that it failed on."""
+    report = next((one for one in reports if first in one.deaths), None) or min(
+        reports, key=lambda one: one.at
+    )
+    return report.seconds + (first.at - report.at if first else 0.0)
 
 
 def _on(report: NodeReport, nodes: int, line: str) -> str:

@@ -29,6 +29,7 @@ class Death:
     kill: str | None = None  # who sent the SIGKILL, where that is known: the kernel, out of memory
     log: str | None = None  # the file with its stderr
     is_ours: bool = False  # launch had told it to end by then
+    has_joined: bool = False  # it had told that its process group was up, or more
 
     @property
     def failure_code(self) -> int:
@@ -54,6 +55,7 @@ class NodeReport:
     host: str
     round: int
     at: float  # seconds since the epoch: when the first of its workers failed, or else the last ended
+    seconds: float = 0.0  # from the start of its workers until then, whatever becomes of the clock
     has_finished: bool = False  # every worker of it returned 0
     has_drained: bool = False  # every worker of it returned 0 or saved and left, as it was asked to
     deaths: tuple[Death, ...] = ()  # in order of death

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ __all__ = [
     "die_with_parent",
     "kill_all",
     "outlive_parent",
+    "raise_file_limit",
+    "restore_file_limit",
 ]
 
 _PR_SET_PDEATHSIG = 1
@@ -44,6 +47,21 @@ def die_with_parent(parent: int) -> None:
 def outlive_parent() -> None:
     """Undo `die_with_parent`."""
     _prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as the hard limit allows; returns how many it could open before."""
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError):
+        pass  # what the kernel allows has been lowered since; then it stays as it is
+    return before
+
+
+def restore_file_limit(files: int) -> None:
+    """Undo `raise_file_limit`, which returned `files`: some programs do not expect more."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def allow_tracing() -> None:
@@ -109,10 +127,12 @@ def kill_all(pids: Iterable[int], signum: int) -> None:
 class Subreaper:
     """This process as the one that adopts what its children leave behind, and ends it.
 
-    Children that it has already when this is made are not its business, nor are those it is to spare.
+    Children that it has already when this is made are not its business, nor are those it is to spare. `files`
+    is how many files its workers may open; None: as many as it may itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, files: int | None = None) -> None:
+        self.files = files
         adopt_orphans()
         self._spared = children(os.getpid())
 

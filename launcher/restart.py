@@ -10,6 +10,7 @@ from typing import Any
 from launcher.errors import ExitCode, shell_code
 from launcher.outcome import Death
 from launcher.round import Round
+from launcher.same_again import would_fail_again
 from launcher.wording import count
 
 __all__ = ["Again", "Decision", "Failure", "Finish", "GiveUp", "History", "Limits", "decide"]
@@ -194,6 +195,10 @@ def _after_failure(
     round_: Round, culprit: Death | None, failure: Failure, history: History, limits: Limits
 ) -> Decision:
     after = history.after_failure(failure)
+    if culprit is not None and would_fail_again(round_.deaths, round_.plan.world, round_.seconds):
+        return GiveUp(
+            shell_code(culprit.failure_code), "no other try, since every rank fails so at its start"
+        )
     same = sum(failure == other for other in after.failures)
     if failure.fingerprint is not None and 0 < limits.crash_loop <= same:
         where = "before it told of any step" if failure.step is None else f"at step {failure.step}"

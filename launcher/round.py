@@ -272,6 +272,11 @@ class Round:
         deaths = [death for report in self.reports.values() for death in report.deaths]
         return sorted(deaths, key=lambda death: death.at)
 
+    @property
+    def seconds(self) -> float:
+        """From the start of the round to its first failure, on the node that had it first."""
+        return min(self.reports.values(), key=lambda report: report.at).seconds
+
     def _after_message(self, node: int, message: Mapping[str, Any]) -> Round:
         match message["kind"]:
             case "ready":

@@ -164,6 +164,7 @@ class _Zygote:
     def __init__(self, orders: dict[str, Any], handlers: dict[str, Any], *, forks_warm: bool) -> None:
         self._socket: int = orders["socket"]
         self._command: list[str] = orders["command"]
+        self._files: int | None = orders["files"]
         self._handlers = handlers
         self._forks_warm = forks_warm
         self._unread = b""
@@ -263,6 +264,8 @@ class _Zygote:
         self._epoll.close()
         for fd in (self._socket, self._wake_read, self._wake_write, *self._pidfds):
             os.close(fd)
+        if self._files is not None:
+            processes.restore_file_limit(self._files)
         os.environ.update(worker["environment"])
         if self._forks_warm:
             _draw_fresh_seeds()

@@ -83,11 +83,6 @@ class Teller:
         self._progress_told: tuple[float, int | None] = (0.0, None)  # when, and which step
 
     @property
-    def round_began(self) -> float:
-        """Seconds since the epoch."""
-        return self._board.round_started
-
-    @property
     def newest_saved(self) -> int | None:
         """The step of the newest checkpoint in any tier, as far as the saver has told."""
         return self._board.newest_saved

@@ -29,7 +29,7 @@ class Workers:
         self.pids: dict[int, int] = {}  # by rank, of those that have been started
         self.progress: dict[int, Progress] = {}  # by rank, of those that have told something
         self._stillness = Stillness()
-        self._began = self._looked = time.monotonic()
+        self.began = self._looked = time.monotonic()
         self._asked_to_drain: float | None = None  # when
         self.said_before: dict[int, int] = {}  # bytes, by rank, of those that answer SIGTERM themselves
         self._ended: set[int] = set()
@@ -95,7 +95,7 @@ class Workers:
     @property
     def age(self) -> float:
         """Seconds since the first of them was to be started."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self.began
 
     @property
     def still(self) -> float:

@@ -57,6 +57,7 @@ class Zygote:
             "import_dir": None if sys.flags.safe_path else command.import_dir,
             "main_file": command.target if command.kind is Kind.SCRIPT else None,
             "source": command.source,
+            "files": reaper.files,
         }
         argv, environment = _command_line(config, shared_environment(config))
         environment["LAUNCH_ZYGOTE"] = json.dumps(orders)

@@ -65,7 +65,7 @@ LAYERS = {
             *["frames", "oom", "parsers", "nodes", "command", "rendezvous", "run_dir", "spawner", "saver"],
             *["control", "recovery", "secret", "status", "stillness"],
         ],
-        ["options", "diagnosis", "stacks", "membership", "metrics"],
+        ["options", "diagnosis", "same_again", "stacks", "membership", "metrics"],
         ["member", "config", "schedulers", "backlog", "round"],
         ["restart", "console"],
         ["worker", "workers", "teller"],

@@ -70,7 +70,7 @@ def wait_for_name(
             advice = "start the node of that name, or correct --rdzv-endpoint"
             raise Refused("unavailable", f"{reason}; tried since {since}, for {seconds:g} s: {advice}")
         if not has_told and waited >= _QUIET:
-            tell(f"{reason} yet; trying since {since}, for {seconds:g} s (join_timeout)")
+            tell(f"{reason}; trying since {since}, for {seconds:g} s (join_timeout)")
             has_told = True
         time.sleep(_NAME_PAUSE)
 

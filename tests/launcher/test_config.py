@@ -472,7 +472,13 @@ def test_fewer_gpus_than_the_minimum_are_one_clear_line(monkeypatch: pytest.Monk
 
 
 def test_more_workers_than_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resource.getrlimit", lambda _: (256, 4096))
+    """The soft limit is raised; of a hard one that is too low users are told in numbers that make sense."""
+    monkeypatch.setattr("resource.getrlimit", lambda _: (24, 256))
     assert parse(["--nproc=96", "train.py"]).nproc == 96
-    with pytest.raises(UsageError, match=r"nproc: expected at most 96, .*found 97: raise `ulimit -n`"):
+    with pytest.raises(
+        UsageError, match=r"97 workers need 258 open files, and 256 .*, or ask for at most 96$"
+    ):
         parse(["--nproc=97", "train.py"])
+    monkeypatch.setattr("resource.getrlimit", lambda _: (24, 24))
+    with pytest.raises(UsageError, match=r"1 worker needs 66 open files, and 24 .* \(`ulimit -Hn`\)$"):
+        parse(["--nproc=1", "train.py"])

@@ -281,14 +281,15 @@ def test_nothing_can_be_said_of_some(death: Death) -> None:
 
 
 def reported(*deaths: Death, node: int = 0, host: str = "here", **fields: object) -> NodeReport:
-    known = {"at": deaths[0].at if deaths else 1e9 + 9, "deaths": deaths, **fields}
+    at = deaths[0].at if deaths else 1e9 + 9
+    known = {"at": at, "seconds": at - 1e9 + 0.5, "deaths": deaths, **fields}
     return NodeReport(node, host, 2, **known)  # type: ignore[arg-type]
 
 
 def judged(
     *reports: NodeReport, lost: dict[int, tuple[str, str]] | None = None, saved: int | None = None
 ) -> Verdict:
-    return judge(reports, lost or {}, "restarting", started=1e9 - 0.5, newest_saved=saved)
+    return judge(reports, lost or {}, "restarting", newest_saved=saved)
 
 
 def verdict_on(death: Death) -> Verdict:
@@ -350,9 +351,7 @@ def test_steps_lost_that_are_not_known(step: int | None, saved: int | None) -> N
 
 
 def test_a_snapshot_in_memory_alone_is_not_promised() -> None:
-    verdict = judge(
-        [reported(died(0, 1, OWN), step=5)], {}, "", started=1e9, newest_saved=5, is_only_in_memory=True
-    )
+    verdict = judge([reported(died(0, 1, OWN), step=5)], {}, "", newest_saved=5, is_only_in_memory=True)
     assert "  step 5 reached; snapshot of step 5 in memory" in verdict.render()
 
 

@@ -64,6 +64,7 @@ class Spared(Subreaper):
     """Notes who is to be spared. A real one would make this process adopt what other tests leave behind."""
 
     def __init__(self) -> None:
+        self.files = None
         self._spared = set()
 
     def spares(self, pid: int) -> bool:

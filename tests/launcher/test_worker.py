@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import re
 import signal
 import subprocess
@@ -384,3 +385,15 @@ def test_log_files_are_the_rank_s_own(job: Job, tmp_path: Path) -> None:
     for rank in (0, 1):
         path = tmp_path / f"runs/train/logs/round-0001/rank-0000{rank}.out"
         assert path.read_bytes() == b"a\xff\r\x00" + str(rank).encode()
+
+
+def test_a_low_limit_of_open_files(job: Job) -> None:
+    """launch raises its own, and workers find what they would without it."""
+    job.script("import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])")
+    ended = job.end(job.start("--nproc=2", "train.py", preexec_fn=lower_file_limit))
+    assert (ended.code, ended.err.count("ulimit")) == (0, 0)
+    assert (job.log(0), job.log(1)) == ("48\n", "48\n")
+
+
+def lower_file_limit() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (48, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
