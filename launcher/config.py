@@ -140,9 +140,9 @@ class Config:
             return
         most = (files - _OWN_FILES) // _FILES_OF_WORKER
         fewer = f", or ask for at most {most}" if most > 0 else ""
+        need = f"{count(self.nproc, 'worker')} need{'s' if self.nproc == 1 else ''} {needed} open files"
         raise UsageError(
-            f"nproc: {count(self.nproc, 'worker')} need{'s' if self.nproc == 1 else ''} {needed} open files, and {files} are allowed here: "
-            f"raise the hard limit (`ulimit -Hn`){fewer}"
+            f"nproc: {need}, and {files} are allowed here: raise the hard limit (`ulimit -Hn`){fewer}"
         )
 
     def _check_nodes(self) -> None:

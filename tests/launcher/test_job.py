@@ -109,7 +109,7 @@ def test_a_failure_begins_a_new_round(job: Job, options: list[str]) -> None:
     ("source", "code"),
     [
         ("import sys; sys.exit(7)", 7),
-        ("raise ValueError", 1),
+        ("raise RuntimeError", 1),
         ("import os; os.kill(os.getpid(), 9)", 137),
         ("import os; os.kill(os.getpid(), 15)", 143),
         ("import ctypes; ctypes.string_at(0)", 139),
@@ -480,3 +480,19 @@ def test_the_error_file_of_record_is_read(job: Job) -> None:
     assert re.search(r"in main\n.*recorded", "\n".join(verdict["lines"]), re.DOTALL)
     error = Path(job.path, "runs/train/logs/round-0001/rank-00000.error.json")
     assert "recorded" in error.read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "code"),
+    [
+        ("x = = 3", "SyntaxError: invalid syntax", 1),
+        ("import nosuchmodule.part", "ModuleNotFoundError: No module named 'nosuchmodule'", 1),
+        ("import argparse; argparse.ArgumentParser().parse_args(['--x'])", "unrecognized arguments: --x", 2),
+    ],
+)
+def test_what_fails_each_time_is_not_tried_again(job: Job, source: str, error: str, code: int) -> None:
+    done = job.run("--nproc=3", job.script(source))
+    assert done.code == code
+    assert error in done.err
+    assert f"giving up: no other try, since every rank fails so at its start; exit code {code}" in done.err
+    assert not (job.path / "runs/train/logs/round-0002").exists()
