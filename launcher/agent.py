@@ -447,6 +447,11 @@ class Agent:
         if round_.phase is Phase.RUNNING:
             self._look_for_newcomers(round_)
         self._look_for_silence(round_)
+        self._look_at_saver()
+
+    def _look_at_saver(self) -> None:
+        """Tell if the saver cannot go on. Workers go on without it, and nothing becomes durable."""
+        self._teller.saver_halts(self._saver.look(), self._saver.pid)
 
     def _read_progress(self) -> None:
         self._workers.look()
@@ -589,20 +594,23 @@ class Agent:
 
     def _end(self, decision: Finish | GiveUp) -> int:
         self._membership.leave(outcome=decision.exit_code if decision.is_final else None)
-        exit_code = self._drain(decision.exit_code)
+        exit_code, reason = self._drain(decision)
         if exit_code == ExitCode.PREEMPTED:
             self._teller.preempted()
-        self._teller.job_ended(exit_code, decision.reason)
+        self._teller.job_ended(exit_code, reason)
         return exit_code
 
-    def _drain(self, exit_code: int) -> int:
+    def _drain(self, decision: Finish | GiveUp) -> tuple[int, str]:
         """Wait until the saver has made all that it holds durable; the workers are gone.
 
-        Returns the exit code of `launch` after a job that ended with `exit_code`.
+        Returns the exit code of `launch` after `decision`, and why it is that.
         """
         if self._backlog is None:
-            return exit_code
-        drain = Drain(self._backlog, self.config.drain_timeout)
+            return decision.exit_code, decision.reason
+        timeout = self.config.drain_timeout
+        is_halted = self._saver.look(at_last=True) is not None
+        waited = min(self._workers.waited, timeout) if is_halted else 0.0  # by the workers, for it alone
+        drain = Drain(self._backlog, timeout - waited, waited=waited)
         if (
             self._leave_by is not None
             and (left := max(0.0, self._leave_by - time.monotonic())) < drain.timeout
@@ -611,6 +619,10 @@ class Agent:
         self._saver.drain()
         self._monitor.set_deadline(drain.timeout)
         for event in self._monitor.events():
+            if isinstance(event, Tick):
+                self._look_at_saver()
+            if isinstance(event, DeadlinePassed):
+                drain = replace(drain, halt=self._saver.look(at_last=True))
             drain = drain.after(event)
             self._teller.take(event)
             if isinstance(event, Asked):
@@ -618,8 +630,9 @@ class Agent:
             if drain.ending is not None:
                 break
             self._teller.draining(drain)
-        self._teller.drained(drain, self._saver.pid)
-        return drain.exit_code(exit_code)
+        told = self._teller.drained(drain, self._saver.pid)
+        after = drain.exit_code(decision.exit_code)
+        return after, told if after != decision.exit_code else decision.reason
 
 
 def _membership(config: Config, secret: Secret | None, run_dir: RunDir, reaper: Subreaper) -> Membership:

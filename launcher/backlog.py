@@ -69,6 +69,15 @@ class Backlog:
         )
 
 
+def _going_on(pid: int | None, halt: str | None) -> str:
+    """What a saver does that is not waited for any longer."""
+    if halt is None:
+        return f"it goes on in the background (pid {pid}) until that is done"
+    if "SIGSTOP" in halt:
+        return f"`kill -CONT {pid}` has it go on"
+    return "it goes on as soon as the kernel lets it"
+
+
 def _without(values: Mapping[_Key, _Value], key: _Key) -> dict[_Key, _Value]:
     return {other: value for other, value in values.items() if other != key}
 
@@ -80,8 +89,10 @@ class Drain:
     backlog: Backlog
     timeout: float  # seconds; 0: nobody wants to wait
     limit: str = "--drain-timeout"  # what sets it
+    waited: float = 0.0  # seconds, before that
     persisted: tuple[SavePersisted, ...] = ()
     ending: SaverEnded | DeadlinePassed | StopRequested | None = None
+    halt: str | None = None  # why the saver cannot go on, if it cannot
 
     def after(self, event: Event) -> Drain:
         """The wait after `event`."""
@@ -101,7 +112,7 @@ class Drain:
             case SaverEnded(code=code):
                 return code == 0
             case DeadlinePassed():
-                return self.timeout == 0
+                return self.timeout + self.waited == 0
             case _:
                 return False
 
@@ -116,7 +127,7 @@ class Drain:
     def render(self, pid: int | None, log: str) -> str:
         """How it ended, in one line; empty if there is nothing to tell. `pid` is that of a saver that goes on."""
         left = f"; not persisted yet: {self.backlog}" if self.backlog.pending else ""
-        left += f"; it goes on in the background (pid {pid}) until that is done"
+        left += f"; {_going_on(pid, self.halt)}"
         match self.ending:
             case SaverEnded(code=0):
                 saves = [
@@ -134,10 +145,11 @@ class Drain:
                 return f"not every checkpoint became durable: the saver ended with {how}; log: {log}"
             case SaverEnded():
                 return self.backlog.obituary(self.ending, log)
-            case DeadlinePassed() if self.timeout == 0:
+            case DeadlinePassed() if self.timeout + self.waited == 0:
                 return f"not waiting for the saver, as --drain-timeout 0 says{left}"
             case DeadlinePassed():
-                return f"the saver is not done after {self.timeout:.3g} s ({self.limit}){left}"
+                who = "the saver" if self.halt is None else f"the saver (pid {pid}) is {self.halt}, and"
+                return f"{who} is not done after {self.timeout + self.waited:.3g} s ({self.limit}){left}"
             case StopRequested(signum=signum):
                 return f"{Signals(signum).name}: not waiting for the saver any longer{left}"
             case None:

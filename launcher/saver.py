@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.companion import Companion, module_command
+from launcher.condition import look_at
 from launcher.errors import InternalError
 from launcher.events import (
     Event,
@@ -30,6 +31,7 @@ from launcher.processes import Subreaper
 __all__ = ["Saver"]
 
 _COMMAND = module_command("shardckpt.saver")
+_FROZEN = 5  # looks at it, about a second apart, after which it does not only pause
 _SILENT_ENDS = 3  # in a row, after which no more savers are started
 
 
@@ -52,6 +54,7 @@ class Saver:
         self._process: Companion | None = None
         self._has_spoken = False  # the process that runs
         self._silent_ends = 0
+        self._halted = 0  # looks in a row at which it could not go on
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -64,6 +67,16 @@ class Saver:
     def pid(self) -> int | None:
         """The process that runs; None if none does."""
         return None if self._process is None else self._process.pid
+
+    def look(self, *, at_last: bool = False) -> str | None:
+        """Why the process cannot go on, if it could not at the looks before; `at_last`: whatever those told."""
+        if self._process is None:
+            self._halted = 0
+            return None
+        found = look_at(self._process.pid)
+        halt = found.halt(found)
+        self._halted = 0 if halt is None else self._halted + 1
+        return halt if at_last or self._halted >= _FROZEN else None
 
     @property
     def is_closed(self) -> bool:

@@ -80,6 +80,7 @@ class Teller:
         self._left_at: tuple[int | None, bool] = (None, False)  # step, and whether all saved there
         self._has_told_silence = False
         self._has_told_trust = False
+        self._saver_halt: str | None = None
         self._progress_told: tuple[float, int | None] = (0.0, None)  # when, and which step
 
     @property
@@ -402,12 +403,23 @@ class Teller:
         if drain.backlog.pending:
             self._console.show(f"persisting {drain.backlog}")
 
-    def drained(self, drain: Drain, pid: int | None) -> None:
+    def saver_halts(self, halt: str | None, pid: int | None) -> None:
+        """Why the saver cannot go on; None if it can."""
+        was, self._saver_halt = self._saver_halt, halt
+        if halt and not was:
+            self._journal.record("saver_halted", pid=pid, reason=halt)
+            self._warn(f"the saver (pid {pid}) is {halt}: nothing becomes durable until it goes on")
+        elif was and not halt and pid is not None:
+            self._console.say(f"the saver (pid {pid}) goes on", style=_DIM)
+
+    def drained(self, drain: Drain, pid: int | None) -> str:
+        """Tell how the wait for the saver ended. Returns what was told."""
         told = drain.render(pid, str(as_typed(self._run_dir.saver_log)))
         if told:
             good = drain.succeeded
             level = Level.INFO if good else Level.WARNING
             self._console.say(told, style=_BOLD if good else _ALARM, level=level)
+        return told
 
     def stuck(self, left: Sequence[Condition], holders: Sequence[Holder]) -> None:
         """Processes are left that nothing can end, and some of them may hold GPUs."""

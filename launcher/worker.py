@@ -84,6 +84,7 @@ def worker_orders(
         "LAUNCH_CKPT_URL": config.checkpoints,
         "LAUNCH_SAVER": saver,
         "LAUNCH_DRAIN_FILE": str(drain),
+        "LAUNCH_DRAIN_TIMEOUT": f"{config.drain_timeout:g}",
         **_visible_devices(plan.slots, count_gpus()),
     }
     return [

@@ -16,6 +16,10 @@ from launcher.wording import name_ranks
 __all__ = ["Workers"]
 
 
+WAITING = "waiting for saves"
+"""The phase of a worker that waits for nothing but what it has saved to become durable."""
+
+
 class Workers:
     """The workers that write to `files`, from the moment at which they are to be started.
 
@@ -32,6 +36,7 @@ class Workers:
         self.began = self._looked = time.monotonic()
         self._asked_to_drain: float | None = None  # when
         self.said_before: dict[int, int] = {}  # bytes, by rank, of those that answer SIGTERM themselves
+        self.waited = 0.0  # seconds, for nothing but what they have saved to become durable
         self._ended: set[int] = set()
         self._has_stepped = False
 
@@ -58,6 +63,12 @@ class Workers:
             silent=self.files.keys() - self.progress.keys() - self._ended,
             are_known=self.usual_start is not None,
         )
+        are_waiting = bool(self.progress) and all(
+            (one.doing or "").startswith(WAITING)
+            for rank, one in self.progress.items()
+            if rank not in self._ended
+        )
+        self.waited = self.waited + now - self._looked if are_waiting else 0.0
         self._looked = now
         if self.step is not None and not self._has_stepped:
             self._has_stepped = True

@@ -37,6 +37,7 @@ __all__ = ["Checkpointer"]
 _log = logging.getLogger("shardckpt")
 
 _SNAPSHOTS = 2
+_PROBE = 3.0  # seconds for a saver to answer before what must not be lost is entrusted to it
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,7 @@ class Checkpointer:
             try:
                 self._save_skipped()
             finally:
+                self._session.limit_silence(_silence_at_close())
                 self._finish_saves()
             self._tell_failures()
         finally:
@@ -323,6 +325,7 @@ class Checkpointer:
             return
         if self._ranks.rank == 0:
             _log.info("step %d is saved at the end", skipped.step)
+        self._session.probe(_PROBE)
         self._settle()
         self._start(skipped.step, skipped.state, skipped.metrics, self._due(skipped.step))
 
@@ -354,6 +357,7 @@ class Checkpointer:
         """Save, as all ranks were asked to, and be done. Returns what `step` is to raise. Collective."""
         is_saved = True
         try:
+            self._session.probe(_PROBE)
             self._save_to_leave(step, state, metrics, request.scope)
         except Exception as error:  # whatever it is, to stay would not help
             is_saved = False
@@ -596,6 +600,15 @@ def _linger_from_environment() -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"SHARDCKPT_LINGER must be a number of seconds; it is {text!r}") from None
+
+
+def _silence_at_close() -> float:
+    """Seconds for which `close` waits for a saver that answers nothing: no longer than the launcher would."""
+    text = os.environ.get("LAUNCH_DRAIN_TIMEOUT", "")
+    try:
+        return float(text)
+    except ValueError:
+        return float("inf")
 
 
 def _node() -> str:

@@ -20,6 +20,7 @@
     +-- SaveError               a save did not become durable: the checkpoint before it stands
     |   +-- SupersededError         a newer attempt goes on, and nobody needs this save any more
     +-- SaverError              this node's saver is gone: save again, with a new one
+        +-- SaverSilentError        it exists, and answers nothing: it may go on later
 
 Every message names the rank, the tensor or the path; what was expected; what was found; and the remedy.
 """
@@ -39,6 +40,7 @@ __all__ = [
     "RunInUseError",
     "SaveError",
     "SaverError",
+    "SaverSilentError",
     "ShapeMismatchError",
     "ShardckptError",
     "StateError",
@@ -132,6 +134,10 @@ class RunInUseError(StorageError):
 
 class SaverError(ShardckptError):
     """This node's saver cannot be reached: snapshots in its memory are lost, checkpoints are not."""
+
+
+class SaverSilentError(SaverError):
+    """This node's saver exists and does not answer. What it was given may become durable yet."""
 
 
 class SaveError(ShardckptError):

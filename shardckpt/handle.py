@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardckpt.boundary import plain_errors
 from shardckpt.commit import wait_committed
-from shardckpt.errors import SaveError, SaverError
+from shardckpt.errors import SaveError, SaverError, SaverSilentError
 from shardckpt.persisting import Destination
+from shardckpt.progress import alive, doing
 from shardckpt.saver.client import is_first_on_node
 
 __all__ = ["MEMORY", "FailureLog", "SaveHandle"]
 
 _log = logging.getLogger("shardckpt")
+
+_BEAT = 1.0  # seconds between two signs of life of a trainer that waits
 
 MEMORY = "memory"
 """The tier that every save reaches first."""
@@ -73,6 +77,7 @@ class SaveHandle:
         self._failure_log = failure_log
         self._states = {tier: _State() for tier in self.tiers}
         self._changed = threading.Condition()
+        self._is_submitted = False
 
     def __repr__(self) -> str:
         state = "failed" if self.failed else "under way" if self.busy else "committed"
@@ -100,7 +105,7 @@ class SaveHandle:
         state = self._states[tier]
         if state.is_over:
             return
-        if error is not None:
+        if error is not None and not self._is_left_to_saver(error):
             self._failure_log.tell(self.step, tier, error)
         with self._changed:
             state.is_over, state.error, state.is_committed = True, error, committed or tier == MEMORY
@@ -108,10 +113,17 @@ class SaveHandle:
 
     @property
     def is_saver_answerable(self) -> bool:
-        """Whether all that has failed was in the hands of a saver that lives on and knows."""
+        """Whether all that has failed was in the hands of a saver that knows, or will once it goes on."""
         with self._changed:
             errors = [state.error for state in self._states.values() if state.error is not None]
-        return not any(isinstance(error, SaverError | MemoryError) for error in errors)
+        return not any(
+            isinstance(error, SaverError | MemoryError) and not self._is_left_to_saver(error)
+            for error in errors
+        )
+
+    def _is_left_to_saver(self, error: BaseException) -> bool:
+        """Whether a saver has the data, and is only not waited for any longer."""
+        return self._is_submitted and isinstance(error, SaverSilentError)
 
     def outcome(self) -> SaveError | None:
         """Wait as `wait` does; what it would raise."""
@@ -132,10 +144,24 @@ class SaveHandle:
                     state.error = SaveError("another rank failed; its log says why")
                 state.is_committed = state.error is None
 
+    def submitted(self) -> None:
+        """Note that its data is in the saver's hands."""
+        self._is_submitted = True
+
     def join(self) -> None:
         """Return when this node is done with it, whatever the outcome."""
+        self._wait_until(lambda: all(state.is_over for state in self._states.values()))
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, and tell the launcher meanwhile that the trainer does not hang."""
         with self._changed:
-            self._changed.wait_for(lambda: all(state.is_over for state in self._states.values()))
+            if condition():
+                return
+        is_trainer = threading.current_thread() is threading.main_thread()
+        with doing("waiting for saves") if is_trainer else contextlib.nullcontext(), self._changed:
+            while not self._changed.wait_for(condition, _BEAT):
+                if is_trainer:
+                    alive()
 
     @plain_errors
     def wait(self, tier: str | None = None) -> None:
@@ -155,8 +181,7 @@ class SaveHandle:
 
     def _wait_for(self, tier: str) -> None:
         state = self._states[tier]
-        with self._changed:
-            self._changed.wait_for(lambda: state.is_over)
+        self._wait_until(lambda: state.is_over)
         if state.error is None and not state.is_committed:  # another node commits
             try:
                 wait_committed(self._places[tier], self._id, self._timeout)

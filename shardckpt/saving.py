@@ -130,6 +130,14 @@ class SaveSession:
         """
         self._prepare(state, None, ())
 
+    def probe(self, seconds: float) -> None:
+        """Find out whether the saver still answers: the next save is not entrusted to one that does not."""
+        self._sink.probe(seconds)
+
+    def limit_silence(self, seconds: float) -> None:
+        """From now on, wait no longer than so many seconds for a saver that answers nothing."""
+        self._sink.limit_silence(seconds)
+
     def close(self) -> None:
         """No more saves will come."""
         self._memo.clear()

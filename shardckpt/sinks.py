@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from shardckpt.commit import Proposal, was_committed
-from shardckpt.errors import SaveError, SaverError
+from shardckpt.errors import SaveError, SaverError, SaverSilentError
 from shardckpt.handle import MEMORY, SaveHandle
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.plan import SavePlan, encode_plan
@@ -24,6 +24,8 @@ from shardckpt.writer import Placed, report_lost
 __all__ = ["OwnThread", "Save", "SaverSink", "Sink"]
 
 _log = logging.getLogger("shardckpt")
+
+_SHORT = 2.0  # seconds for a saver to answer that has been silent before
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ class Sink(Protocol):
     def abandon(self, save: Save, error: BaseException, /) -> None:
         """Nothing will be staged for this save after all: has those told that wait for it."""
 
+    def probe(self, seconds: float, /) -> None:
+        """See whether it is still at work, for so many seconds at most; if not, it is lost from now on."""
+
+    def limit_silence(self, seconds: float, /) -> None:
+        """From now on it is lost if it has not answered for so many seconds, or less."""
+
     def close(self) -> None:
         """No more saves will come, from no process of this job. What was submitted is seen to."""
 
@@ -153,6 +161,12 @@ class OwnThread:
         """See Sink."""
         _leave_word(save, save.destinations, error)
 
+    def probe(self, _seconds: float, /) -> None:
+        """See Sink."""
+
+    def limit_silence(self, _seconds: float, /) -> None:
+        """See Sink."""
+
     def close(self) -> None:
         """See Sink."""
 
@@ -185,6 +199,7 @@ class SaverSink:
     _rank: int = 0
     _plans: int = 0
     _taken: Memory | None = None
+    _was_silent: bool = False
 
     @property
     def id(self) -> str:
@@ -203,12 +218,37 @@ class SaverSink:
         return self._plan is not None and (self._client is None or self._client.is_lost)
 
     def connect(self) -> SaverClient:
-        """The saver, to which this connects if need be. Raises SaverError."""
+        """The saver, to which this connects if need be. Raises SaverError.
+
+        One that has been waited for in vain is not waited for again for long.
+        """
+        if self._client is not None and self._client.is_lost:
+            self._was_silent = self._was_silent or isinstance(self._client.loss, SaverSilentError)
         if self._client is None or self._client.is_lost:
-            self._client = SaverClient(
-                self.run, self.tiers, self.snapshots, self.commit_timeout, linger=self.linger
-            )
+            try:
+                self._client = SaverClient(
+                    self.run,
+                    self.tiers,
+                    self.snapshots,
+                    self.commit_timeout,
+                    linger=self.linger,
+                    patience=_SHORT if self._was_silent else None,
+                )
+            except SaverSilentError:
+                self._was_silent = True
+                raise
+            self._was_silent = False
         return self._client
+
+    def probe(self, seconds: float, /) -> None:
+        """See Sink."""
+        if self._client is not None:
+            self._client.probe(seconds)
+
+    def limit_silence(self, seconds: float, /) -> None:
+        """See Sink."""
+        if self._client is not None:
+            self._client.limit_silence(seconds)
 
     def prepare(self, plan: SavePlan, rank: int) -> None:
         """See Sink."""
@@ -268,7 +308,7 @@ class SaverSink:
         )
 
         def done(outcome: Outcome) -> None:
-            kind = SaverError if client.is_lost else SaveError
+            kind = type(client.loss) if client.is_lost else SaveError
             error = kind(outcome.error) if outcome.error else None
             goals = [goal for goal in save.destinations if goal.tier == outcome.tier]
             if error is not None and any(was_committed(goal.place, save.id) for goal in goals):
@@ -278,6 +318,8 @@ class SaverSink:
                 _leave_word(save, goals, error)
 
         client.stage(stage, done)
+        if not client.is_lost:
+            handle.submitted()
 
     def abandon(self, save: Save, error: BaseException, /) -> None:
         """See Sink."""

@@ -8,7 +8,6 @@ import mmap
 import os
 import queue
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -21,8 +20,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from shardckpt.errors import SaverError
+from shardckpt.errors import SaverError, SaverSilentError
+from shardckpt.progress import alive
 from shardckpt.saver.memory import map_buffer
+from shardckpt.saver.silence import Silence, describe_process
 from shardckpt.saver.wire import (
     Abandon,
     Answer,
@@ -40,7 +41,9 @@ from shardckpt.saver.wire import (
     Hello,
     Note,
     Outcome,
+    Ping,
     Plan,
+    Pong,
     Request,
     Reserve,
     Reserved,
@@ -57,8 +60,14 @@ __all__ = ["Memory", "Recalled", "SaverClient", "is_first_on_node"]
 _log = logging.getLogger("shardckpt")
 
 _PATIENCE = 30.0  # seconds for a saver to start and to answer
+_INTERVAL = 2.0  # seconds without a message after which a saver is asked whether it answers
 _PAUSE = 0.02
+_BEAT = 1.0  # seconds between two signs of life of a trainer that waits
 _GONE = "the saver of this node is gone"
+_LOST = (
+    "and with it the snapshots that were in memory only; checkpoints are untouched, and the next save finds a "
+    "new saver"
+)
 
 A = TypeVar("A", bound=Answer)
 
@@ -86,12 +95,26 @@ class SaverClient:
     """
 
     def __init__(
-        self, run: str, tiers: Sequence[Tier], snapshots: int, commit_timeout: float, *, linger: float
+        self,
+        run: str,
+        tiers: Sequence[Tier],
+        snapshots: int,
+        commit_timeout: float,
+        *,
+        linger: float,
+        patience: float | None = None,
+        interval: float = _INTERVAL,
     ) -> None:
         """Connect to the saver of LAUNCH_SAVER; without a launcher, to the run's own, started if need be.
 
-        Raises SaverError if there is none, and none can be started.
+        One that answers nothing for `patience` seconds, now or later, is given up: methods raise
+        SaverSilentError then. It is asked after each `interval` without a message. Raises SaverError if there is
+        none, and none can be started.
         """
+        patience = _PATIENCE if patience is None else patience
+        self._patience = patience
+        self._silence = Silence(patience, min(interval, patience))
+        self._loss: Callable[[], SaverError] = lambda: SaverError(_GONE)
         self._changed = threading.Condition()
         self._granted: deque[Memory] = deque()
         self._mapped: dict[int, mmap.mmap] = {}
@@ -100,6 +123,7 @@ class SaverClient:
         self._is_full = False
         self._refused = ""
         self._is_lost = False
+        self._heard = 0  # messages
         self._is_closed = False
         self._answers: queue.SimpleQueue[tuple[Any, list[int]]] = queue.SimpleQueue()
         self._waiting: dict[tuple[str, str], Callable[[Outcome], object]] = {}
@@ -107,7 +131,8 @@ class SaverClient:
         named = os.environ.get("LAUNCH_SAVER")
         address = named or address_of(run)
         hello = Hello(run, list(tiers), snapshots, commit_timeout)
-        self._channel, welcome = _greeted(address, hello, linger, may_start=named is None)
+        self._channel, welcome = _greeted(address, hello, linger, patience, may_start=named is None)
+        self._pid = welcome.pid
         self.id = welcome.saver
         """Equal for two ranks only if they have the same saver."""
         threading.Thread(target=self._listen, name="shardckpt-saver", daemon=True).start()
@@ -116,6 +141,29 @@ class SaverClient:
     def is_lost(self) -> bool:
         """Whether the saver is gone, and with it all that was in memory only."""
         return self._is_lost
+
+    @property
+    def loss(self) -> SaverError:
+        """What to raise once the saver is lost."""
+        return self._loss()
+
+    def limit_silence(self, seconds: float) -> None:
+        """Give the saver up if it has not answered for so many seconds, if that is sooner than before."""
+        self._silence.limit(seconds)
+
+    def probe(self, seconds: float) -> bool:
+        """Whether the saver answers within so many seconds. One that does not is given up."""
+        with contextlib.suppress(SaverError):
+            with self._changed:
+                before = self._heard
+            if self._channel.is_writable:
+                self._send(Ping())
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_lost or self._heard != before, seconds)
+                is_silent = self._heard == before and not self._is_lost
+            if is_silent:
+                self._give_up(seconds)
+        return not self._is_lost
 
     # -- saving
 
@@ -147,15 +195,11 @@ class SaverClient:
         """
         with self._changed:
             while not self._changed.wait_for(
-                lambda: self._granted or self._is_lost or self._refused, _PATIENCE
+                lambda: self._granted or self._is_lost or self._refused, _BEAT
             ):
-                self._changed.release()
-                try:
-                    self._ask(Find(), Found)
-                finally:
-                    self._changed.acquire()
+                alive()  # so is the saver, or it would be given up
             if self._is_lost:
-                raise SaverError(_GONE)
+                raise self.loss
             if self._granted:
                 return self._granted.popleft()
             refused, self._refused = self._refused, ""
@@ -179,7 +223,7 @@ class SaverClient:
                 self._waiting.update({(stage.id, tier): done for tier in tiers})
         if is_lost:
             for tier in tiers:
-                done(Outcome(stage.id, tier, _GONE))
+                done(Outcome(stage.id, tier, str(self.loss)))
             return
         with contextlib.suppress(SaverError):  # which is told to those that wait
             self._send(stage)  # the kernel keeps it for the saver, should this process end now
@@ -222,6 +266,7 @@ class SaverClient:
     def close(self) -> None:
         """Say goodbye: this trainer is done, and will not be restarted."""
         self._is_closed = True
+        self._loss = lambda: SaverSilentError("the saver was not waited for any longer")
         with contextlib.suppress(SaverError):
             self._send(Bye())
         self._channel.shut()
@@ -231,7 +276,7 @@ class SaverClient:
     def _listen(self) -> None:
         """Take what the saver says, until its end."""
         try:
-            while (received := self._channel.receive()) is not None:
+            while (received := self._receive()) is not None:
                 self._take_in(*received)
         except (OSError, EOFError, ValueError) as error:
             _log.warning("the connection to the saver is lost: %s", error)
@@ -239,6 +284,24 @@ class SaverClient:
             self._lose()
             with self._sending:
                 self._channel.close()
+
+    def _receive(self) -> tuple[Any, list[int]] | None:
+        """The saver's next message; None when it is gone, or given up."""
+        while (received := self._channel.next_message()) is None:
+            if not self._channel.wait_readable(self._silence.interval):
+                if self._silence.passed():
+                    self._give_up(self._silence.seconds)
+                    return None
+                if not self._silence.is_asked and self._channel.is_writable:
+                    self._send(Ping())
+                self._silence.is_asked = True
+            elif not self._channel.read_some():
+                return None
+        self._silence.heard()
+        with self._changed:
+            self._heard += 1
+            self._changed.notify_all()
+        return received
 
     def _take_in(self, message: Any, descriptors: list[int]) -> None:
         if isinstance(message, Reserved):
@@ -248,6 +311,8 @@ class SaverClient:
         elif isinstance(message, Note):
             if is_first_on_node():
                 _log.warning("%s", message.text)
+        elif isinstance(message, Pong):
+            pass
         elif isinstance(message, Outcome):
             with self._changed:
                 done = self._waiting.pop((message.id, message.tier), None)
@@ -303,24 +368,31 @@ class SaverClient:
             self._changed.notify_all()
         self._answers.put((None, []))
         if is_news and is_first_on_node():
-            _log.warning(
-                "%s, and with it the snapshots that were in memory only; checkpoints are untouched, and the "
-                "next save finds a new saver",
-                _GONE,
-            )
+            loss = self.loss
+            what = "training goes on without it" if isinstance(loss, SaverSilentError) else _LOST
+            _log.warning("%s, %s", loss, what)
         for (save_id, tier), done in waiting.items():
-            done(Outcome(save_id, tier, _GONE))
+            done(Outcome(save_id, tier, str(self.loss)))
 
     def _send(self, request: Request) -> None:
         try:
             with self._sending:
                 self._channel.send(request)
+        except BlockingIOError as error:  # it has not taken in anything for so long
+            self._give_up(self._patience)
+            raise self.loss from error
         except OSError as error:
             self._give_up()
-            raise SaverError(f"{_GONE}: {error}") from error
+            loss = self.loss
+            raise loss if isinstance(loss, SaverSilentError) else SaverError(f"{_GONE}: {error}") from error
 
-    def _give_up(self) -> None:
-        """Reckon without this saver from now on, whatever it still does."""
+    def _give_up(self, silent: float = 0.0) -> None:
+        """Go on without this saver from now on, whatever it still does, if it is `silent` for so many seconds."""
+        if silent and not self._is_lost:
+            text = (
+                f"the saver of this node ({describe_process(self._pid)}) has not answered for {silent:g} s"
+            )
+            self._loss = lambda: SaverSilentError(text)
         self._channel.shut()
         self._lose()
 
@@ -330,12 +402,12 @@ class SaverClient:
 
     def _next(self, kind: type[A]) -> tuple[A, list[int]]:
         try:
-            answer, descriptors = self._answers.get(timeout=_PATIENCE)
+            answer, descriptors = self._answers.get(timeout=self._patience)
         except queue.Empty:
-            self._give_up()
-            raise SaverError(f"the saver of this node has not answered for {_PATIENCE:g} s") from None
+            self._give_up(self._patience)
+            raise self.loss from None
         if not isinstance(answer, kind):
-            raise SaverError(_GONE if answer is None else f"the saver answered {type(answer).__name__}")
+            raise self.loss if answer is None else SaverError(f"the saver answered {type(answer).__name__}")
         return answer, descriptors
 
 
@@ -356,25 +428,26 @@ def _readable(descriptor: int, size: int) -> memoryview:
         os.close(descriptor)
 
 
-def _greeted(address: str, hello: Hello, linger: float, *, may_start: bool) -> tuple[Channel, Welcome]:
+def _greeted(
+    address: str, hello: Hello, linger: float, patience: float, *, may_start: bool
+) -> tuple[Channel, Welcome]:
     """A connection to the saver at `address`, which is started if there is none, and if it may be."""
     deadline = time.monotonic() + _PATIENCE
     while True:
-        connection = _connected(address, linger, deadline, may_start=may_start)
-        connection.settimeout(_PATIENCE)
+        connection = _connected(address, linger, deadline, patience, may_start=may_start)
         channel = Channel(connection)
         try:
             channel.send(hello)
-            answer = channel.receive()
+            answer = _answer(channel, patience)
+        except TimeoutError as error:
+            channel.close()
+            raise SaverSilentError(
+                f"the saver at {address!r} has not answered for {patience:g} s"
+            ) from error
         except (OSError, EOFError) as error:
             channel.close()
             raise SaverError(f"the saver at {address!r} does not answer: {error}") from error
         if answer is not None:
-            connection.settimeout(None)
-            # A stopped saver must not stop training; it takes in what is sent whatever else it does.
-            connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(_PATIENCE), 0)
-            )
             welcome = answer[0]
             assert isinstance(welcome, Welcome)
             return channel, welcome
@@ -383,10 +456,25 @@ def _greeted(address: str, hello: Hello, linger: float, *, may_start: bool) -> t
             raise SaverError(f"the saver at {address!r} ends at once")
 
 
-def _connected(address: str, linger: float, deadline: float, *, may_start: bool) -> socket.socket:
+def _answer(channel: Channel, patience: float) -> tuple[Any, list[int]] | None:
+    """The first message; None if the other end has gone. Raises TimeoutError if none comes in time."""
+    deadline = time.monotonic() + patience
+    while (message := channel.next_message()) is None:
+        if not channel.wait_readable(min(_BEAT, patience)):
+            alive()
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        elif not channel.read_some():
+            return None
+    return message
+
+
+def _connected(
+    address: str, linger: float, deadline: float, patience: float, *, may_start: bool
+) -> socket.socket:
     while True:
         try:
-            return connect(address)
+            return connect(address, patience)
         except PermissionError as error:
             raise SaverError(str(error)) from error
         except OSError as error:

@@ -50,7 +50,9 @@ from shardckpt.saver.wire import (
     Hello,
     Note,
     Outcome,
+    Ping,
     Plan,
+    Pong,
     Reserve,
     Reserved,
     Snapshot,
@@ -439,7 +441,7 @@ class Saver:
                 client.commit_timeout = message.commit_timeout
                 self._finished.discard(client.run)
                 self._shelf.join(client)
-                self._send(client, Welcome(self._id))
+                self._send(client, Welcome(self._id, os.getpid()))
             case Plan():
                 writes = list(map(Placed, message.row, message.offset, message.nbytes))
                 client.plan = PackPlan(message.number, writes, message.size, message.whole)
@@ -473,6 +475,8 @@ class Saver:
                 self._shelf.give_back(client, message.buffer)
                 client.asked_back.discard(message.buffer)
                 client.requests.append(client.wanted)
+            case Ping():
+                self._send(client, Pong())
             case Bye():
                 client.has_left = True
             case _:

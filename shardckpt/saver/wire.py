@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -34,7 +35,9 @@ __all__ = [
     "Hello",
     "Note",
     "Outcome",
+    "Ping",
     "Plan",
+    "Pong",
     "Request",
     "Reserve",
     "Reserved",
@@ -56,6 +59,7 @@ _HEADER = struct.Struct("<QI")  # length of what follows, number of descriptors 
 _DESCRIPTOR = struct.Struct("i")
 _LONGEST = 1 << 32
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 _MAX_FDS = 250  # of one message; the kernel's limit is 253
 _READ = 1 << 18
 
@@ -171,6 +175,10 @@ class GivenBack(msgspec.Struct, tag=True, frozen=True):
     buffer: int
 
 
+class Ping(msgspec.Struct, tag=True, frozen=True):
+    """Ask for any answer. -> Pong."""
+
+
 class Bye(msgspec.Struct, tag=True, frozen=True):
     """This trainer is done, not dead: nobody will come to fetch its snapshots."""
 
@@ -182,6 +190,11 @@ class Welcome(msgspec.Struct, tag=True, frozen=True):
     """Who this saver is: equal for two ranks only if they share it."""
 
     saver: str
+    pid: int = 0
+
+
+class Pong(msgspec.Struct, tag=True, frozen=True):
+    """This saver answers."""
 
 
 class Reserved(msgspec.Struct, tag=True, frozen=True):
@@ -243,8 +256,8 @@ class Contents(msgspec.Struct, frozen=True):
     checksums: dict[int, list[int]] = {}
 
 
-Request = Hello | Plan | Reserve | Begin | Stage | Abandon | Find | Attach | Detach | GivenBack | Bye
-Answer = Welcome | Reserved | GiveBack | Note | Outcome | Found | Attached
+Request = Hello | Plan | Reserve | Begin | Stage | Abandon | Find | Attach | Detach | GivenBack | Ping | Bye
+Answer = Welcome | Pong | Reserved | GiveBack | Note | Outcome | Found | Attached
 
 
 def encode(message: Request | Answer, descriptors: int = 0) -> bytes:
@@ -290,6 +303,19 @@ class Channel:
             if not self.read_some():
                 return None
         return message
+
+    def wait_readable(self, seconds: float) -> bool:
+        """Whether something has arrived, or the other end is gone, within so many seconds."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether a short message could be sent now without waiting."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        return bool(poll.poll(0))
 
     def read_some(self) -> bool:
         """Take in what has arrived, or wait for something. False when the other end is gone.
@@ -359,13 +385,17 @@ def listen(address: str) -> socket.socket:
     return listener
 
 
-def connect(address: str) -> socket.socket:
-    """A connection to who listens at `address`.
+def connect(address: str, patience: float = 30.0) -> socket.socket:
+    """A connection to who listens at `address`. Sending on it waits for `patience` seconds at most.
 
-    Raises ConnectionError if nobody does, PermissionError if it is another user.
+    Raises ConnectionError if nobody does, PermissionError if it is another user, BlockingIOError if too many
+    wait there to be let in.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(max(1, int(patience)), 0)
+        )
         connection.connect(f"\0{address}")
         if peer(connection)[1] != os.getuid():
             raise PermissionError(f"the saver's address {address!r} is taken by another user")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -122,6 +123,26 @@ def test_what_is_told_of_what_is_left(ending: Event, timeout: float, told: str) 
     ended = drain(*begun, SavePersisted(6, "local", "/x", 1.0), ending, timeout=timeout)
     pattern = told.format(left=re.escape("step 7: 0 of 100 B (local)"))
     assert re.fullmatch(pattern, ended.render(12, "saver.log"))
+
+
+@pytest.mark.parametrize(
+    ("halt", "told"),
+    [
+        ("stopped by a signal (SIGSTOP)", r"`kill -CONT 12` has it go on"),
+        ("in uninterruptible sleep in nfs_wait", "it goes on as soon as the kernel lets it"),
+    ],
+)
+def test_a_saver_that_cannot_go_on_is_named(halt: str, told: str) -> None:
+    """After the time that workers have waited for it, and launch."""
+    ended = replace(drain(SavePersisting(7, "local", 0, 100)), timeout=4.0, waited=5.0, halt=halt)
+    ended = ended.after(DeadlinePassed())
+    assert ended.exit_code(0) == ExitCode.NOT_PERSISTED
+    assert ended.render(12, "saver.log") == (
+        f"the saver (pid 12) is {halt}, and is not done after 9 s (--drain-timeout); not persisted yet: "
+        f"step 7: 0 of 100 B (local); {told}"
+    )
+    waited_for_it_all = replace(drain(timeout=0.0), waited=5.0).after(DeadlinePassed())
+    assert waited_for_it_all.exit_code(0) == ExitCode.NOT_PERSISTED
 
 
 def test_what_is_told() -> None:

@@ -232,6 +232,26 @@ def test_waiting_is_bounded(job: Job, timeout: str, code: int, message: str) -> 
     wait_for_death(pid)
 
 
+def test_a_saver_that_is_stopped_is_named_and_not_waited_for_longer(job: Job) -> None:
+    """A job that has finished is not started again for it. Once it goes on, it ends by itself."""
+    stop = "; os.kill(pid, signal.SIGSTOP); print(pid)"
+    script = job.script(
+        "import json, os, shardckpt, signal, sys; pid = shardckpt.tell(**json.loads(sys.argv[1]))" + stop
+    )
+    done = job.run("--drain-timeout=0.2", script, json.dumps({"now": [PERSISTING], "then": []}))
+    pid = int(done.out.removeprefix("[0] "))
+    assert done.code == 74
+    told = f"the saver (pid {pid}) is stopped by a signal (SIGSTOP), and is not done after 0.2 s"
+    assert told in done.err
+    assert f"`kill -CONT {pid}` has it go on" in done.err
+    events = [json.loads(line) for line in (job.path / "runs/train/events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "job_ended"
+    assert told in events[-1]["reason"]
+    assert sum(event["event"] == "round_started" for event in events) == 1
+    os.kill(pid, signal.SIGCONT)
+    wait_for_death(pid)
+
+
 def test_a_stop_ends_the_workers_and_then_waits(job: Job) -> None:
     process, _ = start_waiting(job, then=[PERSISTED])
     process.send_signal(signal.SIGTERM)

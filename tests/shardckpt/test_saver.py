@@ -7,6 +7,7 @@ import ctypes
 import json
 import logging
 import os
+import queue
 import re
 import select
 import signal
@@ -25,16 +26,18 @@ from torch.distributed.tensor import DTensor
 
 import shardckpt
 from shardckpt.checkpointer import Checkpointer
-from shardckpt.errors import SaveError, SaverError
+from shardckpt.errors import SaveError, SaverError, SaverSilentError
 from shardckpt.ranks import current_ranks
 from shardckpt.saver import client as saver_client
 from shardckpt.saver import wire
 from shardckpt.saver.client import SaverClient
 from shardckpt.saver.memory import Pressure, SnapshotMemory
 from shardckpt.saver.server import Saver
+from shardckpt.saver.silence import Silence
 from shardckpt.saving import SaveHandle
+from shardckpt.sinks import SaverSink
 from tests.parallel import Training
-from tests.savers import LIMIT, SaverProcess, wait_until
+from tests.savers import LIMIT, SaverProcess, connected, wait_until
 from tests.worlds import context
 
 
@@ -222,6 +225,8 @@ class _Work:
 
     def patience(self, seconds: float) -> None:
         saver_client._PATIENCE = seconds
+        assert self.checkpointer._saver is not None
+        self.checkpointer._saver.limit_silence(seconds)
 
     def said(self, text: str) -> bool:
         return any(text in message for message in self.messages)
@@ -598,6 +603,84 @@ def test_a_trainer_tells_nothing_to_another_users_process(
         SaverClient(run, [], 2, LIMIT, linger=0)
     assert pipe.poll(LIMIT)
     assert pipe.recv() == b""
+
+
+# -- silence
+
+
+def impatient(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch) -> SaverClient:
+    monkeypatch.setenv("LAUNCH_SAVER", saver.address)
+    return SaverClient("run", [], 2, LIMIT, linger=0, patience=0.3, interval=0.1)
+
+
+def test_a_saver_that_is_stopped_is_given_up(
+    saver: SaverProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever waits for it is told what it is, and a save that it has becomes durable once it goes on."""
+    connected(saver, monkeypatch).close()  # so that it has started
+    tier = wire.Tier("local", str(tmp_path), {}, None)
+    client = SaverClient("run", [tier], 2, LIMIT, linger=0, patience=0.3, interval=0.1)
+    client.plan(wire.Plan(1, [], [], [], 100, b""), 2)
+    memory = client.take()
+    saver.send(signal.SIGSTOP)
+    outcomes: queue.SimpleQueue[wire.Outcome] = queue.SimpleQueue()
+    path = "attempt-0001/step-00000001"
+    client.begin(wire.Begin(memory.number, "save-1", path, 1, ["local"]))
+    client.stage(wire.Stage(memory.number, "save-1", path, 1, 1, 2, 1, ["local"], b"{}", b""), outcomes.put)
+    found = {outcomes.get(timeout=LIMIT).tier for _ in range(2)}
+    assert found == {"memory", "local"}
+    assert isinstance(client.loss, SaverSilentError)
+    assert str(client.loss) == (
+        f"the saver of this node (process {saver.pid}, stopped by a signal) has not answered for 0.3 s"
+    )
+    with pytest.raises(SaverSilentError):
+        client.take()
+    with pytest.raises(SaverSilentError):
+        client.snapshots()
+    saver.send(signal.SIGCONT)
+    assert saver.told("staged")["step"] == 1
+
+
+def test_whether_a_saver_answers(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connected(saver, monkeypatch)
+    assert client.probe(LIMIT)
+    saver.send(signal.SIGSTOP)
+    assert not client.probe(0.1)
+    assert isinstance(client.loss, SaverSilentError)
+    with pytest.raises(SaverSilentError, match=r"has not answered for 0\.3 s"):
+        impatient(saver, monkeypatch)
+    saver.send(signal.SIGCONT)
+    again = connected(saver, monkeypatch)
+    assert again.snapshots() == []
+    again.close()
+
+
+def test_a_sink_does_not_wait_for_long_again(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a save entrusted to a saver that does not answer."""
+    monkeypatch.setenv("LAUNCH_SAVER", saver.address)
+    sink = SaverSink("run", [], 2, LIMIT, linger=0)
+    first = sink.connect()
+    saver.send(signal.SIGSTOP)
+    sink.probe(0.1)
+    assert first.is_lost
+    with pytest.raises(SaverSilentError, match="has not answered for 2 s"):
+        sink.connect()
+    saver.send(signal.SIGCONT)
+    assert sink.connect().probe(LIMIT)
+    sink.close()
+
+
+def test_silence_counts_only_while_it_is_listened_to() -> None:
+    """A trainer that was stopped itself has not been waiting."""
+    silence = Silence(patience=3.0, interval=1.0)
+    assert not silence.passed()
+    silence.is_asked = True
+    assert [silence.passed() for _ in range(3)] == [False, False, True]
+    silence.heard()
+    assert (silence.seconds, silence.is_asked) == (0.0, False)
+    silence.limit(1.0)
+    silence.is_asked = True
+    assert [silence.passed() for _ in range(2)] == [False, True]
 
 
 # -- messages
