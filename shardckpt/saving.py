@@ -178,7 +178,7 @@ class SaveSession:
         plan, rank = prepared.plan, self._ranks.rank
         inputs = [plan, *flat.tensors]
         replicas = self._memo.derived("replicas", inputs, lambda: Replicas(plan, flat.tensors, rank))
-        replicas.check(self._ranks, whole=fresh)
+        replicas.check(self._ranks, turn=self._count, whole=fresh)
         self._prepared = prepared  # kept only once its replicas have been compared whole
         copies = self._memo.derived("copies", inputs, lambda: Copies(plan.writes(rank), flat.tensors))
         return flat, numbers, prepared, copies
