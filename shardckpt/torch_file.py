@@ -6,6 +6,7 @@ numbered storage, and each storage's bytes as `data/NUMBER`, aligned to 64 bytes
 
 from __future__ import annotations
 
+import codecs
 import io
 import pickle
 import struct
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from shardckpt.kinds import kind_of
+from shardckpt.errors import StateError
 from shardckpt.manifest import Tensor
 from shardckpt.values import EnumRef, Record, TensorRef, children
 
@@ -28,6 +30,7 @@ _ALIGN = 64
 _LOCAL_HEADER = 30
 _ZIP64_FIELD = 20
 _ZIP64_FROM = 1 << 31
+_MOST_BITS = 255 * 8 - 1  # beside the sign, in pickle's short form
 
 _LOADABLE = (torch.Size, torch.dtype, torch.device, bytearray)
 """Of the types with a form of their own, those that weights_only knows."""
@@ -112,6 +115,13 @@ class _Placeholder:
         self.storage = storage
 
 
+class _NoBytes:
+    """Pickled as empty bytes in the way of others: pickle has one for them that weights_only refuses."""
+
+
+_NO_BYTES = _NoBytes()
+
+
 class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
@@ -123,6 +133,8 @@ class _Pickler(pickle.Pickler):
         return "storage", torch.UntypedStorage, str(obj.number), "cpu", obj.tensor.nbytes
 
     def reducer_override(self, obj: Any) -> Any:
+        if obj is _NO_BYTES:
+            return codecs.encode, ("", "latin1")
         if not isinstance(obj, _Placeholder):
             return NotImplemented
         shape = obj.tensor.shape
@@ -166,9 +178,16 @@ def _hashable(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value without items as one of a type that weights_only knows."""
+    """A value without items as one that weights_only reads. Raises StateError if there is none."""
     if isinstance(value, EnumRef):
         return _plain(value.value)
+    if type(value) is bytes and not value:
+        return _NO_BYTES
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise StateError(
+            f"an integer of the state, {hex(value)[:12]}..., has {value.bit_length()} bits, and "
+            f"torch.load(weights_only=True) reads no more than {_MOST_BITS}. Leave it out with --only or --select"
+        )
     kind = kind_of(type(value))
     if kind is None or isinstance(value, _LOADABLE):
         return value

@@ -236,6 +236,8 @@ def decode(value: Any) -> Any:
     except _InvalidError as error:
         path = "/".join(segment(key)[:80] for key in reversed(error.keys[-8:]))
         raise FormatError(f"values: {path!r} {error}") from error.__cause__
+    except RecursionError as error:
+        raise FormatError(f"values: they lie more than {MAX_DEPTH} levels deep") from error
 
 
 class _InvalidError(Exception):
