@@ -95,7 +95,10 @@ class Fetcher:
 
         Each is asked for once. Raises CorruptError, StorageError.
         """
-        self._check_sizes([[read] for read in reads])
+        of_packs: dict[int, list[Read]] = {}
+        for read in reads:
+            of_packs.setdefault(read.pack, []).append(read)
+        in_parallel(lambda of_pack: self._check_sizes([of_pack]), list(of_packs.values()), _THREADS)
 
     def hand_over(self, reads: Iterable[Read], take: Callable[[Read], object]) -> None:
         """Hand verified chunks to `take`, and release them, as `verify` does."""

@@ -83,7 +83,9 @@ def copy(
         packs=tuple(Pack(pack_path(number), pack.size) for number, pack in enumerate(manifest.packs)),
         attempt=manifest.attempt if attempt is None else attempt,
     )
-    _copy_packs(Fetcher(place, manifest), copied, made, progress or (lambda _done, _total: None))
+    fetcher = Fetcher(place, manifest)
+    fetcher.check_all_sizes()  # before there is anything of a size that may be forged
+    _copy_packs(fetcher, copied, made, progress or (lambda _done, _total: None))
     copied.storage.write(REFS, encode_refs(made, copied.url))
     try:
         copied.storage.create(MANIFEST, encode_record(made))

@@ -167,19 +167,28 @@ class _Refs:
     """What a reference file says: templates, and by its key each node's text or [URL, offset, bytes]."""
 
     def __init__(self, content: Any) -> None:
-        if content.get("gen") or set(content) - {"version", "templates", "refs", "gen"}:
-            raise ValueError("it has other parts than templates and refs")
-        self.templates: dict[str, str] = {str(k): str(v) for k, v in content.get("templates", {}).items()}
+        if set(content) != {"version", "templates", "refs"} or content["version"] != 1:
+            raise ValueError("it is not one of version 1 with templates and refs, and nothing else")
+        self.templates: dict[str, str] = {str(k): str(v) for k, v in content["templates"].items()}
         self.entries: dict[str, Any] = dict(content["refs"])
 
 
 def _same_entry(one: Any, other: Any) -> bool:
     if isinstance(one, str) and isinstance(other, str):
         try:
-            return bool(_node(one) == _node(other))
+            return _same_node(json.loads(one), json.loads(other))
         except (ValueError, RecursionError):
             return False
     return bool(one == other and type(one) is type(other))
+
+
+def _same_node(one: Any, other: Any) -> bool:
+    """Whether two nodes' metadata are equal, but for a list of all nodes that a writer may leave out."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for node, than in ((one, other), (other, one)):
+            if "consolidated_metadata" not in than:
+                node.pop("consolidated_metadata", None)
+    return bool(one == other)
 
 
 def _is_consistent(found: Mapping[str, str], expected: Mapping[str, str]) -> bool:
@@ -205,11 +214,3 @@ def _is_same_folder(one: str, other: str) -> bool:
         return Path(one).samefile(other)
     except OSError:
         return False
-
-
-def _node(text: str) -> Any:
-    """A node's metadata; which nodes the root lists beside is a matter of the writer's version."""
-    node = json.loads(text)
-    if isinstance(node, dict):
-        node.pop("consolidated_metadata", None)
-    return node

@@ -42,7 +42,7 @@ _OUT_OF_REACH = {
     errno.ECONNRESET,
 }
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_NO_FILE = (errno.ENXIO, errno.ENODEV)
+_NO_FILE = (errno.ENXIO, errno.ENODEV, errno.ELOOP)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EACCES)
 
 
@@ -195,7 +195,7 @@ class LocalStorage:
                 if is_temporary(entry.name):
                     continue
                 below = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
+                if _is_folder(entry):
                     real = os.path.realpath(entry.path) if entry.is_symlink() else ""
                     if not real or (real not in linked and (self._follow_links or self._is_inside(real))):
                         linked.add(real)
@@ -247,7 +247,8 @@ class LocalStorage:
             except OSError as error:
                 if error.errno not in _NO_FILE:
                     raise
-                raise FormatError(f"{full} cannot be read: it is a socket or a device") from error
+                what = "a link in a circle" if error.errno == errno.ELOOP else "a socket or a device"
+                raise FormatError(f"{full} cannot be read: it is {what}, and not a file") from error
         try:
             kind = os.fstat(fd).st_mode
             if stat.S_ISDIR(kind):
@@ -338,6 +339,12 @@ def _sync_folder(folder: str) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):  # of a link in a circle
+        return entry.is_dir()
+    return False
 
 
 def _remove_tree(folder: str) -> None:
