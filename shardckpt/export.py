@@ -165,13 +165,13 @@ def _named(manifest: Manifest, state: Any, only: str | None) -> dict[str, Tensor
     return named
 
 
-def _references(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _references(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[str, str]]:
     """The tensors of a tree: the keys that lead to each, and its name in the checkpoint."""
     if isinstance(value, TensorRef):
-        yield path, value.name
+        yield "/".join(map(str, keys)), value.name
     else:
         for key, item in children(value):
-            yield from _references(item, f"{path}/{key}" if path else str(key))
+            yield from _references(item, (*keys, key))
 
 
 def _selected(named: Mapping[str, Tensor], select: Sequence[str], url: str) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from shardckpt.overlaps import find_conflict, find_overlaps, overlaps_itself
 from shardckpt.plan import looks_whole
 from shardckpt.progress import doing
 from shardckpt.subclasses import empty_wrapper, expand, pair
-from shardckpt.values import PerRankRef, Record, TensorRef, WrapperRef, join, rebuilt
+from shardckpt.values import PerRankRef, Record, TensorRef, WrapperRef, join, join_shown, rebuilt
 from shardckpt.wrapped import inner_names, is_wrapper, local_part, memory_parts
 
 __all__ = ["TargetBuilder", "Targets", "mismatch"]
@@ -157,7 +157,7 @@ class TargetBuilder:
         """Note the names below an entry that the state has no place for."""
         if isinstance(saved, dict) and saved:
             for key, value in saved.items():
-                self.unexpected(value, join(path, key))
+                self.unexpected(value, join_shown(path, key))
         else:
             self.targets.unexpected.append(path)
 
@@ -183,7 +183,7 @@ class TargetBuilder:
         if isinstance(saved, dict):
             of = like if isinstance(like, Mapping) else {}
             parts = {
-                key: self._made(value, of.get(key), join(path, key), refill=refill)
+                key: self._made(value, of.get(key), join_shown(path, key), refill=refill)
                 for key, value in saved.items()
             }
             if refill and self.is_refillable(like, saved):
@@ -192,7 +192,7 @@ class TargetBuilder:
         if isinstance(saved, (list, tuple, deque)):
             given = list(like) if isinstance(like, (list, tuple, deque)) else []
             items = [
-                self._made(value, given[i] if i < len(given) else None, join(path, i), refill=refill)
+                self._made(value, given[i] if i < len(given) else None, join_shown(path, i), refill=refill)
                 for i, value in enumerate(saved)
             ]
             if isinstance(saved, Record):

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shardckpt.kinds import kind_of
 from shardckpt.errors import StateError
+from shardckpt.kinds import kind_of
 from shardckpt.manifest import Tensor
 from shardckpt.values import EnumRef, Record, TensorRef, children
 

@@ -20,6 +20,7 @@ and those of `shardckpt.kinds`. Nothing is ever executed or imported when values
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import re
@@ -56,6 +57,7 @@ __all__ = [
     "form_of",
     "iter_references",
     "join",
+    "join_shown",
     "rebuilt",
     "segment",
 ]
@@ -66,6 +68,7 @@ _KEY_TAGS = KEY_KINDS | {"$tuple", "$bytes", "$float", "$int", "$complex", "$fro
 
 _WRAPPER_KEYS = {"type", "dtype", "shape", "sharding", "context", "tensors"}
 
+_LONGEST_SHOWN = 2000
 _MOST_COLLIDING = 1024
 """Keys of one hash in a dict: with more, which only a forger finds, it would take quadratic time to fill."""
 
@@ -93,6 +96,18 @@ def _segment_of_text(text: str) -> str:
 def join(path: str, key: object) -> str:
     """The name of what lies under `key` at `path`."""
     return f"{path}/{segment(key)}" if path else segment(key)
+
+
+def join_shown(path: str, key: object) -> str:
+    """`join`, where the name is for people: one that is too long to be read is shortened.
+
+    So that a key of a megabyte is not repeated for each of the many values that may lie below it.
+    """
+    joined = join(path, key)
+    if len(joined) <= _LONGEST_SHOWN:
+        return joined
+    digest = hashlib.blake2b(joined.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{joined[:100]}...{digest}...{joined[-100:]}"
 
 
 def encode(value: Any, path: str, leaf: Callable[[Any, str], Any] | None = None) -> Any:

@@ -14,7 +14,7 @@ from shardckpt.cli.output import Column, age, count, print_fields, print_json, p
 from shardckpt.errors import MissingKeysError
 from shardckpt.manifest import Manifest, Tensor
 from shardckpt.runs import find_place, read_manifest
-from shardckpt.values import PerRankRef, TensorRef, children, decode, join
+from shardckpt.values import PerRankRef, TensorRef, children, decode, join_shown
 
 __all__ = ["show"]
 
@@ -135,7 +135,7 @@ def _values(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         isinstance(item, dict | list | tuple | deque | TensorRef) for _, item in children(value)
     ):
         for key, item in children(value):
-            yield from _values(item, join(path, key))
+            yield from _values(item, join_shown(path, key))
     elif path:
         yield path, _short(value)
 
