@@ -38,11 +38,12 @@ from launcher.membership import Alone, Membership, Rendezvous, Together
 from launcher.monitor import Monitor
 from launcher.oom import OomWatch
 from launcher.outcome import Death, NodeReport
+from launcher.preemption import Answer, answer_signal
 from launcher.processes import Subreaper, descendants
 from launcher.recovery import Recovery
 from launcher.rendezvous import meet
 from launcher.restart import Again, Decision, Finish, GiveUp, History, Limits, decide
-from launcher.round import DRAIN_SIGNALS, Phase, Round, Wish
+from launcher.round import Phase, Round, Wish
 from launcher.run_dir import RunDir
 from launcher.saver import Saver
 from launcher.secret import Secret, find_secret
@@ -109,6 +110,8 @@ class Agent:
         self._recovery: Recovery | None = None
         self._can_resume = False  # workers have said that they can save when they are asked to
         self._leave_by: float | None = None  # monotonic: when a scheduler will have lost its patience
+        self._left_for: StopRequested | None = None  # why it is to be left
+        self._kept: StopRequested | None = None  # a notice that nobody can answer yet
         self._left: list[Condition] = []  # processes that nothing can end
 
     def __enter__(self) -> Agent:
@@ -185,27 +188,53 @@ class Agent:
 
     def _after(self, round_: Round, event: Event) -> Round:
         """The round after `event`. A scheduler's signal asks to save and leave, where workers can save."""
-        if isinstance(event, StopRequested) and not self._insists(round_):
+        if isinstance(event, StopRequested) and not self._insists(round_, event):
             self._read_progress()
-            if event.signum in DRAIN_SIGNALS and self._can_resume:
-                self._leave_by = time.monotonic() + self.config.grace
-                if round_.is_started:
-                    self._teller.told_to_leave(event.signum, self.config.grace)
-                return self._leave(round_)
-            if event.signum == signal.SIGUSR1:
-                self._teller.cannot_save(event.signum)
+            answer = answer_signal(
+                event.signum,
+                can_save=self._workers.can_drain,
+                can_resume=self._can_resume or self._finds_resumable(),
+                is_started=round_.is_started,
+            )
+            if answer is Answer.LEAVE:
+                return self._begin_to_leave(round_, event)
+            if answer is Answer.KEEP:
+                self._kept = event
+                self._teller.kept(event.signum)
                 return round_
             self._membership.say({"kind": "stop", "signum": event.signum})
         after = round_.after(event)
         return self._leave(after) if isinstance(event, MemberFailed) and self._is_leaving else after
+
+    def _finds_resumable(self) -> bool:
+        """Whether the job has saved before, or its script names what saves, though no worker has said so yet."""
+        return self._run_dir.has_saved() or self.config.command.names_checkpointer
+
+    def _begin_to_leave(self, round_: Round, event: StopRequested) -> Round:
+        """Have the job save and end within the grace, from now on."""
+        is_news = not self._is_leaving
+        by = time.monotonic() + self.config.grace
+        self._leave_by = by if self._leave_by is None else min(by, self._leave_by)
+        self._left_for, self._kept = event, None
+        if round_.is_started:
+            self._teller.told_to_leave(event, self.config.grace, can_save=self._workers.can_drain)
+        if is_news:
+            return self._leave(round_)
+        if round_.phase is Phase.DRAINING:
+            self._request_drain(round_)
+        return round_
 
     @property
     def _is_leaving(self) -> bool:
         """Whether a scheduler has told this node to end, and the job can be resumed."""
         return self._leave_by is not None
 
-    def _insists(self, round_: Round) -> bool:
-        return round_.stop_signal is not None or self._is_leaving
+    def _insists(self, round_: Round, event: StopRequested | None = None) -> bool:
+        """Whether a signal is not the first. A scheduler sends SIGTERM some time after a notice by SIGUSR1."""
+        before = self._left_for
+        follows = before is not None and before.signum == signal.SIGUSR1
+        is_second = event is not None and event.signum == signal.SIGTERM and not event.is_asked and follows
+        return round_.stop_signal is not None or (self._is_leaving and not is_second)
 
     def _leave(self, round_: Round) -> Round:
         """Tell the other nodes that this one leaves; `round_` without them, if it is in no team."""
@@ -332,7 +361,10 @@ class Agent:
 
     def _stop_workers(self, round_: Round) -> None:
         """Signal all that is left of a round, and set the time that it has to disappear."""
-        grace = self.config.grace * (_STOP_SHARE if self._leave_by is not None else 1.0)
+        grace = self.config.grace
+        if self._leave_by is not None:  # workers that could not be asked may save by a handler of their own
+            left = max(0.0, self._leave_by - time.monotonic())
+            grace = grace * _STOP_SHARE if self._workers.are_draining else left
         self._teller.stopping(round_, grace)
         if round_.has_failed_here:
             self._membership.say({"kind": "ended"})
@@ -442,6 +474,8 @@ class Agent:
             if timeline is not None:
                 self._teller.recovered(timeline)
                 self._recovery = None
+        if self._kept is not None and round_.phase is Phase.RUNNING and self._workers.can_drain:
+            self._begin_to_leave(round_, self._kept)
         if round_.phase in (Phase.RUNNING, Phase.DRAINING):
             self._look_for_hang(round_)
         if round_.phase is Phase.RUNNING:
@@ -510,12 +544,12 @@ class Agent:
             case "status":
                 answer = self._teller.status()
             case "kill":
-                self._monitor.push(StopRequested(signal.SIGTERM), StopRequested(signal.SIGTERM))
+                self._monitor.push(*[StopRequested(signal.SIGTERM, is_asked=True)] * 2)
             case "stop" if self._insists(round_):
                 answer = {"error": f"{self._teller.how_it_ends(self._leave_by)}: --now ends it at once"}
             case "stop":
                 answer = {"can_drain": self._workers.can_drain}
-                self._monitor.push(StopRequested(signal.SIGTERM))
+                self._monitor.push(StopRequested(signal.SIGTERM, is_asked=True))
             case "restart" if round_.phase is Phase.DRAINING and not round_.leavers:
                 self._wish(round_, "restart", at_once=True)
                 answer = {"at_once": True}
@@ -597,6 +631,8 @@ class Agent:
         exit_code, reason = self._drain(decision)
         if exit_code == ExitCode.PREEMPTED:
             self._teller.preempted()
+            if self._left_for is not None and self._left_for.is_asked and reason == decision.reason:
+                reason = "stopped by `launch stop`: the same command goes on from what is saved"
         self._teller.job_ended(exit_code, reason)
         return exit_code
 

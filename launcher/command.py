@@ -60,6 +60,14 @@ class Command:
         return str(path if path.is_dir() else path.parent)
 
     @property
+    def names_checkpointer(self) -> bool:
+        """Whether the script's text names `Checkpointer`: then it can save when it is asked to, in time."""
+        try:
+            return self.source is not None and b"Checkpointer" in Path(self.source).read_bytes()
+        except OSError:
+            return False
+
+    @property
     def source(self) -> str | None:
         """The Python file that will be run, as far as that can be told without importing anything."""
         path = Path(self.import_dir, *self.target.split("."))

@@ -145,9 +145,10 @@ class SaverEnded:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Someone wants the job to end: Ctrl-C, SIGTERM or SIGUSR1 of a scheduler, a closed terminal."""
+    """Someone wants the job to end: Ctrl-C, a scheduler's signal, a closed terminal, `launch stop`."""
 
     signum: int
+    is_asked: bool = False  # by `launch stop`, which counts as SIGTERM
 
 
 @dataclass(frozen=True, slots=True)

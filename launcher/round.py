@@ -31,10 +31,7 @@ from launcher.outcome import Death, NodeReport
 from launcher.slots import Slots
 from launcher.team import Plan, Ready, Team
 
-__all__ = ["DRAIN_SIGNALS", "Phase", "Round", "Wish"]
-
-DRAIN_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send to a job that they are going to end: it may save first."""
+__all__ = ["Phase", "Round", "Wish"]
 
 
 class Phase(Enum):

@@ -151,6 +151,14 @@ class RunDir:
         with open(self.own / "verdicts.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def has_saved(self) -> bool:
+        """Whether a job in this directory has made something durable, or has saved to leave, by its journal."""
+        try:
+            told = self.journal.read_bytes()
+        except OSError:
+            return False
+        return b'"event": "persisted"' in told or b'"event": "drained"' in told
+
     def close(self) -> None:
         """Let another agent have it."""
         for lock in self._locks:

@@ -27,6 +27,7 @@ from launcher.events import (
     SaverEnded,
     SaveStaged,
     StacksTaken,
+    StopRequested,
     Tick,
 )
 from launcher.gpus import Holder
@@ -230,18 +231,27 @@ class Teller:
         self._console.say(f"recovered; seconds since the failure: {parts}", style=_DIM, level=Level.DEBUG)
         self._console.say(f"recovered in {timeline['first_step']:.1f} s", style=_DIM)
 
-    def told_to_leave(self, signum: int, grace: float) -> None:
-        name = Signals(signum).name
+    def told_to_leave(self, event: StopRequested, grace: float, *, can_save: bool) -> None:
+        name = Signals(event.signum).name
+        who, again = (
+            (name, f"another {name}") if not event.is_asked else ("launch stop", "`launch stop --now`")
+        )
+        what = (
+            "saving at the next step boundary"
+            if can_save
+            else "stopping, since there is nothing to save yet"
+        )
         self._console.say(
-            f"{name}: saving at the next step boundary, to end within {grace:g} s (--grace); another {name} ends "
-            f"it at once",
-            style=_BOLD,
+            f"{who}: {what}, to end within {grace:g} s (--grace); {again} ends it at once", style=_BOLD
         )
 
-    def cannot_save(self, signum: int) -> None:
+    def kept(self, signum: int) -> None:
+        """Nobody can answer a notice yet."""
         name = Signals(signum).name
-        text = f"{name} is ignored: no worker has a Checkpointer that could save"
-        self._warn(text)
+        self._warn(
+            f"{name}: no worker has a Checkpointer yet; as soon as one has, the job saves and ends; without one "
+            f"it goes on"
+        )
 
     def cannot_ask(self, reason: str) -> None:
         self._warn(f"workers cannot be asked to save, and are stopped: {reason}")
@@ -311,6 +321,9 @@ class Teller:
         durable = [saved.step for tier, saved in self._board.saved.items() if tier != "memory"]
         if has_drained and (not durable or step in durable):
             self._console.say(f"saved{at}; start it again to go on", style=_BOLD)
+            return
+        if step is not None and step in durable:
+            self._console.say(f"stopped{at}, which is saved; start it again to go on", style=_BOLD)
             return
         place = f"step {max(durable)}" if durable else "the newest checkpoint"
         text = f"stopped{at}, which is not saved; start it again to go on from {place}"

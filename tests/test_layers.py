@@ -58,6 +58,7 @@ LAYERS = {
                 "terminal",
                 "companion",
                 "slots",
+                "preemption",
                 "team",
             ],
         ],

@@ -487,7 +487,11 @@ def test_the_error_file_of_record_is_read(job: Job) -> None:
     [
         ("x = = 3", "SyntaxError: invalid syntax", 1),
         ("import nosuchmodule.part", "ModuleNotFoundError: No module named 'nosuchmodule'", 1),
-        ("import argparse; argparse.ArgumentParser().parse_args(['--x'])", "unrecognized arguments: --x", 2),
+        (
+            "import argparse; argparse.ArgumentParser().parse_args(['--x'])",
+            "unrecognized arguments: --x",
+            2,
+        ),
     ],
 )
 def test_what_fails_each_time_is_not_tried_again(job: Job, source: str, error: str, code: int) -> None:

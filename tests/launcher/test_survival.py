@@ -286,8 +286,67 @@ def test_a_second_signal_ends_it_at_once(job: Job, is_asked: bool) -> None:
     assert job.end(process).code == 143
 
 
+def test_a_notice_before_there_is_a_checkpointer_is_kept(job: Job) -> None:
+    """Then the job saves at its first step boundary, and can be resumed."""
+    fifo = job.fifo()
+    begin = "\n    open('fifo', 'w').write('here'); open('fifo').read()"
+    process = job.start("--grace=60", job.script(STEPS + begin + FOREVER))
+    fifo.read_text()
+    process.send_signal(signal.SIGUSR1)
+    assert process.stderr is not None
+    while "SIGUSR1" not in process.stderr.readline():
+        pass
+    fifo.write_text("go on")
+    done = job.end(process)
+    assert done.code == 75
+    assert "saved at step" in done.err
+    assert "asked durable" in job.log()
+
+
+@pytest.mark.parametrize("is_known", ["the script", "the journal", "nothing"])
+def test_sigterm_before_there_is_a_checkpointer(job: Job, is_known: str) -> None:
+    """A job that makes checkpoints, or has made some, is to be started again; others end as with torchrun."""
+    fifo = job.fifo()
+    comment = "# Checkpointer" if is_known == "the script" else ""
+    script = job.script(f"import os; open('fifo', 'w').write('here'); open('fifo').read() {comment}")
+    if is_known == "the journal":
+        (job.path / "runs/train").mkdir(parents=True)
+        (job.path / "runs/train/events.jsonl").write_text('{"time": 1, "event": "persisted", "step": 3}\n')
+    process = job.start(script)
+    fifo.read_text()
+    process.send_signal(signal.SIGTERM)
+    assert job.end(process).code == (143 if is_known == "nothing" else 75)
+
+
+def test_sigterm_after_a_notice_does_not_cut_the_save_short(job: Job) -> None:
+    """Schedulers send SIGUSR1, and SIGTERM some time later."""
+    fifo = job.fifo()
+    save = "open('fifo', 'w').write('saving'); open('fifo').read(); sys.exit(75)"
+    process = job.start("--grace=60", job.script(STEPS + FOREVER.replace("sys.exit(75)", save)))
+    wait_for_steps(job)
+    process.send_signal(signal.SIGUSR1)
+    fifo.read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    while "SIGTERM" not in process.stderr.readline():
+        pass
+    fifo.write_text("saved")
+    assert job.end(process).code == 75
+
+
+def test_a_user_who_stops_a_job_is_told_so(job: Job) -> None:
+    process = job.start(job.script(STEPS + FOREVER))
+    wait_for_steps(job)
+    assert ask(job, "stop", "train").code == 0
+    done = job.end(process)
+    assert done.code == 75
+    assert "launch stop: saving at the next step boundary" in done.err
+    assert "SIGTERM" not in done.err
+    assert "stopped by `launch stop`" in str(journal(job, "job_ended")[0]["reason"])
+
+
 def test_sigusr1_without_a_checkpointer(job: Job) -> None:
-    """It is a warning that nobody can heed, and no reason to end."""
+    """Nobody can answer it, perhaps ever, and it is no reason to end."""
     fifo = job.fifo()
     script = job.script("import os; open('fifo', 'w').write('here'); open('fifo').read()")
     process = job.start(script)
@@ -295,9 +354,9 @@ def test_sigusr1_without_a_checkpointer(job: Job) -> None:
     process.send_signal(signal.SIGUSR1)
     assert process.stderr is not None
     line = "-"
-    while line and "ignored" not in line:
+    while line and "SIGUSR1" not in line:
         line = process.stderr.readline()
-    assert re.search(r"SIGUSR1 is ignored: no worker has a Checkpointer", line)
+    assert "SIGUSR1: no worker has a Checkpointer yet; as soon as one has, the job saves and ends" in line
     fifo.write_text("end")
     assert job.end(process).code == 0
 
