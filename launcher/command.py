@@ -80,6 +80,12 @@ class Command:
 
 def _check_script(target: str) -> None:
     path = Path(target)
+    try:
+        path.stat()
+    except PermissionError:
+        raise UsageError(f"script {target} cannot be read: check the permissions of its folders") from None
+    except OSError:
+        pass  # which is told below
     if path.is_dir():
         if not (path / "__main__.py").exists():
             raise UsageError(
@@ -107,7 +113,7 @@ def _check_module(target: str) -> None:
 
 def _check_program(target: str) -> None:
     folders = [""] if os.sep in target else os.get_exec_path()
-    existing = [path for path in (Path(folder, target) for folder in folders) if path.is_file()]
+    existing = [path for path in (Path(folder, target) for folder in folders) if _is_file(path)]
     if not existing:
         hint = "a Python script goes without --" if target.endswith(".py") else "check it and PATH"
         raise NotFoundError(f"command {target} not found: {hint}")
@@ -115,6 +121,14 @@ def _check_program(target: str) -> None:
         error = UsageError(f"command {existing[0]} is not executable: chmod +x it")
         error.exit_code = ExitCode.NOT_EXECUTABLE
         raise error
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there, as far as this user may see: PATH may name other users' folders."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return False
 
 
 def module_is_missing(name: str, first_dir: str) -> bool:

@@ -50,8 +50,9 @@ def find(name: str, source: str) -> Option:
     if option is None:
         import difflib  # only a mistake needs it
 
-        near = difflib.get_close_matches(wanted, list(_BY_NAME), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "`launch --help` lists the options"
+        near = difflib.get_close_matches(wanted, list(_BY_NAME), n=1, cutoff=0.7)
+        dashes = "--" if source.startswith("-") else ""
+        hint = f"did you mean {dashes}{near[0]}?" if near else "`launch --help` lists the options"
         named = "" if source.lstrip("-") == name else f" {name}"  # a line of a file does not say it
         raise UsageError(f"{source}: unknown option{named}: {hint}")
     return option

@@ -72,7 +72,7 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
     try:
         path.mkdir()
     except OSError as error:
-        pytest.skip(f"no memory cgroup can be made: {error}")
+        pytest.skip(f"no memory cgroup can be made here: {error.strerror}")
     try:
         (path / "memory.limit_in_bytes").write_text(str(limit))
         yield path

@@ -197,8 +197,13 @@ def _find_run(name: str | None) -> Path:
     if name is None:
         return _only_run()
     for path in (Path(name), _RUNS / name):
-        if name and _is_run(path):
-            return path
+        try:
+            if name and _is_run(path):
+                return path
+        except PermissionError:
+            raise UnreachableError(
+                f"{path} is closed to this user: ask as the user whose job it is"
+            ) from None
     others = ", ".join(path.name for path in _runs())
     raise UsageError(
         f"no run {name or repr(name)}: expected a run directory, or a name in runs/"

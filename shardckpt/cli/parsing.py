@@ -167,5 +167,7 @@ def _positive(text: str) -> int:
 
 
 def _hint(given: str, known: Sequence[str]) -> str:
-    alike = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f"; did you mean {alike[0]}?" if alike else ""
+    """What the user may have meant. Dashes, which all options have, make none like another."""
+    bare = {name.lstrip("-"): name for name in known}
+    alike = difflib.get_close_matches(given.lstrip("-"), bare, n=1, cutoff=0.7)
+    return f"; did you mean {bare[alike[0]]}?" if alike else ""

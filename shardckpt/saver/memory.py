@@ -57,7 +57,7 @@ class SnapshotMemory:
         """
         size = rounded(size)
         with self._lock:
-            self._check(size)
+            self._check(size, size)
             self._promised += size
         left = size
         try:
@@ -69,7 +69,7 @@ class SnapshotMemory:
                     with self._lock:
                         self._promised -= piece
                         left -= piece
-                        self._check(0)
+                        self._check(0, size)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -81,22 +81,28 @@ class SnapshotMemory:
     def lacking(self, size: int) -> str:
         """Why `size` bytes for spare snapshots would leave too little to training; empty if they would not."""
         room = self._room()
-        if room is None or size + _share(room, _SPARE) <= room.free:
+        if room is None or size + _share(room, _SPARE) <= room.free or _is_little(size, room.free):
             return ""
         return f"{room}, and one more takes {size / 1e9:.1f} GB"
 
-    def pressure(self) -> Pressure:
-        """How short memory is now."""
+    def pressure(self, held: int) -> Pressure:
+        """How short memory is now. Never so if the `held` bytes of all buffers would make little difference."""
         kills, self._kills = self._kills, self._count_kills()
         if self._kills > kills:
             return Pressure.KILLED
         room = self._room()
-        is_short = room is not None and room.free < _share(room, _NEEDED)
+        needed = 0 if room is None else _share(room, _NEEDED)
+        is_short = room is not None and room.free < needed and not _is_little(held, needed)
         return Pressure.SHORT if is_short else Pressure.NONE
 
-    def _check(self, size: int) -> None:
+    def _check(self, more: int, size: int) -> None:
+        """Raise MemoryError if `more` bytes for a buffer of `size` would leave too little to training."""
         room = self._room()
-        if room is not None and size + _share(room, _NEEDED) > room.free:
+        if (
+            room is not None
+            and more + _share(room, _NEEDED) > room.free
+            and not _is_little(size, room.free)
+        ):
             raise MemoryError(str(room))
 
     def _room(self) -> Room | None:
@@ -128,6 +134,11 @@ def empty(descriptor: int, size: int) -> None:
     arguments = ctypes.c_longlong(0), ctypes.c_longlong(size)
     if libc.fallocate(descriptor, _FALLOC_KEEP_SIZE_PUNCH_HOLE, *arguments) != 0:
         raise OSError(ctypes.get_errno(), "memory could not be given back")
+
+
+def _is_little(size: int, memory: int) -> bool:
+    """Whether it does not matter much where so many bytes go."""
+    return size * 8 <= memory
 
 
 def _share(room: Room, share: tuple[float, int]) -> int:

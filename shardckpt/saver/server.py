@@ -541,7 +541,7 @@ class Saver:
         if not self._shelf.buffers or now < self._looked + self._memory.look_every:
             return
         self._looked = now
-        match self._memory.pressure():
+        match self._memory.pressure(sum(buffer.size for buffer in self._shelf.buffers.values())):
             case Pressure.KILLED:
                 self._shortages += 1
                 reason = "the kernel has killed for want of memory"

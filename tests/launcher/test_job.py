@@ -428,6 +428,33 @@ def test_bad_input_is_one_line_and_changes_nothing(
     assert sorted(path.name for path in job.path.iterdir()) == ["bad.yaml", "train.py"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["closed/x.py"], 2, "script closed/x.py cannot be read: check the permissions of its folders"),
+        (["--", "closed/x"], 127, "command closed/x not found: check it and PATH"),
+        (["--", "nope"], 127, "command nope not found: check it and PATH"),
+        (["status", "closed/x"], 69, "closed/x is closed to this user: ask as the user whose job it is"),
+    ],
+)
+def test_folders_that_are_closed_to_this_user(job: Job, argv: list[str], code: int, message: str) -> None:
+    """PATH may name some, too. Without capabilities root is a user like others."""
+    closed = job.path / "closed"
+    closed.mkdir(mode=0)
+    job.environment["PATH"] = f"{closed}:{job.environment['PATH']}"
+    powerless = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*powerless, *LAUNCH, *argv],
+        cwd=job.path,
+        env=job.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, f"launch: {message}\n")
+
+
 def test_steps_are_in_the_verdict(job: Job) -> None:
     script = job.script("import launcher; launcher.report(41); launcher.report(42); 1 / 0")
     done = job.run("--max-restarts=0", script)

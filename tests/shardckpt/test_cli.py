@@ -402,6 +402,8 @@ class TestErrors:
             (["ls"], "the following arguments are required: RUN. shardckpt ls --help"),
             (["ls", "a", "b"], "ls: one argument too many: b"),
             (["ls", "a", "--jsno"], "ls: unknown option --jsno; did you mean --json?"),
+            (["ls", "a", "--sort"], "ls: unknown option --sort. shardckpt ls --help shows what it takes"),
+            (["diff", "a", "b"], "unknown command 'diff'. The commands are"),
             (["merge", "a", "b.zip"], "OUT must end with .safetensors or .pt, not like 'b.zip'"),
             (["merge", "a", "s3://b/c.pt"], "merge writes a local file, not s3://b/c.pt"),
             (["reshard", "a", "b"], "the following arguments are required: --world-size"),

@@ -841,7 +841,7 @@ class Memory(SnapshotMemory):
             self.count -= 1
         return super().allocate(size)
 
-    def pressure(self) -> Pressure:
+    def pressure(self, held: int) -> Pressure:  # noqa: ARG002
         return self.pressures.pop() if self.pressures else Pressure.NONE
 
 

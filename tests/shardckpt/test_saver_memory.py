@@ -55,8 +55,8 @@ def test_memory_that_runs_out_meanwhile_is_noticed(machine: Machine) -> None:
     """Before all of it is taken: what was taken is given back."""
 
     class Racing(SnapshotMemory):
-        def _check(self, size: int) -> None:
-            super()._check(size)
+        def _check(self, more: int, size: int) -> None:
+            super()._check(more, size)
             use(machine, 4 * GIB)  # training has taken it
 
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -77,14 +77,26 @@ def test_spare_snapshots_leave_more_than_the_first(machine: Machine) -> None:
 
 def test_pressure(machine: Machine) -> None:
     memory = SnapshotMemory(machine.root)
-    assert memory.pressure() is Pressure.NONE
+    assert memory.pressure(GIB) is Pressure.NONE
     use(machine, 4 * GIB - 60 * MIB)
-    assert memory.pressure() is Pressure.SHORT
+    assert memory.pressure(GIB) is Pressure.SHORT
     machine.write("sys/fs/cgroup/slurm/memory.stat", f"inactive_file {GIB}\n")
-    assert memory.pressure() is Pressure.NONE, "the kernel takes cache back"
+    assert memory.pressure(GIB) is Pressure.NONE, "the kernel takes cache back"
     machine.events(1, OWN)
-    assert memory.pressure() is Pressure.KILLED
-    assert memory.pressure() is Pressure.NONE, "that was before"
+    assert memory.pressure(GIB) is Pressure.KILLED
+    assert memory.pressure(GIB) is Pressure.NONE, "that was before"
+
+
+def test_little_memory_is_no_matter_however_little_is_left(machine: Machine) -> None:
+    """What would not help anyone is neither refused nor given back."""
+    memory = SnapshotMemory(machine.root)
+    use(machine, 4 * GIB - 40 * MIB)
+    assert memory.pressure(4 * MIB) is Pressure.NONE
+    assert memory.lacking(4 * MIB) == ""
+    os.close(memory.allocate(4 * MIB)[0])
+    assert memory.pressure(GIB) is Pressure.SHORT
+    with pytest.raises(MemoryError):
+        memory.allocate(8 * MIB)
 
 
 def test_a_real_limit_is_refused_rather_than_died_of() -> None:
