@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
@@ -271,7 +271,7 @@ def _near_threads() -> int:
 
 
 def in_parallel(function: Callable[[Any], T], work: Sequence[Any], threads: int = _THREADS) -> list[T]:
-    """The function's results in order; the first error is raised once everything under way has ended.
+    """The function's results in order. The first error is raised once everything under way has ended.
 
     What is under way by then is not waited for in storages: such waits end at once.
     """
@@ -286,7 +286,9 @@ def in_parallel(function: Callable[[Any], T], work: Sequence[Any], threads: int 
     with ThreadPoolExecutor(threads, thread_name_prefix="shardckpt") as pool:
         futures = [pool.submit(run, item) for item in work]
         try:
-            return [future.result() for future in futures]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            ended = [future for future in futures if future.done()]
+            return [future.result() for future in ended]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             interruption.set()

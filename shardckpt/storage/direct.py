@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import itertools
 import mmap
 import os
 import queue
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from shardckpt.storage.buffers import blocks
+from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.protocol import Before
 
 __all__ = ["read_file", "write_file", "write_pieces"]
@@ -46,29 +45,46 @@ def write_file(path: str, view: memoryview, before: Before | None = None) -> Non
 def write_pieces(path: str, size: int, pieces: Iterable[memoryview]) -> None:
     """Create `path` with the bytes of the pieces, `size` in all, as `write_file` does.
 
-    What has come is written while the next pieces are made. Raises what they raise.
+    Straight from their memory where its addresses are those of the file, as in a mapped one, else through a
+    block. Raises what the pieces raise.
     """
-    # One block is written, one waits for that, and one is filled.
-    memory = itertools.cycle([memoryview(mmap.mmap(-1, _BLOCK)) for _ in range(3)])
-    waiting: list[memoryview] = []
     fd = _open(path)
     try:
         _reserve(fd, size)
-        with mmap.mmap(-1, _PAGE) as page, memoryview(page) as bounce:
+        with mmap.mmap(-1, _BLOCK) as memory, memoryview(memory) as block:
+            written = used = 0  # the block holds what comes behind the bytes written
 
-            def write(start: int, stop: int) -> None:
-                block = waiting.pop(0)
-                straight = (stop - start) // _PAGE * _PAGE
-                _write_block(fd, block[:straight], block[straight:], start, bounce)
+            def flush() -> None:
+                nonlocal written, used
+                end = -(-used // _PAGE) * _PAGE
+                block[used:end] = bytes(end - used)
+                with block[:end] as pages:
+                    _write_all(fd, pages, written)
+                written, used = written + used, 0
 
-            position = 0
-            with _in_order_beside(write) as put:
-                for block in blocks(pieces, lambda: next(memory)):
-                    waiting.append(block)
-                    put(position, position + len(block))
-                    position += len(block)
-        if position != size:
-            raise ValueError(f"{position} bytes came for {path}, which was to have {size}")
+            def hold(view: memoryview) -> None:
+                nonlocal used
+                while view:
+                    taken = view[: _BLOCK - used]
+                    block[used : used + len(taken)] = taken
+                    used, view = used + len(taken), view[len(taken) :]
+                    if used == _BLOCK:
+                        flush()
+
+            for piece in map(as_bytes, pieces):
+                lead = -used % _PAGE
+                straight = piece[lead : len(piece) - (len(piece) - lead) % _PAGE]
+                if not straight or _address(straight) % _PAGE:
+                    hold(piece)
+                    continue
+                hold(piece[:lead])
+                flush()
+                _write_all(fd, straight, written)
+                written += len(straight)
+                hold(piece[lead + len(straight) :])
+            flush()
+        if written != size:
+            raise ValueError(f"{written} bytes came for {path}, which was to have {size}")
         os.ftruncate(fd, size)
         os.fsync(fd)
     finally:

@@ -129,7 +129,7 @@ def _open_remote(text: str, protocol: str, options: dict[str, Any]) -> Storage:
         )
     import fsspec
 
-    if protocol not in fsspec.available_protocols():
+    if protocol not in (*fsspec.available_protocols(), *fsspec.registry):
         alike = difflib.get_close_matches(protocol, _USUAL, n=1, cutoff=0.5)
         hint = f"did you mean {alike[0]}://?" if alike else "object stores are s3://, gs:// and az://"
         raise StorageError(f"{text}: unknown protocol {protocol!r}; {hint}")

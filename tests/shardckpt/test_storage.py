@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
 import mmap
 import multiprocessing
@@ -18,12 +19,15 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +39,9 @@ from shardckpt.errors import (
     StorageError,
     StorageFullError,
 )
+from shardckpt.fetch import in_parallel
 from shardckpt.storage import LocalStorage, Storage, open_storage
+from shardckpt.storage.limits import Limits, Patience
 from tests.faults import FaultyStorage, Killed
 from tests.mounts import Mount, remount_read_only
 from tests.servers import FaultyProxy, S3Server, faulty_proxy
@@ -318,6 +324,89 @@ class TestOpening:
         assert url in str(caught.value)
 
     @pytest.mark.parametrize(
+        ("url", "path"),
+        [
+            ("file://localhost/data/run", "/data/run"),
+            ("FILE:///data/run/", "/data/run"),
+            ("file:////data/run", "/data/run"),
+            ("local:///data/run", "/data/run"),
+            ("file:///data/a%20b?c#d", "/data/a%20b?c#d"),
+            ("//data/run", "/data/run"),
+            ("/data//run///", "/data/run"),
+            ("/data/my run ", "/data/my run "),
+            ("/data/run?x=1#2", "/data/run?x=1#2"),
+        ],
+    )
+    def test_local_urls(self, url: str, path: str) -> None:
+        """Nothing is decoded, and no host but this one is meant."""
+        storage = open_storage(url)
+        assert isinstance(storage, LocalStorage)
+        assert storage.url == path
+
+    @pytest.mark.parametrize("url", ["S3://bucket/run", "S3A://bucket/run/", "s3://bucket//run//"])
+    def test_protocols_in_capitals(self, url: str) -> None:
+        assert open_storage(url).url == "s3://bucket/run"
+
+    def test_what_a_key_may_have_in_it(self) -> None:
+        for name in ("run#3", "a?b", "my run", "100%", "r\u00fcn"):
+            assert open_storage(f"s3://bucket/{name}").url == f"s3://bucket/{name}"
+
+    def test_a_host_in_the_url(self) -> None:
+        """Those who open such URLs go by the host, the user and the port in it."""
+        seen: list[dict[str, Any]] = []
+
+        class Hosted(MemoryFileSystem):  # type: ignore[misc]
+            protocol = "hosted"
+
+            def __init__(self, **options: Any) -> None:
+                super().__init__()
+                seen.append(options)
+
+            @staticmethod
+            def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
+                return {"host": path.split("/")[2]}
+
+        fsspec.register_implementation("hosted", Hosted, clobber=True)
+        storage = open_storage("hosted://server:22/data/run/", {"timeout": 3})
+        assert storage.url == storage.fresh().url == "hosted://server:22/data/run"
+        assert seen == [{"host": "server:22", "timeout": 3}] * 2
+
+    @pytest.mark.parametrize(
+        ("url", "said"),
+        [
+            ("file://host/data/run", r"the machine 'host': did you mean file:///host/data/run\?"),
+            ("file://data/run", r"did you mean file:///data/run\?"),
+            ("s3:///bucket/run", r"did you mean s3://bucket/run\?"),
+            ("gs:///bucket/run", r"did you mean gs://bucket/run\?"),
+            ("az://", r"the bucket is missing"),
+            (" s3://bucket/run", r"white space.*did you mean s3://bucket/run\?"),
+            ("s3://bucket/run\n", r"white space.*did you mean s3://bucket/run\?"),
+            ("s3://my bucket/run", r"white space in 'my bucket'"),
+            ("S3:/bucket", r"did you mean s3://bucket\?"),
+            ("FILE:/data", r"did you mean file:///data\?"),
+            ("gs://bucket/run?generation=1", r"no meaning"),
+            ("az://box/run#1", r"no meaning"),
+            ("https://host/run?sig=1", r"no meaning"),
+            ("~nobody-of-this-name/run", r"home"),
+            ("a\0b", r"null"),
+            ("   ", "empty"),
+        ],
+    )
+    def test_what_is_refused_and_what_is_meant(self, url: str, said: str) -> None:
+        with pytest.raises(StorageError, match=said):
+            open_storage(url)
+
+    @pytest.mark.parametrize("url", ["s3://key:secret@bucket/run", "sftp://user:secret@host/run"])
+    def test_a_password_is_not_repeated(self, url: str) -> None:
+        with pytest.raises(StorageError, match="must not have a password") as caught:
+            open_storage(url)
+        assert "secret" not in str(caught.value)
+
+    def test_a_path_object_that_was_a_url(self) -> None:
+        with pytest.raises(StorageError, match=r"did you mean s3://bucket/run\?"):
+            open_storage(Path("s3://bucket/run"))
+
+    @pytest.mark.parametrize(
         ("url", "meant"),
         [
             ("s3:/b/run", "s3://b/run"),
@@ -476,6 +565,64 @@ class TestLocal:
                 with pytest.raises(CredentialsError, match="permissions") as caught:
                     call()
                 assert str(tmp_path) in str(caught.value)
+
+
+class _Sink(AbstractFileSystem):  # type: ignore[misc]
+    """Keeps nothing of what is written to it but the number of bytes."""
+
+    protocol = "sink"
+    written: ClassVar[dict[str, int]] = {}
+
+    def _open(self, path: str, mode: str = "rb", block_size: int = 0, **_: Any) -> Any:
+        return _SinkFile(self, path, mode, block_size)
+
+    def rm_file(self, path: str) -> None:
+        self.written.pop(path, None)
+
+
+class _SinkFile(AbstractBufferedFile):  # type: ignore[misc]
+    def _initiate_upload(self) -> None:
+        self.size = 0
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        self.size += self.buffer.tell()
+        if final and self.autocommit:
+            _Sink.written[self.path] = self.size
+        return True
+
+
+class TestFsspec:
+    @pytest.fixture
+    def sink(self) -> Storage:
+        fsspec.register_implementation("sink", _Sink, clobber=True)
+        _Sink.written.clear()
+        return open_storage("sink://run")
+
+    def test_packs_stream(self, sink: Storage) -> None:
+        """However large a pack is, little memory is needed for it."""
+        size = 8 * PART
+        with mmap.mmap(-1, size) as memory, memoryview(memory) as view:
+            sink.write_pack("ready", view[: PART + 1])
+            told: list[tuple[int, int]] = []
+            tracemalloc.start()
+            try:
+                sink.write_pack("pack", view, lambda *block: told.append(block))
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+        assert _Sink.written["run/pack"] == size
+        assert told == [(start, start + PART) for start in range(0, size, PART)]
+        assert peak < 4 * PART
+
+    def test_a_pack_that_fails_half_way_is_not_completed(self, sink: Storage) -> None:
+        def before(start: int, _stop: int) -> None:
+            if start:
+                raise ValueError("enough")
+
+        with pytest.raises(ValueError, match="enough"):
+            sink.write_pack("pack", memoryview(bytes(3 * PART)), before)
+        gc.collect()
+        assert _Sink.written == {}
 
 
 class TestS3:
@@ -817,6 +964,139 @@ class TestTrouble:
             assert not into["w"].any()
 
 
+class TestLimits:
+    """A transfer that hardly moves is given up, and tried again; one that is slow and goes on is not."""
+
+    @pytest.mark.parametrize("fault", ["trickle", "ignore"])
+    def test_an_answer_that_trickles_is_given_up(self, moto_s3: S3Server, fault: str) -> None:
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = _limited(moto_s3, proxy, transfer_deadline=0.5)
+            open_storage(storage.url, moto_s3.options).write("file", _noise(200_000))
+            proxy.faults = lambda method, _path: fault if method == "GET" else None
+            for ask in (
+                lambda: storage.read("file"),
+                lambda: storage.read_into("file", 0, memoryview(bytearray(200_000))),
+            ):
+                with pytest.raises(
+                    OutOfReachError, match=r"file: .*Gave up after \d attempts? in .*0\.5 s"
+                ):
+                    ask()
+
+    @pytest.mark.parametrize("fault", ["trickle up", "ignore"])
+    @pytest.mark.parametrize("size", [200_000, PART + 1])
+    def test_an_upload_that_trickles_is_given_up_and_aborted(
+        self, moto_s3: S3Server, fault: str, size: int
+    ) -> None:
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = _limited(moto_s3, proxy, transfer_deadline=2)
+            proxy.faults = lambda method, _path: fault if method == "PUT" else None
+            with pytest.raises(OutOfReachError, match="pack"):
+                storage.write_pack("pack", memoryview(_noise(size)))
+            assert (proxy.count("DELETE", "uploadId") == 1) is (size > PART)
+        assert open_storage(storage.url, moto_s3.options).list() == []
+
+    def test_another_connection_is_tried_before(self, moto_s3: S3Server) -> None:
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = _limited(moto_s3, proxy, transfer_deadline=2)
+            storage.write("file", _noise(200_000))
+            proxy.faults = _once("GET", "trickle")
+            assert storage.read("file") == _noise(200_000)
+            proxy.faults = _once("PUT", "trickle up")
+            storage.write("other", _noise(200_000))
+
+    def test_a_slow_link_that_goes_on_is_no_fault(self, moto_s3: S3Server) -> None:
+        """It takes twice the deadline, at more than the least rate."""
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            proxy.pause = 0.2
+            storage = _limited(moto_s3, proxy, transfer_deadline=1, transfer_least_rate=1000)
+            storage.write("file", _noise(100_000))
+            proxy.faults = lambda _method, _path: "slow"
+            found = bytearray(100_000)
+            storage.read_into("file", 0, memoryview(found))
+            assert found == _noise(100_000)
+            assert proxy.count("GET") == 1
+
+    def test_patience_is_kept_by_progress_alone(self) -> None:
+        now = [0.0]
+        patience = Patience(10, 100, lambda: now[0])
+        assert patience.end == 10
+        now[0] = 5
+        patience.reach(100)  # a second's worth
+        assert patience.end == 11
+        patience.reach(50)  # of a later attempt
+        assert patience.end == 11
+        patience.reach(100_000)
+        assert patience.end == 15  # never more than the deadline from now
+
+    @pytest.mark.parametrize(
+        ("options", "environment", "expected"),
+        [
+            ({}, {}, (60, 8192)),
+            ({"transfer_deadline": 5}, {"SHARDCKPT_TRANSFER_DEADLINE": "7"}, (5, 8192)),
+            ({}, {"SHARDCKPT_TRANSFER_DEADLINE": "7", "SHARDCKPT_TRANSFER_LEAST_RATE": "10"}, (7, 10)),
+        ],
+    )
+    def test_where_limits_come_from(
+        self,
+        options: dict[str, Any],
+        environment: dict[str, str],
+        expected: tuple[float, float],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        limits = Limits.of(options)
+        assert (limits.deadline, limits.least_rate) == expected
+
+    @pytest.mark.parametrize("value", [0, -1, "soon", float("nan"), [1]])
+    def test_a_limit_that_is_none_is_refused(self, value: object) -> None:
+        for url in ("s3://bucket/run", "memory://run"):
+            with pytest.raises(StorageError, match="transfer_deadline must be a number of seconds above 0"):
+                open_storage(url, {"transfer_deadline": value})
+
+    def test_a_file_system_that_hangs_is_given_up(self) -> None:
+        """Also of those that only have calls which block."""
+        release = threading.Event()
+
+        class Hanging(MemoryFileSystem):  # type: ignore[misc]
+            protocol = "hanging"
+
+            def cat_file(self, *_args: Any, **_options: Any) -> bytes:
+                release.wait()
+                return b""
+
+        fsspec.register_implementation("hanging", Hanging, clobber=True)
+        storage = open_storage("hanging://run", {"transfer_deadline": 0.2, "transfer_least_rate": 1e9})
+        try:
+            with pytest.raises(OutOfReachError, match=r"cannot read hanging://run/file: .*in time"):
+                storage.read("file")
+        finally:
+            release.set()
+
+    def test_threads_that_wait_are_interrupted_together(self, moto_s3: S3Server) -> None:
+        """What one of them has met with ends the wait of all: nobody sits out a dead server's time-outs."""
+        with faulty_proxy(moto_s3.endpoint) as proxy:
+            storage = _limited(moto_s3, proxy, transfer_deadline=3600)
+            storage.write("file", b"x")
+            asked = threading.Semaphore(0)
+
+            def faults(_method: str, _path: str) -> str:
+                asked.release()
+                return "ignore"
+
+            proxy.faults = faults
+
+            def work(number: int) -> bytes:
+                if number:
+                    return storage.read("file")
+                for _ in range(2):
+                    asked.acquire()
+                raise ValueError("enough")
+
+            with pytest.raises(ValueError, match="enough"):
+                in_parallel(work, [1, 2, 0], threads=3)
+
+
 class TestRenewedCredentials:
     """What a process that runs for weeks meets: keys that expire, and others where they came from."""
 
@@ -1036,6 +1316,11 @@ def _through(server: S3Server, proxy: FaultyProxy, **config: Any) -> Storage:
     """A storage behind the proxy, with this configuration of the client."""
     options = {**server.options, "endpoint_url": proxy.endpoint, "config_kwargs": config}
     return open_storage(server.url("proxied"), options)
+
+
+def _limited(server: S3Server, proxy: FaultyProxy, **limits: float) -> Storage:
+    """A storage behind the proxy, with these limits."""
+    return open_storage(server.url("limited"), {**server.options, "endpoint_url": proxy.endpoint, **limits})
 
 
 def _times(count: int, fault: str | int) -> Callable[[str, str], str | int | None]:
