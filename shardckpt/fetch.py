@@ -284,8 +284,8 @@ def in_parallel(function: Callable[[Any], T], work: Sequence[Any], threads: int 
             return function(item)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="shardckpt") as pool:
-        futures = [pool.submit(run, item) for item in work]
         try:
+            futures = [pool.submit(run, item) for item in work]
             wait(futures, return_when=FIRST_EXCEPTION)
             ended = [future for future in futures if future.done()]
             return [future.result() for future in ended]
