@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+from launcher import clock
 from launcher.backlog import Backlog, Drain
 from launcher.command import Kind
 from launcher.condition import Condition, look_at_what_is_left
@@ -278,7 +279,7 @@ class Agent:
             case WorkerStarted(rank=rank, pid=pid):
                 self._workers.pids[rank] = pid
                 if self._recovery is not None and self._workers.have_all_started:
-                    self._recovery = replace(self._recovery, forked=time.time())
+                    self._recovery = replace(self._recovery, forked=clock.now())
             case WorkerExited(rank=rank):
                 self._workers.end(rank)
             case Tick():
@@ -369,7 +370,7 @@ class Agent:
         if round_.has_failed_here:
             self._membership.say({"kind": "ended"})
         if self._recovery is None and not (round_.is_asked_to_end or round_.has_drained):
-            self._recovery = Recovery(time.time())
+            self._recovery = Recovery(clock.now())
         if not self._zygote.is_ready:
             self._zygote.kill()  # nothing is forked yet
         elif round_.phase is Phase.STOPPING:
@@ -389,7 +390,7 @@ class Agent:
         assert round_.team is not None
         now, epoch = time.monotonic(), time.time()
         if self._recovery is not None:
-            self._recovery = replace(self._recovery, stopped=epoch, forked=None)
+            self._recovery = replace(self._recovery, stopped=clock.now(), forked=None)
         host = round_.team.hosts[round_.team.rank]
         deaths = tuple(
             gather(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher.events import WorkerExited
+from launcher.hints import hint_for
 from launcher.oom import OomWatch
 from launcher.outcome import Death, NodeReport
 from launcher.progress import read_progress
@@ -56,43 +57,12 @@ _TIMEOUT = (
     r"timed out waiting|collective operation timeout|failed to pass monitoredbarrier"
     r"|timed? ?out after \d+ ?(ms|seconds)|socket timeout|waiting for key|barrier timed out"
 )
-_DISTRIBUTED = r"torch[./](distributed|nn[./]parallel)|c10d|gloo|nccl|processgroup|store"
+_DISTRIBUTED = (
+    r"torch[./](distributed|nn[./]parallel)|c10d|gloo|nccl|processgroup"
+    r"|(TCP|Dist|Prefix|File|Hash)Store|\bthe store\b"
+)
 _NAMED = r"[\w.]+: rank (\d+): "  # how an exception begins that tells of another rank's
 _DATA_WORKER = r"DataLoader worker \(pid(?:\(s\))? (\d+)"
-
-_COLLECTIVE_HINT = (
-    "another rank did not come to this collective in time; --hang-timeout tells where each is"
-)
-_HINTS = (
-    (
-        r"DataLoader worker .* killed by signal: (Bus|Kill)|insufficient shared memory",
-        "perhaps a DataLoader worker had no memory left, or /dev/shm is full: fewer workers, or a larger one",
-    ),
-    (
-        r"DataLoader worker .* exited unexpectedly",
-        "a DataLoader worker died: its own words are in the log; often memory or /dev/shm is full",
-    ),
-    (r"CUDA out of memory|OutOfMemoryError|CUDA_ERROR_OUT_OF_MEMORY", "the GPU's memory is full"),
-    (r"uncorrectable ECC|GPU is lost|fallen off the bus|hardware stack error", "the GPU is broken"),
-    (r"invalid device ordinal", "fewer GPUs are visible than this rank needs"),
-    (
-        r"no CUDA-capable device|device\(s\) is/are busy or unavailable",
-        "the GPU is missing, or held by others",
-    ),
-    (
-        r"re-initialize CUDA in forked",
-        "CUDA was used before the fork: not in a preloaded module, or --cold",
-    ),
-    (
-        r"CUDA error: |device-side assert",
-        "the line may be a later one than the guilty: CUDA_LAUNCH_BLOCKING=1",
-    ),
-    (r"NCCL error|nccl\w+Error|unhandled (system|cuda) error", "NCCL_DEBUG=WARN tells more"),
-    (r"\bMemoryError\b|DefaultCPUAllocator: can't allocate", "the host's memory is full"),
-    (r"No space left on device", "a disk, or /dev/shm, is full"),
-    (r"Too many open files", "raise `ulimit -n`"),
-    (r"Address already in use", "another process has the port"),
-)
 
 
 def gather(
@@ -281,7 +251,7 @@ def describe_exit(code: int) -> str:
         "SIGSEGV": ", a crash in native code",
         "SIGBUS": ", a crash in native code, or a full /dev/shm",
         "SIGABRT": ", an abort in native code",
-        "SIGILL": ", code for another processor",
+        "SIGILL": ", an instruction that this processor does not have, or a trap in native code",
     }.get(name, "")
     return f"killed by {name} (signal {-code}{hint})"
 
@@ -453,7 +423,7 @@ def judge(
         node=next((report.node for report in reports if culprit in report.deaths), None),
         cause=_cause(culprit, losses, trouble, hang, _ended_in_words(finished, drained)),
         kill=culprit.kill if culprit else None,
-        hint=_hint(culprit) if culprit else None,
+        hint=_hint(culprit, reports) if culprit else None,
         told_by=first.rank if first else None,
         lines=first.lines if first else (),
         has_traceback=first.has_traceback if first else False,
@@ -542,10 +512,11 @@ def _cause(
     return ended or "no worker failed, but the round ended"
 
 
-def _hint(death: Death) -> str | None:
-    said = "\n".join((death.error or "", *death.lines[-3:]))
-    if _peer_loss(death) is not None:
-        if _says(_TIMEOUT, _last_said(death)):
-            return _COLLECTIVE_HINT
-        return "no rank failed by itself before that: look at the network between them"
-    return next((hint for pattern, hint in _HINTS if _says(pattern, said)), None)
+def _hint(death: Death, reports: Sequence[NodeReport]) -> str | None:
+    return hint_for(
+        death,
+        is_peer_loss=_peer_loss(death) is not None,
+        is_timeout=_says(_TIMEOUT, _last_said(death)),
+        ranks=sum(len(report.deaths) + len(report.ended) for report in reports),
+        hosts=len({report.host for report in reports}),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "WorkerStarted",
     "ZygoteLost",
     "ZygoteReady",
+    "describe",
 ]
 
 
@@ -252,3 +253,17 @@ Event = (
     | MemberFailed
     | MemberNews
 )
+
+
+def describe(event: Event) -> str:
+    """`event` in a line for people: `worker exited: rank 0, pid 4711, code 1`."""
+    name = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(event).__name__)
+    told = {field.name: getattr(event, field.name) for field in fields(event)}
+    if isinstance(event, Heard):
+        told = {"from node": event.node, **event.message}
+    known = ", ".join(
+        f"{key} {value}"
+        for key, value in told.items()
+        if value is not None and value is not False and value != ()
+    )
+    return f"{name.strip()}: {known}" if known else name.strip()

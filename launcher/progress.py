@@ -71,11 +71,14 @@ class _ProgressFile:
     """The open progress file of this process, in which others (`shardckpt`) write too."""
 
     descriptor: int
+    anchor: float = field(
+        default_factory=lambda: _anchor()
+    )  # seconds since the epoch, by the monotonic clock
     _content: bytes = b""  # as it was last written here, and what it told
     _told: dict[str, Any] = field(default_factory=dict)
 
     def write(self, step: int, loss: float | None) -> None:
-        now = time.time()
+        now = self.anchor + time.monotonic()
         line = f"{step:20d} {now:20.6f}\n".encode()
         if loss is None and self._content:
             os.pwrite(self.descriptor, line, 0)
@@ -90,6 +93,11 @@ class _ProgressFile:
 
 
 _files: dict[str, _ProgressFile] = {}
+
+
+def _anchor() -> float:
+    """What to add to the monotonic clock for the time of day as launch has it, whose steps do not change it."""
+    return float(os.environ.get("LAUNCH_CLOCK", time.time() - time.monotonic()))
 
 
 def _encoded(facts: Mapping[str, Any]) -> bytes:

@@ -107,7 +107,7 @@ class GiveUp:
 Decision = Again | Finish | GiveUp
 
 # Not final: the job may go on on other nodes, and is to be started again on this one.
-_PREEMPTED = Finish(ExitCode.PREEMPTED, "preempted: it is to be started again", is_final=False)
+_PREEMPTED = Finish(ExitCode.PREEMPTED, "told to end: start it again to go on", is_final=False)
 _STUCK = GiveUp(
     ExitCode.INTERNAL, "no more rounds where processes are left that nothing can end", is_final=False
 )
@@ -186,7 +186,7 @@ def _after_drain(round_: Round, history: History) -> Decision:
 
 _REASONS = {
     "join": "taking in the nodes that wait",
-    "scale": "as asked for, with another number of workers",
+    "scale": "with as many workers as asked for",
     "restart": "as asked for",
 }
 
@@ -201,10 +201,10 @@ def _after_failure(
         )
     same = sum(failure == other for other in after.failures)
     if failure.fingerprint is not None and 0 < limits.crash_loop <= same:
-        where = "before it told of any step" if failure.step is None else f"at step {failure.step}"
+        where = "before its first step" if failure.step is None else f"at step {failure.step}"
         how = "hung" if round_.is_hung and culprit is None else "failed with the same error"
         often = count(same, "time")
-        reason = f"{how} {often} {where}, and would again (--crash-loop {limits.crash_loop})"
+        reason = f"{how} {often} {where} (--crash-loop {limits.crash_loop})"
         return GiveUp(ExitCode.CRASH_LOOP, reason)
     spent = len(after.failures)
     if spent > limits.max_restarts:

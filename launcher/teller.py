@@ -11,6 +11,7 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+from launcher import clock
 from launcher.backlog import Backlog, Drain
 from launcher.condition import Condition
 from launcher.config import Config
@@ -29,6 +30,7 @@ from launcher.events import (
     StacksTaken,
     StopRequested,
     Tick,
+    describe,
 )
 from launcher.gpus import Holder
 from launcher.journal import Journal
@@ -56,6 +58,7 @@ _PHASES = {
     Phase.OVER: "waiting for the other nodes",
     Phase.SETTLED: "between rounds",
 }
+_PHASES_ALONE = {**_PHASES, Phase.GATHERING: "starting", Phase.OVER: "stopping"}
 
 
 class Teller:
@@ -79,6 +82,7 @@ class Teller:
                 self._console.close()
                 raise
         self._left_at: tuple[int | None, bool] = (None, False)  # step, and whether all saved there
+        self._phases = _PHASES_ALONE if config.is_alone else _PHASES
         self._has_told_silence = False
         self._has_told_trust = False
         self._saver_halt: str | None = None
@@ -121,7 +125,7 @@ class Teller:
     # -- the team
 
     def gathering(self) -> None:
-        self._board = self._board.in_phase(_PHASES[Phase.GATHERING])
+        self._board = self._board.in_phase(self._phases[Phase.GATHERING])
         if not self._config.is_alone:
             host, port = self._config.rdzv_endpoint
             least, most = self._config.nnodes
@@ -167,7 +171,9 @@ class Teller:
                 self._journal.record("drain_requested", reason=wish.reason, by=hosts[node])
                 if node != round_.team.rank or wish.reason != "leave":
                     on = f"{hosts[node]}: " if len(hosts) > 1 else ""
-                    how = _WISHES[wish.reason] if wish.can_drain else _AT_ONCE[wish.reason]
+                    how = (_WISHES if wish.can_drain else _AT_ONCE)[wish.reason].format(
+                        workers=count(wish.slots or 0, "worker")
+                    )
                     self._console.say(f"{on}{how}", style=_BOLD)
             case "hang" if node != round_.team.rank:
                 self._warn(f"{hosts[node]} has found a hang")
@@ -180,7 +186,7 @@ class Teller:
         self._board = self._board.began_round(
             plan.number,
             dict.fromkeys(plan.ranks, round_.team.hosts[plan.node]),
-            now=time.time(),
+            now=clock.now(),
             world=plan.world,
             nodes=plan.nodes,
             restarts=history.restarts,
@@ -201,11 +207,11 @@ class Teller:
         )
 
     def entered(self, phase: Phase) -> None:
-        self._board = self._board.in_phase(_PHASES[phase])
+        self._board = self._board.in_phase(self._phases[phase])
 
     def sampled(self, progress: Mapping[int, Progress], round_: Round) -> None:
         """How far workers are, about once a second."""
-        now = time.time()
+        now = clock.now()
         seen = {rank: one for rank, one in progress.items() if one.step is not None}
         self._board = self._board.sampled(seen, now)
         self.entered(round_.phase)
@@ -288,7 +294,7 @@ class Teller:
         """The workers are dead: tell the rest of what they wrote."""
         self._console.unfollow()
         self.sampled(progress, round_)
-        self._record_progress(self._board.status(time.time()))
+        self._record_progress(self._board.status(clock.now()))
 
     def concluded(self, round_: Round, decision: Decision, history: History, *, has_saver: bool) -> None:
         """A round is over in which nothing went wrong."""
@@ -325,9 +331,13 @@ class Teller:
         if step is not None and step in durable:
             self._console.say(f"stopped{at}, which is saved; start it again to go on", style=_BOLD)
             return
-        place = f"step {max(durable)}" if durable else "the newest checkpoint"
-        text = f"stopped{at}, which is not saved; start it again to go on from {place}"
-        self._warn(text)
+        if not durable:
+            self._warn(f"stopped{at}: nothing was saved since this launch began; start it again to go on")
+        elif step is None:
+            self._console.say(f"stopped; start it again to go on from step {max(durable)}", style=_BOLD)
+        else:
+            lost = f"{count(step - max(durable), 'step')} later than what is saved"
+            self._warn(f"stopped{at}, {lost}; start it again to go on from step {max(durable)}")
 
     def how_it_ends(self, leave_by: float | None) -> str:
         """What a job does that was told to end; `leave_by` is when it has to have ended, monotonic."""
@@ -380,8 +390,8 @@ class Teller:
     def take(self, event: Event) -> None:
         """What the agent hears; users are told of saves, and of what a node waits for."""
         if self._is_debugging and not isinstance(event, Tick):
-            self._console.say(repr(event)[:_LONGEST_EVENT], style=_DIM, level=Level.DEBUG)
-        self._board = self._board.after(event, time.time())
+            self._console.say(describe(event)[:_LONGEST_EVENT], style=_DIM, level=Level.DEBUG)
+        self._board = self._board.after(event, clock.now())
         match event:
             case SaveStaged(step=step):
                 self._journal.record("staged", step=step)
@@ -453,7 +463,7 @@ class Teller:
         self._journal.record("control", verb=asked.verb, number=asked.number)
 
     def status(self) -> dict[str, object]:
-        return {"status": self._board.status(time.time()).to_json()}
+        return {"status": self._board.status(clock.now()).to_json()}
 
     @property
     def phase(self) -> str:
@@ -483,13 +493,13 @@ class Teller:
 _WISHES = {
     "leave": "it was told to leave; saving at the next step boundary",
     "join": "nodes are taken in at the next step boundary",
-    "scale": "another number of workers from the next step boundary on",
+    "scale": "scaling to {workers} at the next step boundary",
     "restart": "a restart at the next step boundary",
 }
 _AT_ONCE = {
     "leave": "it was told to leave; its workers cannot save, and are stopped",
     "join": "nodes are taken in; the workers cannot save, and are stopped",
-    "scale": "another number of workers; those that run cannot save, and are stopped",
+    "scale": "scaling to {workers}; those that run cannot save, and are stopped",
     "restart": "a restart; the workers cannot save, and are stopped",
 }
 

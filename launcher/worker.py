@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher import clock
 from launcher.config import Config
 from launcher.devices import count_gpus
 
@@ -84,6 +85,7 @@ def worker_orders(
         "LAUNCH_CKPT_URL": config.checkpoints,
         "LAUNCH_SAVER": saver,
         "LAUNCH_DRAIN_FILE": str(drain),
+        "LAUNCH_CLOCK": repr(clock.ANCHOR),
         "LAUNCH_DRAIN_TIMEOUT": f"{config.drain_timeout:g}",
         **_visible_devices(plan.slots, count_gpus()),
     }

@@ -22,7 +22,7 @@ from shardckpt.errors import SaveError, SaverError, StorageError
 from shardckpt.handle import MEMORY
 from shardckpt.loading import Loaded
 from shardckpt.persisting import Destination, tier_of
-from shardckpt.progress import ProgressFile
+from shardckpt.progress import ProgressFile, now
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.restoring import Newest
 from shardckpt.runs import Claim, Place, attempt_number, claim_attempt, find_claim, step_path
@@ -173,7 +173,7 @@ class Checkpointer:
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
         self._progress = ProgressFile.of_worker()
-        self._tell(joined=time.time(), world=self._ranks.size, steps=every_steps is not None or None)
+        self._tell(joined=now(), world=self._ranks.size, steps=every_steps is not None or None)
         if self._drain is not None and self._drain.file.is_open:
             self._tell(drains=True)
 
@@ -205,7 +205,7 @@ class Checkpointer:
         tiers = [(tier.name, tier.root) for tier in self._tiers]
         newest = Newest(self.url, tiers, self._client(), self._ranks)
         loaded = newest.load(state, strict=strict, started=started)
-        self._tell(restored=time.time())
+        self._tell(restored=now())
         if loaded is not None:
             self._tell(restored_step=loaded.step, restored_tier=loaded.tier)
         return loaded

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ProgressFile", "alive", "doing"]
+__all__ = ["ProgressFile", "alive", "doing", "now"]
 
 _log = logging.getLogger("shardckpt")
 
@@ -58,7 +58,7 @@ class ProgressFile:
             if self._has_stepped and not news:
                 os.pwrite(self._open(), _line(step), 0)
                 return
-            self._write(_line(step), {"first_step": time.time(), **self._read()[1], **news})
+            self._write(_line(step), {"first_step": now(), **self._read()[1], **news})
             self._has_stepped = True
 
     def alive(self) -> None:
@@ -71,7 +71,7 @@ class ProgressFile:
 
     def over(self) -> None:
         """Tell that all is trained that was to be: there will be no more steps."""
-        self._correct(over=time.time())
+        self._correct(over=now())
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -89,7 +89,7 @@ class ProgressFile:
         phase = ", ".join(self._phases)
         while len(_compact(phase)) > _LONGEST_PHASE:
             phase = f"{phase[: len(phase) * 2 // 3]}…"
-        self._correct(phase=phase or None, alive=time.time())
+        self._correct(phase=phase or None, alive=now())
 
     def _correct(self, **facts: Any) -> None:
         """Tell facts, whatever was told of them before."""
@@ -131,6 +131,11 @@ class ProgressFile:
 _files: dict[str, ProgressFile] = {}
 
 
+def now() -> float:
+    """Seconds since the epoch, as the launcher has them: steps of the system's clock do not change them."""
+    return float(os.environ.get("LAUNCH_CLOCK", time.time() - time.monotonic())) + time.monotonic()
+
+
 def alive() -> None:
     """Tell the launcher, if there is one, that this process gets on. See `ProgressFile.alive`."""
     if (file := ProgressFile.of_worker()) is not None:
@@ -144,7 +149,7 @@ def doing(what: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _line(step: int) -> bytes:
-    return f"{step:20d} {time.time():20.6f}\n".encode()
+    return f"{step:20d} {now():20.6f}\n".encode()
 
 
 def _loss(loss: Any) -> dict[str, Any]:

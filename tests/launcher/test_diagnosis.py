@@ -109,7 +109,7 @@ def test_memory_that_a_dataloader_worker_lacked(files: RankFiles, oom: OomWatch)
     files.err.write_text(said)
     death = gathered(files, 1, oom)
     assert (death.kill or "").startswith("its DataLoader worker was ")
-    assert "/dev/shm" in (verdict_on(death).hint or "")
+    assert "killed a DataLoader worker" in (verdict_on(death).hint or "")
     assert verdict_on(death).cause.endswith(f" (exit code 1); {death.kill}")
     assert find_culprit([death]) is death
     oom.mark()
@@ -491,6 +491,13 @@ def test_verdict_on_a_hang() -> None:
     ]
 
 
+def test_a_round_lasts_as_long_as_it_did() -> None:
+    """Though the system's clock was set back by an hour meanwhile, on one of two nodes."""
+    late = replace(died(0, 1, OWN), at=1e9 - 3600)
+    verdict = judged(reported(late, seconds=12.5), reported(node=1, host="far", seconds=11.0))
+    assert verdict.render()[0] == "round 2 failed after 12.5 s"
+
+
 def test_verdict_on_other_trouble() -> None:
     verdict = judged(reported(trouble="rank 1 could not be started: no memory"))
     assert verdict.render()[1:3] == ["  rank 1 could not be started: no memory", "  restarting"]
@@ -506,12 +513,13 @@ def test_verdict_on_other_trouble() -> None:
             "the GPU's memory is full",
         ),
         ("RuntimeError: CUDA error: device-side assert triggered", "CUDA_LAUNCH_BLOCKING"),
-        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", "the GPU is broken"),
+        ("RuntimeError: CUDA error: uncorrectable ECC error encountered", "nvidia-smi"),
         (UNHANDLED, "NCCL_DEBUG"),
-        (TIMEOUT, "--hang-timeout"),
-        (RESET, "network"),
-        ("MemoryError", "the host's memory is full"),
-        ("RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly", "/dev/shm"),
+        ("MemoryError", "more memory was asked for at once than could be had"),
+        ("RuntimeError: DataLoader worker (pid(s) 7) exited unexpectedly", "its own words are in the log"),
+        ("RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error.", "/dev/shm"),
+        ("RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed.", "dmesg"),
+        ("OSError: [Errno 28] inotify watch limit reached", "max_user_watches"),
         ("OSError: [Errno 28] No space left on device", "full"),
         ("OSError: [Errno 24] Too many open files", "ulimit"),
     ],
@@ -520,6 +528,42 @@ def test_hints(error: str, hint: str) -> None:
     verdict = verdict_on(died(0, 1, error))
     assert hint in (verdict.hint or "")
     assert f"  hint: {verdict.hint}" in verdict.render()
+
+
+@pytest.mark.parametrize(
+    ("error", "one_rank", "one_host", "two_hosts"),
+    [
+        (RESET, None, "what the others wrote is in their logs", "the network between the nodes"),
+        (TIMEOUT, None, "--hang-timeout", "--hang-timeout"),
+    ],
+)
+def test_hints_about_peers(
+    error: str, one_rank: str | None, one_host: str | None, two_hosts: str | None
+) -> None:
+    """A job of one rank has none, and one host no network."""
+    first, second = died(0, 1, error), died(1, -15, is_ours=True)
+    for reports, hint in (
+        ([reported(first)], one_rank),
+        ([reported(first, second)], one_host),
+        ([reported(first), reported(second, node=1, host="far")], two_hosts),
+    ):
+        found = judged(*reports).hint
+        assert (hint or "") in (found or "")
+        if hint is None:
+            assert "network" not in (found or "")
+
+
+def test_a_storage_out_of_reach_is_no_peer() -> None:
+    """Though words of it are in the paths."""
+    lines = (
+        '  File "/env/shardckpt/storage.py", line 3, in get',
+        "OSError: Connection refused by s3.local",
+    )
+    first = died(0, 1, lines[1], lines=lines, has_traceback=True)
+    verdict = judged(reported(first, died(1, 1, RESET)))
+    assert verdict.rank == 0
+    assert verdict.hint is None
+    assert [victim.of_it for victim in verdict.victims] == [True]
 
 
 def test_no_hint_where_none_is_known() -> None:
@@ -590,7 +634,8 @@ def test_what_gloo_says_of_a_peer(how: str, files: RankFiles, tmp_path: Path) ->
     victim = gathered(files, code)
     assert victim.has_traceback
     assert victim.code == 1
-    hint = verdict_on(victim).hint or ""
+    other = reported(died(7, -15, is_ours=True), node=1, host="far")
+    hint = judged(reported(victim), other).hint or ""
     if how == "dies":
         culprit = died(1, 3)
         assert codes[1] == 3
@@ -609,5 +654,5 @@ def test_what_a_dataloader_says_of_its_worker(files: RankFiles) -> None:
     assert death.error is not None
     assert "is killed by signal: Killed" in death.error
     assert find_culprit([died(2, 1, RESET), death]) is death
-    assert "/dev/shm" in (verdict_on(death).hint or "")
+    assert "killed a DataLoader worker" in (verdict_on(death).hint or "")
     assert signal.SIGKILL.name not in verdict_on(death).cause

@@ -380,4 +380,4 @@ def test_a_real_job_that_is_piped(job: Job) -> None:
     done = job.run(script)
     assert (done.out, done.err.count("\n")) == ("[0] end\n", 1)
     assert job.run("--quiet", script).err == ""
-    assert "launch: WorkerExited(rank=0, " in job.run("--log-level", "debug", script).err
+    assert "launch: worker exited: rank 0, " in job.run("--log-level", "debug", script).err

@@ -279,10 +279,10 @@ def test_the_same_failure_at_the_same_step() -> None:
     decision = failing_at(1200, history, "x", limits)
     assert isinstance(decision, GiveUp)
     assert decision.exit_code == ExitCode.CRASH_LOOP
-    assert decision.reason.startswith("failed with the same error 3 times at step 1200, and")
+    assert decision.reason.startswith("failed with the same error 3 times at step 1200 (")
     decision = failing_at(None, History(), limits=Limits(crash_loop=1))
     assert isinstance(decision, GiveUp)
-    assert decision.reason.startswith("failed with the same error 1 time before it told of any step, and")
+    assert decision.reason.startswith("failed with the same error 1 time before its first step (")
     assert isinstance(failing_at(7, History(4, 7, (Failure(7, "x"),) * 4), limits=Limits(9, 0)), Again)
 
 
