@@ -72,9 +72,9 @@ def load(
 
     `url` is a checkpoint, or a run, of which the newest good checkpoint is taken. Only the top-level entries
     that `state` has are loaded; below these the names must agree, unless `strict` is False. Tensors,
-    modules and optimizers are filled. So are dicts, lists and NumPy arrays of plain values, which have then what
-    was saved, and nothing else; other values are replaced. Modules, optimizers and objects with hooks or methods
-    of their own get what was saved through their load_state_dict. Raises, with nothing changed:
+    modules and optimizers are filled. So are dicts, lists, sets and NumPy arrays of plain values, which have then
+    what was saved, and nothing else; other values are replaced. Modules, optimizers and objects with hooks or
+    methods of their own get what was saved through their load_state_dict. Raises, with nothing changed:
     NotACheckpointError, FormatError, CorruptError, StorageError, MissingKeysError, ShapeMismatchError,
     StateError.
     """

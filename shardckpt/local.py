@@ -196,8 +196,10 @@ def _is_backed(data: torch.Tensor) -> bool:
         return True
     try:
         storage = data.untyped_storage()
-        last = sum((n - 1) * stride for n, stride in zip(data.shape, data.stride(), strict=True))
-        needed = (data.storage_offset() + last + 1) * data.element_size()
+        count = data.numel()
+        if not data.is_contiguous():
+            count = 1 + sum((n - 1) * s for n, s in zip(data.shape, data.stride(), strict=True))
+        needed = (data.storage_offset() + count) * data.element_size()
         return storage.device == data.device and storage.nbytes() >= needed and storage.data_ptr() != 0
     except (NotImplementedError, RuntimeError):  # what a subclass without storage raises
         return False

@@ -42,6 +42,9 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
     }
     overrides = load_overrides(module, state.name)
     if overrides and not _agrees(builder, state.tree, saved, path):
+        for name, held in _tensors(state.tree).items():
+            if name in saved and not overrides.see(name):
+                builder.check_fit(held, join(path, name), saved[name])
         _offer(builder, module, state, saved, path, strict=strict)
         return
     handed: dict[str, Callable[[], Any]] = {}
@@ -72,12 +75,16 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
 
 def _agrees(builder: TargetBuilder, tree: Mapping[str, Any], saved: dict[str, Any], path: str) -> bool:
     """Whether names, shapes and types are the module's own, so that its code will accept them."""
-    held = {name: t for name, t in tree.items() if isinstance(t, torch.Tensor) and not _is_extra(name)}
+    held = _tensors(tree)
     for name, tensor in held.items():
         expand(tensor, join(path, name))  # refuses what cannot be loaded into
     return tree.keys() == saved.keys() and all(
         builder.fits(tensor, saved[name], join(path, name)) for name, tensor in held.items()
     )
+
+
+def _tensors(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in tree.items() if isinstance(t, torch.Tensor) and not _is_extra(name)}
 
 
 def _offer(
@@ -94,14 +101,21 @@ def _offer(
     What it may rename, reshape or do without is known to its hooks and methods alone. If it refuses, or the load
     fails later, its tensors get back what they held.
     """
+    lacking = {name: held for name, held in state.tree.items() if name not in saved}
     handed = {
-        state.key(name): builder.made(value, state.tree.get(name), join(path, name))
+        state.key(name): builder.offered(
+            value, state.tree.get(name, _same_shape(builder, value, lacking, path)), join(path, name)
+        )
         for name, value in saved.items()
     }
     missing = [join(path, name) for name in state.tree if name not in saved]
     unexpected = [join(path, name) for name in saved if name not in state.tree]
 
     def load() -> Callable[[], None]:
+        places: list[Any] = [
+            place for child in module.modules() for place in (child._parameters, child._buffers)
+        ]
+        tensors = [dict(place) for place in places]
         with torch.no_grad():
             before = [
                 (part, part.clone())
@@ -110,6 +124,9 @@ def _offer(
             ]
 
         def undo() -> None:
+            for place, held_there in zip(places, tensors, strict=True):
+                place.clear()
+                place.update(held_there)
             with torch.no_grad():
                 for held, content in before:
                     held.copy_(content)
@@ -124,6 +141,14 @@ def _offer(
         return undo
 
     builder.prepare(path, load)
+
+
+def _same_shape(builder: TargetBuilder, saved: Any, lacking: Mapping[str, Any], path: str) -> Any:
+    """Which of the tensors that get nothing a saved one of another name may be for, and be laid out like."""
+    if not isinstance(saved, TensorRef):
+        return None
+    shape = builder.find(saved.name, path).shape
+    return next((t for t in lacking.values() if isinstance(t, torch.Tensor) and t.shape == shape), None)
 
 
 def _load(module: nn.Module, state: ModuleState, values: dict[str, Any], *, strict: bool | None) -> Any:

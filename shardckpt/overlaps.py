@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["extent", "find_conflict", "find_overlaps", "overlaps_itself"]
+__all__ = ["find_conflict", "find_overlaps", "overlaps_itself"]
 
 _ALIGNMENT = 16
 """A multiple of every element's size."""
@@ -37,7 +37,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 def find_overlaps(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     """Groups of tensors, by their numbers, whose memory may overlap. Tensors that share none are in no group."""
     spans = sorted(
-        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent(tensor), number)
+        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), number)
         for number, tensor in enumerate(tensors)
         if tensor.numel()
     )
@@ -64,7 +64,7 @@ def find_conflict(
     storage = targets[0].untyped_storage().data_ptr()
     first = min(target.data_ptr() for target in targets) - storage
     low = storage + first // _ALIGNMENT * _ALIGNMENT
-    high = max(target.data_ptr() + extent(target) for target in targets)
+    high = max(target.data_ptr() + _extent(target) for target in targets)
     size = -(-(high - low) // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(size, dtype=torch.uint8, device=targets[0].device)
     views = [_same_view(memory, target, target.data_ptr() - low) for target in targets]
@@ -85,7 +85,7 @@ def find_conflict(
     raise AssertionError("a target lost its content to none of the others")
 
 
-def extent(tensor: torch.Tensor) -> int:
+def _extent(tensor: torch.Tensor) -> int:
     """Bytes from its first element to the end of the one furthest in memory."""
     if tensor.is_contiguous():
         return tensor.nbytes

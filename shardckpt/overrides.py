@@ -80,6 +80,7 @@ def saves_plainly(module: nn.Module) -> bool:
         and not has_override(module, "_save_to_state_dict", [nn.Module._save_to_state_dict])
         and type(module).get_extra_state is nn.Module.get_extra_state
         and all(_origin(hook).startswith("torch.") for hook in hooks)
+        and isinstance(module._modules, dict)  # those of a ScriptModule are elsewhere
     )
 
 

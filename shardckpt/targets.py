@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,6 +28,17 @@ from shardckpt.wrapped import inner_names, is_wrapper, local_part, memory_parts
 __all__ = ["TargetBuilder", "Targets", "mismatch"]
 
 Undo = Callable[[], object]
+
+
+class _Use(Enum):
+    """What becomes of a value that a load makes."""
+
+    GIVEN = auto()
+    """An object gets it, which has to be able to go on with it."""
+    OFFERED = auto()
+    """A module gets it, which judges it."""
+    REFILLED = auto()
+    """It takes the place of the user's own, which is filled if it can be."""
 
 
 @dataclass
@@ -114,6 +126,11 @@ class TargetBuilder:
         tensor = self.find(saved.name, path)
         return tuple(held.shape) == tensor.shape and str(held.dtype) == f"torch.{tensor.dtype}"
 
+    def check_fit(self, held: torch.Tensor, path: str, saved: Any) -> None:
+        """Raise ShapeMismatchError or StateError unless `fill` would accept it."""
+        for part, name in self._paired(held, saved, path):
+            _check_fit(self.find(name, part.name), part, part.name)
+
     def fill(self, held: torch.Tensor, path: str, saved: Any) -> None:
         """Fill a tensor of the state, which lies at `path`; of a wrapper, what it consists of."""
         for part, name in self._paired(held, saved, path):
@@ -125,21 +142,29 @@ class TargetBuilder:
 
         Its tensors are new, laid out like those of `like` at the same place.
         """
-        return self._made(saved, like, path, refill=False)
+        return self._made(saved, like, path, _Use.GIVEN)
+
+    def offered(self, saved: Any, like: Any, path: str) -> Callable[[], Any]:
+        """The same for a module that judges what it gets: it may be whole where the module is sharded."""
+        return self._made(saved, like, path, _Use.OFFERED)
 
     def refilled(self, saved: Any, held: Any, path: str) -> Callable[[], Any]:
         """What makes the saved value out of `held`, so that whoever refers to that sees what was loaded.
 
-        Dicts, lists and NumPy arrays are filled: they have then what was saved, and nothing else. Where two
-        values were saved for one object, it gets the first, and the other is new, as is what cannot be filled.
+        Dicts, lists, sets, NumPy arrays and their like are filled: they have then what was saved, and nothing
+        else. Where two values were saved for one object, it gets the first, and the other is new, as is what
+        cannot be filled.
         """
-        return self._made(saved, held, path, refill=True)
+        return self._made(saved, held, path, _Use.REFILLED)
 
     def is_refillable(self, held: Any, saved: Any) -> bool:
-        """Whether `held` is a dict or list that can have what was saved, and nothing else was saved for it."""
-        is_dict = isinstance(held, MutableMapping) and isinstance(saved, dict)
-        is_list = isinstance(held, list) and type(saved) is list
-        return (is_dict or is_list) and self._is_taken(held, saved)
+        """Whether `held` is a container that can have what was saved, and nothing else was saved for it."""
+        is_alike = (
+            (isinstance(held, MutableMapping) and isinstance(saved, dict))
+            or any(isinstance(held, kind) and type(saved) is kind for kind in (list, set, bytearray))
+            or (isinstance(held, deque) and isinstance(saved, deque) and held.maxlen == saved.maxlen)
+        )
+        return is_alike and self._is_taken(held, saved)
 
     def finish(self, path: str, action: Callable[[], object]) -> None:
         """Do something for the object at `path` when every tensor is filled."""
@@ -173,9 +198,9 @@ class TargetBuilder:
                 self._fill_together(members)
         return self.targets
 
-    def _made(self, saved: Any, like: Any, path: str, *, refill: bool) -> Callable[[], Any]:
+    def _made(self, saved: Any, like: Any, path: str, use: _Use) -> Callable[[], Any]:
         if isinstance(saved, TensorRef):
-            return self._made_tensor(saved, like, path, refill=refill)
+            return self._made_tensor(saved, like, path, use)
         if isinstance(saved, PerRankRef):
             raise mismatch(path, type(like).__qualname__, saved)
         if isinstance(saved, WrapperRef):
@@ -183,38 +208,36 @@ class TargetBuilder:
         if isinstance(saved, dict):
             of = like if isinstance(like, Mapping) else {}
             parts = {
-                key: self._made(value, of.get(key), join_shown(path, key), refill=refill)
+                key: self._made(value, of.get(key), join_shown(path, key), use)
                 for key, value in saved.items()
             }
-            if refill and self.is_refillable(like, saved):
-                return lambda: _refill_dict(like, {key: make() for key, make in parts.items()})
+            if use is _Use.REFILLED and self.is_refillable(like, saved):
+                return lambda: _refill(like, {key: make() for key, make in parts.items()})
             return lambda: conform(rebuilt(saved, [make() for make in parts.values()]), like, path)
         if isinstance(saved, (list, tuple, deque)):
             given = list(like) if isinstance(like, (list, tuple, deque)) else []
             items = [
-                self._made(value, given[i] if i < len(given) else None, join_shown(path, i), refill=refill)
+                self._made(value, given[i] if i < len(given) else None, join_shown(path, i), use)
                 for i, value in enumerate(saved)
             ]
             if isinstance(saved, Record):
                 conform(saved, like, path)  # raises now, with nothing changed
-            if refill and self.is_refillable(like, saved):
-                return lambda: _refill_list(like, [make() for make in items])
+            if use is _Use.REFILLED and self.is_refillable(like, saved):
+                return lambda: _refill(like, [make() for make in items])
             return lambda: conform(rebuilt(saved, [make() for make in items]), like, path)
         value = conform(saved, like, path)
+        if use is _Use.REFILLED and self.is_refillable(like, value):
+            return lambda: _refill(like, value)
         return lambda: value
 
-    def _made_tensor(self, ref: TensorRef, like: Any, path: str, *, refill: bool) -> Callable[[], Any]:
+    def _made_tensor(self, ref: TensorRef, like: Any, path: str, use: _Use) -> Callable[[], Any]:
         tensor = self.find(ref.name, path)
-        if (
-            refill
-            and isinstance(like, np.ndarray)
-            and ref.ndarray
-            and self._is_array_refillable(like, tensor)
-        ):
+        is_refilled = use is _Use.REFILLED and ref.ndarray and isinstance(like, np.ndarray)
+        if is_refilled and self._is_array_refillable(like, tensor):
             self._fill_live(local_tensor(torch.from_numpy(like), path), path, ref.name)
             return lambda: like
         layout = like if isinstance(like, torch.Tensor) and tuple(like.shape) == tensor.shape else None
-        if layout is None and self._is_sharded() and not looks_whole(tensor):
+        if layout is None and use is _Use.GIVEN and self._is_sharded() and not looks_whole(tensor):
             raise StateError(
                 f"state[{path!r}] was saved in shards, and nothing here shows how it is laid out on these ranks: "
                 "all of them would get all of it, which does not go with a sharded model. Pass the optimizer "
@@ -289,17 +312,7 @@ class TargetBuilder:
 
     def _fill(self, target: LocalTensor, path: str, name: str, *, is_new: bool = True) -> LocalTensor:
         """Note memory to fill from the checkpoint's `name`."""
-        saved = self.find(name, path)
-        if saved.shape != target.shape:
-            raise ShapeMismatchError(
-                f"state[{path!r}] has the shape {list(target.shape)}, but in the checkpoint it is "
-                f"{list(saved.shape)}. Build the model as it was, or leave this part out of the state."
-            )
-        if saved.dtype != target.dtype:
-            raise ShapeMismatchError(
-                f"state[{path!r}] has the type {target.dtype}, but in the checkpoint it is "
-                f"{saved.dtype}. Build it with the checkpoint's type, load, and convert afterwards."
-            )
+        _check_fit(self.find(name, path), target, path)
         noted = LocalTensor(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
         self.targets.tensors.append(noted)
         return noted
@@ -349,6 +362,19 @@ class TargetBuilder:
         self.targets._finish.insert(0, (members[0][0], copy))
 
 
+def _check_fit(saved: Tensor, target: LocalTensor, path: str) -> None:
+    if saved.shape != target.shape:
+        raise ShapeMismatchError(
+            f"state[{path!r}] has the shape {list(target.shape)}, but in the checkpoint it is "
+            f"{list(saved.shape)}. Build the model as it was, or leave this part out of the state."
+        )
+    if saved.dtype != target.dtype:
+        raise ShapeMismatchError(
+            f"state[{path!r}] has the type {target.dtype}, but in the checkpoint it is "
+            f"{saved.dtype}. Build it with the checkpoint's type, load, and convert afterwards."
+        )
+
+
 def mismatch(path: str, kind: str, saved: Any) -> StateError:
     """The error that the checkpoint has something else than a `kind` at `path`."""
     found = {TensorRef: "tensor", PerRankRef: "PerRank"}.get(type(saved), type(saved).__qualname__)
@@ -366,13 +392,14 @@ def _set_part(wrapper: torch.Tensor, name: str, make: Callable[[], torch.Tensor]
     setattr(wrapper, name, make().to(wrapper.device))
 
 
-def _refill_dict(held: MutableMapping[Any, Any], value: dict[Any, Any]) -> MutableMapping[Any, Any]:
+def _refill(held: Any, value: Any) -> Any:
+    """The container with what the value has, and nothing else."""
     held.clear()
-    for key, item in value.items():
-        held[key] = item
-    return held
-
-
-def _refill_list(held: list[Any], value: list[Any]) -> list[Any]:
-    held[:] = value
+    if isinstance(held, MutableMapping):
+        for key, item in value.items():
+            held[key] = item
+    elif isinstance(held, set):
+        held.update(value)
+    else:
+        held.extend(value)
     return held

@@ -192,6 +192,8 @@ def test_a_renaming_module_gets_back_what_it_held_if_another_rank_refuses(place:
     shardckpt.save(place, {"model": saved})
     models = [Renamed(5.0), Renamed(5.0)]
     models[1].register_load_state_dict_post_hook(lambda *_: 1 / 0)  # type: ignore[arg-type,return-value]
+    kept = list(models[0].parameters())
+    models[0].load_state_dict = partial(models[0].load_state_dict, assign=True)  # type: ignore[method-assign]
 
     def load(ranks: ThreadRanks) -> None:
         load_place(Place(place), {"model": models[ranks.rank]}, ranks, strict=True, started=0.0)
@@ -200,6 +202,18 @@ def test_a_renaming_module_gets_back_what_it_held_if_another_rank_refuses(place:
         assert isinstance(found, MissingKeysError)
     for model in models:
         assert all(map(torch.equal, model.parameters(), Plain(5.0).parameters()))
+    assert all(one is other for one, other in zip(models[0].parameters(), kept, strict=True))
+
+
+@pytest.mark.parametrize("hook", ["register_load_state_dict_post_hook", "register_state_dict_post_hook"])
+def test_hooks_that_see_no_values_do_not_make_other_types_right(hook: str, place: Storage) -> None:
+    """A weight of another type is an error, as it is without them: torch would cast it without a word."""
+    shardckpt.save(place, {"model": Plain(1.0)})
+    model = Plain(5.0).bfloat16()
+    getattr(model.inner, hook)(lambda *_: None)
+    with pytest.raises(ShapeMismatchError, match="bfloat16"):
+        shardckpt.load(place, {"model": model})
+    assert all(map(torch.equal, model.parameters(), Plain(5.0).bfloat16().parameters()))
 
 
 def _leave_out(_module: nn.Module, tree: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -566,6 +580,22 @@ def _sharded_loads(_rank: int, folder: str) -> dict[str, str]:
             told[name] = "right" if _local(other, target) == wanted else "wrong"
         except shardckpt.ShardckptError as error:
             told[name] = f"{type(error).__name__}: {error}"
+    old = nn.ModuleDict({"inner": nn.Linear(2, 2), "old": nn.Linear(2, 2, bias=False)})
+    for layer in old.values():
+        fully_shard(layer)
+    shardckpt.save(f"{folder}/old", {"model": old, "more": torch.ones(2)})
+    renamed, _ = _sharded(5.0, 0)
+    shardckpt.load(f"{folder}/old", {"model": renamed})
+    is_right = torch.equal(renamed.outer.weight.to_local(), old["old"].weight.to_local())  # type: ignore[union-attr,operator]
+    told["renamed"] = "right" if is_right else "wrong"
+    missing = nn.ModuleDict({"inner": nn.Linear(2, 2), "third": nn.Linear(4, 4)})
+    for layer in missing.values():
+        fully_shard(layer)
+    shardckpt.save(f"{folder}/missing", {"model": missing})
+    try:
+        shardckpt.load(f"{folder}/missing", {"model": renamed})
+    except shardckpt.ShardckptError as error:
+        told["missing"] = f"{type(error).__name__}: {error}"
     zero = ZeroRedundancyOptimizer(nn.Linear(2, 2).parameters(), torch.optim.AdamW)
     try:
         shardckpt.save(f"{folder}/zero", {"model": model, "optimizer": zero})
@@ -581,4 +611,5 @@ def test_sharded(tmp_path: Path) -> None:
             r"StateError: .*state\['optimizer/wrapped/state/0/exp_avg'\]", told.pop("hidden, fresh")
         )
         assert re.match(r"UnsupportedValueError: .*state\['optimizer'\].*fully_shard", told.pop("zero"))
+        assert re.match(r"MissingKeysError: .*state\['model'\].*third", told.pop("missing"), re.DOTALL)
         assert set(told.values()) == {"right"}, told

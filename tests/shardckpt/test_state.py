@@ -6,7 +6,7 @@ import copy
 import enum
 import itertools
 import math
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -612,6 +612,12 @@ def test_containers_are_filled(place: Storage) -> None:
         "history": [{"a": 1}, {"a": 2}, 3],
         "kinds": {"c": Counter("aa"), "d": defaultdict(list, {"k": [1]})},
         "array": np.arange(3.0),
+        "others": {
+            "set": {1, 2},
+            "deque": deque([1, 2], 3),
+            "bytes": bytearray(b"ab"),
+            "short": deque([1], 1),
+        },
         "mixed": ({"n": 1}, [torch.ones(2)], (1, [2])),
     }
     best = {"loss": 9.0, "gone": 1}
@@ -623,8 +629,10 @@ def test_containers_are_filled(place: Storage) -> None:
         "history": history,
         "kinds": {"c": counter, "d": defaultdict(list)},
         "array": array,
+        "others": {"set": {5}, "deque": deque([5], 3), "bytes": bytearray(b"x"), "short": deque([5], 2)},
         "mixed": (inner, [torch.zeros(2)], (1, last)),
     }
+    others = dict(state["others"])  # type: ignore[call-overload]
     shardckpt.save(place, saved)
     shardckpt.load(place, state)
     assert state["progress"] is progress
@@ -639,6 +647,8 @@ def test_containers_are_filled(place: Storage) -> None:
     assert state["kinds"]["d"]["new"] == []  # type: ignore[index]
     assert state["array"] is array
     assert np.array_equal(array, np.arange(3.0))
+    assert state["others"] == saved["others"]
+    assert [name for name in others if others[name] is state["others"][name]] == ["set", "deque", "bytes"]  # type: ignore[index]
     assert inner == {"n": 1}
     assert last == [2]
 
