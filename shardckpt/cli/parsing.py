@@ -20,7 +20,7 @@ exit codes:
   4    the checkpoint is corrupt: stored bytes differ from what was written, or its manifest is invalid
   5    the storage is full or out of reach, or wants other credentials
   6    what is to be written exists already; it was left as it is
-  130  interrupted (Ctrl-C); nothing half-written is left
+  130  interrupted (Ctrl-C); it says what is left, if anything is
 """
 
 _S3 = """\

@@ -32,6 +32,7 @@ CONFIG = {"max_pool_connections": 32, "connect_timeout": 5, "read_timeout": 30}
 _ATTEMPTS = 8  # of a request, unless the options say otherwise
 _SILENCE = 2.0  # seconds of trouble that nothing is said about
 _FIRST_PAUSE = 0.1  # seconds, at most; each later one is twice as long
+_LONGEST_LOOK = 2.0  # seconds between two looks for credentials that are to be renewed
 _RENEWALS = 4  # of the credentials, within one request, that do not count as attempts
 
 
@@ -65,7 +66,8 @@ class S3Client:
         """The result of `work`, repeated after ever longer pauses while its failure may pass.
 
         `work` tells how much has moved. It is given up after a number of attempts, or once its limits are
-        reached. Credentials that are refused are looked up again.
+        reached. Credentials that are refused are looked up again; if they have expired, others are waited for as
+        long as the limits permit.
         """
         loop = asyncio.get_running_loop()
         patience = Patience(self._limits.deadline, self._limits.least_rate, loop.time)
@@ -89,15 +91,21 @@ class S3Client:
                     continue
                 if not self._credentials.can_change or (found is Found.THE_SAME and not error.is_expired):
                     raise self._advised(error) from error.__cause__
+                pause = min(
+                    pause, _LONGEST_LOOK
+                )  # new ones come when they come, however often that is tried
             else:
                 self._outage.is_told = False
                 return result
-            if attempt - renewals >= self._attempts or loop.time() + pause >= patience.end:
-                seconds = loop.time() - started if attempt - renewals < self._attempts else 0.0
+            is_last = attempt - renewals >= self._attempts and not isinstance(failure, RefusedError)
+            if is_last or loop.time() + pause >= patience.end:
+                seconds = 0.0 if is_last else loop.time() - started
                 raise self._last(failure, attempt, seconds, was_sent=was_sent) from failure
             if loop.time() > started + _SILENCE:
-                longest = _FIRST_PAUSE * (2 ** (self._attempts - 1) - 2 ** (attempt - 1))
-                self._outage.tell(failure, min(longest, patience.end - loop.time()))
+                longest = patience.end - loop.time()
+                if not isinstance(failure, RefusedError):
+                    longest = min(longest, _FIRST_PAUSE * (2 ** (self._attempts - 1) - 2 ** (attempt - 1)))
+                self._outage.tell(failure, longest)
             await asyncio.sleep(pause)
         raise AssertionError
 

@@ -1203,11 +1203,11 @@ class TestRenewedCredentials:
         storage, proxy = opened
         once = open_storage(
             storage.url,
-            {"endpoint_url": proxy.endpoint, "config_kwargs": {"retries": {"total_max_attempts": 2}}},
+            {"endpoint_url": proxy.endpoint, "transfer_deadline": 1},
         )
         proxy.expired.add("one")
         with pytest.raises(
-            CredentialsError, match=r"ExpiredToken.*after 2 attempts.*credentials"
+            CredentialsError, match=r"ExpiredToken.*Gave up after \d+ attempts in 1 s.*credentials"
         ) as caught:
             once.size("pack")
         assert type(caught.value) is CredentialsError
