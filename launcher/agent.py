@@ -35,6 +35,7 @@ from launcher.events import (
     ZygoteReady,
 )
 from launcher.gpus import holders
+from launcher.left_behind import LeftBehind, find_left_behind
 from launcher.membership import Alone, Membership, Rendezvous, Together
 from launcher.monitor import Monitor
 from launcher.oom import OomWatch
@@ -63,6 +64,7 @@ _KILL_PATIENCE = 10.0  # seconds that dead processes get to disappear (uninterru
 _SLACK = 5.0  # seconds more that other nodes get for what takes this one no time
 _DIAGNOSIS_PATIENCE = 30.0  # seconds that taking stacks may take
 _HANG_REPORT = 600.0  # seconds without progress after which stacks are taken, if nothing else is asked for
+_HELPERS = 0.3  # seconds for helpers of libraries to find out that their rank has finished
 _SILENCE = 30.0  # seconds after which it is told that no worker reports steps, if hangs are looked for
 _JOIN_PATIENCE = 30.0  # seconds after which workers that report nothing are taken not to be able to drain
 # Of the grace that a scheduler gives: to reach a step boundary, and to end after that was missed.
@@ -366,7 +368,7 @@ class Agent:
         if self._leave_by is not None:  # workers that could not be asked may save by a handler of their own
             left = max(0.0, self._leave_by - time.monotonic())
             grace = grace * _STOP_SHARE if self._workers.are_draining else left
-        self._teller.stopping(round_, grace)
+        self._teller.stopping(round_, grace, self._find_left_behind(round_))
         if round_.has_failed_here:
             self._membership.say({"kind": "ended"})
         if self._recovery is None and not (round_.is_asked_to_end or round_.has_drained):
@@ -380,6 +382,12 @@ class Agent:
         else:
             self._zygote.signal(signal.SIGKILL)
             self._monitor.set_deadline(_KILL_PATIENCE)
+
+    def _find_left_behind(self, round_: Round) -> list[LeftBehind]:
+        """What ranks that have finished leave behind, which is about to be signalled."""
+        if not round_.has_finished:
+            return []
+        return find_left_behind(self._zygote.pid, _HELPERS if round_.phase is Phase.STOPPING else 0.0)
 
     def _tell_end_of_workers(self, round_: Round) -> None:
         self._read_progress()

@@ -34,6 +34,7 @@ from launcher.events import (
 )
 from launcher.gpus import Holder
 from launcher.journal import Journal
+from launcher.left_behind import LeftBehind
 from launcher.progress import Progress
 from launcher.restart import Again, Decision, Finish, GiveUp, History
 from launcher.round import Phase, Round, Wish
@@ -47,6 +48,7 @@ __all__ = ["Teller"]
 _NO_MORE_SAVERS = "no saver is started for this job any more"
 _BOLD, _DIM, _ALARM, _WARN = 1, 2, 31, 33  # ANSI styles
 _LONGEST_EVENT = 400  # characters
+_MOST_LEFT = 8  # processes that are named
 _PROGRESS_SECONDS = 5.0  # between two lines of progress in the journal
 _PHASES = {
     Phase.GATHERING: "waiting for nodes",
@@ -278,17 +280,33 @@ class Teller:
             lines = [f"  {line}" for line in (*taken.summary, where)]
             self._warn(f"no progress for {still:.0f} s:", *lines)
 
-    def stopping(self, round_: Round, grace: float) -> None:
+    def stopping(self, round_: Round, grace: float, left_behind: Sequence[LeftBehind]) -> None:
+        """Workers are told to end, or killed; or what they have left behind, if they have all finished."""
         if round_.stop_signal is not None and round_.phase is Phase.STOPPING:
             name = Signals(round_.stop_signal).name
             patience = f"workers have {grace:g} s to end, or until another {name}"
             self._console.say(f"{name}: stopping; {patience}", style=_BOLD)
+        elif round_.has_finished:
+            self._left_behind(round_.phase, grace, left_behind)
         elif round_.phase is Phase.KILLING:
             left = len(round_.plan.slots) - len(round_.exits)
             text = f"killing what has not ended, {left} of the ranks"
             self._warn(text)
         if round_.stop_signal is None and not round_.has_finished:
             self._console.mute_victims([exit_.rank for exit_ in round_.exits])
+
+    def _left_behind(self, phase: Phase, grace: float, left: Sequence[LeftBehind]) -> None:
+        if not left:
+            return
+        what = count(len(left), "process", "processes")
+        if phase is Phase.KILLING:
+            self._warn(f"killing {what} that ranks left behind, which SIGTERM did not end:", *_lines(left))
+            return
+        self._journal.record("left_behind", processes=[str(one) for one in left])
+        self._warn(
+            f"{what} left behind by ranks, told to end (SIGTERM), within {grace:g} s (--grace):",
+            *_lines(left),
+        )
 
     def workers_ended(self, progress: Mapping[int, Progress], round_: Round) -> None:
         """The workers are dead: tell the rest of what they wrote."""
@@ -502,6 +520,11 @@ _AT_ONCE = {
     "scale": "scaling to {workers}; those that run cannot save, and are stopped",
     "restart": "a restart; the workers cannot save, and are stopped",
 }
+
+
+def _lines(left: Sequence[LeftBehind]) -> list[str]:
+    lines = [f"  {one}" for one in left[:_MOST_LEFT]]
+    return [*lines, f"  and {len(left) - _MOST_LEFT} more"] if len(left) > _MOST_LEFT else lines
 
 
 def _have_all_drained(round_: Round) -> bool:

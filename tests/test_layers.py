@@ -76,7 +76,7 @@ LAYERS = {
                 "spawner",
                 "saver",
             ],
-            *["control", "recovery", "secret", "status", "stillness"],
+            *["control", "recovery", "secret", "status", "stillness", "left_behind"],
         ],
         ["options", "diagnosis", "same_again", "stacks", "membership", "metrics"],
         ["member", "config", "schedulers", "backlog", "round"],

@@ -305,11 +305,42 @@ def test_victims_speak_to_their_logs_only(job: Job) -> None:
 
 
 def test_what_finished_workers_leave_behind_is_ended(job: Job) -> None:
-    """Also if it holds on to the worker's stdout."""
-    script = job.script("import subprocess; subprocess.Popen(['setsid', 'sleep', '1000']); print('done')")
+    """Also if it holds on to the worker's stdout; it is named, and has the grace to end in order."""
+    script = job.script(
+        """
+        import subprocess, sys
+        last = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(open('uploaded', 'w').write('all'))); "
+        last += "print('ready', flush=True); time.sleep(1000)"
+        child = subprocess.Popen(
+            [sys.executable, "-c", last], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        child.stdout.readline()
+        subprocess.Popen(["sh", "-c", "setsid sleep 1000 & sleep 0.05"])
+        print("done")
+        """
+    )
     done = job.run(script)
     assert done.code == 0
     assert done.out == "[0] done\n"
+    assert "2 processes left behind by ranks, told to end (SIGTERM), within 15 s (--grace):" in done.err
+    assert re.search(r"  pid \d+ of rank 0: \S+python\S* -c import signal", done.err)
+    assert re.search(r"  pid \d+ of rank 0: sleep 1000", done.err)
+    assert (job.path / "uploaded").read_text() == "all"
+
+
+def test_helpers_that_end_with_their_rank_are_not_worth_a_word(job: Job) -> None:
+    done = job.run(job.script("import subprocess; subprocess.Popen(['sleep', '0.1'])"))
+    assert (done.code, "left behind" in done.err) == (0, False)
+
+
+def test_what_is_left_behind_and_deaf_is_killed(job: Job) -> None:
+    script = job.script(
+        "import subprocess; child = subprocess.Popen(['sh', '-c', 'trap \"\" TERM; echo; while :; do sleep 1; done'], "
+        "stdout=subprocess.PIPE); child.stdout.readline()"
+    )
+    done = job.run("--grace=0.3", script)
+    assert done.code == 0
+    assert "that ranks left behind, which SIGTERM did not end:" in done.err
 
 
 def test_sigusr1_does_no_harm(job: Job) -> None:
