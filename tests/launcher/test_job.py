@@ -309,7 +309,8 @@ def test_what_finished_workers_leave_behind_is_ended(job: Job) -> None:
     script = job.script(
         """
         import subprocess, sys
-        last = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(open('uploaded', 'w').write('all'))); "
+        last = "import signal, sys, time; "
+        last += "signal.signal(15, lambda *_: sys.exit(open('uploaded', 'w').write('all'))); "
         last += "print('ready', flush=True); time.sleep(1000)"
         child = subprocess.Popen(
             [sys.executable, "-c", last], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -335,8 +336,12 @@ def test_helpers_that_end_with_their_rank_are_not_worth_a_word(job: Job) -> None
 
 def test_what_is_left_behind_and_deaf_is_killed(job: Job) -> None:
     script = job.script(
-        "import subprocess; child = subprocess.Popen(['sh', '-c', 'trap \"\" TERM; echo; while :; do sleep 1; done'], "
-        "stdout=subprocess.PIPE); child.stdout.readline()"
+        """
+        import subprocess
+        deaf = "trap '' TERM; echo; while :; do sleep 1; done"
+        child = subprocess.Popen(["sh", "-c", deaf], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        """
     )
     done = job.run("--grace=0.3", script)
     assert done.code == 0
