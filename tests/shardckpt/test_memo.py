@@ -49,6 +49,7 @@ def assert_same(found: FlatState, wanted: FlatState) -> None:
                 t.data.data_ptr(),
                 t.data.shape,
                 t.data.stride(),
+                t.data.is_neg(),
                 t.first_holder,
             )
             for t in flat.tensors
@@ -133,6 +134,25 @@ def _optimizer_hook(state: dict[str, Any]) -> None:
     state["optimizer"].register_state_dict_post_hook(lambda _o, tree: {**tree, "more": 1})
 
 
+def _flip_the_sign(state: dict[str, Any]) -> None:
+    state["net"].shown.data = torch._neg_view(state["net"].shown.data)
+
+
+def _own_state_dict(state: dict[str, Any]) -> None:
+    net = state["net"]
+    net.state_dict = lambda: {"only": net.first.weight.detach()}
+
+
+def _own_save(state: dict[str, Any]) -> None:
+    layer = state["net"].first
+    layer._save_to_state_dict = lambda tree, prefix, _: tree.update({f"{prefix}only": layer.bias.detach()})
+
+
+def _own_state_dict_of_optimizer(state: dict[str, Any]) -> None:
+    optimizer = state["optimizer"]
+    optimizer.state_dict = lambda: {"count": len(optimizer.state)}
+
+
 def _nothing(_state: dict[str, Any]) -> None:
     pass
 
@@ -140,7 +160,8 @@ def _nothing(_state: dict[str, Any]) -> None:
 CHANGES = [
     _nothing, _replace_parameter, _swap_memory, _transpose, _convert, _replace_buffer, _show_a_buffer,
     _add_module, _remove_module, _reload_optimizer, _another_step, _learning_rate, _add_group, _reorder,
-    _no_tensor, _other_model, _second_model, _hook, _optimizer_hook,
+    _no_tensor, _other_model, _second_model, _hook, _optimizer_hook, _flip_the_sign,
+    _own_state_dict, _own_save, _own_state_dict_of_optimizer,
 ]  # fmt: skip
 
 
@@ -152,6 +173,17 @@ def test_a_walk_would_find_the_same(change: Callable[[dict[str, Any]], None]) ->
     change(state)
     for _ in range(2):
         assert_same(flatten(state, 0, memo), flatten(state, 0))
+
+
+def test_a_method_of_the_instance_is_always_asked() -> None:
+    """What it returns may change though no tensor does, as where only trainable weights are saved."""
+    state, memo = make(), Memo()
+    chosen = ["first.weight"]
+    net = state["net"]
+    net.state_dict = lambda: {name: net.get_parameter(name).detach() for name in chosen}
+    flatten(state, 0, memo)
+    chosen.append("first.bias")
+    assert_same(flatten(state, 0, memo), flatten(state, 0))
 
 
 def test_what_has_not_changed_is_not_walked_again() -> None:

@@ -297,6 +297,18 @@ def test_methods_that_undo_each_other(place: Storage) -> None:
     assert all(map(torch.equal, model.parameters(), Plain(1.0).parameters()))
 
 
+def test_a_module_in_two_places(place: Storage) -> None:
+    """It loads what was one module, and refuses what was two that differ."""
+    one, other = Plain(1.0), Plain(2.0)
+    shardckpt.save(place, {"a": one, "b": one, "c": other})
+    model = Plain(5.0)
+    shardckpt.load(place, {"a": model, "b": model})
+    assert torch.equal(model.inner.weight, one.inner.weight)
+    with pytest.raises(StateError, match="share their memory"):
+        shardckpt.load(place, {"a": model, "c": model})
+    assert torch.equal(model.inner.weight, one.inner.weight)
+
+
 class Versioned(nn.Module):
     """Reads its metadata, as quantized modules and observers do."""
 
