@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from shardckpt.state import module_errors
 from shardckpt.subclasses import expand
 from shardckpt.targets import TargetBuilder, mismatch
 from shardckpt.values import TensorRef, WrapperRef, join
-from shardckpt.wrapped import memory_parts, storages
+from shardckpt.wrapped import inner_names, is_wrapper, local_part, memory_parts, storages
 
 __all__ = ["bind_module"]
 
@@ -49,6 +51,7 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
         return
     handed: dict[str, Callable[[], Any]] = {}
     filled: dict[str, torch.Tensor] = {}
+    live = _wrappers(module, state)
     memory = {s for source in (module.parameters(), module.buffers()) for t in source for s in storages(t)}
     for name, held in state.tree.items():
         place = join(path, name)
@@ -62,6 +65,8 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
             handed[state.key(name)] = builder.made(saved[name], held, place)
         else:
             builder.fill(held, place, saved[name])
+            if name in live:
+                builder.finish(path, partial(_drop_caches, local_part(live[name]), local_part(held)))
             filled[state.key(name)] = held
     for name, value in saved.items():
         if name not in state.tree:
@@ -71,6 +76,20 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
             path,
             lambda: _load(module, state, {**filled, **_made(handed)}, strict=None if strict else False),
         )
+
+
+def _wrappers(module: nn.Module, state: ModuleState) -> dict[str, torch.Tensor]:
+    """The module's own wrapper subclasses by clean name; state_dict() has others, of the same memory."""
+    tensors = itertools.chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    )
+    return {state.name(key): tensor for key, tensor in tensors if is_wrapper(local_part(tensor))}
+
+
+def _drop_caches(wrapper: torch.Tensor, detached: torch.Tensor) -> None:
+    """Forget inner tensors that detach() does not keep: the scale of a float8 weight, of its old elements."""
+    for name in set(inner_names(wrapper)) - set(inner_names(detached)):
+        setattr(wrapper, name, None)
 
 
 def _agrees(builder: TargetBuilder, tree: Mapping[str, Any], saved: dict[str, Any], path: str) -> bool:

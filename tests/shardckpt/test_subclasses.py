@@ -163,6 +163,16 @@ def test_an_inner_tensor_that_is_made_later(place: Storage) -> None:
     assert content(fresh) == content(saved)
 
 
+def test_what_a_wrapper_has_computed_is_forgotten(place: Storage) -> None:
+    """An inner tensor that detach() drops is computed from the others: a module's is of no use after a load."""
+    module, again = model(lambda: blocks(1)), model(lambda: blocks(2))
+    again.weight.maximum = torch.tensor(7.0)
+    shardckpt.save(place, {"m": module})
+    shardckpt.load(place, {"m": again})
+    assert again.weight.maximum is None
+    assert content(again.weight) == content(module.weight)
+
+
 @pytest.mark.parametrize(
     ("saved", "held", "message"),
     [
