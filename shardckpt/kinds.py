@@ -109,7 +109,10 @@ def _read_device(content: Any) -> Any:
     if not re.fullmatch(r"[a-z0-9_]+(:[0-9]+)?", _text(content)):
         raise ValueError("no device")
     torch = sys.modules.get("torch")
-    return torch.device(content) if torch is not None else content
+    try:
+        return torch.device(content) if torch is not None else content
+    except RuntimeError as error:
+        raise ValueError(f"torch has no such device: {error}") from error
 
 
 _BY_CLASS: dict[type, Kind] = {

@@ -168,7 +168,9 @@ def _replaced(value: Any, tensor: Callable[[str], _Placeholder]) -> Any:
     if isinstance(value, set | frozenset):
         return set(map(_hashable, value))
     plain = _plain(value)
-    return list(plain) if isinstance(plain, tuple) and not isinstance(value, torch.Size) else plain
+    return (
+        list(plain) if isinstance(plain, tuple) and not isinstance(value, torch.Size | EnumRef) else plain
+    )
 
 
 def _hashable(value: Any) -> Any:
