@@ -32,6 +32,7 @@ from shardckpt.errors import (
     StorageError,
     UnknownVersionError,
 )
+from shardckpt.storage.url import protocol_of
 
 __all__ = ["exit_code", "main"]
 

@@ -44,8 +44,8 @@ def check(place: Place, manifest: Manifest, progress: Callable[[int, int], objec
     total = sum(read.nbytes for read in reads)
     for pack, group in groupby(reads, key=lambda read: read.pack):
         of_pack = list(group)
-        if not _is_whole(place, manifest, pack):
-            report.problems.append(_damage(place, manifest, of_pack))
+        if not _is_whole(place, manifest, pack) and (damage := _damage(place, manifest, of_pack)):
+            report.problems.append(damage)
             report.nbytes += sum(read.nbytes for read in of_pack)
             progress(report.nbytes, total)
             continue

@@ -252,6 +252,41 @@ def test_options_that_only_this_process_can_have(
     assert shardckpt.load(url, state_at(0), storage_options=moto_s3.options).step == 1
 
 
+def test_a_save_whose_credentials_have_expired_is_made_with_others(
+    moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which were written by whatever renews them: later saves find them, and the last one is tried again."""
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+
+    def renew(key: str) -> None:
+        file.write_text(f"[default]\naws_access_key_id={key}\naws_secret_access_key=s\n")
+
+    renew("one")
+    url = moto_s3.url()
+    stale: set[str] = set()
+    with faulty_proxy(moto_s3.endpoint) as proxy, saver_thread() as saver:
+        proxy.faults = lambda method, _path: (
+            "expired" if method == "PUT" and proxy.keys[-1] in stale else None
+        )
+        options = {"endpoint_url": proxy.endpoint, "transfer_deadline": 1}
+        checkpointer = Checkpointer(url, storage_options=options, snapshots=2)
+        save(checkpointer, 1)
+        stale.add("one")
+        with pytest.raises(SaveError, match="ExpiredToken"):
+            save(checkpointer, 2)
+        renew("two")
+        save(checkpointer, 3)
+        stale.add("two")
+        with pytest.raises(SaveError, match="ExpiredToken"):
+            save(checkpointer, 4)
+        renew("three")
+        with contextlib.suppress(SaveError):  # of step 4, as far as this process has heard
+            checkpointer.close()
+        assert saver.drain() == 0
+    assert shardckpt.load(url, state_at(0), storage_options=moto_s3.options).step == 4
+
+
 # -- waiting
 
 
