@@ -464,7 +464,7 @@ class Agent:
             self._teller.failed(verdict, round_)
         else:
             has_saver = self._backlog is not None
-            self._teller.concluded(round_, decision, self._history, has_saver=has_saver)
+            self._teller.concluded(round_, decision, has_saver=has_saver)
             self._recovery = None
         if round_.is_stuck:
             self._tell_what_is_left()

@@ -22,7 +22,7 @@ from launcher.journal import encodable
 from launcher.progress import Progress
 from launcher.wording import count, duration, spans
 
-__all__ = ["Paint", "Past", "RankStatus", "Saved", "Saving", "Status", "StatusBoard"]
+__all__ = ["Paint", "Past", "RankStatus", "Saved", "Saving", "Status", "StatusBoard", "finished_in_words"]
 
 Paint = Callable[[str, int], str]
 """Puts an ANSI style on a text, or leaves it as it is."""
@@ -173,6 +173,24 @@ class Status:
 
     def _saving_row(self) -> str:
         return ", ".join(f"{save.step} {save.tier} {_percent(save)}" for save in self.saving)
+
+
+def finished_in_words(board: StatusBoard, seconds: float, lost: float) -> str:
+    """One line about a job that has succeeded: how long it took, how far it got, what is saved, what was lost.
+
+    `lost` is the seconds from failures to the next step.
+    """
+    durable = {tier: saved.step for tier, saved in board.saved.items() if tier != "memory"}
+    parts = ["" if board.step is None else f"step {board.step}"]
+    if durable:
+        newest = max(durable.values())
+        where = " and ".join(tier for tier, step in durable.items() if step == newest)
+        parts.append(f"last checkpoint step {newest} ({where})")
+    if board.restarts:
+        cost = f", {lost:.1f} s lost" if lost else ""
+        parts.append(f"{count(board.restarts, 'restart')}{cost}")
+    told = "; ".join(filter(None, parts))
+    return f"finished in {duration(seconds)}" + (f": {told}" if told else "")
 
 
 def _by_progress(rank: RankStatus) -> tuple[int, float]:

@@ -40,7 +40,7 @@ from launcher.restart import Again, Decision, Finish, GiveUp, History
 from launcher.round import Phase, Round, Wish
 from launcher.run_dir import RankFiles, RunDir, as_typed
 from launcher.slots import Slots
-from launcher.status import Status, StatusBoard
+from launcher.status import Status, StatusBoard, finished_in_words
 from launcher.wording import count, name_ranks
 
 __all__ = ["Teller"]
@@ -86,6 +86,8 @@ class Teller:
         self._left_at: tuple[int | None, bool] = (None, False)  # step, and whether all saved there
         self._phases = _PHASES_ALONE if config.is_alone else _PHASES
         self._has_told_silence = False
+        self._began = time.monotonic()
+        self._lost = 0.0  # seconds, from failures to the next step of all ranks
         self._has_told_trust = False
         self._saver_halt: str | None = None
         self._progress_told: tuple[float, int | None] = (0.0, None)  # when, and which step
@@ -123,6 +125,9 @@ class Teller:
     def job_ended(self, exit_code: int, reason: str) -> None:
         self._board = self._board.in_phase("ended")
         self._journal.record("job_ended", exit_code=exit_code, reason=reason)
+        if exit_code == ExitCode.OK and not reason and self._board.round:
+            took = time.monotonic() - self._began
+            self._console.say(finished_in_words(self._board, took, self._lost), style=_BOLD)
 
     # -- the team
 
@@ -235,6 +240,7 @@ class Teller:
     def recovered(self, timeline: Mapping[str, float]) -> None:
         """Every rank has made a step again. Seconds since the failure, by what was done then."""
         self._journal.record("recovered", round=self._board.round, **timeline)
+        self._lost += timeline["first_step"]
         parts = ", ".join(f"{part.replace('_', ' ')} {seconds:.2f}" for part, seconds in timeline.items())
         self._console.say(f"recovered; seconds since the failure: {parts}", style=_DIM, level=Level.DEBUG)
         self._console.say(f"recovered in {timeline['first_step']:.1f} s", style=_DIM)
@@ -314,7 +320,7 @@ class Teller:
         self.sampled(progress, round_)
         self._record_progress(self._board.status(clock.now()))
 
-    def concluded(self, round_: Round, decision: Decision, history: History, *, has_saver: bool) -> None:
+    def concluded(self, round_: Round, decision: Decision, *, has_saver: bool) -> None:
         """A round is over in which nothing went wrong."""
         if round_.wishes and _have_all_drained(round_):
             self._journal.record("drained", step=round_.step)
@@ -330,8 +336,6 @@ class Teller:
             self._alarm(f"{round_.cut_off.reason}{again}")
         elif isinstance(decision, Finish) and decision.exit_code == ExitCode.PREEMPTED:
             self._left_at = (round_.step, _have_all_drained(round_))
-        elif isinstance(decision, Finish) and history.restarts:
-            self._console.say(f"finished after {count(history.restarts, 'restart')}", style=_BOLD)
         elif isinstance(decision, GiveUp):
             self._alarm(decision.reason)
         elif isinstance(decision, Again):

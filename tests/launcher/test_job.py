@@ -70,7 +70,8 @@ def test_all_ranks_run_and_finish(job: Job) -> None:
     assert done.code == 0
     assert sorted(done.out.splitlines()) == [f"[{rank}] hello {rank}" for rank in range(3)]
     assert done.err.splitlines()[0] == "launch: round 1: 3 workers, output in runs/train/logs/round-0001"
-    assert sorted(done.err.splitlines()[1:]) == ["[0] e", "[1] e", "[2] e"]
+    assert sorted(done.err.splitlines()[1:-1]) == ["[0] e", "[1] e", "[2] e"]
+    assert re.fullmatch(r"launch: finished in \d+ s", done.err.splitlines()[-1])
     assert not (job.path / "runs/train/verdicts.jsonl").exists()
 
 
@@ -95,7 +96,7 @@ def test_a_failure_begins_a_new_round(job: Job, options: list[str]) -> None:
     assert "ValueError: boom 2" in job.log(1, "err", number=2)
     assert re.search(r"rank 1 failed first, at [\d:.]+: ValueError: boom 1 \(exit code 1\)", done.err)
     assert "restarting in 0.5 s: 2 of at most 3 restarts" in done.err
-    assert done.err.splitlines()[-1] == "launch: finished after 2 restarts"
+    assert re.fullmatch(r"launch: finished in \d+ s: 2 restarts", done.err.splitlines()[-1])
     verdicts = (job.path / "runs/train/verdicts.jsonl").read_text().splitlines()
     assert [json.loads(line)["cause"] for line in verdicts] == [
         "ValueError: boom 1 (exit code 1)",

@@ -378,6 +378,7 @@ def test_a_real_job_that_is_piped(job: Job) -> None:
         "import time, launcher\nfor i in range(20): launcher.report(i); time.sleep(0.1)\nprint('end')"
     )
     done = job.run(script)
-    assert (done.out, done.err.count("\n")) == ("[0] end\n", 1)
+    assert (done.out, done.err.count("\n")) == ("[0] end\n", 2)
+    assert re.fullmatch(r"launch: finished in \d+ s: step 19", done.err.splitlines()[-1])
     assert job.run("--quiet", script).err == ""
     assert "launch: worker exited: rank 0, " in job.run("--log-level", "debug", script).err

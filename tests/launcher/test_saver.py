@@ -51,7 +51,8 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
 
 def test_a_job_that_does_not_ask_for_a_saver_has_none(job: Job) -> None:
     script = job.script(
-        "import os; print(os.environ['LAUNCH_SAVER']); 1 // int(os.environ['TORCHELASTIC_RESTART_COUNT'])"
+        "import os; print(os.environ['LAUNCH_SAVER']); "
+        "1 // (int(os.environ['TORCHELASTIC_RESTART_COUNT']) + int(os.environ['RANK']))"
     )
     assert job.run("--nproc=2", script).code == 0
     names = {job.log(rank, number=number).strip() for rank in range(2) for number in (1, 2)}
@@ -64,7 +65,7 @@ def test_a_job_that_does_not_ask_for_a_saver_has_none(job: Job) -> None:
 def test_what_a_saver_is_given(job: Job) -> None:
     """Two sockets, a log, a session of its own, and no signal that could end it before it ignores them."""
     done = job.run(job.script(FINISH), "{}")
-    assert (done.code, done.err.count("launch:")) == (0, 1)
+    assert (done.code, done.err.count("launch:")) == (0, 2)
     about = json.loads(saver_log(job).read_text())
     assert about["descriptors"] == sorted(about["given"])
     assert about["leads its session"]
@@ -76,10 +77,12 @@ def test_the_end_of_a_job_waits_for_what_is_not_durable(job: Job) -> None:
     order = {"now": [PERSISTING], "then": [PERSISTING, PERSISTED]}
     done = job.run(job.script(FINISH), json.dumps(order))
     assert done.code == 0
-    assert done.err.splitlines()[1:] == [
+    assert done.err.splitlines()[1:-1] == [
         "launch: persisting step 7: 1.2 of 2.0 MB (remote)",
         "launch: persisted step 7 to s3://bucket/run in 0.2 s",
     ]
+    end = done.err.splitlines()[-1]
+    assert re.fullmatch(r"launch: finished in \d+ s: last checkpoint step 7 \(remote\)", end)
 
 
 @pytest.mark.parametrize("victim", ["os.getpid()", "os.getppid()"], ids=["worker", "zygote"])
@@ -120,7 +123,7 @@ def test_kill_9_of_the_saver(job: Job) -> None:
     assert done.code == 0
     assert done.out == "[0] 2\n"
     said = done.err.splitlines()
-    assert len(said) == 2
+    assert len(said) == 3
     assert re.fullmatch(
         r"launch: the saver was lost: killed by SIGKILL \(.*\); the snapshots in memory are gone, and of "
         r"step 7: 1\.2 of 2\.0 MB \(remote\) what is missing; checkpoints that are committed are safe; "
@@ -358,7 +361,11 @@ def test_snapshots_outlive_a_worker_and_are_durable_at_the_end(job: Job) -> None
     assert checkpoints(job) == [2]
     assert re.fullmatch(
         r"launch: persisted step 2 to \S*/runs/train/checkpoints/\S+ in \d+\.\d s",
-        done.err.splitlines()[-1],
+        done.err.splitlines()[-2],
+    )
+    end = done.err.splitlines()[-1]
+    assert re.search(
+        r"finished in .*: step 2; last checkpoint step 2 \(local\); 1 restart(, \S+ s lost)?$", end
     )
 
 
