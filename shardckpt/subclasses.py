@@ -31,6 +31,8 @@ def expand(
     Raises UnsupportedValueError, which names the path, for a tensor without memory or of a type that the format
     lacks.
     """
+    if type(tensor) is torch.Tensor:  # most are
+        return TensorRef(path), [local_tensor(tensor, path, local=tensor, first_holder=first_holder)]
     return _expand(tensor, local_part(tensor), path, first_holder)
 
 

@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, init_device_mesh
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, ShardOrderEntry, TensorMeta
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -200,3 +202,53 @@ def test_names_that_collide_without_their_wrapper() -> None:
     mean.module.register_buffer("n_averaged", torch.zeros(()))
     with pytest.raises(UnsupportedValueError, match=r"state\['model'\].*'n_averaged'.*'module.n_averaged'"):
         flatten({"model": mean}, 0)
+
+
+class Interleaved(Shard):
+    """A placement of another library, which may mean another part than its base."""
+
+
+def _dtensor(placements: Any, local: torch.Tensor, **options: Any) -> DTensor:
+    mesh = init_device_mesh("cpu", (1,) * len(placements))
+    meta = TensorMeta(torch.Size((4, 2)), (2, 1), torch.float32)
+    return DTensor(local, DTensorSpec(mesh, placements, tensor_meta=meta, **options), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _dtensor((Partial(),), torch.ones(4, 2)), r"placement Partial\(sum\).*redistribute"),
+        (
+            lambda: _dtensor((Interleaved(0),), torch.ones(4, 2)),
+            "not a part of the tensor that is known here",
+        ),
+        (
+            lambda: _dtensor((Shard(0),), torch.ones(2, 4)),
+            r"part of shape \[4, 2\].*has the shape \[2, 4\]",
+        ),
+        (
+            lambda: _dtensor((Shard(0),), torch.ones(3, 2)),
+            r"part of shape \[4, 2\].*has the shape \[3, 2\]",
+        ),
+        (
+            lambda: _dtensor(
+                (Shard(0), Shard(0)),
+                torch.ones(4, 2),
+                shard_order=(ShardOrderEntry(0, (1, 0)),),
+                use_strided_shard_as_shard_order=False,
+            ),
+            r"explicit order .*\(1, 0\).*redistribute",
+        ),
+    ],
+)
+def test_placements_that_say_too_little(make: Callable[[], DTensor], message: str) -> None:
+    """A DTensor whose part here is not known for sure is refused by path, and never stored in a wrong place."""
+    with pytest.raises(UnsupportedValueError, match=rf"state\['t/x'\] is a DTensor.*{message}"):
+        flatten({"t": {"x": make()}}, 0)
+
+
+def test_the_default_order_given_in_full() -> None:
+    """The order that placements have anyway is accepted, explicit or not."""
+    order = {"shard_order": (ShardOrderEntry(0, (0, 1)),), "use_strided_shard_as_shard_order": False}
+    (tensor,) = flatten({"x": _dtensor((Shard(0), Shard(0)), torch.ones(4, 2), **order)}, 0).tensors
+    assert tensor.pieces[0].box.shape == (4, 2)
