@@ -11,6 +11,8 @@ staged           step
 persisted        step, tier, url, seconds
 save_failed      step, tier, url, error
 failure          the verdict's
+saver_halted     pid, reason
+left_behind      processes
 hang             round, summary, directory
 drain_requested  reason, by
 drained          step
