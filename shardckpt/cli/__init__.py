@@ -192,11 +192,12 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def _storage_options(options: argparse.Namespace, url: str | None = None) -> dict[str, Any] | None:
     """What the storage at the URL gets to know from the command line."""
     named = options.url if url is None else url
-    is_local = "://" not in named or named.startswith(("file://", "local://"))
+    protocol = protocol_of(named)
+    is_local = protocol in ("", "file", "local")
     local = {"follow_links": True} if options.follow_links and is_local else None
     if not options.endpoint_url:
         return local
-    if named.startswith(("s3://", "s3a://")):
+    if protocol in ("s3", "s3a"):
         return {"endpoint_url": options.endpoint_url}
     if url is None:
         raise UsageError("--endpoint-url is for s3:// URLs")

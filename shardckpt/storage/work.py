@@ -96,8 +96,8 @@ class Work(Generic[T]):
         except CancelledError:
             raise StorageError("the call was interrupted") from None
         except TimeoutError:
-            if self.future.done():
-                raise
+            if self.future.done():  # by now, or with this very error
+                return self.future.result()
             self.cancel()
             raise OutOfReachError("the storage does not answer in time") from None
         except BaseException:
