@@ -80,7 +80,7 @@ def same(one: Any, other: Any) -> bool:
     return repr(one) == repr(other) or one == other
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_each_comes_back(value: Any, place: Storage) -> None:
     """With its type, where the state has nothing at its place, or a value of the same type, or of another one."""
     form = encode(value, "x")
@@ -155,7 +155,7 @@ class Settings(dict[str, Any]):
         (np.bool_(True), np.bool_(False)),
         (np.complex64(1j), np.complex64(0)),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_classes_come_from_the_state(saved: Any, held: Any, place: Storage) -> None:
     """A checkpoint has no classes: the live value at the place says which one it is."""
@@ -244,7 +244,7 @@ class Point:
         ...,
         NotImplemented,
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_a_clear_no(value: Any, place: Storage) -> None:
     """What has no form is refused by path, before anything is written."""
