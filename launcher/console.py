@@ -19,6 +19,7 @@ from typing import Any
 
 from launcher.config import Shown
 from launcher.logs import DirectoryWatch, Tail
+from launcher.repeats import Repeats
 from launcher.run_dir import RankFiles
 from launcher.terminal import LiveBlock, Sink
 
@@ -107,6 +108,7 @@ class Console:
         # Counts the orders that are not carried out.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._streams: list[_Stream] = []
+        self._repeats = Repeats()  # of the present round
         self._watch: DirectoryWatch | None = None
         self._logs = ""
         self._shown_at = float("-inf")  # when a status was printed last
@@ -224,6 +226,7 @@ class Console:
         return self._orders.get()
 
     def _open(self, order: _Follow) -> None:
+        self._repeats = Repeats()
         width = len(str(max(files.rank for files in order.files)))
         for files in order.files:
             for path, sink in ((files.out, self._out), (files.err, self._err)):
@@ -241,12 +244,15 @@ class Console:
         now = time.monotonic()
         for stream in self._streams:
             for lines in stream.tail.read():
-                self._print(stream, stream.not_shown(lines))
+                self._print(stream, self._sifted(stream, stream.not_shown(lines)))
             drawn = stream.tail.lines.drawn
             if drawn and drawn != stream.drawn and now - stream.drawn_at >= _REDRAW_SECONDS:
                 stream.drawn_at = now
                 stream.drawn = drawn
                 self._print(stream, [drawn])
+
+    def _sifted(self, stream: _Stream, lines: list[bytes]) -> list[bytes]:
+        return self._repeats.sift(stream.rank, lines) if stream.sink is self._err else lines
 
     def _print(self, stream: _Stream, lines: Sequence[bytes]) -> None:
         was_gone = stream.sink.is_gone
@@ -267,7 +273,9 @@ class Console:
 
     def _print_rest(self) -> None:
         for stream in self._streams:
-            self._print(stream, stream.not_shown(stream.tail.lines.flush()))
+            self._print(stream, self._sifted(stream, stream.not_shown(stream.tail.lines.flush())))
+            if stream.sink is self._err:
+                self._print(stream, self._repeats.release(stream.rank))
             stream.tail.close()
         self._streams = []
         if self._watch is not None:

@@ -57,6 +57,7 @@ LAYERS = {
                 "journal",
                 "terminal",
                 "companion",
+                "repeats",
                 "clock",
                 "slots",
                 "preemption",

@@ -1,0 +1,49 @@
+"""The same traceback of many ranks, shown once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+__all__ = ["Repeats"]
+
+_MARK = rb"^\[rank\d+\]: "  # torch writes it before each line of an uncaught exception
+_MOST = 100  # tracebacks that are remembered
+
+
+class Repeats:
+    """Passes on the lines that ranks write, but of a traceback that another rank has written before only that.
+
+    The lines of a traceback are held until its last one has come.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[bytes, ...], int] = {}  # tracebacks, and which rank wrote them first
+        self._held: dict[int, list[bytes]] = {}
+
+    def sift(self, rank: int, lines: Sequence[bytes]) -> list[bytes]:
+        """What is to be shown, now that `rank` has written `lines`."""
+        shown: list[bytes] = []
+        for line in lines:
+            plain = re.sub(_MARK, b"", line)
+            if rank in self._held:
+                self._held[rank].append(line)
+                if plain and not plain[:1].isspace():
+                    shown += self._end(rank)
+            elif plain.startswith((b"Traceback (most recent call last):", b'  File "')):
+                self._held[rank] = [line]
+            else:
+                shown.append(line)
+        return shown
+
+    def release(self, rank: int) -> list[bytes]:
+        """The lines of a traceback that `rank` did not finish."""
+        return self._held.pop(rank, [])
+
+    def _end(self, rank: int) -> list[bytes]:
+        lines = self._held.pop(rank)
+        block = tuple(re.sub(_MARK, b"", line) for line in lines)
+        first = self._seen.setdefault(block, rank)
+        if len(self._seen) > _MOST:
+            del self._seen[next(iter(self._seen))]
+        return lines if first == rank else [b"the same traceback as rank %d's: %s" % (first, block[-1])]
