@@ -70,7 +70,7 @@ class StateError(ShardckptError, ValueError):
 
 
 class UnsupportedValueError(StateError):
-    """The state holds something that cannot be stored as data (a function, a class, an object without state_dict)."""
+    """The state holds something that cannot be stored as data (a function, a class, a plain object)."""
 
 
 class RankMismatchError(StateError):
