@@ -11,6 +11,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -91,6 +92,15 @@ class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The box of each chunk in the tensor's coordinates, clipped to the array, in C order."""
         return self.box.cells(self.chunk)
 
+    def cell(self, number: int) -> Box:
+        """The box of one chunk, as `cells` has it, by its number."""
+        index = [int(i) for i in np.unravel_index(number, self.grid)] if self.shape else []
+        starts = [i * c for i, c in zip(index, self.chunk, strict=True)]
+        return Box(
+            tuple(o + i for o, i in zip(self.offset, starts, strict=True)),
+            tuple(min(c, n - i) for c, n, i in zip(self.chunk, self.shape, starts, strict=True)),
+        )
+
 
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor: global shape, element type, and the arrays that make it up.
@@ -130,7 +140,7 @@ class Chunks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crc32c: list[int]
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
     """One checkpoint. It exists if and only if this record does."""
 
     format: str = FORMAT
@@ -163,9 +173,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return sum(pack.size for pack in self.packs)
 
     def first_chunks(self) -> npt.NDArray[np.int64]:
-        """For each array of each tensor, the number of its first row in the chunk table."""
+        """For each array of each tensor, the number of its first row in the chunk table. Not to be changed."""
+        return self._first_chunks
+
+    @cached_property
+    def _first_chunks(self) -> npt.NDArray[np.int64]:
         counts = [math.prod(a.grid) for tensor in self.tensors for a in tensor.arrays]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+    @cached_property
+    def arrays(self) -> list[tuple[Tensor, Array]]:
+        """Every array of every tensor, with its tensor: as many as `first_chunks` tells of."""
+        return [(tensor, array) for tensor in self.tensors for array in tensor.arrays]
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

@@ -189,10 +189,8 @@ def describe(manifest: Manifest, row: int) -> str:
     """The chunk of this row in words: tensor, box, pack and place."""
     first = manifest.first_chunks()
     number = int(np.searchsorted(first, row, side="right")) - 1
-    tensor, array = next(
-        itertools.islice(((t, array) for t in manifest.tensors for array in t.arrays), number, None)
-    )
-    cell = next(itertools.islice(array.cells(), row - int(first[number]), None))
+    tensor, array = manifest.arrays[number]
+    cell = array.cell(row - int(first[number]))
     pack, offset = manifest.chunks.pack[row], manifest.chunks.offset[row]
     return (
         f"the chunk of {tensor.name!r} at {list(cell.offsets)}, shape {list(cell.shape)} "
