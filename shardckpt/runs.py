@@ -18,6 +18,7 @@ import msgspec
 
 from shardckpt import records
 from shardckpt.errors import CorruptError, FormatError, NotACheckpointError, StateError, StorageError
+from shardckpt.foreign import describe_other
 from shardckpt.manifest import FORMAT, MANIFEST, Manifest, Pack, attempt_and_step, decode_manifest
 from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.rereading import read_twice
@@ -119,16 +120,11 @@ def find_place(
     found = root.list()
     if MANIFEST in found:
         return exact  # which is no file; `read_manifest` says so
-    if not found:
-        what = "nothing is there"
-    elif any(_ATTEMPT.match(name) for name in found):
-        what = "it is a run, but no save in it was ever finished"
+    if any(_ATTEMPT.match(name) for name in found):
+        what = "it is a run, but no save in it was ever finished. `shardckpt ls RUN` lists what it has"
     else:
-        what = f"it has {', '.join(found[:4])}{' ...' if len(found) > 4 else ''}, but no {MANIFEST}"
-    raise NotACheckpointError(
-        f"{root.url} is neither a checkpoint nor a run with one: {what}. Check the URL; "
-        "`shardckpt ls RUN` lists a run's checkpoints."
-    )
+        what = describe_other(root.url, found, storage_options)
+    raise NotACheckpointError(f"{root.url} is neither a checkpoint nor a run with one: {what}.")
 
 
 def exact_place(

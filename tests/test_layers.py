@@ -28,7 +28,7 @@ LAYERS = {
         ],
         ["boundary", "box", "records", "values", "storage", "ranks", "zarr_dtypes"],
         ["manifest", "objects", "draining", "conform"],
-        ["plan", "reads", "zarr_view"],
+        ["plan", "reads", "zarr_view", "foreign"],
         ["runs", "local", "sharing"],
         ["packs", "subclasses"],
         ["memo", "fetch", "staging"],

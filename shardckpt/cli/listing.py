@@ -11,6 +11,7 @@ from typing import Any
 from shardckpt.cli.output import Column, age, print_json, print_table, size
 from shardckpt.errors import CheckpointError, FormatError, NotACheckpointError, UnknownVersionError
 from shardckpt.fetch import in_parallel
+from shardckpt.foreign import describe_other
 from shardckpt.manifest import MANIFEST, Pack, decode_head
 from shardckpt.runs import (
     BAD,
@@ -86,17 +87,13 @@ def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None)
     sizes = lru_cache(maxsize=None)(exact.root.sizes)
     if exact.path or MANIFEST in names:
         if not names:
-            raise NotACheckpointError(f"{exact.url}: nothing is there")
+            raise NotACheckpointError(f"{exact.url}: nothing is there. Check the URL.")
         return [_row(exact, sizes)]
     places = sorted(iter_places(exact.root), key=lambda place: place.order)
     if not places:
-        found = (
-            f"it has {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-            if names
-            else "nothing is there"
-        )
+        found = describe_other(exact.url, names, storage_options)
         raise NotACheckpointError(
-            f"{exact.url} is neither a run with checkpoints nor a checkpoint: {found}"
+            f"{exact.url} is neither a run with checkpoints nor a checkpoint: {found}."
         )
     rows = in_parallel(partial(_row, sizes=sizes), places)
     good = [number for number, row in enumerate(rows) if row.state == "good"]

@@ -157,7 +157,9 @@ class TestLs:
         if there == "a file":
             url.touch()
         code, out, err = call("ls", url)
-        found = "it has file" if there == "another folder" else "nothing is there"
+        kind = "it is a file of 0 bytes, of no kind that is known here"
+        kinds = {"another folder": "it has file, but no manifest.json", "a file": kind}
+        found = f"{kinds.get(there, 'nothing is there')}. Check the URL."
         assert (code, out) == (3, "")
         assert err == f"shardckpt: {url} is neither a run with checkpoints nor a checkpoint: {found}\n"
 
