@@ -18,10 +18,11 @@ from shardckpt.objects import (
     optimizer_parameters,
     state_of,
 )
+from shardckpt.overlaps import overlaps_itself
 from shardckpt.overrides import has_override, optimizer_loads_plainly
 from shardckpt.targets import TargetBuilder, mismatch
 from shardckpt.values import join
-from shardckpt.wrapped import storages
+from shardckpt.wrapped import local_part, storages
 
 __all__ = ["bind_optimizer", "with_layouts"]
 
@@ -125,14 +126,18 @@ def _made_state(
 ) -> Callable[[], Any]:
     """What makes a parameter's state: its own tensors filled where they fit, else new ones laid out like it.
 
-    A live tensor that shares the parameter's memory is never filled: the parameter has its own value.
+    A live tensor that shares the parameter's memory is never filled, as the parameter has its own value; nor is
+    one whose elements share theirs.
     """
     memory = storages(parameter)
     parts: dict[str, Callable[[], Any]] = {}
     for key, value in saved.items():
         held = live.get(key)
         place = join(path, key)
-        is_own = held is not None and not (isinstance(held, torch.Tensor) and storages(held) & memory)
+        is_own = held is not None and not (
+            isinstance(held, torch.Tensor)
+            and (storages(held) & memory or overlaps_itself(local_part(held)))
+        )
         if in_place and is_own and builder.fits(held, value, place):
             builder.fill(cast("torch.Tensor", held), place, value)
             parts[key] = partial(_same, held)

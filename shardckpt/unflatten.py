@@ -17,7 +17,7 @@ from shardckpt.objects import Stateful, is_sharded, iter_modules, parameter_name
 from shardckpt.optimizer_targets import bind_optimizer, with_layouts
 from shardckpt.state import PerRank, check_state, per_rank_path
 from shardckpt.targets import TargetBuilder, Targets, mismatch
-from shardckpt.values import PerRankRef, Record, decode, join
+from shardckpt.values import MAX_DEPTH, PerRankRef, Record, decode, join
 
 __all__ = ["bind"]
 
@@ -128,12 +128,14 @@ class _Walk:
         self._builder.finish(path, lambda: setattr(held, "value", holder["value"]))
 
 
-def _has_objects(held: Any) -> bool:
+def _has_objects(held: Any, depth: int = 0) -> bool:
     """Whether something in this container is to be loaded into, and not just replaced."""
+    if depth > MAX_DEPTH:  # it contains itself
+        return False
     if isinstance(held, Mapping):
-        return any(_has_objects(value) for value in held.values())
+        return any(_has_objects(value, depth + 1) for value in held.values())
     if isinstance(held, (list, tuple)):
-        return any(_has_objects(value) for value in held)
+        return any(_has_objects(value, depth + 1) for value in held)
     return isinstance(held, (torch.Tensor, PerRank)) or (
         isinstance(held, Stateful) and not isinstance(held, type)
     )

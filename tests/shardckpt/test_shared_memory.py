@@ -226,6 +226,19 @@ def test_tensors_stay_resizable(place: Storage) -> None:
         assert tensor.untyped_storage().resizable()
 
 
+def test_optimizer_state_that_cannot_be_filled_is_replaced(place: Storage) -> None:
+    """An expanded tensor is no target, but load_state_dict puts another one in its place."""
+    model = nn.Linear(3, 3, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    shardckpt.save(place, {"model": model, "optimizer": optimizer})
+    state = optimizer.state[model.weight]
+    wanted, state["momentum_buffer"] = state["momentum_buffer"], torch.zeros(()).expand(3, 3)
+    shardckpt.load(place, {"model": model, "optimizer": optimizer})
+    assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], wanted)
+
+
 def test_a_load_keeps_the_optimizer_s_tensors(place: Storage) -> None:
     """Live state stays in the very tensors that it was in."""
     model = nn.Linear(3, 3)
