@@ -97,7 +97,11 @@ def text(text: str) -> str:
 
 
 def storage_url(text: str) -> str:
-    """A local path or a URL. Not a URL that lacks a slash, which as a path would be a folder called "s3:"."""
+    """A local path or a URL of a run.
+
+    Not a URL that lacks a slash, which as a path would be a folder called "s3:"; nor a checkpoint's, into which the
+    job would write another run.
+    """
     if slip := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", text):
         meant = f"{slip[1]}://{text[slip.end() :]}"
         raise ValueError(
@@ -105,6 +109,8 @@ def storage_url(text: str) -> str:
         )
     if not text:
         raise ValueError("a folder or a URL")
+    if inside := re.match(r"(.+?)/+attempt-\d{4,}(-[0-9a-f]{8})?/+step-\d{8,}/*\Z", text, re.S):
+        raise ValueError(f"a run, not a checkpoint in it: give {inside[1]}")
     return text
 
 

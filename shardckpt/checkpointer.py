@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,16 +17,19 @@ from typing import Any, Self
 
 import msgspec
 
+from shardckpt.attempts import run_of
 from shardckpt.boundary import plain_errors
+from shardckpt.calls import Call, meet
+from shardckpt.claiming import RunClaim
 from shardckpt.draining import Drained, DrainWatch, Request, Scope
-from shardckpt.errors import SaveError, SaverError, StorageError
+from shardckpt.errors import SaveError, SaverError
 from shardckpt.handle import MEMORY
 from shardckpt.loading import Loaded
 from shardckpt.persisting import Destination, tier_of
 from shardckpt.progress import ProgressFile, now
 from shardckpt.ranks import Ranks, agree, current_ranks
+from shardckpt.recall import find_snapshots
 from shardckpt.restoring import Newest
-from shardckpt.runs import Claim, Place, attempt_number, claim_attempt, find_claim, step_path
 from shardckpt.saver.client import SaverClient, is_first_on_node
 from shardckpt.saver.wire import LINGER, Tier
 from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
@@ -38,6 +42,10 @@ _log = logging.getLogger("shardckpt")
 
 _SNAPSHOTS = 2
 _PROBE = 3.0  # seconds for a saver to answer before what must not be lost is entrusted to it
+_SETTLED_AT_ONCE = 4  # saves of which all ranks learn in one call, as many as fit into what that tells
+
+URL_TIMEOUT = 1800.0
+"""Seconds that `restore` waits for a run that is out of reach, if there is nothing else to go on from."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,25 @@ class _DurableTier:
         return self.every is None or step % self.every == 0
 
 
-@dataclass(frozen=True)
-class _Skipped:
-    """What a call of `step` was to save and did not: its arguments."""
+class _Unsaved:
+    """What the last call of `step` told and nothing has saved: its arguments.
 
-    step: int
-    state: dict[str, Any]
-    metrics: Mapping[str, float] | None
+    Where a Checkpointer ends without `close`, though no error is on its way, that is logged.
+    """
+
+    def __init__(self, owner: object, url: str, *, tells: bool) -> None:
+        self.arguments: tuple[int, dict[str, Any], Mapping[str, float] | None] | None = None
+        weakref.finalize(owner, self._remind, url, tells=tells)
+
+    def _remind(self, url: str, *, tells: bool) -> None:
+        if self.arguments is not None and self.arguments[0] and tells and not hasattr(sys, "last_value"):
+            _log.warning(
+                "step %d is not saved in %s: training has ended without Checkpointer.close, which saves the last "
+                "step; so does the end of `with Checkpointer(...)`",
+                self.arguments[0],
+                url,
+            )
+        self.arguments = None
 
 
 class _Failures:
@@ -93,6 +113,10 @@ class Checkpointer:
     A save is staged in the memory of the node's saver, a process that outlives the trainers, and goes from
     there to up to two durable tiers: `local`, a folder of this node, and `url`, the run. `restore` takes the
     newest that it finds, in any tier, and of several equal ones the nearest.
+
+    Only `restore` asks a storage for anything, or waits for one: what a storage says of a save comes back through
+    the save's handle. While it is out of reach, saves stay in memory, the newest in place of older ones, and are
+    written when it answers.
     """
 
     @plain_errors
@@ -108,6 +132,7 @@ class Checkpointer:
         snapshots: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
         commit_timeout: float = COMMIT_TIMEOUT,
+        url_timeout: float = URL_TIMEOUT,
     ) -> None:
         """Nothing is read or written yet.
 
@@ -115,7 +140,7 @@ class Checkpointer:
             url: the run: a folder, local or in object storage, and the same one on all nodes of the job. None:
                 what `launch` says, in LAUNCH_CKPT_URL.
             every_steps: `step` saves when the number of steps done is a multiple of it. None: only
-                `save` saves.
+                `save` saves, and `close` the last step.
             url_every_steps: of these saves, the ones that go to `url`: a multiple of `every_steps`. None: all.
                 A save that goes to no durable tier is a snapshot in memory; the last one of a job is
                 persisted when the trainers are gone.
@@ -129,9 +154,12 @@ class Checkpointer:
                 those that would go to no durable tier are left out.
                 None: SHARDCKPT_SNAPSHOTS in the environment, or else 2.
             storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
-            commit_timeout: seconds without any progress of another rank after which a save has failed.
+            commit_timeout: seconds without any progress of another rank after which a save has failed; or, in
+                a job that began while the storage was out of reach, without an answer of it.
+            url_timeout: seconds that `restore` waits for `url` if it is out of reach and no snapshot is in
+                memory.
 
-        Raises ValueError for an argument that makes no sense.
+        Raises ValueError for an argument that makes no sense, and for the URL of a checkpoint in a run.
         """
         if url is None:
             url = os.environ.get("LAUNCH_CKPT_URL")
@@ -147,6 +175,11 @@ class Checkpointer:
         if isinstance(held, bool) or held not in (0, 1, 2):
             raise ValueError(f"snapshots must be 0, 1 or 2; it is {held!r}")
         self._root = open_storage(url, storage_options)
+        if (run := run_of(self._root.url)) is not None:
+            raise ValueError(
+                f"{self._root.url} is a checkpoint in a run, and not the run: give {run}, of which the newest "
+                "checkpoint is resumed; to begin with this one, load it with shardckpt.load(url, state)"
+            )
         name = tier_of(self._root) if local is None else "remote"
         self._tiers = [_DurableTier(name, self._root, url_every_steps)]
         if local is not None:
@@ -157,19 +190,21 @@ class Checkpointer:
         self._every = every_steps
         self._keep = keep_last
         self._timeout = commit_timeout
+        self._patience = url_timeout
         sink: Sink = OwnThread(commit_timeout)
         self._saver: SaverSink | None = None
         if held and isinstance(url, str | os.PathLike):
             self._saver = self._saver_sink(held, dict(storage_options or {}))
             sink = self._saver or sink
         self._session = SaveSession(self._ranks, commit_timeout, sink)
-        self._attempt: str | None = None
+        self._claim: RunClaim | None = None
         self._is_prepared = False
         self._last: SaveHandle | None = None
         self._saves: list[SaveHandle] = []  # that may be under way, the same ones on every rank
         self._failures = _Failures()
-        self._skipped: _Skipped | None = None  # by the last call of `step`, if so on every rank
         self.url = self._root.url
+        self._unsaved = _Unsaved(self, self.url, tells=self._ranks.rank == 0)
+        self._is_told = every_steps is not None  # that `step` does not save
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
         self._progress = ProgressFile.of_worker()
@@ -183,9 +218,10 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            self._close(is_normal_end=True)
         else:  # without a goodbye to the saver: whoever trains on starts from what it has
+            self._unsaved.arguments = None
             self._answer_no_more()
 
     @plain_errors
@@ -196,14 +232,31 @@ class Checkpointer:
         had staged its part; the local tier; the run's URL. Returns None for a run without checkpoints. A
         checkpoint that fails verification is reported, marked as bad and passed over; if there is no good
         one, its CorruptError is raised rather than starting from nothing. Also makes the next attempt's folder
-        this job's own: call it once, before the first `step`. Where a rank does not see that folder, as on nodes
-        that share no `url`, StorageError is raised on all ranks; if there was no `restore`, by the first save.
+        this job's own: call it before the first `step`. Where a rank does not see that folder, as on nodes
+        that share no `url`, StorageError is raised on all ranks.
+
+        Where `url` is out of reach, a snapshot in memory is taken at once, and the folder is made when `url`
+        answers again; without a snapshot this waits for it, up to `url_timeout` seconds, and then raises
+        StorageError. Raises RunInUseError if another job is at work in the run, which takes some seconds to
+        find out, and NotACheckpointError if `url` is a checkpoint or an attempt's folder.
         """
         started = time.monotonic()
-        self._skipped = None
-        self._claim()
-        tiers = [(tier.name, tier.root) for tier in self._tiers]
-        newest = Newest(self.url, tiers, self._client(), self._ranks)
+        self._unsaved.arguments = None
+        meet(self._ranks, Call.RESTORE, 0)
+        self._check_one_node()
+        client = self._client()
+        claim = self._begin_attempt(is_restoring=True)
+        snapshots = find_snapshots(client, self._ranks)
+        is_reachable = claim.wait(self._patience, has_snapshot=bool(snapshots))
+        newest = Newest(
+            self.url,
+            [(tier.name, tier.root) for tier in self._tiers],
+            client,
+            snapshots,
+            self._ranks,
+            patience=self._patience,
+            is_reachable=is_reachable,
+        )
         loaded = newest.load(state, strict=strict, started=started)
         self._tell(restored=now())
         if loaded is not None:
@@ -219,33 +272,41 @@ class Checkpointer:
         The first call prepares: it plans, and gets memory in the background, so that no save has to.
 
         Returns the save's handle, or None if none was started: not now, or because those before take up all
-        the memory there is for saves, which is logged. A save that is left out so in the last call of all is
-        made good by `close`. Safe to change the state when it returns, if another call is to come; after the
+        the memory there is for saves, which is logged. The step of the last call of all is saved by `close`,
+        if nothing has saved it. Safe to change the state when it returns, if another call is to come; after the
         last one the state has to stay as it is until `close`. A save that fails in the background is logged, and
         raised by `wait`, or by `close` if no later save makes it good.
 
         Under `launch` this also tells how far training is, with `metrics["loss"]` if it is a number on the host;
         and where the launcher asks the job to leave, to be started again (a preemption, or ranks to be added or
         given up), all ranks save here after the same step and raise `Drained`, whatever `every_steps` says. They
-        have to call this equally often for that.
+        have to call this equally often for that. Raises RankMismatchError if ranks make different calls.
         """
-        self._skipped = None
         if self._progress is not None:
             self._progress.step(step, metrics.get("loss") if metrics else None)
         if self._drain is not None and (request := self._drain.poll()) is not None:
             raise self._leave(step, state, metrics, request)
+        self._unsaved.arguments = (step, state, metrics)
         if self._every is None:
+            self._tell_once(step)
             return None
         if not self._is_save_step(step):
             if not self._is_prepared:
+                meet(self._ranks, Call.FIRST_STEP, step)
                 self._session.prepare(state)
                 self._is_prepared = True
             return None
         tiers = self._due(step)
         if not tiers and not self._session.outlives_trainer:
             return None  # there is no memory that would keep it
-        if not self._settle() and self._saves:  # with none under way, memory is about to be there
-            self._skipped = _Skipped(step, state, metrics)
+        can_stage = self._settle(Call.STEP, step)
+        last = self._save_of(step)
+        if last is not None and not self._session.has_changed(state, metrics):
+            tiers = [tier for tier in tiers if tier.name not in last.tiers]
+            if not tiers:
+                self._unsaved.arguments = None
+                return last
+        if not can_stage and self._saves:  # with none under way, memory is about to be there
             if self._ranks.rank == 0:
                 _log.warning(
                     "no checkpoint at step %d: %s still being written; if it was the last step, it is saved "
@@ -262,18 +323,29 @@ class Checkpointer:
     ) -> SaveHandle:
         """Save now, whatever the step, to every tier. Collective. Waits for memory, if saves take it all up.
 
-        Where this step has just been saved, it goes only to the tiers that do not have it; if they all have, its
-        handle is returned. So a last save at the end of training needs no condition.
+        Where this very state has just been saved at this step, it goes only to the tiers that do not have it;
+        if they all have, its handle is returned. So a last save at the end of training needs no condition. No
+        checkpoint is ever overwritten: a state or metrics that differ from what was saved at this step, and a
+        step before the newest saved one, are saved in a new attempt of the run, which counts more.
+
+        Raises StateError, and RankMismatchError if ranks make different calls.
         """
-        self._skipped = None
+        self._is_told = True
+        return self._save(Call.SAVE, step, state, metrics)
+
+    def _save(
+        self, call: Call, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None
+    ) -> SaveHandle:
         last = self._save_of(step)
         if last is not None:
             last.join()
-        self._settle()
-        tiers = self._tiers if last is None else self._lacking(step)
-        if last is not None and not tiers:
-            return last
-        return self._start(step, state, metrics, tiers)
+        self._settle(call, step)
+        tiers: Sequence[_DurableTier] = self._tiers
+        if last is not None and not self._session.has_changed(state, metrics):
+            self._unsaved.arguments = None
+            failed = dict(zip(last.tiers, last.failures, strict=True))
+            tiers = [tier for tier in self._tiers if failed.get(tier.name, True)]
+        return self._start(step, state, metrics, tiers) if tiers or last is None else last
 
     @plain_errors
     def wait(self) -> None:
@@ -292,9 +364,9 @@ class Checkpointer:
     def close(self) -> None:
         """Wait until everything asked for is over, and be done. Call it when training ends; `with` does.
 
-        If the last call of `step` left out a save that was due, the state that was given to it is saved now,
-        which is collective: it must not have changed since. Not so after a `save` or `restore`, nor on the way
-        out of an error.
+        What the last call of `step` was given is saved now, if that call, or a `save` since, has not saved it.
+        This is collective, and the state must not have changed since. Not so after a `restore`, nor on the way
+        out of an error, which other ranks may not have.
 
         Raises what `save` raises about that state; and SaveError for a save that did not become durable, unless
         a later one did, in all tiers that it was to go to, or `wait` has told. Under `launch` that is logged
@@ -302,13 +374,18 @@ class Checkpointer:
         answers for the save, and `launch` ends with 74 if it does not become durable after all. What the saver
         cannot answer for, as for one that was lost with it, is raised.
         """
+        self._close(is_normal_end=sys.exc_info()[0] is None)
+
+    def _close(self, *, is_normal_end: bool) -> None:
         self._answer_no_more()
         if self._has_left:
             return  # without a goodbye to the saver, which has what the next round starts from
         try:
             try:
-                self._save_skipped()
+                if is_normal_end:
+                    self._save_last()
             finally:
+                self._unsaved.arguments = None
                 self._session.limit_silence(_silence_at_close())
                 self._finish_saves()
             self._tell_failures()
@@ -318,16 +395,28 @@ class Checkpointer:
             if self._progress is not None:
                 self._progress.over()
 
-    def _save_skipped(self) -> None:
-        """Start the save that the last call of `step` left out. Waits for memory, as `save` does."""
-        skipped, self._skipped = self._skipped, None
-        if skipped is None or sys.exc_info()[0] is not None:  # an error that other ranks may not have
+    def _save_last(self) -> None:
+        """Save what the last call of `step` was given, if nothing has. Waits for memory, as `save` does."""
+        if self._unsaved.arguments is None:
+            return
+        step, state, metrics = self._unsaved.arguments
+        if step == 0:  # nothing was trained, so nothing is lost
             return
         if self._ranks.rank == 0:
-            _log.info("step %d is saved at the end", skipped.step)
+            _log.info("step %d is saved at the end", step)
         self._session.probe(_PROBE)
-        self._settle()
-        self._start(skipped.step, skipped.state, skipped.metrics, self._due(skipped.step))
+        self._save(Call.CLOSE, step, state, metrics)
+
+    def _tell_once(self, step: int) -> None:
+        """Without a cadence a script may take `step` for what saves."""
+        if not self._is_told and self._ranks.rank == 0:
+            _log.warning(
+                "step %d is not saved, nor are those after it: every_steps is not given, so that "
+                "only `save` saves, and "
+                "`close` the last step",
+                step,
+            )
+        self._is_told = True
 
     def _finish_saves(self) -> None:
         """Wait for all saves under way, and note what became of them."""
@@ -368,6 +457,7 @@ class Checkpointer:
                 error,
             )
         self._has_left = True
+        self._unsaved.arguments = None
         if self._drain is not None:
             self._drain.close()
             self._drain = None
@@ -384,10 +474,12 @@ class Checkpointer:
         """
         self._session.prepare(state)  # after which all ranks know whether there is a saver
         handle = self._save_of(step)
+        if handle is not None and self._session.has_changed(state, metrics):
+            handle = None
         if scope is Scope.MEMORY and handle is None and self._session.outlives_trainer:
             handle = self._start(step, state, metrics, self._due(step))
         if handle is None or scope is Scope.DURABLE or not self._session.outlives_trainer:
-            handle = self.save(step, state, metrics)
+            handle = self._save(Call.SAVE, step, state, metrics)
         # Other nodes may go on at once without this one, and find only what is durable.
         is_alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         is_staging_enough = self._session.outlives_trainer and (is_alone or scope is Scope.MEMORY)
@@ -429,39 +521,56 @@ class Checkpointer:
         metrics: Mapping[str, float] | None,
         tiers: Sequence[_DurableTier],
     ) -> SaveHandle:
-        attempt = self._claim()
-        path = step_path(attempt, step)
+        """Start a save, in a new attempt if this one's checkpoints or their order would be in its way.
+        Collective."""
+        claim = self._claim
+        if claim is None:
+            self._check_one_node()
+        if claim is None or step < claim.newest_step or not self._is_free(step, tiers):
+            claim = self._begin_attempt()
+        self._unsaved.arguments = None
         handle = self._session.start(
-            path,
-            [Destination(tier.name, Place(tier.root, path), self._keep) for tier in tiers],
+            claim.path(step),
+            [Destination(tier.name, claim.place(tier.root, step), self._keep) for tier in tiers],
             state,
             step=step,
-            attempt=attempt_number(attempt),
+            attempt=claim.newest,
             metrics=metrics,
         )
+        claim.newest_step = step
         self._last = handle
         self._saves.append(handle)
         return handle
 
-    def _lacking(self, step: int) -> list[_DurableTier]:
-        """The tiers in which this attempt's `step` is no checkpoint, as rank 0, which commits, sees it."""
-        path = step_path(self._claim(), step)
-        lacks = [False] * len(self._tiers)
-        if self._ranks.rank == 0:
-            lacks = [not _is_there(Place(tier.root, path)) for tier in self._tiers]
-        return [
-            tier for tier, lacking in zip(self._tiers, self._ranks.maximum(lacks), strict=True) if lacking
-        ]
+    def _is_free(self, step: int, tiers: Sequence[_DurableTier]) -> bool:
+        """Whether this attempt's last save is in none of these tiers, or is of another step."""
+        last = self._save_of(step)
+        if last is None:
+            return True
+        failed = dict(zip(last.tiers, last.failures, strict=True))
+        return all(failed.get(tier.name, True) for tier in tiers)
 
-    def _settle(self) -> bool:
-        """Have all ranks know what became of the saves under way; whether all could stage another now."""
-        told = [not self._session.is_ready]
-        for save in self._saves:
+    def _begin_attempt(self, *, is_restoring: bool = False) -> RunClaim:
+        """A new attempt, which what is saved from now on is of. Collective; no storage is asked for anything."""
+        known = self._claim.newest if self._claim is not None else 0
+        if self._saver is not None:
+            known = max(known, self._saver.newest)
+        self._claim = RunClaim(self._root, self._ranks, self._session, known, is_restoring=is_restoring)
+        self._last = None
+        return self._claim
+
+    def _settle(self, call: Call, step: int) -> bool:
+        """Have all ranks know what became of the saves under way; whether all could stage another now.
+
+        Raises RankMismatchError if they make different calls.
+        """
+        told: list[int] = [not self._session.is_ready]
+        settled, left = self._saves[:_SETTLED_AT_ONCE], self._saves[_SETTLED_AT_ONCE:]
+        for save in settled:
             told += [save.busy, *save.failures]
-        outcomes = iter(self._ranks.maximum(told))
+        outcomes = iter(meet(self._ranks, call, step, told))
         not_ready = next(outcomes)
-        left = []
-        for save in self._saves:
+        for save in settled:
             busy, *failures = (bool(outcome) for outcome in islice(outcomes, 1 + len(save.tiers)))
             if busy:
                 left.append(save)
@@ -490,43 +599,6 @@ class Checkpointer:
             return None
         linger = _linger_from_environment()
         return SaverSink(self._root.url, tiers, snapshots, self._timeout, linger)
-
-    def _claim(self) -> str:
-        """The attempt of this job; rank 0 claims it the first time."""
-        if self._attempt is None:
-            self._check_one_node()
-            error: Exception | None = None
-            claim = b""
-            try:
-                if self._ranks.rank == 0:
-                    claim = msgspec.msgpack.encode(claim_attempt(self._root))
-            except Exception as failure:
-                error = failure
-            agree(self._ranks, error)
-            claimed = msgspec.msgpack.decode(self._ranks.broadcast(claim), type=Claim)
-            self._check_one_place(claimed)
-            self._attempt = claimed.attempt
-        return self._attempt
-
-    def _check_one_place(self, claim: Claim) -> None:
-        """If ranks write to different places, there will never be a checkpoint. Raises the same on all ranks."""
-        if self._ranks.size == 1:
-            return
-        reason = ""
-        if self._ranks.rank != 0:
-            try:
-                find_claim(self._root, claim)
-            except Exception as error:
-                reason = f"on {socket.gethostname()} does not see it: {error}"
-        reasons = self._ranks.gather(reason.encode(errors="replace"))
-        blind = [rank for rank, told in enumerate(reasons) if told]
-        if blind:
-            raise StorageError(
-                f"not all ranks see the same run: rank 0 on {claim.host} has made {claim.url}, but rank "
-                f"{blind[0]} {reasons[blind[0]].decode()} ({len(blind)} of {self._ranks.size} ranks do not). "
-                "A run needs a URL that all nodes share: a folder of a network file system, or "
-                "s3://bucket/run. Give it to `launch` as --ckpt, or to Checkpointer."
-            )
 
     def _check_one_node(self) -> None:
         """What one node's disk has is no checkpoint if another's has the rest of it."""
@@ -584,14 +656,6 @@ def _are(steps: Sequence[int]) -> str:
     """`step 4 is`, `steps 4 and 8 are`."""
     *others, last = map(str, steps)
     return f"steps {', '.join(others)} and {last} are" if others else f"step {last} is"
-
-
-def _is_there(place: Place) -> bool:
-    """Whether a checkpoint is, as far as can be seen."""
-    try:
-        return place.is_committed()
-    except StorageError:
-        return False
 
 
 def _linger_from_environment() -> float:

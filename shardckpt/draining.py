@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 import msgspec
 
+from shardckpt.calls import Call, check, words
 from shardckpt.ranks import Ranks
 
 __all__ = ["DrainFile", "DrainWatch", "Drained", "Reason", "Request", "Scope", "steps_until_next"]
@@ -182,12 +183,13 @@ class DrainWatch:
         elapsed, self._checked = now - self._checked, now
         slowest = _INTERVAL  # microseconds per step, of any rank
         if self._outcome is not None:
-            scope, reason, slowest = self._outcome()
+            scope, reason, slowest, *_ = check(self._ranks, Call.NEXT_STEP, 0, self._outcome())
             if scope:
                 return Request(Scope(scope), _REASONS[reason])
         seen = self.file.read() or _NOTHING
         micros = int(elapsed / self._interval * 1e6)
-        self._outcome = self._ranks.start_maximum([seen.scope, _REASONS.index(seen.reason), micros])
+        told = words(self._ranks, Call.NEXT_STEP, 0, [seen.scope, _REASONS.index(seen.reason), micros])
+        self._outcome = self._ranks.start_maximum(told)
         self._interval = self._left = steps_until_next(self._interval, slowest)
         return None
 

@@ -14,6 +14,7 @@ from shardckpt.commit import wait_committed
 from shardckpt.errors import SaveError, SaverError, SaverSilentError
 from shardckpt.persisting import Destination
 from shardckpt.progress import alive, doing
+from shardckpt.runs import Place
 from shardckpt.saver.client import is_first_on_node
 
 __all__ = ["MEMORY", "FailureLog", "SaveHandle"]
@@ -70,7 +71,6 @@ class SaveHandle:
     ) -> None:
         self.step = step
         self.tiers = (MEMORY, *(destination.tier for destination in destinations))
-        self.url = destinations[-1].place.url if destinations else MEMORY
         self._id = save_id
         self._places = {destination.tier: destination.place for destination in destinations}
         self._timeout = commit_timeout
@@ -82,6 +82,19 @@ class SaveHandle:
     def __repr__(self) -> str:
         state = "failed" if self.failed else "under way" if self.busy else "committed"
         return f"SaveHandle({self.url!r}, step={self.step}, {state})"
+
+    @property
+    def url(self) -> str:
+        """See the class. The attempt's name in it may change until the save is durable, if it began without the
+        storage."""
+        with self._changed:
+            last = list(self._places.values())[-1:]
+        return last[0].url if last else MEMORY
+
+    def moved(self, tier: str, place: Place) -> None:
+        """Note where the save lies in a tier, now that this is known."""
+        with self._changed:
+            self._places[tier] = place
 
     @property
     def busy(self) -> bool:

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any
 
 from shardckpt.commit import Proposal, commit
+from shardckpt.errors import CheckpointExistsError
 from shardckpt.manifest import Manifest
 from shardckpt.retention import prune
 from shardckpt.runs import Place
 from shardckpt.storage import LocalStorage, Storage
 from shardckpt.writer import Placed, persist, report_failure
 
-__all__ = ["Destination", "StagedPack", "persist_save", "tier_of"]
+__all__ = ["Destination", "StagedPack", "check_free", "persist_save", "tier_of"]
 
 _log = logging.getLogger("shardckpt")
 
@@ -34,6 +35,16 @@ class Destination:
     tier: str
     place: Place
     keep_last: int | None = None
+
+
+def check_free(place: Place) -> None:
+    """Raise CheckpointExistsError if a checkpoint is there: writing would damage it."""
+    if place.is_committed():
+        raise CheckpointExistsError(
+            f"{place.url} has a checkpoint already, which is never overwritten. Save under another "
+            f"URL, or delete "
+            "that folder first."
+        )
 
 
 def tier_of(storage: Storage) -> str:
@@ -71,7 +82,8 @@ def persist_save(
 ) -> Manifest | None:
     """Make the packs durable; with a proposal (rank 0's) also commit the save, and prune. The manifest, if so.
 
-    What goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
+    Raises CheckpointExistsError, with nothing written, if a checkpoint is there.
+    What else goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
     Of the wait for other processes' parts, `commit` says when it ends, and what it has to do with `is_given_up`.
     `progress` is called with the bytes of all packs that the storage has taken so far, from several threads.
     """
@@ -100,6 +112,7 @@ def persist_save(
             raise
         pack.checksums = part.crc32c
 
+    check_free(place)
     started = time.monotonic()
     try:
         if len(packs) == 1:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,9 +14,15 @@ import torch
 import torch.distributed as dist
 
 from shardckpt import errors
+from shardckpt.errors import RankMismatchError
 from shardckpt.pages import writable
 
 __all__ = ["Alone", "Ranks", "TorchRanks", "agree", "current_ranks"]
+
+_log = logging.getLogger("shardckpt")
+
+_LATE = timedelta(seconds=10)
+_TO_TELL = 1.0  # seconds
 
 
 class Ranks(Protocol):
@@ -28,8 +37,11 @@ class Ranks(Protocol):
     def broadcast(self, data: bytes) -> bytes:
         """Rank 0's `data`, on every rank."""
 
-    def maximum(self, values: Sequence[int]) -> list[int]:
-        """The elementwise maximum over the ranks of equally many 64-bit integers."""
+    def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:
+        """The elementwise maximum over the ranks of equally many 64-bit integers.
+
+        `doing` is what a log line calls it, should other ranks be long in coming.
+        """
 
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """`maximum` in the background: returns at once. Call what it returns, once, to wait for the result.
@@ -61,7 +73,7 @@ class Alone:
         """See Ranks."""
         return data
 
-    def maximum(self, values: Sequence[int]) -> list[int]:
+    def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:  # noqa: ARG002
         """See Ranks."""
         return list(values)
 
@@ -84,6 +96,7 @@ class TorchRanks:
         self._group = group
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
+        self._calls = 0
 
     def gather(self, data: bytes) -> list[bytes]:
         """See Ranks."""
@@ -112,9 +125,52 @@ class TorchRanks:
             dist.broadcast(content, group=self._group, group_src=0)
         return content.numpy().tobytes()
 
-    def maximum(self, values: Sequence[int]) -> list[int]:
+    def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:
         """See Ranks."""
-        return self.start_maximum(values)()
+        tensor = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        if doing:
+            self._wait(work, doing)
+        work.wait()
+        return [int(value) for value in tensor.tolist()]
+
+    def _wait(self, work: Any, doing: str) -> None:
+        """Wait for the other ranks; where they are long in coming, tell which, and go on waiting."""
+        self._calls += 1
+        try:
+            work.wait(_LATE)
+        except RuntimeError as error:
+            if work.is_completed():  # so it is not for the others' being late
+                raise RankMismatchError(
+                    f"rank {self.rank} calls {doing}, and others are not there: {error}. A rank has ended, "
+                    "or is in another collective operation: all ranks of a job have to make the same calls of a "
+                    "Checkpointer, at the same steps"
+                ) from error
+        else:
+            return
+        missing = self._missing()
+        who = "other ranks" if not missing else f"rank {missing[0]}"
+        if len(missing) > 1:
+            who = f"ranks {', '.join(map(str, missing))}"
+        _log.warning(
+            "rank %d waits in %s, which all ranks have to call: for %s since %g s",
+            self.rank,
+            doing,
+            who,
+            _LATE.total_seconds(),
+        )
+
+    def _missing(self) -> list[int]:
+        """The ranks that do not wait where this one does, as far as the job's store tells."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            names = [f"shardckpt/{self._calls}/{rank}" for rank in range(self.size)]
+            store.set(names[self.rank], "waits")
+            time.sleep(_TO_TELL)  # so long it may take the others to tell it too
+            return [rank for rank, name in enumerate(names) if not store.check([name])]
+        except Exception as error:
+            _log.debug("it is not known which ranks are late: %s", error)
+            return []
 
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """See Ranks."""

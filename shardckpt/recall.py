@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -32,7 +33,11 @@ def find_snapshots(client: SaverClient | None, ranks: Ranks) -> list[Snapshot]:
     packs: dict[str, set[int]] = {}
     for data in told:
         for snapshot in msgspec.msgpack.decode(data, type=list[Snapshot]):
-            found[snapshot.id] = snapshot
+            known = found.setdefault(snapshot.id, snapshot)
+            if checkpoint_order(known.path) < checkpoint_order(
+                snapshot.path
+            ):  # another node knows better where
+                found[snapshot.id] = snapshot
             packs.setdefault(snapshot.id, set()).update(snapshot.ranks)
     whole = [snapshot for snapshot in found.values() if len(packs[snapshot.id]) == snapshot.world_size]
     return sorted(whole, key=lambda snapshot: checkpoint_order(snapshot.path), reverse=True)
@@ -59,6 +64,7 @@ def recall(
         return None
     plan = decode_plan(contents.plan)
     proposal = Proposal.decode(contents.proposal, plan)
+    proposal = replace(proposal, attempt=checkpoint_order(snapshot.path)[0])
     checksums = _by_row(plan, contents) if not has_no_checksums else [0] * len(plan.writer)
     values = [msgspec.json.decode(contents.values[rank]) for rank in range(snapshot.world_size)]
     packs = MemoryPacks(url, held.packs if held else {}, has_checksums=not has_no_checksums)

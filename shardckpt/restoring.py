@@ -15,6 +15,7 @@ from shardckpt.errors import (
     CorruptError,
     FormatError,
     NotACheckpointError,
+    OutOfReachError,
     StorageError,
     UnknownVersionError,
     finding,
@@ -22,16 +23,20 @@ from shardckpt.errors import (
 from shardckpt.garbage import no_garbage_collection
 from shardckpt.handle import MEMORY
 from shardckpt.loading import Loaded, load_place, load_source
-from shardckpt.ranks import Ranks, agree
-from shardckpt.recall import find_snapshots, recall
+from shardckpt.progress import alive
+from shardckpt.ranks import Ranks
+from shardckpt.recall import recall
 from shardckpt.runs import BAD, Place, checkpoint_order, iter_good
 from shardckpt.saver.client import SaverClient
 from shardckpt.saver.wire import Snapshot
 from shardckpt.storage import Storage
+from shardckpt.waiting import wait_together
 
 __all__ = ["Newest"]
 
 _log = logging.getLogger("shardckpt")
+
+_AGAIN = 2.0  # seconds between two tries of a storage that is out of reach
 
 
 class _Candidate(msgspec.Struct, frozen=True):
@@ -50,13 +55,28 @@ class Newest:
         url: the run's.
         tiers: the durable tiers, nearest first: what each is called, and its root.
         client: this node's saver, if there is one.
+        snapshots: those of the run in memory, the newest first.
         ranks: of the job that resumes.
+        patience: seconds to wait for the last tier, where it is out of reach.
+        is_reachable: whether the last tier is known to answer. If not, it is looked at last.
     """
 
     def __init__(
-        self, url: str, tiers: Sequence[tuple[str, Storage]], client: SaverClient | None, ranks: Ranks
+        self,
+        url: str,
+        tiers: Sequence[tuple[str, Storage]],
+        client: SaverClient | None,
+        snapshots: Sequence[Snapshot],
+        ranks: Ranks,
+        *,
+        patience: float,
+        is_reachable: bool,
     ) -> None:
         self._url = url
+        self._snapshots = snapshots
+        self._deadline = time.monotonic() + patience
+        self._is_reachable = is_reachable
+        self._is_told = False
         self._tiers = tiers
         self._client = client
         self._ranks = ranks
@@ -71,7 +91,7 @@ class Newest:
         failure: CheckpointError | StorageError | None = None
         for candidate in self._candidates():
             try:
-                loaded = self._load(candidate, state, strict=strict, started=started)
+                loaded = self._load_patiently(candidate, state, strict=strict, started=started)
             except UnknownVersionError:
                 raise  # going back silently would lose work
             except NotACheckpointError:
@@ -94,6 +114,27 @@ class Newest:
         if failure is not None:
             raise failure
         return None
+
+    def _load_patiently(
+        self, candidate: _Candidate, state: dict[str, Any], *, strict: bool, started: float
+    ) -> Loaded:
+        """Load a candidate, and wait if its storage is out of reach, which has nothing nearer."""
+        while True:
+            try:
+                return self._load(candidate, state, strict=strict, started=started)
+            except OutOfReachError as error:  # on all ranks
+                is_last = candidate.snapshot is None and candidate.tier == len(self._tiers) - 1
+                if not is_last or not any(self._ranks.maximum([time.monotonic() < self._deadline])):
+                    raise
+                self._tell_waiting(error)
+            alive()
+            time.sleep(_AGAIN)
+
+    def _tell_waiting(self, error: OutOfReachError) -> None:
+        if not self._is_told and self._ranks.rank == 0:
+            self._is_told = True
+            left = max(0.0, self._deadline - time.monotonic())
+            _log.warning("restore waits for %s, for up to %.0f s: %s", self._url, left, error)
 
     def _load(
         self, candidate: _Candidate, state: dict[str, Any], *, strict: bool, started: float
@@ -120,21 +161,15 @@ class Newest:
     def _candidates(self) -> Iterator[_Candidate]:
         """What may be resumed from, in order; the same on every rank.
 
-        Rank 0 looks, one at a time, and tells the others. Raises CorruptError if there are only checkpoints that
-        are marked as bad.
+        Rank 0 looks, one at a time, and tells the others, however long that takes. Raises CorruptError if
+        there are only checkpoints that are marked as bad.
         """
-        candidates = self._merged(find_snapshots(self._client, self._ranks))
+        candidates = self._merged(self._snapshots)
+        what = f"looking for a checkpoint in {self._url}"
         while True:
-            error: Exception | None = None
-            found: _Candidate | None = None
-            try:
-                if self._ranks.rank == 0:
-                    found = next(candidates, None)
-            except Exception as failure:
-                error = failure
-            agree(self._ranks, error)
-            told = self._ranks.broadcast(msgspec.msgpack.encode(found))
-            found = msgspec.msgpack.decode(told, type=_Candidate | None)
+            found = msgspec.convert(
+                wait_together(self._ranks, lambda: next(candidates, None), what), _Candidate | None
+            )
             if found is None:
                 return
             yield found
@@ -147,6 +182,8 @@ class Newest:
         failure: CorruptError | StorageError | None = None
         found = False
         empty = set(range(len(sources)))
+        later = set() if self._is_reachable else {len(sources) - 1}
+        empty -= later
         while True:
             for number in sorted(empty):
                 try:
@@ -162,6 +199,9 @@ class Newest:
                     continue
                 if head is not None:
                     heads[number] = head
+            if not heads and later:
+                empty, later = later, set()
+                continue
             if not heads:
                 break
             number = max(heads, key=lambda n: (checkpoint_order(heads[n].path), -n))
@@ -172,8 +212,20 @@ class Newest:
             raise failure
 
     def _durable(self, number: int) -> Iterator[_Candidate]:
-        for place in iter_good(self._tiers[number][1]):
-            yield _Candidate(place.path, number)
+        """A tier's checkpoints. Of the last tier, as long as there is time: it is waited for."""
+        seen: set[str] = set()
+        while True:
+            try:
+                for place in iter_good(self._tiers[number][1]):
+                    if place.path not in seen:
+                        seen.add(place.path)
+                        yield _Candidate(place.path, number)
+                return  # noqa: TRY300
+            except OutOfReachError as error:
+                if number < len(self._tiers) - 1 or time.monotonic() >= self._deadline:
+                    raise
+                self._tell_waiting(error)
+            time.sleep(_AGAIN)
 
     def _warn(self, text: str, error: Exception) -> None:
         if self._ranks.rank == 0:

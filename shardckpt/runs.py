@@ -6,35 +6,29 @@ import contextlib
 import os
 import posixpath
 import re
-import secrets
-import socket
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-import msgspec
-
 from shardckpt import records
-from shardckpt.errors import CorruptError, FormatError, NotACheckpointError, StateError, StorageError
+from shardckpt.errors import CorruptError, FormatError, NotACheckpointError, StateError
 from shardckpt.foreign import describe_other
-from shardckpt.manifest import FORMAT, MANIFEST, Manifest, Pack, attempt_and_step, decode_manifest
+from shardckpt.manifest import MANIFEST, Manifest, Pack, attempt_and_step, decode_manifest
 from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.rereading import read_twice
 
 __all__ = [
+    "ATTEMPT",
     "BAD",
     "FAILED",
-    "Claim",
     "Place",
     "Succession",
     "attempt_for",
     "attempt_number",
+    "attempts_in",
     "checkpoint_order",
-    "claim_attempt",
     "exact_place",
-    "find_claim",
     "find_place",
     "iter_good",
     "iter_places",
@@ -48,12 +42,11 @@ __all__ = [
 T = TypeVar("T")
 
 ATTEMPT = "attempt.json"
+"""In an attempt's folder: its claim to the number."""
 BAD = "bad.json"
 """Beside a manifest: a reader found that this checkpoint fails verification."""
 FAILED = "failed.json"
 """In a checkpoint's or a rank's folder: this save ended with an error, and will not be committed."""
-
-_SHOWN_WITHIN = 10.0  # seconds
 
 _ATTEMPT = re.compile(r"attempt-([0-9]+)(?:-[0-9a-f]+)?\Z")
 _STEP = re.compile(r"step-([0-9]+)\Z")
@@ -136,10 +129,14 @@ def exact_place(
     return Place(open_storage(url, storage_options))
 
 
+def attempts_in(names: Iterable[str]) -> list[str]:
+    """Those of these names that are attempts', the newest last."""
+    return sorted(filter(_ATTEMPT.match, names), key=lambda name: (attempt_number(name), name))
+
+
 def iter_places(root: Storage) -> Iterator[Place]:
     """Every step folder of the run at `root`, committed or not, the newest first."""
-    attempts = [name for name in root.list() if _ATTEMPT.match(name)]
-    for attempt in sorted(attempts, key=lambda name: (_number(_ATTEMPT, name), name), reverse=True):
+    for attempt in reversed(attempts_in(root.list())):
         steps = [name for name in root.list(attempt) if _STEP.match(name)]
         for step in sorted(steps, key=lambda name: _number(_STEP, name), reverse=True):
             yield Place(root, f"{attempt}/{step}")
@@ -242,64 +239,6 @@ def read_small(storage: Storage, path: str) -> dict[str, Any]:
         return records.decode_small(data, f"{storage.url}/{path}")
 
     return read_twice(storage, read)
-
-
-class Claim(msgspec.Struct, frozen=True):
-    """An attempt that is a job's own.
-
-    Attributes:
-        attempt: the name of its folder.
-        content: what its attempt.json says, as that of no other attempt does.
-        url: where that folder is, as who claimed it sees it.
-        host: where that is.
-    """
-
-    attempt: str
-    content: bytes
-    url: str
-    host: str
-
-
-def claim_attempt(root: Storage) -> Claim:
-    """Make the next attempt's folder this writer's own.
-
-    No other writer can have the same: the claim is a create-only put; where the storage cannot do
-    that, a random suffix keeps two attempts of one number apart.
-    """
-    suffix = "" if root.exclusive() else f"-{secrets.token_hex(4)}"
-    claim = {"format": FORMAT, "id": secrets.token_hex(16), "created": time.time()}
-    content = records.encode(claim)
-    number = max((_number(_ATTEMPT, name) for name in root.list() if _ATTEMPT.match(name)), default=0)
-    for candidate in range(number + 1, number + 1001):
-        name = f"attempt-{candidate:04d}{suffix}"
-        try:
-            root.create(f"{name}/{ATTEMPT}", content)
-        except FileExistsError:
-            continue
-        return Claim(name, content, root.at(name).url, socket.gethostname())
-    raise StorageError(f"{root.url}: a thousand attempts were claimed while this one tried to start")
-
-
-def find_claim(root: Storage, claim: Claim) -> None:
-    """Return once the claim, which another process has made, is to be seen at `root`.
-
-    Raises StorageError if it is not: this is another place, or the storage is out of reach. Network file systems
-    may show a new folder late, so that is found out only after some seconds.
-    """
-    path = f"{claim.attempt}/{ATTEMPT}"
-    pause, deadline = 0.01, time.monotonic() + _SHOWN_WITHIN
-    while True:
-        try:
-            if root.read(path) == claim.content:
-                return
-            found = "there is the one of another job"
-        except FileNotFoundError:
-            found = "there is none"
-        if time.monotonic() >= deadline:
-            raise StorageError(f"{root.url}/{path}: {found}")
-        time.sleep(pause)
-        pause = min(2 * pause, 1.0)
-        root.list()  # by which a network file system's client looks again
 
 
 def step_path(attempt: str, step: int) -> str:

@@ -19,17 +19,17 @@ import msgspec
 
 from shardckpt.boundary import plain_errors
 from shardckpt.commit import Proposal
-from shardckpt.errors import CheckpointExistsError, RankMismatchError, SaverError, StateError
+from shardckpt.errors import RankMismatchError, SaverError, StateError
 from shardckpt.garbage import no_garbage_collection
 from shardckpt.handle import FailureLog, SaveHandle
 from shardckpt.memo import Memo
-from shardckpt.persisting import Destination, tier_of
+from shardckpt.persisting import Destination, check_free, tier_of
 from shardckpt.plan import Layout, SavePlan, plan_save
 from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.replicas import Replicas
 from shardckpt.runs import Place, attempt_for
 from shardckpt.saver.client import is_first_on_node
-from shardckpt.sinks import OwnThread, Save, Sink
+from shardckpt.sinks import JobAttempt, OwnThread, Save, Sink
 from shardckpt.staging import Copies
 from shardckpt.state import FlatState, flatten
 from shardckpt.storage import Storage, open_storage
@@ -51,6 +51,20 @@ class _Prepared:
     local_ranks: int
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What was saved last, beside its tensors, which are in the buffer that they were staged in."""
+
+    values: Any
+    per_rank: dict[str, Any]
+    metrics: dict[str, float | str]
+
+    def covers(self, flat: FlatState, metrics: dict[str, float | str]) -> bool:
+        """Whether nothing of these would be lost if they were not saved."""
+        is_same = (self.values, self.per_rank) == (flat.values, flat.per_rank)
+        return is_same and metrics.items() <= self.metrics.items()
+
+
 class SaveSession:
     """Saves of one process. Keeps the plan and the buffers from one save to the next."""
 
@@ -64,6 +78,10 @@ class SaveSession:
         self._failures = FailureLog()
         self._secret = ""
         self._count = 0
+        self._job: JobAttempt | None = None
+        self._name = ""  # of the attempt's folder, once it is known
+        self._substitute: OwnThread | None = None  # which claims, where there is no saver to do it
+        self._saved: _Saved | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -75,6 +93,55 @@ class SaveSession:
         """Whether what is staged is kept and seen to even if this process ends at once. The same on all ranks,
         once something was prepared."""
         return self._sink.outlives_trainer
+
+    def adopt(self, job: JobAttempt) -> None:
+        """Saves are of this attempt from now on; it is claimed in the background."""
+        self._job, self._name = job, ""
+        self._hand_over()
+
+    def learn(self, name: str) -> None:
+        """The attempt is claimed, and this is its folder's name."""
+        self._name = name
+        self._sink.learn(name)
+
+    def wait_claimed(self, patience: float, *, is_urgent: bool) -> str:
+        """The name of the attempt's folder; empty if it is not known after `patience` seconds.
+
+        `is_urgent`: also as soon as the storage has been found to be out of reach. Raises why it cannot be
+        claimed.
+        """
+        try:
+            return self._sink.wait_claimed(patience, is_urgent=is_urgent)
+        except SaverError as error:  # there is none, or it died: then this process claims
+            _log.debug("the saver does not claim: %s", error)
+        assert self._job is not None
+        if self._substitute is None:
+            self._substitute = OwnThread(self._timeout)
+            self._substitute.adopt(self._job)
+        return self._substitute.wait_claimed(patience, is_urgent=is_urgent)
+
+    def _hand_over(self) -> None:
+        """Tell the sink which attempt its saves are of."""
+        if self._job is None:
+            return
+        try:
+            self._sink.adopt(self._job)
+        except SaverError as error:  # which is told when something is to be saved
+            _log.debug("there is no saver yet: %s", error)
+        if self._name:
+            self._sink.learn(self._name)
+
+    def has_changed(self, state: dict[str, Any], metrics: Mapping[str, float] | None) -> bool:
+        """Whether anything would be lost on any rank if this were not saved beside what was saved last.
+        Collective.
+
+        Compares every byte. Raises what `start` raises about the state.
+        """
+        flat, numbers, _, copies = self._prepare(state, metrics)
+        known, staged = self._saved, self._sink.last_staged
+        is_same = known is not None and known.covers(flat, numbers)
+        is_same = is_same and staged is not None and staged.holds(copies)
+        return any(self._ranks.maximum([not is_same]))
 
     def start(
         self,
@@ -88,12 +155,13 @@ class SaveSession:
     ) -> SaveHandle:
         """Copy the state; it is seen to in the background. Collective: every rank calls it.
 
-        When it returns, the state may change. `path` is the checkpoint's below its run, the same in each of the
-        durable tiers that it goes to. Raises StateError or CheckpointExistsError, on all ranks, before anything
-        is written.
+        When it returns, the state may change. `path` is the checkpoint's below its run, by the name that its
+        attempt began with; empty for one that lies alone. No storage is asked for anything. Raises StateError,
+        on all ranks, before anything is written.
         """
         with no_garbage_collection():
-            flat, numbers, prepared, copies = self._prepare(state, metrics, destinations)
+            flat, numbers, prepared, copies = self._prepare(state, metrics)
+            self._saved = None
             self._count += 1
             save_id = f"{self._secret}-{self._count}"
             handle = SaveHandle(save_id, step, destinations, self._timeout, self._failures)
@@ -120,6 +188,7 @@ class SaveSession:
             except BaseException as error:
                 self._sink.abandon(save, error)
                 raise
+        self._saved = _Saved(flat.values, flat.per_rank, numbers)
         self._sink.submit(save, handle)
         return handle
 
@@ -128,7 +197,7 @@ class SaveSession:
 
         Raises what `start` raises about the state.
         """
-        self._prepare(state, None, ())
+        self._prepare(state, None)
 
     def probe(self, seconds: float) -> None:
         """Find out whether the saver still answers: the next save is not entrusted to one that does not."""
@@ -141,13 +210,15 @@ class SaveSession:
     def close(self) -> None:
         """No more saves will come."""
         self._memo.clear()
+        self._saved = None
         self._sink.close()
+        if self._substitute is not None:
+            self._substitute.close()
 
     def _prepare(
         self,
         state: dict[str, Any],
         metrics: Mapping[str, float] | None,
-        destinations: Sequence[Destination],
     ) -> tuple[FlatState, dict[str, float | str], _Prepared, Copies]:
         """Flatten, and plan if any rank's structure has changed; all ranks checked to agree."""
         error: Exception | None = None
@@ -158,9 +229,6 @@ class SaveSession:
             numbers = _checked_metrics(metrics)
             flat = flatten(state, self._ranks.rank, self._memo)
             layouts = self._memo.derived("layouts", flat.tensors, flat.layouts)
-            if self._ranks.rank == 0:
-                for destination in destinations:
-                    _check_free(destination.place)
         except Exception as failure:  # of the state's own objects, too
             error = failure
         values = crc32c.crc32c(msgspec.json.encode(flat.values))
@@ -214,6 +282,7 @@ class SaveSession:
                 )
             self._sink.close()
             self._sink = OwnThread(self._timeout)
+            self._hand_over()
             return self._prepare_sink(plan)
         sinks = self._ranks.gather(self._sink.id.encode())
         return sinks.count(sinks[rank])
@@ -230,14 +299,6 @@ class SaveSession:
                 )
 
 
-def _check_free(place: Place) -> None:
-    if place.is_committed():
-        raise CheckpointExistsError(
-            f"{place.url} has a checkpoint already, which is never overwritten. Save under "
-            "another URL, or delete that folder first."
-        )
-
-
 @plain_errors
 def save_async(
     url: str | os.PathLike[str] | Storage,
@@ -250,14 +311,11 @@ def save_async(
     """Save `state` as one checkpoint at `url`, in the background. Collective.
 
     When it returns, the state has been copied and may change; `handle.wait()` returns when the
-    checkpoint is durable. It is written by this process, whose end waits for it. Raises StateError or
-    CheckpointExistsError on all ranks, with nothing written.
+    checkpoint is durable. It is written by this process, whose end waits for it. The storage is not asked for
+    anything before: a checkpoint that is there already is left as it is, and `wait` raises SaveError. Raises
+    StateError on all ranks, with nothing written.
     """
-    session = SaveSession(current_ranks(), COMMIT_TIMEOUT)
-    storage = open_storage(url, storage_options)
-    attempt = attempt_for(storage.url, step) or 0
-    destination = Destination(tier_of(storage), Place(storage))
-    return session.start("", [destination], state, step=step, attempt=attempt, metrics=metrics)
+    return _start(open_storage(url, storage_options), current_ranks(), state, step, metrics)
 
 
 @plain_errors
@@ -271,9 +329,28 @@ def save(
 ) -> None:
     """Save `state` as one checkpoint at `url`; it is durable when this returns. Collective.
 
-    Raises what `save_async` raises, and SaveError if it did not become durable.
+    Raises StateError, or CheckpointExistsError if there is a checkpoint already, on all ranks and with nothing
+    written; SaveError if it did not become durable.
     """
-    save_async(url, state, step=step, metrics=metrics, storage_options=storage_options).wait()
+    ranks, storage = current_ranks(), open_storage(url, storage_options)
+    error: Exception | None = None
+    try:
+        if ranks.rank == 0:
+            check_free(Place(storage))
+    except Exception as failure:
+        error = failure
+    agree(ranks, error)
+    _start(storage, ranks, state, step, metrics).wait()
+
+
+def _start(
+    storage: Storage, ranks: Ranks, state: dict[str, Any], step: int, metrics: Mapping[str, float] | None
+) -> SaveHandle:
+    destination = Destination(tier_of(storage), Place(storage))
+    attempt = attempt_for(storage.url, step) or 0
+    return SaveSession(ranks, COMMIT_TIMEOUT).start(
+        "", [destination], state, step=step, attempt=attempt, metrics=metrics
+    )
 
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float | str]:

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from shardckpt.box import Box
-from shardckpt.local import LocalTensor, is_plain, torch_dtype
+from shardckpt.local import LocalTensor, flat_bytes, is_plain, torch_dtype
 from shardckpt.plan import ChunkWrite
 
 __all__ = ["Copies", "StagingBuffer", "chunk_view", "local_slices"]
 
 _PAGE = 4096
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class StagingBuffer:
@@ -67,6 +69,20 @@ class StagingBuffer:
                 torch._foreach_copy_(targets, [source for _, source in others], non_blocking=is_gpu)
                 if is_gpu:
                     torch.cuda.current_stream(device).synchronize()
+
+    def holds(self, copies: Copies) -> bool:
+        """Whether the live tensors have, in every byte, what was copied here last."""
+        base = self._bytes.data_ptr()
+        with self._lock, torch.no_grad():
+            for offset, address, nbytes in copies.plain:
+                if _memcmp(base + offset, address, nbytes):
+                    return False
+            for others in copies.others.values():
+                for write, source in others:
+                    live = flat_bytes(source.resolve_conj().resolve_neg().contiguous().cpu())
+                    if not torch.equal(live, flat_bytes(self._target(write).contiguous())):
+                        return False
+        return True
 
     def _target(self, write: ChunkWrite) -> torch.Tensor:
         """Where a chunk's elements go; what lies beyond its box is padding."""

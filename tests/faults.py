@@ -322,10 +322,12 @@ class SaverHost:
         self._process: Any = None
         self._watch: threading.Thread | None = None
         self._is_over = False
+        self._is_draining = False
 
     def start(self, death: Death | None = None) -> None:
         """Start a saver, which dies as told."""
         self.deaths = 0
+        self._is_draining = False
         self._launch(death)
         self._watch = threading.Thread(target=self._keep_one, daemon=True)
         self._watch.start()
@@ -338,6 +340,7 @@ class SaverHost:
         """Have the saver persist what is left and end. Its exit code."""
         assert self._control is not None
         assert self._watch is not None
+        self._is_draining = True
         self._control.shutdown(socket.SHUT_WR)
         self._watch.join(seconds)
         assert not self._watch.is_alive(), "the saver hangs"
@@ -362,7 +365,7 @@ class SaverHost:
     def _keep_one(self) -> None:
         while True:
             self._process.join()
-            if self._process.exitcode != -signal.SIGKILL or self._is_over:
+            if self._process.exitcode != -signal.SIGKILL or self._is_over or self._is_draining:
                 return
             self.deaths += 1
             self._launch(None)

@@ -101,7 +101,7 @@ class ThreadRanks:
     def broadcast(self, data: bytes) -> bytes:
         return bytes(self._exchange("broadcast", data)[0])
 
-    def maximum(self, values: Sequence[int]) -> list[int]:
+    def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:  # noqa: ARG002
         return [max(column) for column in zip(*self._exchange("maximum", list(values)), strict=True)]
 
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.saver.wire import Abandon, Attach, Begin, Hello, Plan, Request, Reserve, Stage
+from shardckpt.runs import attempt_number
+from shardckpt.saver.wire import Abandon, Attach, Begin, Hello, Plan, Request, Reserve, Stage, Start
 
 __all__ = ["RequestError", "check", "decode_values"]
 
@@ -41,6 +42,14 @@ def check(request: Request, tiers: Collection[str] | None) -> None:
             for tier in named:
                 _name(tier.name, "tier")
                 _within("keep_last", 1 if tier.keep_last is None else tier.keep_last, 1, 1 << 62)
+        case Start(attempt=attempt, name=name):
+            for text in (attempt.name, *([name] if name else [])):
+                if not attempt_number(text):
+                    raise RequestError(f"an attempt called {text[:80]!r}")
+            _name(attempt.id, "id")
+            _within("base", attempt.base, 0, 1 << 62)
+            if not known:
+                raise RequestError("an attempt, and no tier for it to be in")
         case Plan():
             _check_plan(request)
         case Reserve(size=size):

@@ -32,6 +32,7 @@ from shardckpt.saver.wire import (
     Begin,
     Bye,
     Channel,
+    Claimed,
     Contents,
     Detach,
     Find,
@@ -49,6 +50,7 @@ from shardckpt.saver.wire import (
     Reserved,
     Snapshot,
     Stage,
+    Start,
     Tier,
     Welcome,
     address_of,
@@ -128,6 +130,8 @@ class SaverClient:
         self._answers: queue.SimpleQueue[tuple[Any, list[int]]] = queue.SimpleQueue()
         self._waiting: dict[tuple[str, str], Callable[[Outcome], object]] = {}
         self._sending = threading.Lock()
+        self._claimed: dict[str, Claimed] = {}
+        self._on_claimed: Callable[[Claimed], object] = lambda _claimed: None
         named = os.environ.get("LAUNCH_SAVER")
         address = named or address_of(run)
         hello = Hello(run, list(tiers), snapshots, commit_timeout)
@@ -135,6 +139,8 @@ class SaverClient:
         self._pid = welcome.pid
         self.id = welcome.saver
         """Equal for two ranks only if they have the same saver."""
+        self.newest = welcome.newest
+        """The number of the run's newest attempt that the saver knew of when this trainer came."""
         threading.Thread(target=self._listen, name="shardckpt-saver", daemon=True).start()
 
     @property
@@ -164,6 +170,35 @@ class SaverClient:
             if is_silent:
                 self._give_up(seconds)
         return not self._is_lost
+
+    # -- the attempt
+
+    def start(self, start: Start, on_claimed: Callable[[Claimed], object]) -> None:
+        """Say which attempt the next saves are of. `on_claimed` is called, by another thread, with what the
+        saver tells of it."""
+        with self._changed:
+            self._on_claimed = on_claimed
+        self._send(start)
+
+    def wait_claimed(self, attempt: str, patience: float, *, is_urgent: bool) -> Claimed | None:
+        """What is known of this attempt, once that is where it is or why it is nowhere; None after `patience`
+        seconds.
+
+        `is_urgent`: also as soon as the storage has been found to be out of reach.
+        """
+
+        def is_known() -> bool:
+            told = self._claimed.get(attempt)
+            return self._is_lost or (
+                told is not None and bool(told.name or (told.error and (is_urgent or not told.is_passing)))
+            )
+
+        with self._changed:
+            if not self._changed.wait_for(is_known, patience):
+                return None
+            if attempt not in self._claimed:
+                raise self.loss
+            return self._claimed[attempt]
 
     # -- saving
 
@@ -318,6 +353,13 @@ class SaverClient:
                 done = self._waiting.pop((message.id, message.tier), None)
             if done is not None:
                 done(message)
+        elif isinstance(message, Claimed):
+            with self._changed:
+                if message.name or message.error:
+                    self._claimed[message.id] = message
+                tell = self._on_claimed
+                self._changed.notify_all()
+            tell(message)
         else:
             self._answers.put((message, descriptors))
 

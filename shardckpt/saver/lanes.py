@@ -7,9 +7,10 @@ import ctypes
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Lanes", "Progress", "Task", "lower_priority"]
 
@@ -26,10 +27,13 @@ class Progress:
 
     total: int = 0
     done: int = 0
+    moved: float = field(default_factory=time.monotonic)
+    """When that was last more than before."""
 
     def reach(self, nbytes: int) -> None:
         """Note how much is written. Safe from any thread."""
-        self.done = max(self.done, nbytes)
+        if nbytes > self.done:
+            self.done, self.moved = nbytes, time.monotonic()
 
 
 @dataclass(eq=False)
@@ -62,6 +66,12 @@ class Lanes:
             self._queues[task.tier] = deque([task])
         threading.Thread(target=self._work, args=(task.tier,), daemon=True).start()
 
+    def stalled(self, seconds: float) -> set[str]:
+        """The tiers whose storage has taken nothing for so long, although something is to be written."""
+        with self._lock:
+            first = [(tier, queue[0].progress) for tier, queue in self._queues.items() if queue]
+        return {tier for tier, progress in first if time.monotonic() - progress.moved > seconds}
+
     def under_way(self) -> list[Task]:
         """What is being done or waits."""
         with self._lock:
@@ -76,6 +86,7 @@ class Lanes:
                     return
                 task = queue[0]
             error = ""  # not the exception, whose traceback would hold on to the packs
+            task.progress.moved = time.monotonic()
             try:
                 task.work(task.progress)
             except BaseException as failure:

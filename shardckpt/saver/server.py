@@ -18,15 +18,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from shardckpt.commit import Proposal, wait_committed
-from shardckpt.errors import SupersededError
+from shardckpt.errors import OutOfReachError, SupersededError
+from shardckpt.keeper import Condition
+from shardckpt.lease import Terms
 from shardckpt.persisting import Destination, StagedPack, persist_save
-from shardckpt.runs import Place
+from shardckpt.runs import Place, checkpoint_order
+from shardckpt.saver.attempts import KeptAttempts
 from shardckpt.saver.checks import RequestError, check, decode_values
 from shardckpt.saver.lanes import Lanes, Progress, Task
 from shardckpt.saver.memory import Pressure, SnapshotMemory, map_buffer, rounded
@@ -41,6 +44,7 @@ from shardckpt.saver.wire import (
     Begin,
     Bye,
     Channel,
+    Claimed,
     Contents,
     Detach,
     Find,
@@ -57,6 +61,7 @@ from shardckpt.saver.wire import (
     Reserved,
     Snapshot,
     Stage,
+    Start,
     Tier,
     Welcome,
     encode,
@@ -74,6 +79,11 @@ _LAST_READS = 64  # of what a trainer has sent before its death, more than the k
 _MOST_REQUESTS = 1024  # for buffers
 _TELL_EVERY = 0.2  # seconds between two lines of progress
 _ACCEPT_AGAIN = 1.0  # seconds until connections are taken in again, once there were too many
+_END_TIMEOUT = 10.0  # seconds for a run's storage to take note that its job has ended
+_STALLED = (
+    10.0  # seconds without a byte that a storage has taken, after which what waits for it may be replaced
+)
+_LOOK_EVERY = 1.0  # seconds between two looks whether one does
 _GRACE = 5.0  # seconds for trainers to end once a drain was asked for
 _FIRST = 30.0  # seconds for the first trainer to come
 _LOST = "a rank ended before it had staged its part"
@@ -98,6 +108,8 @@ class _Client(Trainer):
     """Buffers that it is to do without, if it can."""
     begun: Begin | None = None
     """The part that it is writing."""
+    attempt: str = ""
+    """Which its saves are of, by the name that it began with."""
     has_left: bool = False
 
 
@@ -119,6 +131,7 @@ class Saver:
         linger: seconds that it waits for a restarted job. Not after all trainers said goodbye.
         opener: how to open a tier's URL.
         memory: makes the buffers.
+        terms: of the leases that it keeps.
     """
 
     def __init__(
@@ -129,6 +142,7 @@ class Saver:
         linger: float = LINGER,
         opener: Callable[[str, dict[str, Any] | None], Storage] = open_storage,
         memory: SnapshotMemory | None = None,
+        terms: Terms | None = None,
     ) -> None:
         self._listener = listener
         self._control = control
@@ -143,6 +157,7 @@ class Saver:
         self._id = secrets.token_hex(8)
         self._shelf = Shelf()
         self._lanes = Lanes()
+        self._attempts = KeptAttempts(is_job=control is not None, terms=terms)
         self._clients: set[_Client] = set()
         self._roots: dict[bytes, Storage] = {}
         self._opening = threading.Lock()
@@ -211,7 +226,8 @@ class Saver:
         if self._is_draining and not self._has_flushed:
             return max(0.0, self._drain_until - time.monotonic())
         if self._tasks:  # whose end wakes this thread
-            return None if self._control is None else _TELL_EVERY
+            waits = _LOOK_EVERY if self._clients else None
+            return waits if self._control is None else _TELL_EVERY
         if self._control is None and not self._clients:
             return max(0.0, self._empty_since + self._linger - time.monotonic())
         return None
@@ -271,6 +287,8 @@ class Saver:
         if self._has_flushed or (self._clients and time.monotonic() < self._drain_until):
             return
         self._has_flushed = True
+        for run in self._attempts.runs():
+            self._end_attempts(run)
         for run in {held.run for held in self._shelf.snapshots.values()}:
             self._persist_newest(run, again=True)
 
@@ -314,6 +332,7 @@ class Saver:
         """Hand out what buffers there are, and give up what nobody will ask for."""
         if self._shortages:
             self._relieve(may_give_up_newest=self._shortages > 1)
+        self._note_stalled()
         for client in self._clients:
             self._serve_requests(client)
             self._take_surplus(client)
@@ -324,6 +343,13 @@ class Saver:
         for run in self._finished:
             newest = self._shelf.newest(run)
             self._shelf.release(run, keep=newest if newest and self._lacking(newest) else None)
+
+    def _note_stalled(self) -> None:
+        """Note which snapshots wait for a storage that does not answer, so that newer ones may take their
+        place."""
+        stalled = self._lanes.stalled(_STALLED)
+        for held in self._shelf.snapshots.values():
+            held.is_stalled = bool(held.tasks and stalled & _client_of(held).tiers.keys())
 
     # -- clients
 
@@ -400,6 +426,8 @@ class Saver:
         if client.has_left and all(other.run != client.run for other in self._clients):
             self._finished.add(client.run)
             self._persist_newest(client.run, again=self._control is None)  # else the drain does that
+        if self._control is None and all(other.run != client.run for other in self._clients):
+            self._end_attempts(client.run)
         if not self._clients:
             self._empty_since = time.monotonic()
             self._may_linger = not client.has_left
@@ -441,7 +469,9 @@ class Saver:
                 client.commit_timeout = message.commit_timeout
                 self._finished.discard(client.run)
                 self._shelf.join(client)
-                self._send(client, Welcome(self._id, os.getpid()))
+                self._send(client, Welcome(self._id, os.getpid(), self._newest_attempt(client.run)))
+            case Start():
+                self._start_attempt(client, message)
             case Plan():
                 writes = list(map(Placed, message.row, message.offset, message.nbytes))
                 client.plan = PackPlan(message.number, writes, message.size, message.whole)
@@ -481,6 +511,67 @@ class Saver:
                 client.has_left = True
             case _:
                 raise EOFError(f"a trainer does not send {type(message).__name__}")
+
+    # -- attempts
+
+    def _newest_attempt(self, run: str) -> int:
+        """The number of the newest attempt of a run that is known here."""
+        held = [checkpoint_order(held.path)[0] for held in self._shelf.whole(run)]
+        return max([self._attempts.newest(run), *held])
+
+    def _start_attempt(self, client: _Client, start: Start) -> None:
+        client.attempt = start.attempt.name
+        run, root = client.run, list(client.tiers.values())[-1]
+
+        def is_wanted() -> bool:
+            return any(
+                other.run == run and other.attempt == start.attempt.name for other in list(self._clients)
+            )
+
+        def tell(condition: Condition) -> None:
+            self._later(lambda: self._tell_condition(run, start, condition))
+
+        condition = self._attempts.start(
+            run,
+            start.attempt,
+            claims=start.claims,
+            name=start.name,
+            opener=lambda: self._root(root),
+            tell=tell,
+            is_wanted=is_wanted,
+        )
+        if condition != Condition():
+            self._tell_condition(run, start, condition)
+
+    def _tell_condition(self, run: str, start: Start, condition: Condition) -> None:
+        """Tell an attempt's trainers how it stands."""
+        error = condition.error
+        claimed = Claimed(
+            start.attempt.id,
+            condition.name,
+            str(error) if error is not None else "",
+            type(error).__name__ if error is not None else "",
+            isinstance(error, OutOfReachError),
+            condition.notice,
+        )
+        if claimed.error or claimed.notice:
+            _log.info("%s: %s", start.attempt.name, claimed.error or claimed.notice)
+        for client in list(self._clients):
+            if client.run == run and client.attempt == start.attempt.name:
+                self._send(client, claimed)
+
+    def _end_attempts(self, run: str) -> None:
+        """A run's job has ended, which is told in the run; this process waits for that, but not for long."""
+        self._tasks += 1
+
+        def end() -> None:
+            self._attempts.end(run, _END_TIMEOUT)
+            self._later(done)
+
+        def done() -> None:
+            self._tasks -= 1
+
+        threading.Thread(target=end, daemon=True).start()
 
     # -- buffers
 
@@ -611,51 +702,70 @@ class Saver:
     def _persist(self, held: Held, tiers: Sequence[str]) -> None:
         """Have a snapshot persisted in these tiers."""
         client = _client_of(held)
+        held.is_replaced = held.is_at_risk and held.is_replaced
         packs = [_staged_pack(part) for part in held.parts.values()]
         for name in tiers:
-            tier = client.tiers[name]
             held.tasks += 1
             self._tasks += 1
-            self._lanes.submit(self._task(held, tier, packs, client.commit_timeout))
+            self._lanes.submit(self._task(held, list(client.tiers), client.tiers[name], packs))
 
-    def _task(self, held: Held, tier: Tier, packs: list[StagedPack], timeout: float) -> Task:
+    def _task(self, held: Held, tiers: list[str], tier: Tier, packs: list[StagedPack]) -> Task:
+        timeout = _client_of(held).commit_timeout
         url = f"{tier.url.rstrip('/')}/{held.path}"
+        path = ""  # in the run, once that is known
         started = time.monotonic()
         superseded = ""
 
-        def work(progress: Progress) -> None:
-            nonlocal superseded
-            place = Place(self._root(tier), held.path)
+        def is_replaced() -> bool:
+            return held.is_replaced
+
+        def is_given_up() -> bool:
+            return self._shelf.is_outdated(held)
+
+        def persist(progress: Progress) -> None:
+            nonlocal path, url
+            own = "" if tier.name == tiers[-1] else tier.name
+            path = self._attempts.wait_path(held.run, held.path, own, timeout, is_replaced)
+            place = Place(self._root(tier), path)
+            task.url = url = place.url
+            if not held.begin_reading():
+                raise SupersededError(f"a newer save has taken its place while {tier.url} took nothing")
             destination = Destination(tier.name, place, tier.keep_last)
-            proposal = _proposal(held)
+            proposal = _proposal(held, path)
             begun = time.monotonic()
-
-            def is_given_up() -> bool:
-                return self._shelf.is_outdated(held)
-
             try:
                 persist_save(destination, held.id, packs, proposal, timeout, progress.reach, is_given_up)
-                if proposal is None:  # the commit is another node's affair, and without it nothing is safe
-                    own_seconds = time.monotonic() - begun
-                    wait_committed(place, held.id, timeout, is_given_up, own_seconds=own_seconds)
+            finally:
+                held.end_reading()
+            if proposal is None:  # the commit is another node's affair, and without it nothing is safe
+                own_seconds = time.monotonic() - begun
+                wait_committed(place, held.id, timeout, is_given_up, own_seconds=own_seconds)
+
+        def work(progress: Progress) -> None:
+            nonlocal superseded
+            try:
+                persist(progress)
             except SupersededError as error:  # the job goes on without it, so nothing has failed
                 superseded = str(error)
-                _log.info("%s", superseded)
+                _log.info("%s: %s", url, superseded)
 
         def note(error: str) -> None:
             held.tasks -= 1
             self._tasks -= 1
             for pack in packs:
-                held.parts[pack.rank].checksums = pack.checksums
+                if pack.rank in held.parts:
+                    held.parts[pack.rank].checksums = pack.checksums
             if superseded:
                 self._tell(event="superseded", step=held.step, tier=tier.name, url=url)
-                self._tell_trainers(held, Outcome(held.id, tier.name, superseded))
+                self._tell_trainers(held, Outcome(held.id, tier.name, superseded, path))
+                if held.is_replaced and self._has_flushed:  # by a trainer that never came to write
+                    self._persist_newest(held.run, again=True)
             elif not error:
                 self._shelf.note_persisted(held, tier.name)
                 self._note_end(held, tier.name, is_durable=True)
                 seconds = time.monotonic() - started
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
-                self._tell_trainers(held, Outcome(held.id, tier.name))
+                self._tell_trainers(held, Outcome(held.id, tier.name, path=path))
             else:
                 again = tier.name in held.failed
                 self._tell(
@@ -663,12 +773,13 @@ class Saver:
                 )
                 held.failed.add(tier.name)
                 self._note_end(held, tier.name, is_durable=False)
-                self._tell_trainers(held, Outcome(held.id, tier.name, error))
+                self._tell_trainers(held, Outcome(held.id, tier.name, error, path))
 
         total = sum(len(pack.content) for pack in packs)
-        return Task(
+        task = Task(
             tier.name, held.step, url, work, lambda error: self._later(lambda: note(error)), Progress(total)
         )
+        return task
 
     def _note_end(self, held: Held, tier: str, *, is_durable: bool) -> None:
         known = self._ends.get((held.run, tier))
@@ -690,23 +801,33 @@ class Saver:
             self._tell_trainers(lost, Outcome(lost.id, name, reason))
 
         if lost.world_size > lost.local_ranks:
-            self._leave_word(tiers, lost.path, list(lost.parts), lost.id, reason)
+            self._leave_word(_client_of(lost), tiers, lost.path, list(lost.parts), lost.id, reason)
 
     def _report_unstaged(self, client: _Client, reason: str) -> None:
         """Tell whoever waits in the storage for the part that a trainer was writing."""
         begun, client.begun = client.begun, None
         if begun is not None:
             tiers = [tier for tier in client.tiers.values() if tier.name in begun.tiers]
-            self._leave_word(tiers, begun.path, [begun.rank], begun.id, reason)
+            self._leave_word(client, tiers, begun.path, [begun.rank], begun.id, reason)
 
     def _leave_word(
-        self, tiers: Sequence[Tier], path: str, ranks: list[int], save_id: str, reason: str
+        self,
+        client: _Client,
+        tiers: Sequence[Tier],
+        path: str,
+        ranks: list[int],
+        save_id: str,
+        reason: str,
     ) -> None:
         """Report in the storage that these ranks' parts will not come. This process does not end before that."""
+        run, timeout = client.run, client.commit_timeout
+        last = list(client.tiers)[-1]
 
         def report(tier: Tier) -> None:
+            own = "" if tier.name == last else tier.name
             try:
-                report_lost(self._root(tier).at(path), ranks, save_id, reason)
+                place = self._attempts.wait_path(run, path, own, timeout, lambda: False)
+                report_lost(self._root(tier).at(place), ranks, save_id, reason)
             except Exception as error:
                 _log.warning("nobody is told that a part of %s/%s will not come: %s", tier.url, path, error)
             finally:
@@ -726,7 +847,9 @@ class Saver:
     def _usable(self, run: str) -> list[Snapshot]:
         """The run's whole snapshots that no trainer may write into."""
         return [
-            Snapshot(held.id, held.path, held.step, held.world_size, sorted(held.parts))
+            Snapshot(
+                held.id, self._attempts.path(run, held.path), held.step, held.world_size, sorted(held.parts)
+            )
             for held in self._shelf.whole(run)
             if not held.is_at_risk
         ]
@@ -779,11 +902,12 @@ def _staged_pack(part: Part) -> StagedPack:
     )
 
 
-def _proposal(held: Held) -> Proposal | None:
-    """What rank 0 has said of the save, if it staged here."""
+def _proposal(held: Held, path: str) -> Proposal | None:
+    """What rank 0 has said of the save, if it staged here; `path` is where the save lies in its run."""
     if (part := held.parts.get(0)) is None:
         return None
-    return Proposal.decode(part.stage.proposal, part.plan.whole)
+    proposal = Proposal.decode(part.stage.proposal, part.plan.whole)
+    return replace(proposal, attempt=checkpoint_order(path)[0])
 
 
 def _contents(held: Held) -> Contents:

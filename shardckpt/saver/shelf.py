@@ -5,6 +5,8 @@
 - A snapshot is usable when each local rank has staged its part. It is never given up for a newer one that is
   not, unless it is durable already, nor while it is being persisted or read. So a slow tier that is at work on
   one snapshot does not keep later ones out of a fast one.
+- While a storage takes nothing, the newest saves are the ones to hold: what waits for it is given up for newer
+  ones, so that a crash in an outage costs no more steps than any other.
 - A snapshot that failed to become durable is held like any other: it can be restored from until newer ones
   take its place.
 - The buffers of trainers that died are orphans: they are granted to those that come after, which spares
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -120,6 +123,34 @@ class Held:
     failed: set[str] = field(default_factory=set)
     """Tiers in which it was tried, and failed."""
     readers: set[Trainer] = field(default_factory=set)
+    is_stalled: bool = False
+    """Whether it waits for a storage that takes nothing."""
+    is_replaced: bool = False
+    """Whether a trainer has been given its memory while it waited: it will not be persisted."""
+    _readings: int = 0
+    _deciding: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin_reading(self) -> bool:
+        """Its memory is about to be persisted. False if a trainer has it. Safe from any thread."""
+        with self._deciding:
+            self._readings += not self.is_replaced
+            return not self.is_replaced
+
+    def end_reading(self) -> None:
+        """Undo a `begin_reading` that was True."""
+        with self._deciding:
+            self._readings -= 1
+
+    def replace(self) -> bool:
+        """Let a trainer have its memory, even if it waits to be persisted. False if it is being read."""
+        with self._deciding:
+            self.is_replaced = self.tasks > 0 and not self._readings
+            return not self.tasks or self.is_replaced
+
+    @property
+    def may_be_replaced(self) -> bool:
+        """Whether its memory is not being read, and will not be soon."""
+        return self.is_idle or (self.is_stalled and not self.readers and not self._readings)
 
     @property
     def is_whole(self) -> bool:
@@ -201,6 +232,8 @@ class Shelf:
         if not fitting:
             return None
         buffer = min(fitting, key=lambda b: (b.snapshot.order if b.snapshot else (-1,), b.size, b.number))
+        if buffer.snapshot is not None and not buffer.snapshot.replace():
+            return None
         buffer.owner, buffer.is_granted = trainer, True
         return buffer
 
@@ -442,14 +475,20 @@ class Shelf:
     def _may_go(self, held: Held | None, trainer: Trainer) -> bool:
         """Whether a snapshot may be given up once this trainer begins its next save.
 
-        Of the newest one that is so if it is durable, and the trainer has nothing else to write into.
+        Of the newest one that is so if it is durable, or waits for a storage that takes nothing, and the
+        trainer has nothing else to write into.
         """
         if held is None:
             return True
         if trainer.snapshots > 1 and held is self.newest(held.run):
             has_other = any(buffer.is_granted for buffer in self.owned(trainer))
-            return held.is_idle and held.is_persisted and not has_other
-        return held.is_idle and held.is_whole
+            is_safe = held.is_persisted if held.is_idle else self._has_older(held)
+            return held.may_be_replaced and is_safe and not has_other
+        return held.is_whole and (held.may_be_replaced if trainer.snapshots > 1 else held.is_idle)
+
+    def _has_older(self, newest: Held) -> bool:
+        """Whether another snapshot can be restored from, should a trainer die while it writes over the newest."""
+        return any(held is not newest and not held.is_at_risk for held in self.whole(newest.run))
 
     def _granted(self, trainer: Trainer, number: int) -> Buffer:
         buffer = self.buffers.get(number)

@@ -18,6 +18,8 @@ from typing import Any
 
 import msgspec
 
+from shardckpt.attempts import Attempt
+
 __all__ = [
     "LINGER",
     "Abandon",
@@ -26,6 +28,7 @@ __all__ = [
     "Begin",
     "Bye",
     "Channel",
+    "Claimed",
     "Contents",
     "Detach",
     "Find",
@@ -43,6 +46,7 @@ __all__ = [
     "Reserved",
     "Snapshot",
     "Stage",
+    "Start",
     "Tier",
     "Welcome",
     "address_of",
@@ -93,6 +97,18 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     tiers: list[Tier]
     snapshots: int
     commit_timeout: float
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    """What this trainer saves from now on is of this attempt.
+
+    `claims`: this saver is to claim it -> Claimed, each time that something is known. `name`: it is claimed, and
+    this is its folder's name.
+    """
+
+    attempt: Attempt
+    claims: bool
+    name: str = ""
 
 
 class Plan(msgspec.Struct, tag=True, frozen=True):
@@ -187,14 +203,31 @@ class Bye(msgspec.Struct, tag=True, frozen=True):
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
-    """Who this saver is: equal for two ranks only if they share it."""
+    """Who this saver is: equal for two ranks only if they share it.
+
+    `newest` is the number of the newest attempt of the run that it knows of; 0 if it knows of none.
+    """
 
     saver: str
     pid: int = 0
+    newest: int = 0
 
 
 class Pong(msgspec.Struct, tag=True, frozen=True):
     """This saver answers."""
+
+
+class Claimed(msgspec.Struct, tag=True, frozen=True):
+    """How the attempt that this trainer has begun stands: the name of its folder, once it is claimed; why it
+    is not; or a notice for whoever looks after the job. `kind` is the error's class, and `is_passing` says
+    that the saver goes on trying."""
+
+    id: str
+    name: str = ""
+    error: str = ""
+    kind: str = ""
+    is_passing: bool = False
+    notice: str = ""
 
 
 class Reserved(msgspec.Struct, tag=True, frozen=True):
@@ -222,11 +255,15 @@ class Note(msgspec.Struct, tag=True, frozen=True):
 
 
 class Outcome(msgspec.Struct, tag=True, frozen=True):
-    """What became of a save in a tier. Without an error: it is staged in "memory", elsewhere committed."""
+    """What became of a save in a tier. Without an error: it is staged in "memory", elsewhere committed.
+
+    `path` is where that is in the run, if it was not known when the save began.
+    """
 
     id: str
     tier: str
     error: str = ""
+    path: str = ""
 
 
 class Found(msgspec.Struct, tag=True, frozen=True):
@@ -256,8 +293,22 @@ class Contents(msgspec.Struct, frozen=True):
     checksums: dict[int, list[int]] = {}
 
 
-Request = Hello | Plan | Reserve | Begin | Stage | Abandon | Find | Attach | Detach | GivenBack | Ping | Bye
-Answer = Welcome | Pong | Reserved | GiveBack | Note | Outcome | Found | Attached
+Request = (
+    Hello
+    | Start
+    | Plan
+    | Reserve
+    | Begin
+    | Stage
+    | Abandon
+    | Find
+    | Attach
+    | Detach
+    | GivenBack
+    | Ping
+    | Bye
+)
+Answer = Welcome | Claimed | Pong | Reserved | GiveBack | Note | Outcome | Found | Attached
 
 
 def encode(message: Request | Answer, descriptors: int = 0) -> bytes:

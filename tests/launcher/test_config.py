@@ -329,6 +329,10 @@ def test_unreadable_files(folder: Path, content: bytes | None) -> None:
             "did you mean file://x? (A folder of this name would be ./file:/x), fou",
         ),
         (["--ckpt=", "train.py"], "--ckpt: expected a folder or a URL, found ''"),
+        (
+            ["--ckpt", "s3://b/run/attempt-0002/step-00000050/", "train.py"],
+            "--ckpt: expected a run, not a checkpoint in it: give s3://b/run, found",
+        ),
         (["--log-level", "loud", "train.py"], "debug or info or warning or error, found 'loud'"),
         (["--metrics-port", "99999", "train.py"], "65535"),
         (["--master-port", "70000", "train.py"], "65535"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import re
+import shutil
 import socket
 import threading
 import time
@@ -19,11 +21,12 @@ import torch
 
 import shardckpt
 from launcher.progress import Progress, read_progress, report
-from shardckpt import records, runs
+from shardckpt import attempts, records
 from shardckpt.errors import (
     CheckpointExistsError,
     CorruptError,
     FormatError,
+    NotACheckpointError,
     SaveError,
     StateError,
     StorageError,
@@ -115,15 +118,17 @@ def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[
 
 
 def test_saves_every_so_many_steps(tmp_path: Path) -> None:
-    """`step` saves at the multiples of every_steps, not at 0, and keeps the newest keep_last."""
+    """`step` saves at the multiples of every_steps, not at 0, `close` the last step; the newest keep_last
+    stay."""
     with shardckpt.Checkpointer(tmp_path, every_steps=3, keep_last=2) as checkpointer:
         assert checkpointer.restore(state_at(0)) is None
         for step in range(11):
             handle = checkpointer.step(step, state_at(step))
             assert (handle is not None) == (step in (3, 6, 9))
             checkpointer.wait()
-    assert committed(open_storage(tmp_path)) == [9, 6]
-    assert restored(tmp_path) == 9
+        assert committed(open_storage(tmp_path)) == [9, 6]
+    assert committed(open_storage(tmp_path)) == [10, 9]
+    assert restored(tmp_path) == 10
 
 
 def test_saves_only_when_told(tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def _restore(checkpointer: shardckpt.Checkpointer) -> None:
     checkpointer.restore(state_at(4))
 
 
-@pytest.mark.parametrize(("then", "steps"), [(_step_on, [2]), (_save, [4, 2]), (_restore, [2])])
+@pytest.mark.parametrize(("then", "steps"), [(_step_on, [5, 2]), (_save, [4, 2]), (_restore, [2])])
 def test_a_step_that_was_skipped_and_not_the_last_is_not_saved(
     then: Callable[[shardckpt.Checkpointer], None], steps: list[int], slow: SlowStorage, tmp_path: Path
 ) -> None:
@@ -251,17 +256,24 @@ def test_save_waits_for_the_one_under_way(slow: SlowStorage, tmp_path: Path) -> 
         assert shardckpt.open(place.url).read("t")[0] == place.order[1]
 
 
-def test_a_step_is_saved_once(tmp_path: Path) -> None:
-    """A checkpoint is never overwritten: an earlier step again in one attempt is an error, as for save(url)."""
+def test_no_checkpoint_is_overwritten(tmp_path: Path) -> None:
+    """An earlier step again is saved in a new attempt, which counts more; a single checkpoint stays as it is."""
     checkpointer = saved(tmp_path, 1, 2)
-    with pytest.raises(CheckpointExistsError, match="has a checkpoint already"):
-        checkpointer.save(1, state_at(5))
+    checkpointer.save(1, state_at(5)).wait()
+    checkpointer.save(2, state_at(6)).wait()
     checkpointer.close()
-    assert restored(tmp_path) == 2
-    assert shardckpt.open(tmp_path / "attempt-0001/step-00000001").read("t")[0] == 1
+    for path, value in (("1/step-00000001", 1), ("1/step-00000002", 2), ("2/step-00000001", 5)):
+        assert shardckpt.open(tmp_path / f"attempt-000{path}").read("t")[0] == value
+    assert shardckpt.open(tmp_path).read("t")[0] == 6
     shardckpt.save(tmp_path / "one", state_at(1))
     with pytest.raises(CheckpointExistsError, match="has a checkpoint already"):
         shardckpt.save(tmp_path / "one", state_at(2))
+    handle = shardckpt.save_async(tmp_path / "one", state_at(2))
+    with pytest.raises(SaveError, match="has a checkpoint already") as error:
+        handle.wait()
+    assert isinstance(error.value.__cause__, CheckpointExistsError)
+    assert shardckpt.open(tmp_path / "one").read("t")[0] == 1
+    shardckpt.open(tmp_path / "one").verify()
 
 
 def test_metrics(tmp_path: Path) -> None:
@@ -515,23 +527,18 @@ class _Late(FaultyStorage):
         return data
 
 
-@pytest.mark.parametrize("how", ["restore", "step"])
 @pytest.mark.parametrize("other", ["empty", "of an earlier job"])
 def test_a_folder_that_is_another_one_on_each_node(
-    how: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing would ever be committed: all ranks raise the same, which says who does not see what."""
-    monkeypatch.setattr(runs, "_SHOWN_WITHIN", 0.05)
+    monkeypatch.setattr(attempts, "_SHOWN_WITHIN", 0.05)
     folders = [tmp_path / "a", tmp_path / "b", tmp_path / "a", tmp_path / "b"]
     if other != "empty":
         saved(folders[1], 1)
 
     def train(ranks: ThreadRanks) -> None:
-        checkpointer = Checkpoints(folders[ranks.rank], ranks, every_steps=1)
-        if how == "restore":
-            checkpointer.restore(state_at(0))
-        else:
-            checkpointer.step(1, state_at(1))
+        Checkpoints(folders[ranks.rank], ranks).restore(state_at(0))
 
     errors = outcomes(4, train)
     assert all(type(error) is StorageError for error in errors), errors
@@ -545,6 +552,23 @@ def test_a_folder_that_is_another_one_on_each_node(
         message,
     )
     assert all(error.__cause__ is None for error in errors)
+
+
+def test_a_folder_that_is_another_one_on_each_node_without_restore(tmp_path: Path) -> None:
+    """A step asks no storage, so the save's handle tells."""
+
+    def train(ranks: ThreadRanks) -> str:
+        folder = tmp_path / "ab"[ranks.rank]
+        checkpointer = Checkpoints(folder, ranks, every_steps=1, commit_timeout=0.3)
+        handle = checkpointer.step(1, state_at(1))
+        assert handle is not None
+        with pytest.raises(SaveError) as error:
+            handle.wait()
+        return str(error.value)
+
+    first, second = run_threads(2, train)
+    assert "rank 1 of 2 did not finish writing" in first
+    assert "its claim is not to be seen here for 0.3 s. A run needs a URL that all nodes share" in second
 
 
 def test_a_folder_that_is_out_of_reach_on_one_node(tmp_path: Path) -> None:
@@ -876,7 +900,7 @@ def test_ranks_that_find_different_errors_agree(tmp_path: Path) -> None:
 
 
 def _resume_and_save(rank: int, folder: Path, expected: int | None) -> list[Any]:
-    """One attempt of a job: restore, a few steps, the last of them not saved."""
+    """One attempt of a job: restore, and a few steps, the last of them saved at the end."""
     state = {"t": torch.zeros(6), "own": shardckpt.PerRank({"rank": rank, "seen": []})}
     with shardckpt.Checkpointer(folder, every_steps=2, keep_last=2) as checkpointer:
         loaded = checkpointer.restore(state)
@@ -895,13 +919,13 @@ def test_a_job_of_processes(tmp_path: Path) -> None:
     """Restarted with other numbers of processes: the run goes on from its newest checkpoint each time."""
     results = run_processes(2, _resume_and_save, tmp_path, None)
     assert [result[0] for result in results] == [5, 5]
-    results = run_processes(3, _resume_and_save, tmp_path, 4)
+    results = run_processes(3, _resume_and_save, tmp_path, 5)
     for rank, (step, tensor, own) in enumerate(results):
-        assert (step, tensor) == (9, [9.0] * 6)
-        assert own == {"rank": rank, "seen": [*(range(1, 10) if rank < 2 else range(5, 10))]}
-    ((step, tensor, _),) = run_processes(1, _resume_and_save, tmp_path, 8)
-    assert (step, tensor) == (13, [13.0] * 6)
-    assert committed(open_storage(tmp_path)) == [12, 10]
+        assert (step, tensor) == (10, [10.0] * 6)
+        assert own == {"rank": rank, "seen": [*(range(1, 11) if rank < 2 else range(6, 11))]}
+    ((step, tensor, _),) = run_processes(1, _resume_and_save, tmp_path, 10)
+    assert (step, tensor) == (15, [15.0] * 6)
+    assert committed(open_storage(tmp_path)) == [15, 14]
     assert shardckpt.open(tmp_path).metrics == {"loss": 0.0}
 
 
@@ -925,3 +949,96 @@ def test_a_step_that_is_saved_is_not_saved_again(tmp_path: Path) -> None:
     assert checkpointer.save(6, state_at(6)) is not handle
     checkpointer.close()
     assert committed(open_storage(tmp_path)) == [6, 5]
+
+
+# -- what must not be lost silently
+
+
+def test_metrics_of_a_step_that_is_saved_already(tmp_path: Path) -> None:
+    """A second save of a step is dropped only if it says nothing new, in its state and in its metrics."""
+    state = state_at(5)
+    with shardckpt.Checkpointer(tmp_path, every_steps=5) as checkpointer:
+        first = checkpointer.step(5, state, {"loss": 0.5})
+        assert first is not None
+        assert checkpointer.save(5, state, {"loss": 0.5}) is first
+        assert checkpointer.save(5, state) is first
+        second = checkpointer.save(5, state, {"loss": 0.5, "accuracy": 0.9})
+        assert second is not first
+        state["t"][50] += 1  # in one element
+        third = checkpointer.save(5, state, {"accuracy": 0.9})
+        assert third is not second
+        state["step"] = 6
+        assert checkpointer.step(5, state) is not third
+    found = {place.path: shardckpt.open(place.url) for place in iter_places(open_storage(tmp_path))}
+    assert [(path, at.metrics) for path, at in sorted(found.items())] == [
+        ("attempt-0001/step-00000005", {"loss": 0.5}),
+        ("attempt-0002/step-00000005", {"loss": 0.5, "accuracy": 0.9}),
+        ("attempt-0003/step-00000005", {"accuracy": 0.9}),
+        ("attempt-0004/step-00000005", {}),
+    ]
+    assert shardckpt.open(tmp_path).read("t")[50] == 6
+
+
+def test_without_a_cadence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`step` does not save, which is told once; the end of the block saves the last step."""
+    with shardckpt.Checkpointer(tmp_path) as checkpointer:
+        for step in range(1, 5):
+            assert checkpointer.step(step, state_at(step), {"loss": step}) is None
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "step 1 is not saved, nor are those after it: every_steps is not given, so that only `save` saves, and "
+        "`close` the last step"
+    ]
+    assert restored(tmp_path) == 4
+    assert shardckpt.open(tmp_path).metrics == {"loss": 4.0}
+
+
+def test_a_script_that_ends_with_sys_exit(tmp_path: Path) -> None:
+    """Without an error, that is an end like any other; with one, ranks may not agree on it."""
+    for code, steps in ((0, [3]), (None, [3]), (1, []), ("wrong", [])):
+        folder = tmp_path / f"run-{code}"
+        with pytest.raises(SystemExit), shardckpt.Checkpointer(folder, every_steps=2) as checkpointer:
+            checkpointer.step(3, state_at(3))
+            raise SystemExit(code)
+        assert committed(open_storage(folder)) == steps
+
+
+def test_nobody_closes_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is lost then is told."""
+    checkpointer = shardckpt.Checkpointer(tmp_path, every_steps=10)
+    checkpointer.step(7, state_at(7))
+    del checkpointer
+    gc.collect()
+    assert (
+        f"step 7 is not saved in {tmp_path}: training has ended without Checkpointer.close" in caplog.text
+    )
+
+
+def test_a_second_restore_begins_anew(tmp_path: Path) -> None:
+    """After a rollback, the steps that were done again are the ones to resume from."""
+    with shardckpt.Checkpointer(tmp_path, every_steps=1) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.step(step, state_at(step))
+            checkpointer.wait()
+        shutil.rmtree(tmp_path / "attempt-0001/step-00000003")  # which has diverged
+        assert checkpointer.restore(state_at(0)).step == 2  # type: ignore[union-attr]
+        checkpointer.step(3, state_at(33))
+    assert shardckpt.open(tmp_path).read("t")[0] == 33
+    assert len(list(tmp_path.glob("attempt-*"))) == 2
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_the_url_of_a_checkpoint(end: str, tmp_path: Path) -> None:
+    """Nothing is written into it: the run is named."""
+    saved(tmp_path, 1).close()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"is a checkpoint in a run, and not the run: give {tmp_path},"):
+        shardckpt.Checkpointer(f"{tmp_path}/attempt-0001/step-00000001{end}")
+    with pytest.raises(NotACheckpointError, match=rf"is an attempt of a run.* the run is {tmp_path}$"):
+        shardckpt.Checkpointer(f"{tmp_path}/attempt-0001{end}").restore(state_at(0))
+    handle = shardckpt.Checkpointer(f"{tmp_path}/attempt-0001{end}").save(2, state_at(2))
+    with pytest.raises(SaveError, match="is an attempt of a run"):
+        handle.wait()
+    assert sorted(tmp_path.rglob("*")) == before
+    shardckpt.save(tmp_path / "alone", state_at(1))
+    with pytest.raises(NotACheckpointError, match="is a checkpoint, and not a run"):
+        shardckpt.Checkpointer(tmp_path / "alone").restore(state_at(0))

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from shardckpt import commit as module
+from shardckpt.attempts import claim_attempt
 from shardckpt.commit import Proposal, commit, wait_committed
 from shardckpt.errors import SaveError, SaverError, StorageError, SupersededError
 from shardckpt.manifest import Manifest
 from shardckpt.plan import SavePlan, plan_save
 from shardckpt.ranks import Alone
-from shardckpt.runs import BAD, FAILED, Place, Succession, claim_attempt, iter_places, step_path, succession
+from shardckpt.runs import BAD, FAILED, Place, Succession, iter_places, step_path, succession
 from shardckpt.sinks import Save
 from shardckpt.staging import Copies, StagingBuffer
 from shardckpt.state import FlatState, flatten
@@ -69,7 +70,7 @@ class Waiting:
         self.refuses = False
         self._looked = threading.Semaphore(0)
         root = open_storage(run)
-        attempt = claim_attempt(root).attempt
+        attempt = claim_attempt(root)
         self.place = Place(HookedStorage(root, self._count), step_path(attempt, 1))
         flat = [flatten({f"w{rank}": torch.ones(10)}, rank) for rank in range(2)]
         self._flat: list[FlatState] = flat
@@ -197,7 +198,7 @@ def test_looks_are_rare(waiting: Waiting) -> None:
 
 def test_succession(tmp_path: Path) -> None:
     root = open_storage(tmp_path)
-    place = Place(root, step_path(claim_attempt(root).attempt, 7))
+    place = Place(root, step_path(claim_attempt(root), 7))
     assert succession(place) is Succession.NONE
     claim_attempt(root)
     assert succession(place) is Succession.CLAIMED

@@ -129,6 +129,7 @@ def die_and_go_on(job: Job, host: SaverHost, death: Death, *, is_restarted: bool
         checkpointer, _ = told[ranks.rank]
         checkpointer._ranks = checkpointer._session._ranks = ranks
         if is_restarted:
+            checkpointer._session.close()  # as the end of its process would, which keeps its lease if need be
             checkpointer = job.checkpointer(ranks)
             state = state_at(0, ranks.rank)
             loaded = checkpointer.restore(state)
@@ -141,8 +142,10 @@ def die_and_go_on(job: Job, host: SaverHost, death: Death, *, is_restarted: bool
 
     told = run_threads(job.size, first)
     died = host.deaths > 0 or any(is_lost(checkpointer) for checkpointer, _ in told)
-    if not died:  # nor is it to die later
-        assert host.drain() == 0
+    if not died:  # nor is it to die later, but for what it tells at its end
+        code = host.drain()
+        assert code in (0, -signal.SIGKILL)
+        died = code != 0
         host.start()
     for tier in job.tiers:
         check_tier(job.root(tier), max(durable.get(tier, 2) for _, durable in told), (2, 3, 4))
