@@ -32,6 +32,8 @@ from shardckpt.transfer import copy
 
 State = dict[str, Any]
 
+_EXHAUSTIVE = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
 
 def state_of(step: int) -> State:
     return {
@@ -94,7 +96,7 @@ def flips(data: bytes, most: int | None) -> Iterator[bytes]:
         yield bytes(flipped)
 
 
-@pytest.mark.parametrize("most", [150, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("most", [150, pytest.param(None, marks=_EXHAUSTIVE)], ids=["some", "all"])
 class TestFlips:
     """One flipped bit is found, or changes nothing."""
 
