@@ -99,8 +99,8 @@ def text(text: str) -> str:
 def storage_url(text: str) -> str:
     """A local path or a URL of a run.
 
-    Not a URL that lacks a slash, which as a path would be a folder called "s3:"; nor a checkpoint's, into which the
-    job would write another run.
+    Not a URL that lacks a slash, which as a path would be a folder called "s3:"; nor a checkpoint's, into which
+    the job would write another run.
     """
     if slip := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", text):
         meant = f"{slip[1]}://{text[slip.end() :]}"
