@@ -81,7 +81,7 @@ _TELL_EVERY = 0.2  # seconds between two lines of progress
 _ACCEPT_AGAIN = 1.0  # seconds until connections are taken in again, once there were too many
 _END_TIMEOUT = 10.0  # seconds for a run's storage to take note that its job has ended
 _STALLED = (
-    10.0  # seconds without a byte that a storage has taken, after which what waits for it may be replaced
+    10.0  # seconds in which a storage has taken nothing, after which what waits for it may be replaced
 )
 _LOOK_EVERY = 1.0  # seconds between two looks whether one does
 _GRACE = 5.0  # seconds for trainers to end once a drain was asked for

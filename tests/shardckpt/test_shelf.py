@@ -545,3 +545,75 @@ def test_a_long_history(seed: int, snapshots: int) -> None:
             history.act()
             history.check()
         history.settle()
+
+
+# -- a storage that takes nothing
+
+
+def stalled(held: Held, tasks: int = 1) -> None:
+    """It waits to be persisted, and nothing gets on."""
+    held.tasks, held.is_stalled = tasks, True
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_newest_saves_are_held_in_an_outage(ranks: int) -> None:
+    """What waits is given up for what is newer, though none of it is durable; one that is whole is always there."""
+    node = Node()
+    world = node.world(ranks, GIB)
+    for step in range(1, 10):
+        stalled(node.save(world, step))
+        node.serve()
+        assert node.steps == ([1] if step == 1 else [step])
+        assert not any(len(node.granted[trainer]) == 0 for trainer in world)
+
+
+def test_what_is_being_read_is_not_given_up() -> None:
+    """The one that a storage hangs in stays; the newest one that waits behind it goes for a newer one."""
+    node = Node()
+    world = node.world(1, GIB)
+    first = node.save(world, 1)
+    stalled(first)
+    assert first.begin_reading()
+    second = node.save(world, 2)
+    second.tasks = 1
+    node.serve()
+    assert node.granted[world[0]] == []
+    stalled(second)
+    node.serve()
+    assert second.is_replaced
+    assert not second.begin_reading()
+    stalled(node.save(world, 3))
+    node.serve()
+    assert node.steps == [1]
+    assert len(node.granted[world[0]]) == 1
+    first.end_reading()
+    node.die_all(world)
+    assert node.steps == [1, 3]
+
+
+def test_a_wait_that_is_over_is_no_wait() -> None:
+    """Where a persist begins just before a trainer is to have the memory, the trainer waits."""
+    node = Node()
+    world = node.world(1, GIB)
+    first = node.save(world, 1)
+    first.tasks = 1
+    second = node.save(world, 2)
+    second.tasks = 1
+    first.is_stalled = True
+    assert first.begin_reading()
+    node.serve()
+    assert node.granted[world[0]] == []
+    first.end_reading()
+    first.is_stalled, first.tasks = False, 0
+    node.serve()
+    assert len(node.granted[world[0]]) == 1
+
+
+def test_one_snapshot_is_not_given_up_in_an_outage() -> None:
+    """With room for one, a save waits for the one before."""
+    node = Node()
+    world = node.world(1, GIB, snapshots=1)
+    stalled(node.save(world, 1))
+    node.serve()
+    assert node.granted[world[0]] == []
+    assert node.steps == [1]
