@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,16 +30,17 @@ from shardckpt.ranks import Ranks, agree, current_ranks
 from shardckpt.recall import find_snapshots
 from shardckpt.restoring import Newest
 from shardckpt.saver.client import SaverClient, is_first_on_node
-from shardckpt.saver.wire import LINGER, Tier
+from shardckpt.saver.wire import Tier
 from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
+from shardckpt.settings import check_cadence, linger_from_environment, snapshots_from_environment
 from shardckpt.sinks import OwnThread, SaverSink, Sink
 from shardckpt.storage import Storage, open_storage
+from shardckpt.unsaved import Failures, Unsaved
 
 __all__ = ["Checkpointer"]
 
 _log = logging.getLogger("shardckpt")
 
-_SNAPSHOTS = 2
 _PROBE = 3.0  # seconds for a saver to answer before what must not be lost is entrusted to it
 _SETTLED_AT_ONCE = 4  # saves of which all ranks learn in one call, as many as fit into what that tells
 
@@ -58,50 +58,6 @@ class _DurableTier:
 
     def is_due(self, step: int) -> bool:
         return self.every is None or step % self.every == 0
-
-
-class _Unsaved:
-    """What the last call of `step` told and nothing has saved: its arguments.
-
-    Where a Checkpointer ends without `close`, though no error is on its way, that is logged.
-    """
-
-    def __init__(self, owner: object, url: str, *, tells: bool) -> None:
-        self.arguments: tuple[int, dict[str, Any], Mapping[str, float] | None] | None = None
-        weakref.finalize(owner, self._remind, url, tells=tells)
-
-    def _remind(self, url: str, *, tells: bool) -> None:
-        if self.arguments is not None and self.arguments[0] and tells and not hasattr(sys, "last_value"):
-            _log.warning(
-                "step %d is not saved in %s: training has ended without Checkpointer.close, which saves the last "
-                "step; so does the end of `with Checkpointer(...)`",
-                self.arguments[0],
-                url,
-            )
-        self.arguments = None
-
-
-class _Failures:
-    """The saves that failed since they were last told of.
-
-    Attributes:
-        first: the first of them.
-        standing: those that no later save has made good, by being durable wherever they were to be; of
-            several that were to go to the same tiers, the first.
-    """
-
-    def __init__(self) -> None:
-        self.first: SaveHandle | None = None
-        self.standing: list[SaveHandle] = []
-
-    def note(self, save: SaveHandle, *, failed: bool) -> None:
-        """Note what became of a save, which is later than those noted before."""
-        if not failed:
-            self.standing = [other for other in self.standing if not set(other.tiers) <= set(save.tiers)]
-            return
-        self.first = self.first or save
-        if all(other.tiers != save.tiers for other in self.standing):
-            self.standing.append(save)
 
 
 class Checkpointer:
@@ -168,10 +124,10 @@ class Checkpointer:
                     "Checkpointer needs a url: no url was given, and LAUNCH_CKPT_URL is not set, as it is "
                     "in a worker of `launch`"
                 )
-        _check_cadence(every_steps, url_every_steps, local_every_steps, keep_last)
+        check_cadence(every_steps, url_every_steps, local_every_steps, keep_last)
         if local is None and local_every_steps is not None:
             raise ValueError("local_every_steps needs local, the folder that these saves go to")
-        held = _snapshots_from_environment() if snapshots is None else snapshots
+        held = snapshots_from_environment() if snapshots is None else snapshots
         if isinstance(held, bool) or held not in (0, 1, 2):
             raise ValueError(f"snapshots must be 0, 1 or 2; it is {held!r}")
         self._root = open_storage(url, storage_options)
@@ -201,9 +157,9 @@ class Checkpointer:
         self._is_prepared = False
         self._last: SaveHandle | None = None
         self._saves: list[SaveHandle] = []  # that may be under way, the same ones on every rank
-        self._failures = _Failures()
+        self._failures = Failures()
         self.url = self._root.url
-        self._unsaved = _Unsaved(self, self.url, tells=self._ranks.rank == 0)
+        self._unsaved = Unsaved(self, self.url, tells=self._ranks.rank == 0)
         self._is_told = every_steps is not None  # that `step` does not save
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
@@ -356,7 +312,7 @@ class Checkpointer:
         if self._has_left:
             return
         self._finish_saves()
-        failures, self._failures = self._failures, _Failures()
+        failures, self._failures = self._failures, Failures()
         if failures.first is not None:
             failures.first.wait()
 
@@ -390,7 +346,7 @@ class Checkpointer:
                 self._finish_saves()
             self._tell_failures()
         finally:
-            self._failures = _Failures()
+            self._failures = Failures()
             self._session.close()
             if self._progress is not None:
                 self._progress.over()
@@ -597,7 +553,7 @@ class Checkpointer:
                 error,
             )
             return None
-        linger = _linger_from_environment()
+        linger = linger_from_environment()
         return SaverSink(self._root.url, tiers, snapshots, self._timeout, linger)
 
     def _check_one_node(self) -> None:
@@ -624,46 +580,10 @@ class Checkpointer:
             return None
 
 
-def _check_cadence(
-    every: int | None, url_every: int | None, local_every: int | None, keep_last: int | None
-) -> None:
-    numbers = {
-        "every_steps": every,
-        "url_every_steps": url_every,
-        "local_every_steps": local_every,
-        "keep_last": keep_last,
-    }
-    for name, number in numbers.items():
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} must be a whole number of 1 or more, or None; it is {number!r}")
-    for name in ("url_every_steps", "local_every_steps"):
-        number = numbers[name]
-        if number is not None and (every is None or number % every):
-            raise ValueError(
-                f"{name} must be a multiple of every_steps, which is {every!r}; it is {number!r}: these saves "
-                "are some of those"
-            )
-
-
-def _snapshots_from_environment() -> int:
-    text = os.environ.get("SHARDCKPT_SNAPSHOTS", str(_SNAPSHOTS))
-    if text not in ("0", "1", "2"):
-        raise ValueError(f"SHARDCKPT_SNAPSHOTS must be 0, 1 or 2; it is {text!r}")
-    return int(text)
-
-
 def _are(steps: Sequence[int]) -> str:
     """`step 4 is`, `steps 4 and 8 are`."""
     *others, last = map(str, steps)
     return f"steps {', '.join(others)} and {last} are" if others else f"step {last} is"
-
-
-def _linger_from_environment() -> float:
-    text = os.environ.get("SHARDCKPT_LINGER", str(LINGER))
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"SHARDCKPT_LINGER must be a number of seconds; it is {text!r}") from None
 
 
 def _silence_at_close() -> float:

@@ -47,8 +47,11 @@ class RunClaim:
         self, root: Storage, ranks: Ranks, session: SaveSession, newest: int, *, is_restoring: bool
     ) -> None:
         (base,) = ranks.maximum([newest])
-        begun = Attempt.begin(base, Holder.of_this_process(job_names(os.environ)))
-        self.attempt = msgspec.msgpack.decode(ranks.broadcast(msgspec.msgpack.encode(begun)), type=Attempt)
+        begun = b""
+        if ranks.rank == 0:
+            holder = Holder.of_this_process(job_names(os.environ))
+            begun = msgspec.msgpack.encode(Attempt.begin(base, holder))
+        self.attempt = msgspec.msgpack.decode(ranks.broadcast(begun), type=Attempt)
         self.newest_step = -1
         """The newest step that was saved."""
         self.name = ""

@@ -39,7 +39,7 @@ LAYERS = {
         ["persisting"],
         ["saver"],
         ["handle"],
-        ["sinks", "recall"],
+        ["sinks", "recall", "unsaved", "settings"],
         ["saving", "loading", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],
         ["restoring", "claiming", "export", "resharding"],
         ["checkpointer"],

@@ -557,7 +557,7 @@ def stalled(held: Held, tasks: int = 1) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_newest_saves_are_held_in_an_outage(ranks: int) -> None:
-    """What waits is given up for what is newer, though none of it is durable; one that is whole is always there."""
+    """What waits is given up for what is newer, though nothing is durable; one that is whole is always there."""
     node = Node()
     world = node.world(ranks, GIB)
     for step in range(1, 10):
