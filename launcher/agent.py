@@ -423,7 +423,7 @@ class Agent:
             deaths=deaths,
             ended=tuple(
                 (exit_.rank, exit_.code, epoch - (now - exit_.at))
-                for exit_ in round_.exits
+                for exit_ in round_.unasked_exits
                 if exit_ not in round_.failed_exits
             ),
             trouble=round_.trouble_in_words,

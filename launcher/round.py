@@ -141,16 +141,23 @@ class Round:
 
     @property
     def has_finished(self) -> bool:
-        """Whether every worker of this node returned 0."""
+        """Whether every worker of this node returned 0, and none of them because it was told to end."""
         return self._have_all_ended_with(0)
 
     @property
     def has_drained(self) -> bool:
-        """Whether every worker of this node returned 0, or saved and left."""
+        """Whether every worker of this node returned 0 so, or saved and left."""
         return self._have_all_ended_with(0, ExitCode.PREEMPTED)
 
     def _have_all_ended_with(self, *codes: int) -> bool:
-        return len(self.exits) == len(self.plan.slots) and all(exit_.code in codes for exit_ in self.exits)
+        """A handler of the worker's own may answer SIGTERM with 0: that is no end of its training."""
+        ended = [exit_ for exit_ in self.exits if exit_.code or exit_ in self.unasked_exits]
+        return len(ended) == len(self.plan.slots) and all(exit_.code in codes for exit_ in ended)
+
+    @property
+    def unasked_exits(self) -> tuple[WorkerExited, ...]:
+        """Of this node, before it told any worker to end."""
+        return self.exits[: self.exits_before_stop]
 
     @property
     def failed_exits(self) -> list[WorkerExited]:

@@ -478,6 +478,27 @@ def test_finishing_while_asked_to_drain_is_finishing() -> None:
     assert end(wish("leave"), exited(0), exited(1), RoundDrained(), told) == Finish(0)
 
 
+@pytest.mark.parametrize(
+    ("why", "decision"),
+    [
+        ([wish("leave", can_drain=False)], PREEMPTED),
+        ([wish("leave"), DeadlinePassed()], PREEMPTED),
+        ([wish("restart", can_drain=False)], Again(History(), "as asked for")),
+        ([Heard(0, {"kind": "hang"}), StacksTaken(("where",), "stacks")], GiveUp(ExitCode.HUNG, "")),
+    ],
+    ids=["told to leave", "too late", "a restart", "a hang"],
+)
+def test_workers_that_answer_sigterm_with_0_have_not_finished(why: list[Event], decision: Decision) -> None:
+    round_ = play(*why, exited(0), exited(1), RoundDrained())
+    assert not (round_.has_finished or round_.has_drained)
+    ended = end(*why, exited(0), exited(1), RoundDrained(), report(), limits=Limits(max_restarts=0))
+    match ended, decision:
+        case (GiveUp(exit_code=code), GiveUp(exit_code=expected)):
+            assert code == expected
+        case _:
+            assert ended == decision
+
+
 # -- slots
 
 
