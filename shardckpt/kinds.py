@@ -20,6 +20,11 @@ from typing import Any
 
 __all__ = ["KEY_KINDS", "Kind", "kind_of", "kinds"]
 
+_INT64 = 1 << 63
+_FRACTION = re.compile("-?[0-9]+(/[0-9]+)?")
+_DTYPE = re.compile("[a-z0-9_]+")
+_DEVICE = re.compile("[a-z0-9_]+(:[0-9]+)?")
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -50,9 +55,13 @@ def kinds(tag: str) -> Kind | None:
 def _integers(content: Any, count: int, *, optional: bool = False) -> tuple[Any, ...]:
     if not isinstance(content, list) or len(content) != count:
         raise TypeError(f"expected {count} numbers, found {content!r}")
-    if not all(type(n) is int or (optional and n is None) for n in content):
-        raise TypeError(f"expected integers, found {content!r}")
+    if not all(_is_int64(n) or (optional and n is None) for n in content):
+        raise TypeError(f"expected integers of 64 bits, found {content!r}")
     return tuple(content)
+
+
+def _is_int64(number: Any) -> bool:
+    return type(number) is int and -_INT64 <= number < _INT64
 
 
 def _text(content: Any) -> str:
@@ -67,14 +76,14 @@ def _read_bytes(content: Any) -> bytearray:
 
 def _write_slice(value: slice) -> list[int | None]:
     parts = [value.start, value.stop, value.step]
-    if not all(n is None or (type(n) is int and abs(n) < 1 << 63) for n in parts):
+    if not all(n is None or (type(n) is int and abs(n) < _INT64) for n in parts):
         raise ValueError("its ends are no integers")
     return parts
 
 
 def _write_range(value: range) -> list[int]:
     parts = [value.start, value.stop, value.step]
-    if not all(abs(n) < 1 << 63 for n in parts):
+    if not all(abs(n) < _INT64 for n in parts):
         raise ValueError("its ends do not fit 64 bits")
     return parts
 
@@ -95,18 +104,26 @@ def _read_size(content: Any) -> Any:
     return torch.Size(sizes) if torch is not None else sizes
 
 
+def _read_fraction(content: Any) -> Fraction:
+    if not _FRACTION.fullmatch(_text(content)):  # Fraction takes exponents, too, for powers of any size
+        raise ValueError("it is not a number, or two with / between them")
+    return Fraction(content)
+
+
 def _read_dtype(content: Any) -> Any:
     torch = sys.modules.get("torch")
+    if not _DTYPE.fullmatch(_text(content)):
+        raise ValueError("no type")
     if torch is None:
-        return f"torch.{_text(content)}"
-    found = getattr(torch, _text(content), None)
+        return f"torch.{content}"
+    found = vars(torch).get(content)  # getattr imports what is not there yet
     if not isinstance(found, torch.dtype):
         raise TypeError(f"torch {torch.__version__} has no type {content!r}")
     return found
 
 
 def _read_device(content: Any) -> Any:
-    if not re.fullmatch(r"[a-z0-9_]+(:[0-9]+)?", _text(content)):
+    if not _DEVICE.fullmatch(_text(content)):
         raise ValueError("no device")
     torch = sys.modules.get("torch")
     try:
@@ -129,7 +146,7 @@ _BY_CLASS: dict[type, Kind] = {
         lambda c: datetime.timedelta(*_integers(c, 3)),
     ),
     Decimal: Kind("$decimal", str, lambda c: Decimal(_text(c))),
-    Fraction: Kind("$fraction", str, lambda c: Fraction(_text(c))),
+    Fraction: Kind("$fraction", str, _read_fraction),
 }
 
 _BY_TAG: dict[str, Kind] = {

@@ -68,6 +68,9 @@ _KEY_TAGS = KEY_KINDS | {"$tuple", "$bytes", "$float", "$int", "$complex", "$fro
 
 _WRAPPER_KEYS = {"type", "dtype", "shape", "sharding", "context", "tensors"}
 
+_MOST_SPLITS = 64
+"""Of a sharded wrapper: one for each dimension of a mesh, which is a tensor."""
+
 _LONGEST_SHOWN = 2000
 _MOST_COLLIDING = 1024
 """Keys of one hash in a dict: with more, which only a forger finds, it would take quadratic time to fill."""
@@ -348,6 +351,7 @@ def _decode_tagged(tag: str, content: Any, level: int) -> Any:
                 name, member = _decode_items(_list(content), level + 1)
                 if not isinstance(name, str):
                     raise TypeError(f"expected the name of a class, found {name!r}")
+                _check_plain(member)
                 return EnumRef(name, member)
             case "$wrapper":
                 return _decode_wrapper(content, level)
@@ -395,17 +399,21 @@ def _decode_wrapper(content: Any, level: int) -> WrapperRef:
     if not isinstance(content["type"], str) or not isinstance(content["dtype"], str):
         raise TypeError("expected the names of a class and of a type")
     numbers = [_list(content["shape"]), *map(_list, _list(content["sharding"]))]
-    if not all(type(n) is int and n >= 0 for row in numbers for n in row):
-        raise TypeError("expected integers that are not negative")
-    if not all(len(split) == 3 for split in numbers[1:]):
-        raise ValueError("expected a dimension, parts and a factor")
+    if not all(type(n) is int and 0 <= n < _INT64 for row in numbers for n in row):
+        raise TypeError("expected integers from 0 to 2^63 - 1")
+    if len(numbers) > 1 + _MOST_SPLITS or not all(len(split) == 3 for split in numbers[1:]):
+        raise ValueError(
+            f"expected a dimension, parts and a factor of each of at most {_MOST_SPLITS} splits"
+        )
+    shards = math.prod(parts for _, parts, _ in numbers[1:])
     tensors = _decode_object(content["tensors"], level + 1)
     for name, part in tensors.items():
         if not all(isinstance(p, TensorRef | WrapperRef) for p in (part if type(part) is list else [part])):
             raise TypeError(f"expected tensors at {name!r}")
+        if type(part) is list and len(part) != shards:
+            raise ValueError(f"expected {shards} shards at {name!r}, found {len(part)}")
     context = _decode(content["context"], level + 1)
-    if next(iter_references(context), None) is not None:
-        raise TypeError("a context that refers to a tensor")
+    _check_plain(context)
     return WrapperRef(
         tensors,
         type=content["type"],
@@ -414,6 +422,11 @@ def _decode_wrapper(content: Any, level: int) -> WrapperRef:
         sharding=tuple((dim, parts, factor) for dim, parts, factor in numbers[1:]),
         context=context,
     )
+
+
+def _check_plain(value: Any) -> None:
+    if next(iter_references(value), None) is not None:
+        raise TypeError("it refers to a tensor, or to values of ranks")
 
 
 def _large_int(content: str) -> int:
@@ -436,8 +449,8 @@ def _decode_key(key: Any, level: int) -> Any:
     if isinstance(key, list) or (isinstance(key, dict) and not _KEY_TAGS.intersection(key)):
         raise TypeError("unhashable key: it must be a number, a text, bytes, None or a tuple of these")
     found = _decode(key, level)
-    if isinstance(found, tuple) and next(iter_references(found), None) is not None:
-        raise TypeError("a key that refers to a tensor")
+    if isinstance(found, tuple):
+        _check_plain(found)
     return found
 
 

@@ -323,6 +323,35 @@ def test_a_clear_no(value: Any, place: Storage) -> None:
                 "tensors": {},
             }
         },
+        {
+            "$wrapper": {
+                "type": "a",
+                "dtype": "b",
+                "shape": [4],
+                "sharding": [[0, 2, 1]],
+                "context": None,
+                "tensors": {"scale": [{"$tensor": "t/0"}, {"$tensor": "t/1"}, {"$tensor": "t/2"}]},
+            }
+        },
+        {
+            "$wrapper": {
+                "type": "a",
+                "dtype": "b",
+                "shape": [4],
+                "sharding": [[0, 1 << 62, 1]] * 65,
+                "context": None,
+                "tensors": {},
+            }
+        },
+        {"$fraction": "1e999999999"},
+        {"$fraction": "1.5"},
+        {"$fraction": "1/0"},
+        {"$size": [1 << 63]},
+        {"$range": [0, 1 << 63, 1]},
+        {"$dtype": "_dynamo"},
+        {"$dtype": "a b"},
+        {"$enum": ["a.B", {"$tensor": "t"}]},
+        {"$enum": ["a.B", [{"$per_rank": "t"}]]},
     ],
     ids=json.dumps,
 )
