@@ -42,6 +42,7 @@ __all__ = ["Checkpointer"]
 _log = logging.getLogger("shardckpt")
 
 _PROBE = 3.0  # seconds for a saver to answer before what must not be lost is entrusted to it
+_NAMED = 4  # saves in a message
 _SETTLED_AT_ONCE = 4  # saves of which all ranks learn in one call, as many as fit into what that tells
 
 URL_TIMEOUT = 1800.0
@@ -376,7 +377,7 @@ class Checkpointer:
 
     def _finish_saves(self) -> None:
         """Wait for all saves under way, and note what became of them."""
-        saves, self._saves = self._saves, []
+        saves, self._saves = sorted(self._saves, key=lambda save: save.step), []
         for handle in saves:
             handle.join()
         for handle in saves:
@@ -581,7 +582,10 @@ class Checkpointer:
 
 
 def _are(steps: Sequence[int]) -> str:
-    """`step 4 is`, `steps 4 and 8 are`."""
+    """`step 4 is`, `steps 4 and 8 are`; of many, the newest."""
+    steps = sorted(steps)
+    if len(steps) > _NAMED:
+        return f"steps {', '.join(map(str, steps[-_NAMED:]))} and {len(steps) - _NAMED} before them are"
     *others, last = map(str, steps)
     return f"steps {', '.join(others)} and {last} are" if others else f"step {last} is"
 
