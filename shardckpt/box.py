@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 __all__ = [
-    "MAX_CUT",
     "Box",
     "Piece",
     "Runs",
-    "cut_dimensions",
     "pieces_of_runs",
     "split_evenly",
     "split_strided",
     "tiles",
 ]
 
-MAX_CUT = 8
-"""Dimensions that the boxes of one tensor may cut, where these are no regular grid; see `tiles`."""
+_FIELD_BITS = 127
+_FIELD = (1 << _FIELD_BITS) - 1  # a prime
 
 Runs = tuple[tuple[int, int], ...]
 """Half-open ranges `(start, stop)` of one dimension, as they follow one another in the local tensor."""
@@ -147,57 +144,29 @@ def pieces_of_runs(runs: Sequence[Runs]) -> tuple[Piece, ...]:
     )
 
 
-def cut_dimensions(shape: Sequence[int], boxes: Sequence[Box]) -> list[int]:
-    """The dimensions of a tensor of this shape that not every box spans from end to end."""
-    return [
-        d for d, n in enumerate(shape) if any(box.offsets[d] != 0 or box.shape[d] != n for box in boxes)
-    ]
-
-
 def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     """Whether `boxes`, which lie inside a tensor of this shape, cover each of its elements exactly once.
 
-    Takes time in proportion to the number of boxes, and to 2 to the power of the dimensions that are cut.
+    Takes time in proportion to the number of boxes and of dimensions.
     """
     if sum(box.volume for box in boxes) != math.prod(shape):
         return False
-    filled = [box for box in boxes if box.volume]
-    if len(filled) < 2:
-        return True
-    # Count for each element the boxes that cover it, less one: the boxes tile if that is zero everywhere. It
-    # is zero everywhere if its difference along each dimension in turn is, and a box's difference lies at its
-    # corners only: plus one where it begins, minus one where it ends. So corners are added up, not elements.
-    summands = [*filled, Box.whole(shape)]
-    weight = np.array([1] * len(filled) + [-1], dtype=np.int64)
-    ahead = [
-        np.array([(box.offsets[d], box.offsets[d] + box.shape[d]) for box in summands], dtype=np.int64).T
-        for d in cut_dimensions(shape, filled)
-    ]
-    corner: list[npt.NDArray[np.int64]] = []
-    while ahead:
-        first, *ahead = ahead
-        corner = [np.concatenate([c, c]) for c in corner]
-        corner.append(np.concatenate([first[0], first[1]]))
-        ahead = [np.concatenate([ends, ends], axis=1) for ends in ahead]
-        weight = np.concatenate([weight, -weight])
-        chosen, weight = _added_up([*corner, *(end for ends in ahead for end in ends)], weight)
-        corner = [c[chosen] for c in corner]
-        ahead = [ends[:, chosen] for ends in ahead]
-    return not weight.size
+    # Give each end of a range along a dimension a number of its own, and a box the product of what its ends
+    # differ by, over all dimensions. Where boxes meet, their ends have the same number, and fall out of the sum:
+    # so that of boxes that tile is the whole's. With numbers drawn at random, in a field, that of any others
+    # is not (by Schwartz and Zippel, but for a chance below 2^-120).
+    draw = random.Random(secrets.randbits(128)).getrandbits
+    ends: list[dict[int, int]] = [{} for _ in shape]
 
+    def measure(box: Box) -> int:
+        product = 1
+        for known, offset, n in zip(ends, box.offsets, box.shape, strict=True):
+            start = known.get(offset) or known.setdefault(offset, draw(_FIELD_BITS))
+            stop = known.get(offset + n) or known.setdefault(offset + n, draw(_FIELD_BITS))
+            product = product * (stop - start) % _FIELD
+        return product
 
-def _added_up(
-    keys: Sequence[npt.NDArray[np.int64]], weight: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """One index for each different row of keys whose weights' sum is not zero, and that sum."""
-    order = np.lexsort(keys)
-    is_new = np.ones(len(order), dtype=np.bool_)
-    if len(order):
-        is_new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
-    starts = np.flatnonzero(is_new)
-    total = np.add.reduceat(weight[order], starts) if len(starts) else weight
-    kept = total != 0
-    return order[starts[kept]], total[kept]
+    return sum(map(measure, boxes)) % _FIELD == measure(Box.whole(shape))
 
 
 def _cut(runs: Runs, start: int, stop: int) -> Runs:

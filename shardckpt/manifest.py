@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardckpt import records
-from shardckpt.box import MAX_CUT, Box, cut_dimensions, tiles
+from shardckpt.box import Box, tiles
 from shardckpt.dtypes import DTYPES, itemsize
 from shardckpt.errors import FormatError, UnknownVersionError
 from shardckpt.records import FORMAT
@@ -440,10 +440,7 @@ def _check_tensor(tensor: Tensor, where: str) -> None:
             raise FormatError(f"{wrong} has the chunk shape {_shown(array.chunk)} for {array.shape}")
     if tensor.is_array:
         return
-    boxes = [array.box for array in tensor.arrays]
-    if len(boxes) > 1 and len(cut_dimensions(tensor.shape, boxes)) > MAX_CUT:
-        raise FormatError(f"{wrong} is cut along more than {MAX_CUT} dimensions, and not as a grid")
-    if not tiles(tensor.shape, boxes):
+    if not tiles(tensor.shape, [array.box for array in tensor.arrays]):
         raise FormatError(f"{wrong} of shape {tensor.shape} is not tiled exactly by its boxes")
 
 

@@ -172,3 +172,18 @@ def test_many_boxes_are_quick_to_check() -> None:
     boxes = [Box((i, 0), (1, 3)) for i in range(100_000)]
     assert tiles((100_000, 3), boxes)
     assert not tiles((100_000, 3), [*boxes[:-1], boxes[0]])
+
+
+def test_many_boxes_of_many_dimensions_are_quick_to_check() -> None:
+    """So are boxes that cut all dimensions, as only a forger makes them: there are 2^64 corners in each."""
+    n, dims = 4000, 64
+    boxes = [Box((i, *[0] * (dims - 1)), (1, *[2] * (dims - 1))) for i in range(n)]
+    for d in range(1, dims):  # one box each is two, cut along another dimension
+        offsets, shape = boxes[d]
+        half = (*shape[:d], 1, *shape[d + 1 :])
+        boxes[d] = Box(offsets, half)
+        boxes.append(Box((*offsets[:d], 1, *offsets[d + 1 :]), half))
+    whole = (n, *[2] * (dims - 1))
+    assert tiles(whole, boxes)
+    moved = boxes[-1].offsets[0] + 1, *boxes[-1].offsets[1:]
+    assert not tiles(whole, [*boxes[:-1], Box(moved, boxes[-1].shape)])
