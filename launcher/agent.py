@@ -387,7 +387,9 @@ class Agent:
         """What ranks that have finished leave behind, which is about to be signalled."""
         if not round_.has_finished:
             return []
-        return find_left_behind(self._zygote.pid, _HELPERS if round_.phase is Phase.STOPPING else 0.0)
+        workers = {pid: rank for rank, pid in self._workers.pids.items()}
+        patience = _HELPERS if round_.phase is Phase.STOPPING else 0.0
+        return find_left_behind(self._zygote.pid, workers, patience)
 
     def _tell_end_of_workers(self, round_: Round) -> None:
         self._read_progress()

@@ -60,10 +60,11 @@ def would_fail_again(deaths: Sequence[Death], world: int, seconds: float) -> boo
     `deaths` are those of all its nodes, in order of death; `world` is how many ranks it had. The first one
     failed `seconds` after the start.
     """
-    own = [death for death in deaths if not death.is_ours]
+    # launch's SIGTERM may have met a rank that had raised, on its way out.
+    own = [death for death in deaths if not death.is_ours or death.has_traceback]
     if not own or any(death.has_joined or death.step is not None or death.kill for death in deaths):
         return False
-    kinds = {(death.code, normalized(death.error or " ".join(death.lines[-1:]))) for death in own}
+    kinds = {(death.failure_code, normalized(death.error or " ".join(death.lines[-1:]))) for death in own}
     if len(kinds) != 1:
         return False
     is_of_code = all(_is_one_of(death, _OF_CODE) or _is_usage(death) for death in own)
@@ -75,7 +76,9 @@ def would_fail_again(deaths: Sequence[Death], world: int, seconds: float) -> boo
 
 
 def _is_one_of(death: Death, names: Sequence[str]) -> bool:
-    return death.code == 1 and death.has_traceback and (death.error or "").partition(":")[0] in names
+    return (
+        death.failure_code == 1 and death.has_traceback and (death.error or "").partition(":")[0] in names
+    )
 
 
 def _is_usage(death: Death) -> bool:

@@ -306,11 +306,11 @@ def test_victims_speak_to_their_logs_only(job: Job) -> None:
 
 
 def test_what_finished_workers_leave_behind_is_ended(job: Job) -> None:
-    """Also if it holds on to the worker's stdout; it is named, and has the grace to end in order."""
+    """Also if it holds on to the worker's stdout; it is named, a line each, and has the grace to end in order."""
     script = job.script(
         """
-        import subprocess, sys
-        last = "import signal, sys, time; "
+        import os, signal, subprocess, sys
+        last = "import signal, sys, time\\n"
         last += "signal.signal(15, lambda *_: sys.exit(open('uploaded', 'w').write('all'))); "
         last += "print('ready', flush=True); time.sleep(1000)"
         child = subprocess.Popen(
@@ -318,14 +318,19 @@ def test_what_finished_workers_leave_behind_is_ended(job: Job) -> None:
         )
         child.stdout.readline()
         subprocess.Popen(["sh", "-c", "setsid sleep 1000 & sleep 0.05"])
+        if os.fork() == 0:
+            signal.pause()
         print("done")
         """
     )
     done = job.run(script)
     assert done.code == 0
     assert done.out == "[0] done\n"
-    assert "2 processes left behind by ranks, told to end (SIGTERM), within 15 s (--grace):" in done.err
-    assert re.search(r"  pid \d+ of rank 0: \S+python\S* -c import signal", done.err)
+    assert "3 processes left behind by ranks, told to end (SIGTERM), within 15 s (--grace):" in done.err
+    assert re.search(
+        r"  pid \d+ of rank 0: \S+python\S* -c import signal, sys, time signal.signal", done.err
+    )
+    assert re.search(r"  pid \d+ of rank 0: \S+python\S* -u train.py", done.err), done.err
     assert re.search(r"  pid \d+ of rank 0: sleep 1000", done.err)
     assert (job.path / "uploaded").read_text() == "all"
 

@@ -49,6 +49,12 @@ def test_errors_of_the_code(error: str) -> None:
     assert not would_fail_again([died(0, error), stopped(1)], 3, 1.0)  # one has finished
 
 
+def test_a_rank_that_had_raised_when_it_was_stopped_counts() -> None:
+    met = replace(died(1, "KeyError: 'lr'", code=-15), is_ours=True)
+    assert would_fail_again([died(0, "KeyError: 'lr'"), met], 2, 1.0)
+    assert not would_fail_again([died(0, "KeyError: 'lr'"), replace(met, error="KeyError: 'x'")], 2, 1.0)
+
+
 def test_arguments_that_the_script_does_not_know() -> None:
     assert would_fail_again([usage(0), stopped(1)], 2, 1.0)
     assert not would_fail_again([replace(usage(0), lines=("loading", "bad luck"))], 1, 1.0)
