@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,17 +51,23 @@ def given_secret(conf: Mapping[str, str], text: str | None) -> Secret | None:
 
 
 def find_secret(
-    given: Secret | None, host: str, run_dir: Path, file_system: str | None = None
+    given: Secret | None,
+    host: str,
+    run_dir: Path,
+    file_system: str | None = None,
+    temporary: Path = Path("/tmp"),
 ) -> Secret | None:
     """The secret of a job of several nodes that meet at `host`; None if there is none that all of them have.
 
-    Where none is given, one is made where all nodes find it: on one machine in a directory of this user, and on
-    several ones in a run directory that lies on a network file system (`file_system`; None: find out).
+    Where none is given, one is made where all nodes find it: on one machine in a directory of this user in
+    `temporary`, and on several ones in a run directory that lies on a network file system (`file_system`; None:
+    find out). Raises `UsageError` if another user has put something else where that directory is to be: so
+    nobody can have the job go on without a secret.
     """
     if given is not None:
         return given
     if host in _HERE:
-        return made_secret(_own_directory())
+        return made_secret(_own_directory(temporary))
     is_shared = (_file_system(run_dir) if file_system is None else file_system) in _NETWORK
     return made_secret(run_dir) if is_shared else None
 
@@ -67,11 +75,11 @@ def find_secret(
 def made_secret(directory: Path) -> Secret | None:
     """The secret in a directory, made by whoever comes first; None if it cannot be this user's alone."""
     try:
-        path, owner = directory / "secret", os.lstat(directory)
+        path = directory / "secret"
         if not path.exists():
             _create(path)
-        found = os.lstat(path)  # root may be nobody on a network file system, but the same in both
-        is_own = found.st_uid in (os.geteuid(), owner.st_uid)
+        found = os.lstat(path)
+        is_own = found.st_uid in (os.geteuid(), _user_in(directory))
         if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077 or not is_own:
             return None
         deadline = time.monotonic() + _WRITING
@@ -79,21 +87,36 @@ def made_secret(directory: Path) -> Secret | None:
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.05)
-        return Secret(text.strip(), str(path))
+        text = text.strip()
+        return Secret(text, str(path)) if _LEAST <= len(text) <= _MOST else None
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def _own_directory() -> Path:
-    """A directory of this machine that all agents of this user know, whatever their environment says."""
-    path = Path(f"/tmp/launch-{os.geteuid()}")
+def _own_directory(temporary: Path) -> Path:
+    """A directory of this machine that all agents of this user know, whatever their environment says.
+
+    Raises `UsageError` if it is not this user's alone.
+    """
+    path = temporary / f"launch-{os.geteuid()}"
     try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        found = os.lstat(path)
-    except OSError:
-        return path
-    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    return path if is_own else path / "of another user"
+        path.mkdir(mode=0o700)
+    except OSError:  # it exists, or cannot be made
+        with contextlib.suppress(FileNotFoundError):
+            found = os.lstat(path)
+            is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            if not is_own or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise UsageError(
+                    f"{path}, where the job's secret is to be, is not a directory that this user alone can write "
+                    "to: remove it, or give the job a secret by --rdzv-conf secret=FILE or LAUNCH_SECRET"
+                ) from None
+    return path
+
+
+def _user_in(directory: Path) -> int:
+    """Who this user is in a directory: on a network file system, root may be nobody."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        return os.fstat(file.fileno()).st_uid
 
 
 def _read(path: Path) -> str:

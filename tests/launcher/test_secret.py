@@ -68,6 +68,9 @@ def test_a_secret_is_made_once(tmp_path: Path) -> None:
     (tmp_path / "secret").symlink_to(secret_file(tmp_path / "other"))
     assert made_secret(tmp_path) is None
     assert made_secret(tmp_path / "missing") is None
+    (tmp_path / "secret").unlink()
+    secret_file(tmp_path / "secret", "\n")
+    assert made_secret(tmp_path) is None  # an empty one protects nothing
 
 
 def test_where_a_secret_is_made(tmp_path: Path) -> None:
@@ -77,7 +80,24 @@ def test_where_a_secret_is_made(tmp_path: Path) -> None:
     assert find_secret(None, "node1", tmp_path, "ext4") is None
     shared = find_secret(None, "node1", tmp_path, "nfs4")
     assert shared == made_secret(tmp_path)
-    here = find_secret(None, "127.0.0.1", tmp_path, "ext4")
+    here = find_secret(None, "127.0.0.1", tmp_path, "ext4", tmp_path)
     assert here is not None
-    assert here == find_secret(None, "localhost", tmp_path / "other", "ext4")
+    assert here == find_secret(None, "localhost", tmp_path / "other", "ext4", tmp_path)
     assert here != shared
+
+
+@pytest.mark.parametrize("what", ["link", "file", "writable"])
+def test_a_directory_that_is_not_this_users_alone(tmp_path: Path, what: str) -> None:
+    """The job does not go on without a secret because somebody was there first."""
+    path = tmp_path / f"launch-{os.geteuid()}"
+    if what == "link":
+        path.symlink_to(tmp_path)
+    elif what == "file":
+        path.touch()
+    else:
+        path.mkdir()
+        path.chmod(0o777)
+    with pytest.raises(UsageError, match=f"{path}, where the job's secret is to be, is not a directory"):
+        find_secret(None, "localhost", tmp_path, "ext4", tmp_path)
+    given = Secret(TEXT, "test")
+    assert find_secret(given, "localhost", tmp_path, "ext4", tmp_path) == given
