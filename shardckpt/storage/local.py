@@ -42,6 +42,8 @@ _OUT_OF_REACH = {
     errno.ECONNRESET,
 }
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""What the kernel says of a path where no folder is, or can be: a link in a circle leads to none."""
 _NO_FILE = (errno.ENXIO, errno.ENODEV, errno.ELOOP)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EACCES)
 
@@ -176,7 +178,9 @@ class LocalStorage:
         with _explained("list", full):
             try:
                 return sorted(name for name in os.listdir(full) if not is_temporary(name))
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError as error:
+                if error.errno not in _NOTHING:
+                    raise
                 return []
 
     def sizes(self, path: str = "") -> dict[str, int]:
@@ -189,7 +193,9 @@ class LocalStorage:
             with _explained("list", full):
                 try:
                     entries = list(os.scandir(full))
-                except (FileNotFoundError, NotADirectoryError):
+                except OSError as error:
+                    if error.errno not in _NOTHING:
+                        raise
                     continue
             for entry in entries:
                 if is_temporary(entry.name):
@@ -242,9 +248,9 @@ class LocalStorage:
             try:
                 # Nobody may ever write to a FIFO; a file is not affected.
                 fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-            except NotADirectoryError:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), full) from None
             except OSError as error:
+                if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), full) from None
                 if error.errno not in _NO_FILE:
                     raise
                 what = "a link in a circle" if error.errno == errno.ELOOP else "a socket or a device"

@@ -272,6 +272,25 @@ def test_what_is_no_file(thing: str, name: str, run: Path, newest: Path, tmp_pat
         assert check(place, read_manifest(place), lambda *_: None).problems
 
 
+@pytest.mark.parametrize("folder", ["attempt-0001/step-00000003", "attempt-0002"])
+@pytest.mark.parametrize("thing", _THINGS)
+def test_what_is_no_folder(thing: str, folder: str, run: Path, tmp_path: Path) -> None:
+    """In the place of a step or an attempt, too: the others are listed, checked, copied and restored."""
+    _THINGS[thing](run / folder)
+    assert [row.step for row in list_checkpoints(str(run)) if row.state == "good"] == [1, 2]
+    assert shardckpt.open(run).step == 2
+    copy(run, tmp_path / "copy")
+    assert restored(run) == 2
+
+
+def test_a_pack_of_a_name_that_no_file_has(newest: Path, run: Path) -> None:
+    """It is missing, and the storage is not out of reach."""
+    edited(newest / MANIFEST, lambda m: m["packs"][0].update(path="x" * 300))
+    with pytest.raises(CorruptError, match=r"x{300}"):
+        shardckpt.load(newest, state_of(0))
+    assert restored(run) == 1
+
+
 @pytest.mark.parametrize("name", ["pack", "manifest", "folder", "older"])
 def test_links(name: str, run: Path, newest: Path, tmp_path: Path) -> None:
     """A link inside the run is followed; one that leads out of it only where that is asked for."""
