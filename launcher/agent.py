@@ -499,7 +499,10 @@ class Agent:
         self._teller.saver_halts(self._saver.look(), self._saver.pid)
 
     def _read_progress(self) -> None:
-        self._workers.look()
+        for saved in self._workers.look():
+            if self._backlog is not None:
+                self._backlog = self._backlog.after(saved)
+            self._teller.take(saved)
         self._can_resume = self._can_resume or self._workers.can_drain
 
     def _look_for_hang(self, round_: Round) -> None:

@@ -12,10 +12,12 @@ from launcher.errors import ExitCode
 from launcher.events import (
     DeadlinePassed,
     Event,
+    SavedByWorkers,
     SaveFailed,
     SavePersisted,
     SavePersisting,
     SaverEnded,
+    SaveStaged,
     SaveSuperseded,
     StopRequested,
 )
@@ -35,10 +37,18 @@ class Backlog:
     """By step and tier."""
     failed: Mapping[str, SaveFailed] = field(default_factory=dict)
     """By tier: the newest that failed, unless a newer one was made durable there since."""
+    staged: int | None = None
+    """The newest step that it holds in memory."""
+    by_workers: Mapping[str, int] = field(default_factory=dict)
+    """By tier: the newest step that workers have committed there without it."""
 
     def after(self, event: Event) -> Backlog:
         """The backlog after `event`."""
         match event:
+            case SaveStaged(step=step):
+                return replace(self, staged=step)
+            case SavedByWorkers(step=step, tier=tier):
+                return self._after_workers(step, tier)
             case SavePersisting(step=step, tier=tier):
                 return replace(self, pending={**self.pending, (step, tier): event})
             case SavePersisted(step=step, tier=tier) | SaveSuperseded(step=step, tier=tier):
@@ -51,7 +61,19 @@ class Backlog:
                 return self
 
     def _over(self, step: int, tier: str, failed: Mapping[str, SaveFailed]) -> Backlog:
-        return Backlog(_without(self.pending, (step, tier)), failed)
+        return replace(self, pending=_without(self.pending, (step, tier)), failed=failed)
+
+    def _after_workers(self, step: int, tier: str) -> Backlog:
+        """What is older in that tier is not needed any more."""
+        pending = {key: save for key, save in self.pending.items() if key[1] != tier or key[0] > step}
+        failed = {name: one for name, one in self.failed.items() if name != tier or one.step > step}
+        return replace(self, pending=pending, failed=failed, by_workers={**self.by_workers, tier: step})
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether workers have committed all that it holds, or newer, by themselves."""
+        newest = max(self.by_workers.values(), default=None)
+        return newest is not None and not (self.pending or self.failed) and newest >= (self.staged or 0)
 
     def __str__(self) -> str:
         """`step 120: 1.2 of 2.0 GB (remote)`, and so on; empty if nothing is known to be pending."""
@@ -112,7 +134,7 @@ class Drain:
             case SaverEnded(code=code):
                 return code == 0
             case DeadlinePassed():
-                return self.timeout + self.waited == 0
+                return self.timeout + self.waited == 0 or self.backlog.is_replaced
             case _:
                 return False
 
@@ -149,6 +171,8 @@ class Drain:
                 return f"not waiting for the saver, as --drain-timeout 0 says{left}"
             case DeadlinePassed():
                 who = "the saver" if self.halt is None else f"the saver (pid {pid}) is {self.halt}, and"
+                if self.backlog.is_replaced:
+                    left = f"; what it holds is as old as what the ranks have saved by themselves, or older{left}"
                 return f"{who} is not done after {self.timeout + self.waited:.3g} s ({self.limit}){left}"
             case StopRequested(signum=signum):
                 return f"{Signals(signum).name}: not waiting for the saver any longer{left}"

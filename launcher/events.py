@@ -20,6 +20,7 @@ __all__ = [
     "SavePersisting",
     "SaveStaged",
     "SaveSuperseded",
+    "SavedByWorkers",
     "SaverEnded",
     "SaverWanted",
     "SpawnFailed",
@@ -116,6 +117,14 @@ class SavePersisted:
     tier: str
     url: str
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SavedByWorkers:
+    """Workers have committed a checkpoint in a tier by themselves, without the saver."""
+
+    step: int
+    tier: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +249,7 @@ Event = (
     | SaveStaged
     | SavePersisting
     | SavePersisted
+    | SavedByWorkers
     | SaveFailed
     | SaveSuperseded
     | SaverEnded

@@ -8,7 +8,7 @@ job_started      command, nproc, nodes, pid, host
 round_started    round, world, nodes, restarts, slots
 progress         round, step, rate, loss
 staged           step
-persisted        step, tier, url, seconds
+persisted        step, tier; url, seconds unless workers have saved by themselves
 save_failed      step, tier, url, error
 failure          the verdict's
 saver_halted     pid, reason

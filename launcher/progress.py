@@ -38,6 +38,8 @@ class Progress:
     alive: float | None = None  # its last sign of life besides a step
     steps: bool = False  # it will report steps, even if it has not yet
     world: int = 1  # ranks that have to join as it has
+    saved: Mapping[str, int] = field(default_factory=dict)
+    """By tier, the step of the newest checkpoint that it has committed itself, without a saver."""
     over: float | None = None  # it had trained all that it was to, so that no more steps come
 
     @property
@@ -137,6 +139,7 @@ def _facts(text: bytes) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+_TIERS = ("local", "remote")
 _TYPES: Mapping[str, Callable[[Any], Any]] = {
     "loss": float,
     "drains": lambda value: value is True,
@@ -149,6 +152,7 @@ _TYPES: Mapping[str, Callable[[Any], Any]] = {
     "alive": float,
     "steps": lambda value: value is True,
     "world": int,
+    "saved": lambda value: {tier: int(value[tier]) for tier in _TIERS if tier in value},
     "over": float,
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.events import (
     Event,
+    SavedByWorkers,
     SaveFailed,
     SavePersisted,
     SavePersisting,
@@ -289,7 +290,7 @@ class StatusBoard:
                 return self._with_saved("memory", step, now)
             case SavePersisting(step=step, tier=tier, done=done, total=total):
                 return replace(self, saving={**self.saving, (step, tier): Saving(step, tier, done, total)})
-            case SavePersisted(step=step, tier=tier):
+            case SavePersisted(step=step, tier=tier) | SavedByWorkers(step=step, tier=tier):
                 return self._without_saving(step, tier)._with_saved(tier, step, now)
             case SaveFailed(step=step, tier=tier) | SaveSuperseded(step=step, tier=tier):
                 return self._without_saving(step, tier)

@@ -23,6 +23,7 @@ from launcher.events import (
     Event,
     Joined,
     MemberNews,
+    SavedByWorkers,
     SaveFailed,
     SavePersisted,
     SaverEnded,
@@ -421,6 +422,8 @@ class Teller:
                 self._journal.record(
                     "persisted", step=event.step, tier=event.tier, url=event.url, seconds=event.seconds
                 )
+            case SavedByWorkers(step=step, tier=tier):
+                self._journal.record("persisted", step=step, tier=tier)
             case SaveFailed(again=False):
                 self._journal.record(
                     "save_failed", step=event.step, tier=event.tier, url=event.url, error=event.error

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launcher.condition import catches
+from launcher.events import SavedByWorkers
 from launcher.progress import Progress, read_progress
 from launcher.run_dir import RankFiles
 from launcher.stillness import Stillness
@@ -37,6 +38,7 @@ class Workers:
         self._asked_to_drain: float | None = None  # when
         self.said_before: dict[int, int] = {}  # bytes, by rank, of those that answer SIGTERM themselves
         self.waited = 0.0  # seconds, for nothing but what they have saved to become durable
+        self.saved: dict[str, int] = {}  # newest step, by tier, that they have committed without the saver
         self._ended: set[int] = set()
         self._has_stepped = False
 
@@ -50,8 +52,8 @@ class Workers:
             if rank not in self._ended and catches(pid, signal.SIGTERM):
                 self.said_before[rank] = _size(self.files[rank].err)
 
-    def look(self) -> None:
-        """Read how far they are."""
+    def look(self) -> list[SavedByWorkers]:
+        """Read how far they are; returns the newest that they have saved by themselves since the last look."""
         for rank, files in self.files.items():
             progress = read_progress(files.progress)
             if progress is not None:
@@ -73,6 +75,8 @@ class Workers:
         if self.step is not None and not self._has_stepped:
             self._has_stepped = True
             self.usual_start = max(self.usual_start or 0.0, self.age)
+        before, self.saved = self.saved, _newest(self.progress.values())
+        return [SavedByWorkers(step, tier) for tier, step in self.saved.items() if before.get(tier) != step]
 
     def ask_to_drain(self) -> None:
         """From now on they should come to an end, and are still until they do."""
@@ -133,6 +137,15 @@ class Workers:
             if (place := _place(self.progress.get(rank))) is not None:
                 alike.setdefault(place, []).append(rank)
         return tuple(f"{name_ranks(ranks)} {place}" for place, ranks in alike.items())
+
+
+def _newest(progress: Iterable[Progress]) -> dict[str, int]:
+    """By tier, the newest step that one of the workers has committed."""
+    newest: dict[str, int] = {}
+    for one in progress:
+        for tier, step in one.saved.items():
+            newest[tier] = max(step, newest.get(tier, step))
+    return newest
 
 
 def _size(path: Path) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ProgressFile", "alive", "doing", "now"]
+__all__ = ["ProgressFile", "alive", "committed", "doing", "now"]
 
 _log = logging.getLogger("shardckpt")
 
@@ -72,6 +72,14 @@ class ProgressFile:
     def over(self) -> None:
         """Tell that all is trained that was to be: there will be no more steps."""
         self._correct(over=now())
+
+    def committed(self, tier: str, step: int) -> None:
+        """Tell that this process has committed a step's checkpoint itself, without a saver. From any thread."""
+        with self._best_effort():
+            line, known = self._read()
+            before = known.get("saved")
+            saved = {**(before if isinstance(before, dict) else {}), tier: step}
+            self._write(line, {**known, "saved": saved})
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
@@ -140,6 +148,12 @@ def alive() -> None:
     """Tell the launcher, if there is one, that this process gets on. See `ProgressFile.alive`."""
     if (file := ProgressFile.of_worker()) is not None:
         file.alive()
+
+
+def committed(tier: str, step: int) -> None:
+    """Tell the launcher, if there is one, of a checkpoint. See `ProgressFile.committed`."""
+    if (file := ProgressFile.of_worker()) is not None:
+        file.committed(tier, step)
 
 
 def doing(what: str) -> contextlib.AbstractContextManager[None]:

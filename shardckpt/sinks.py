@@ -29,6 +29,7 @@ from shardckpt.handle import MEMORY, SaveHandle
 from shardckpt.keeper import AttemptKeeper, Condition
 from shardckpt.persisting import Destination, StagedPack, persist_save
 from shardckpt.plan import SavePlan, encode_plan
+from shardckpt.progress import committed
 from shardckpt.runs import Place, attempt_number
 from shardckpt.saver.client import Memory, SaverClient
 from shardckpt.saver.wire import Begin, Claimed, Outcome, Plan, Stage, Start, Tier
@@ -249,6 +250,8 @@ class OwnThread:
                 except BaseException as error:
                     handle.note(destination.tier, error)
                 else:
+                    if save.proposal is not None:
+                        committed(destination.tier, save.step)
                     handle.note(destination.tier, committed=save.proposal is not None)
 
         self._thread = threading.Thread(target=work, name="shardckpt-save")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,14 @@ def test_loss(path: Path, loss: float) -> None:
 
 def test_what_others_tell_stays(path: Path) -> None:
     """A script may use both `launcher.report` and a Checkpointer: neither undoes what the other told."""
-    told = b'{"drains":true,"joined":1.5,"restored":2,"restored_step":7,"restored_tier":"memory","first_step":3}'
+    told = b'{"drains":true,"joined":1.5,"restored":2,"restored_step":7,"restored_tier":"memory","first_step":3'
+    told += b',"saved":{"remote":6,"odd":1}}'
     path.write_bytes(f"{-1:20d} {4.0:20.6f}\n".encode() + told.ljust(469) + b"\n")
-    expected = Progress(None, 4.0, None, True, 1.5, 2.0, 7, "memory", 3.0)
+    expected = Progress(None, 4.0, None, True, 1.5, 2.0, 7, "memory", 3.0, saved={"remote": 6})
     assert read(path) == expected
     report(8, loss=0.25)
     found = read(path)
-    assert found == Progress(8, found.time, 0.25, True, 1.5, 2.0, 7, "memory", 3.0)
+    assert found == replace(expected, step=8, time=found.time, loss=0.25)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense\n", b"x" * 42, b"a b\n".rjust(42), b"1" * 41 + b"\n"])

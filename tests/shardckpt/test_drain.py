@@ -224,8 +224,9 @@ def test_processes(tmp_path: Path) -> None:
     step, reason, is_saved, _ = ends[0]
     assert 15 < step <= 215
     assert (reason, is_saved) == ("restart", True)
-    for *_, told in ends:
+    for rank, (*_, told) in enumerate(ends):
         assert (told.step, told.loss, told.drains) == (step, 1 / step, True)
+        assert told.saved == ({"local": step} if rank == 0 else {})  # by who commits, without a saver
         assert told.joined < told.first_step < told.time
         assert told.restored is None
     assert committed(open_storage(tmp_path / "run"))[0] == step
