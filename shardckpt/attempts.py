@@ -20,6 +20,7 @@ from shardckpt.storage import Storage
 __all__ = ["Attempt", "check_is_run", "claim_attempt", "find_attempt", "find_claim", "run_of"]
 
 _SHOWN_WITHIN = 10.0  # seconds
+_LAST = (1 << 63) - 1  # number of an attempt, as manifests have it
 _INSIDE = re.compile(r"(?P<run>.+?)/+attempt-\d{4,}(-[0-9a-f]{8})?(/+step-\d{8,})?/*\Z", re.DOTALL)
 _STEP = re.compile(r"step-\d{8,}\Z")
 
@@ -88,7 +89,13 @@ def claim_attempt(
                     f"{root.url}: the run has gone on in {name}, and nobody needs what was saved before"
                 )
             wait_free(root.at(name), ATTEMPT, attempt.holder, terms, tell, sleep)
-        name = f"attempt-{max(number, attempt.base) + 1:04d}{suffix}"
+        last = max(number, attempt.base)
+        if last >= _LAST:
+            raise NotACheckpointError(
+                f"{root.url} has an attempt {last}, which no run has on its own, and after which there is no "
+                "number for another one. Delete its folder, or choose another URL."
+            )
+        name = f"attempt-{last + 1:04d}{suffix}"
         try:
             root.create(f"{name}/{ATTEMPT}", content)
         except FileExistsError:

@@ -15,7 +15,7 @@ import torch
 import shardckpt
 from shardckpt import records
 from shardckpt.attempts import Attempt, claim_attempt
-from shardckpt.errors import RunInUseError, SupersededError
+from shardckpt.errors import NotACheckpointError, RunInUseError, SaveError, SupersededError
 from shardckpt.keeper import AttemptKeeper, Condition
 from shardckpt.lease import LEASE, Holder, Lease, Terms, job_names, read_lease
 from shardckpt.runs import ATTEMPT, iter_places
@@ -118,6 +118,19 @@ def test_a_lease_lasts_no_longer_than_is_sensible(run: Storage) -> None:
     name = begun(run, holder("first"), Terms(lasts=1e9))
     run.at(name).write(LEASE, Lease("x", holder("first"), time.time() - 151, 1e9).encode())
     assert begun(run, holder("second")) == "attempt-0002"
+
+
+@pytest.mark.parametrize("number", [(1 << 63) - 1, 10**40])
+def test_a_number_that_leaves_none_for_another_attempt(number: int, tmp_path: Path) -> None:
+    """What would be saved in that one could not be read: it is an error instead."""
+    (tmp_path / f"attempt-{number}").mkdir()
+    with pytest.raises(NotACheckpointError, match=f"has an attempt {number}, .*Delete its folder"):
+        claim_attempt(open_storage(tmp_path))
+    with (
+        pytest.raises(SaveError, match=f"has an attempt {number}"),
+        shardckpt.Checkpointer(tmp_path, snapshots=0) as checkpointer,
+    ):
+        checkpointer.save(1, {"a": 1})
 
 
 def test_the_same_attempt_is_claimed_once(run: Storage) -> None:

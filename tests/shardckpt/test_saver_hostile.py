@@ -17,6 +17,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from shardckpt.attempts import Attempt
+from shardckpt.lease import Holder
 from shardckpt.saver import wire
 from shardckpt.saver.checks import RequestError, check, decode_values
 from shardckpt.saver.client import SaverClient
@@ -26,6 +28,8 @@ from tests.savers import LIMIT, SaverProcess, connected, wait_until
 PATH = "attempt-0001/step-00000001"
 LOCAL = wire.Tier("local", "/nowhere", {}, None)
 HELLO = wire.Hello("another run", [LOCAL], 2, 1.0)
+ATTEMPT = Attempt("x", "attempt-0001-00000001", 0, Holder.of_this_process(()))
+START = wire.Start(ATTEMPT, claims=False)
 PLAN = wire.Plan(1, [0], [0], [4], 64, b"")
 BEGIN = wire.Begin(0, "x", PATH, 0, [])
 STAGE = wire.Stage(0, "x", PATH, 1, 0, 1, 1, [], b"{}", b"")
@@ -84,6 +88,13 @@ NONSENSE: dict[str, tuple[wire.Request, ...]] = {
     "hello twice": (HELLO,),
     "no such buffer given back": (wire.GivenBack(77),),
     "answer": (wire.Welcome("me"),),
+    "attempt of another name": (wire.Start(msgspec.structs.replace(ATTEMPT, name="../x"), claims=False),),
+    "attempt of 5000 digits": (
+        wire.Start(msgspec.structs.replace(ATTEMPT, name=f"attempt-{'9' * 5000}"), claims=False),
+    ),
+    "attempt that is claimed elsewhere": (wire.Start(ATTEMPT, claims=False, name="/etc"),),
+    "attempt of no id": (wire.Start(msgspec.structs.replace(ATTEMPT, id=""), claims=False),),
+    "attempt after none": (wire.Start(msgspec.structs.replace(ATTEMPT, base=-1), claims=False),),
 }
 
 
@@ -179,7 +190,7 @@ def test_a_hello_that_makes_no_sense(message: wire.Hello) -> None:
 
 def test_what_trainers_send_makes_sense() -> None:
     check(HELLO, None)
-    messages = (PLAN, wire.Reserve(0), BEGIN, STAGE, wire.Find(), wire.Attach("x"), wire.Bye())
+    messages = (START, PLAN, wire.Reserve(0), BEGIN, STAGE, wire.Find(), wire.Attach("x"), wire.Bye())
     for message in (*messages, wire.Plan(1, [], [], [], 0, b""), wire.Detach()):
         check(message, {"local"})
     assert decode_values(STAGE) == {}
@@ -190,7 +201,16 @@ def test_what_trainers_send_makes_sense() -> None:
 
 def mangled(rng: random.Random) -> bytes:
     """Some messages of which something is wrong, or nothing."""
-    messages: list[Any] = [HELLO, PLAN, wire.Reserve(64), BEGIN, STAGE, wire.Find(), wire.Attach("x")]
+    messages: list[Any] = [
+        HELLO,
+        START,
+        PLAN,
+        wire.Reserve(64),
+        BEGIN,
+        STAGE,
+        wire.Find(),
+        wire.Attach("x"),
+    ]
     data = bytearray(wire.encode(HELLO) if rng.random() < 0.8 else b"")
     for _ in range(rng.randrange(5)):
         part = bytearray(wire.encode(rng.choice(messages), rng.choice([0, 0, 0, 1, 250, 1 << 31])))
