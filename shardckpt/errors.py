@@ -11,6 +11,7 @@
     |   +-- CheckpointExistsError   a checkpoint is there already, and is never overwritten
     |   +-- FormatError             the manifest is invalid or unsafe
     |   |   +-- UnknownVersionError     another version of the library wrote it
+    |   |   +-- OutsideLinkError        a symbolic link leads out of the run: allow it, if you trust it
     |   +-- CorruptError            stored bytes differ from what was written
     +-- StorageError            the storage refuses or is out of reach: fix it, then try again
     |   +-- StorageFullError        no space, or over quota
@@ -36,6 +37,7 @@ __all__ = [
     "MissingKeysError",
     "NotACheckpointError",
     "OutOfReachError",
+    "OutsideLinkError",
     "RankMismatchError",
     "RunInUseError",
     "SaveError",
@@ -106,6 +108,10 @@ class FormatError(CheckpointError):
 
 class UnknownVersionError(FormatError):
     """The manifest has a version that this library does not read; nothing is wrong with it."""
+
+
+class OutsideLinkError(FormatError):
+    """A symbolic link leads out of the run, and `follow_links` is not given; the file may be as it should."""
 
 
 class CorruptError(CheckpointError):

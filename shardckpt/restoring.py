@@ -16,6 +16,7 @@ from shardckpt.errors import (
     FormatError,
     NotACheckpointError,
     OutOfReachError,
+    OutsideLinkError,
     StorageError,
     UnknownVersionError,
     finding,
@@ -105,7 +106,8 @@ class Newest:
             except (CorruptError, FormatError) as error:
                 failure = error
                 self._warn("going on with the checkpoint before it: %s", error)
-                if candidate.snapshot is None and self._ranks.rank == 0:
+                is_damaged = not isinstance(error, OutsideLinkError)
+                if is_damaged and candidate.snapshot is None and self._ranks.rank == 0:
                     _mark_bad(self._place(candidate), error)
                 continue
             if self._ranks.rank == 0:

@@ -131,6 +131,8 @@ class _Walk:
     tensors: list[LocalTensor] = field(default_factory=list)
     per_rank: dict[str, Any] = field(default_factory=dict)
     unsynced: set[str] = field(default_factory=set)
+    inside: str | None = None
+    """The path of the PerRank that is being walked, if one is."""
 
     @cached_property
     def names(self) -> Mapping[int, tuple[str, str]]:
@@ -150,13 +152,26 @@ class _Walk:
             plain = value.item()
             return NotImplemented if plain is value else encode(plain, path)  # longdouble is its own item
         if isinstance(value, PerRank):
-            self.per_rank[path] = encode(value.value, per_rank_path(path, self.rank), self.leaf)
-            return {"$per_rank": path}
+            return self._own(value, path)
         if isinstance(value, (nn.Module, torch.optim.Optimizer)):
             return self._walked(value, path)
         if isinstance(value, Stateful) and not isinstance(value, type):
             return encode(state_of(value, path), path, self.leaf)
         return NotImplemented
+
+    def _own(self, value: PerRank, path: str) -> Any:
+        """The JSON form of a PerRank, whose content is noted."""
+        if self.inside is not None:
+            raise UnsupportedValueError(
+                f"state[{path!r}] is a PerRank inside the PerRank at state[{self.inside!r}], which is this rank's "
+                "own with all that is in it. Take the inner one away."
+            )
+        self.inside = path
+        try:
+            self.per_rank[path] = encode(value.value, per_rank_path(path, self.rank), self.leaf)
+        finally:
+            self.inside = None
+        return {"$per_rank": path}
 
     def _walked(self, value: nn.Module | torch.optim.Optimizer, path: str) -> Any:
         """The JSON form of a module or an optimizer, whose tensors are noted: as they are known, if they are."""

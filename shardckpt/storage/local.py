@@ -17,6 +17,7 @@ from shardckpt.errors import (
     CredentialsError,
     FormatError,
     OutOfReachError,
+    OutsideLinkError,
     StorageError,
     StorageFullError,
 )
@@ -273,7 +274,7 @@ class LocalStorage:
             if self._is_inside(os.readlink(f"/proc/self/fd/{fd}")):
                 return
         if not self._is_inside(real := os.path.realpath(full)):
-            raise FormatError(
+            raise OutsideLinkError(
                 f"{full} is {real}, by a symbolic link that leads out of {self._root}, and is not read. If "
                 "you trust it, give the option follow_links"
             )

@@ -329,6 +329,8 @@ def test_links(name: str, run: Path, newest: Path, tmp_path: Path) -> None:
             read()
     assert content(state) == content(state_of(0))
     assert list_checkpoints(str(run))[1].state != "good"
+    assert restored(run) == 1
+    assert not (newest / BAD).exists()  # nothing is wrong with it, where links are allowed
     options = {"follow_links": True}
     shardckpt.load(newest, state, storage_options=options)
     assert content(state) == content(state_of(2))

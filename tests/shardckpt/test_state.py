@@ -813,6 +813,17 @@ def test_one_generator_per_rank_goes_on(place: Storage) -> None:
     assert torch.equal(torch.rand(5, generator=fresh), wanted)
 
 
+def test_per_rank_in_per_rank(place: Storage) -> None:
+    """One inside another is refused by its path, and nothing is written: a reader would not take it."""
+    inner = {"list": [shardckpt.PerRank(1)]}
+    with pytest.raises(
+        UnsupportedValueError, match=r"rank-00000/list/0'.*inside the PerRank at state\['a'\]"
+    ):
+        shardckpt.save(place, {"a": shardckpt.PerRank(inner), "b": shardckpt.PerRank(2)})
+    assert place.list() == []
+    shardckpt.save(place, {"a": shardckpt.PerRank(1), "b": shardckpt.PerRank(2)})
+
+
 def test_per_rank_and_shared_do_not_mix(place: Storage) -> None:
     """A value saved per rank and asked for as shared, or the other way round, is an error."""
     shardckpt.save(place, {"a": shardckpt.PerRank(1), "b": 2})
