@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from shardckpt.box import MAX_CUT, Box, cut_dimensions, tiles
+from shardckpt.box import Box, tiles
 from shardckpt.dtypes import itemsize
-from shardckpt.errors import RankMismatchError, UnsupportedValueError
+from shardckpt.errors import RankMismatchError
 from shardckpt.manifest import CRC_BYTES, Array, Tensor, chunk_bytes
 
 __all__ = [
@@ -238,12 +238,6 @@ def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _Held]:
 
 
 def _check_tiling(name: str, tensor: _Held) -> None:
-    cut = cut_dimensions(tensor.shape, list(tensor.holders))
-    if tensor.grid is None and len(cut) > MAX_CUT:
-        raise UnsupportedValueError(
-            f"state[{name!r}] of shape {list(tensor.shape)} is cut along {len(cut)} dimensions into parts of "
-            f"different sizes, and the format allows {MAX_CUT}. Shard it along fewer, or evenly."
-        )
     if tiles(tensor.shape, list(tensor.holders)):
         return
     total = math.prod(tensor.shape)

@@ -163,8 +163,8 @@ class _Walk:
         """The JSON form of a PerRank, whose content is noted."""
         if self.inside is not None:
             raise UnsupportedValueError(
-                f"state[{path!r}] is a PerRank inside the PerRank at state[{self.inside!r}], which is this rank's "
-                "own with all that is in it. Take the inner one away."
+                f"state[{path!r}] is a PerRank inside the PerRank at state[{self.inside!r}], which is this "
+                "rank's own with all that is in it. Take the inner one away."
             )
         self.inside = path
         try:
