@@ -125,13 +125,14 @@ def _read_group(lines: Sequence[str], start: int) -> _Traceback:
 
 
 def _syntax_error(lines: Sequence[str]) -> list[_Traceback]:
-    """Python shows a script that it cannot compile without a header."""
+    """Python shows a script that it cannot compile without a header; one that it cannot decode, in one line."""
     said = [number for number, line in enumerate(lines) if line.strip()]
     last = said[-1] if said else 0
     if said and re.match(r"(Syntax|Indentation|Tab)Error: ", lines[last]):
         for start in range(last, max(-1, last - 6), -1):
             if re.match(_FRAME, lines[start]):
                 return [_Traceback(start, last + 1, list(lines[start : last + 1]), lines[last])]
+        return [_Traceback(last, last + 1, [lines[last]], lines[last])]
     return []
 
 

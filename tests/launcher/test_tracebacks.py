@@ -182,6 +182,13 @@ def test_the_traceback_that_counts(text: str, error: str, frame: str) -> None:
     assert innermost_frames(words.lines, 1) == [frame]
 
 
+def test_a_script_that_cannot_be_decoded() -> None:
+    """Python tells of it in one line."""
+    line = "SyntaxError: Non-UTF-8 code starting with '\\xe9' in file train.py on line 1, but no encoding"
+    words = read_last_words(["starting", line, ""])
+    assert (words.lines, words.has_traceback, words.error) == ((line,), True, line)
+
+
 def test_lines_of_others_are_no_part_of_a_marked_traceback() -> None:
     """torch marks each line, so the end of the message is known too."""
     words = read_last_words(MONITORED.split("\n"))
