@@ -12,7 +12,9 @@ _MOST = 100  # tracebacks that are remembered
 
 
 class Repeats:
-    """Passes on the lines that ranks write, but of a traceback that another rank has written before only that.
+    """Passes on the lines that ranks write; of a traceback that another rank has written before only its error.
+
+    Numbers in the error, as ports and ranks are, may differ.
 
     The lines of a traceback are held until its last one has come.
     """
@@ -42,8 +44,8 @@ class Repeats:
 
     def _end(self, rank: int) -> list[bytes]:
         lines = self._held.pop(rank)
-        block = tuple(re.sub(_MARK, b"", line) for line in lines)
-        first = self._seen.setdefault(block, rank)
+        *frames, error = (re.sub(_MARK, b"", line) for line in lines)
+        first = self._seen.setdefault((*frames, re.sub(rb"\d+", b"0", error)), rank)
         if len(self._seen) > _MOST:
             del self._seen[next(iter(self._seen))]
-        return lines if first == rank else [b"the same traceback as rank %d's: %s" % (first, block[-1])]
+        return lines if first == rank else [b"the same traceback as rank %d's: %s" % (first, error)]

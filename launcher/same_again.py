@@ -1,6 +1,7 @@
 """Whether a round that failed at its start would fail alike if it were started again. Pure.
 
-What is in the script fails each time: a syntax error, a module that is not installed. What comes from outside
+What is in the script or the command fails each time: a syntax error, a module that is not installed, a URL
+of no storage. What comes from outside
 may not: a device, a connection, a file that a network file system does not show yet. When in doubt there is
 another try.
 """
@@ -25,6 +26,7 @@ _OF_CODE = (
     "ModuleNotFoundError",
     "ImportError",
     "NameError",
+    "shardckpt.errors.InvalidUrlError",
 )
 """Errors that no rank is spared, even if others were stopped before they got there."""
 

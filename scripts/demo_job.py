@@ -25,6 +25,9 @@ LIMIT = 120.0  # seconds that any one thing may take
 def main() -> None:
     """The story, with a line for each thing that happened."""
     times: list[tuple[str, float]] = []
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # `scripts/demo &` would have its children ignore it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # more ranks than a machine has GPUs, for a small model
     with tempfile.TemporaryDirectory(prefix="shardckpt-demo-") as folder:
         os.chdir(folder)

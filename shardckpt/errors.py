@@ -34,6 +34,7 @@ __all__ = [
     "CorruptError",
     "CredentialsError",
     "FormatError",
+    "InvalidUrlError",
     "MissingKeysError",
     "NotACheckpointError",
     "OutOfReachError",
@@ -120,6 +121,10 @@ class CorruptError(CheckpointError):
 
 class StorageError(ShardckptError, OSError):
     """The storage refuses or is out of reach. What was stored before is unchanged."""
+
+
+class InvalidUrlError(StorageError):
+    """What was given as the URL of a storage names none."""
 
 
 class StorageFullError(StorageError):

@@ -30,6 +30,8 @@ def describe_other(url: str, names: Sequence[str], storage_options: Mapping[str,
         return _DCP
     if any(name.endswith(".safetensors") for name in names):
         return f"it has safetensors files. Load them with safetensors.torch.load_file, {_SAVE_IT}"
+    if any(name.startswith("attempt-") for name in names):
+        return "jobs have begun there, and none of them has saved a checkpoint yet"
     shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
     return f"it has {shown}, but no {MANIFEST}. Check the URL"
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from shardckpt.errors import CorruptError, CredentialsError, OutOfReachError, StorageError
+from shardckpt.errors import CorruptError, CredentialsError, InvalidUrlError, OutOfReachError, StorageError
 from shardckpt.storage.buffers import as_bytes, blocks
 from shardckpt.storage.limits import client_options
 from shardckpt.storage.names import is_temporary, join
@@ -43,7 +43,7 @@ def open_s3(rest: str, options: dict[str, Any], *, own_connections: bool = False
     """
     bucket, _, folder = rest.partition("/")
     if not bucket:
-        raise StorageError(
+        raise InvalidUrlError(
             f"s3://{rest}: the bucket is missing: s3://bucket/folder"
             + (f"; did you mean s3://{folder.lstrip('/')}?" if folder.strip("/") else "")
         )

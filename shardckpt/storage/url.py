@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardckpt.errors import StorageError
+from shardckpt.errors import InvalidUrlError, StorageError
 from shardckpt.storage.local import LocalStorage
 from shardckpt.storage.protocol import Storage
 
@@ -44,7 +44,7 @@ def open_storage(
     `secret`, `token`, `profile`, `endpoint_url`, `anon`, `client_kwargs`, `config_kwargs`), and
     `transfer_deadline` and `transfer_least_rate` (docs/storage.md). What they do not say comes from where the
     protocol's own tools take it. A local path has one, `follow_links`: whether files are also read where a
-    symbolic link leads out of the run. A Storage is returned as it is. Raises StorageError for what names
+    symbolic link leads out of the run. A Storage is returned as it is. Raises InvalidUrlError for what names
     none, also where slashes are missing, as in `s3:/bucket`.
     """
     if not isinstance(url, str | os.PathLike):
@@ -53,21 +53,21 @@ def open_storage(
         return url
     text = os.fspath(url)
     if not text.strip():
-        raise StorageError("the URL of the storage is empty")
+        raise InvalidUrlError("the URL of the storage is empty")
     if "\0" in text:
-        raise StorageError(f"{text!r}: a URL or path has no null character")
+        raise InvalidUrlError(f"{text!r}: a URL or path has no null character")
     protocol = protocol_of(text)
     if protocol and text != text.strip():
-        raise StorageError(f"{text!r} begins or ends with white space: did you mean {text.strip()}?")
+        raise InvalidUrlError(f"{text!r} begins or ends with white space: did you mean {text.strip()}?")
     if protocol and protocol not in _LOCAL:
         return _open_remote(text, protocol, dict(storage_options or {}))
     if not protocol and (slip := _SLIP.fullmatch(text)):
         meant = f"{(slip['remote'] or slip['local']).lower()}://{slip['rest'].strip()}"
-        raise StorageError(f"{text}: did you mean {meant}? (A folder of this name would be ./{text})")
+        raise InvalidUrlError(f"{text}: did you mean {meant}? (A folder of this name would be ./{text})")
     options = dict(storage_options or {})
     follow_links = options.pop("follow_links", False)
     if options:
-        raise StorageError(
+        raise InvalidUrlError(
             f"{text} is a local path, which takes no storage_options but follow_links: is 's3://' missing "
             "before it?"
         )
@@ -85,7 +85,7 @@ def _local_path(text: str, protocol: str) -> str:
     if protocol and not path.startswith(("/", ".", "~")):
         host, _, rest = path.partition("/")
         if host.lower() != "localhost":
-            raise StorageError(
+            raise InvalidUrlError(
                 f"{text} names a file of the machine {host!r}: did you mean file:///{path}? (A path relative to "
                 f"the working folder is just {path}; what another machine has must be mounted here)"
             )
@@ -93,7 +93,7 @@ def _local_path(text: str, protocol: str) -> str:
     try:
         full = os.path.abspath(Path(path).expanduser())  # noqa: PTH100, keeps symlinks
     except RuntimeError as error:
-        raise StorageError(f"{text}: {error}") from error
+        raise InvalidUrlError(f"{text}: {error}") from error
     return f"/{full.lstrip('/')}"  # which POSIX lets begin with two slashes
 
 
@@ -101,17 +101,19 @@ def _open_remote(text: str, protocol: str, options: dict[str, Any]) -> Storage:
     # The one place where imports wait: fsspec and s3fs take 0.4 s, and a local run needs neither.
     rest = text.partition("://")[2]
     if "::" in protocol:
-        raise StorageError(
+        raise InvalidUrlError(
             f"{text}: chained URLs are refused, since a cache between the library and "
             "the storage breaks its guarantees. Give the last URL of the chain"
         )
     authority = rest.partition("/")[0]
     if re.search(r"[\s\x00-\x1f]", authority):
-        raise StorageError(f"{text!r}: there is white space in {authority!r}, which no host or bucket has")
+        raise InvalidUrlError(
+            f"{text!r}: there is white space in {authority!r}, which no host or bucket has"
+        )
     user, has_user, _ = authority.rpartition("@")
     if has_user and ":" in user:
         shown = f"{protocol}://{user.partition(':')[0]}:...@{authority.rpartition('@')[2]}/..."
-        raise StorageError(
+        raise InvalidUrlError(
             f"{shown}: a URL must not have a password in it, since it is written to logs and checkpoints. Give "
             "it in storage_options"
         )
@@ -120,11 +122,11 @@ def _open_remote(text: str, protocol: str, options: dict[str, Any]) -> Storage:
 
         return open_s3(rest, options)
     if query := re.search(r"[?#].*", rest):
-        raise StorageError(
+        raise InvalidUrlError(
             f"{text}: {query[0]!r} has no meaning in the URL of a folder. Give the URL without it"
         )
     if protocol in _OBJECTS and not authority:
-        raise StorageError(
+        raise InvalidUrlError(
             f"{text}: the bucket is missing: did you mean {protocol}://{rest.lstrip('/') or 'bucket/folder'}?"
         )
     import fsspec
@@ -132,7 +134,7 @@ def _open_remote(text: str, protocol: str, options: dict[str, Any]) -> Storage:
     if protocol not in (*fsspec.available_protocols(), *fsspec.registry):
         alike = difflib.get_close_matches(protocol, _USUAL, n=1, cutoff=0.5)
         hint = f"did you mean {alike[0]}://?" if alike else "object stores are s3://, gs:// and az://"
-        raise StorageError(f"{text}: unknown protocol {protocol!r}; {hint}")
+        raise InvalidUrlError(f"{text}: unknown protocol {protocol!r}; {hint}")
     from shardckpt.storage.remote import open_fsspec
 
     return open_fsspec(protocol, rest, options)

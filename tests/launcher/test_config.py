@@ -379,6 +379,16 @@ def test_modules_are_found_without_importing_them(folder: Path) -> None:
     assert parse(["-m", "pkg.generated"]).command.target == "pkg.generated"
 
 
+def test_ckpt_is_no_attempts_folder(folder: Path) -> None:
+    """Which its name does not tell: a run may be called so."""
+    attempt = folder / "run/attempt-0001"
+    attempt.mkdir(parents=True)
+    parse(["--ckpt", "run/attempt-0001", "train.py"])
+    (attempt / "attempt.json").touch()
+    with pytest.raises(UsageError, match="a run, not an attempt in it: give run, found 'run/attempt-0001'"):
+        parse(["--ckpt", "run/attempt-0001", "train.py"])
+
+
 def test_every_option_of_torchrun_is_known() -> None:
     """Those of the torch that is installed, read from its source: importing it would take seconds."""
     torch = PathFinder.find_spec("torch")

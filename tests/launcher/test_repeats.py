@@ -45,3 +45,11 @@ def test_a_syntax_error_has_no_header() -> None:
     repeats = Repeats()
     assert repeats.sift(3, lines) == lines
     assert repeats.sift(1, lines) == [b"the same traceback as rank 3's: SyntaxError: invalid syntax"]
+
+
+def test_numbers_in_the_error_may_differ() -> None:
+    """Peers of a rank that died name the ports where they were connected to it."""
+    repeats = Repeats()
+    repeats.sift(0, [*BLOCK[:2], b"RuntimeError: read error [127.0.0.1]:39117"])
+    shown = repeats.sift(1, [*BLOCK[:2], b"RuntimeError: read error [127.0.0.1]:50364"])
+    assert shown == [b"the same traceback as rank 0's: RuntimeError: read error [127.0.0.1]:50364"]

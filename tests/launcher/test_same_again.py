@@ -40,6 +40,7 @@ def usage(rank: int) -> Death:
         "ModuleNotFoundError: No module named 'flash_attn'",
         "ImportError: cannot import name 'x' from 'y' (/home/me/y.py)",
         "NameError: name 'modle' is not defined",
+        "shardckpt.errors.InvalidUrlError: s4://b/run: unknown protocol 's4'; did you mean s3://?",
     ],
 )
 def test_errors_of_the_code(error: str) -> None:

@@ -147,7 +147,7 @@ class TestLs:
         _, out, _ = call("ls", tmp_path / "alone")
         assert len(out.splitlines()) == 2
 
-    @pytest.mark.parametrize("there", ["nothing", "a folder", "another folder", "a file"])
+    @pytest.mark.parametrize("there", ["nothing", "a folder", "another folder", "a file", "a job"])
     def test_not_a_run(self, call: Call, tmp_path: Path, there: str) -> None:
         url = tmp_path / "x"
         if there in ("a folder", "another folder"):
@@ -156,10 +156,15 @@ class TestLs:
             (url / "file").touch()
         if there == "a file":
             url.touch()
+        if there == "a job":
+            (url / "attempt-0001").mkdir(parents=True)
+            (url / "attempt-0001/attempt.json").touch()
         code, out, err = call("ls", url)
         kind = "it is a file of 0 bytes, of no kind that is known here"
         kinds = {"another folder": "it has file, but no manifest.json", "a file": kind}
         found = f"{kinds.get(there, 'nothing is there')}. Check the URL."
+        if there == "a job":
+            found = "jobs have begun there, and none of them has saved a checkpoint yet."
         assert (code, out) == (3, "")
         assert err == f"shardckpt: {url} is neither a run with checkpoints nor a checkpoint: {found}\n"
 

@@ -35,6 +35,7 @@ from shardckpt import load, save
 from shardckpt.errors import (
     CorruptError,
     CredentialsError,
+    InvalidUrlError,
     OutOfReachError,
     StorageError,
     StorageFullError,
@@ -416,7 +417,7 @@ class TestOpening:
         ],
     )
     def test_a_url_that_lacks_a_slash_is_no_folder(self, url: str, meant: str) -> None:
-        with pytest.raises(StorageError, match=f"^{url}: did you mean {meant}[?]"):
+        with pytest.raises(InvalidUrlError, match=f"^{url}: did you mean {meant}[?]"):
             open_storage(url)
 
     def test_names_with_a_colon(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
