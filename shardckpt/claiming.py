@@ -60,6 +60,8 @@ class RunClaim:
         self._ranks = ranks
         self._session = session
         self._is_told = False  # that the storage is out of reach
+        self._noticed = ""  # what was told last of another job in the run
+        self._is_looking = False  # whether that job is at work
         self._is_restoring = is_restoring
         self._is_known_out_of_reach = False
         note = weakref.WeakMethod(self._note)
@@ -124,13 +126,14 @@ class RunClaim:
                 break
             if may_go_on and (left <= 0 or self._is_known_out_of_reach):
                 return ""
-            if left <= 0:
+            if left <= 0 and not self._is_looking:
                 raise OutOfReachError(
                     f"{self._root.url} has been out of reach for {patience:g} s, and no snapshot is "
                     f"in memory to go "
                     "on from. Check the storage and the network; restore waits longer with a larger url_timeout"
                 )
-            if not may_go_on and not self._is_told and patience - left > LOOK_SECONDS:
+            is_silent = not self._is_looking and patience - left > LOOK_SECONDS
+            if is_silent and not may_go_on and not self._is_told:
                 self._is_told = True
                 _log.warning(
                     "%s is out of reach: restore waits for it, for up to %g s", self._root.url, patience
@@ -156,9 +159,13 @@ class RunClaim:
         if condition.name:
             self.name = condition.name
         self._is_known_out_of_reach = isinstance(condition.error, OutOfReachError)
+        self._is_looking = bool(condition.notice) and not condition.name and condition.error is None
         if self._ranks.rank != 0:
             return
         if condition.notice:
+            if condition.notice == self._noticed:
+                return
+            self._noticed = condition.notice
             (_log.error if condition.name else _log.warning)("%s", condition.notice)
         elif condition.name and self._is_told:
             self._is_told = False

@@ -6,19 +6,22 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 import torch
 
 import shardckpt
-from shardckpt import records
+from shardckpt import claiming, records
 from shardckpt.attempts import Attempt, claim_attempt
 from shardckpt.errors import NotACheckpointError, RunInUseError, SaveError, SupersededError
 from shardckpt.keeper import AttemptKeeper, Condition
 from shardckpt.lease import LEASE, Holder, Lease, Terms, job_names, read_lease
+from shardckpt.ranks import current_ranks
 from shardckpt.runs import ATTEMPT, iter_places
+from shardckpt.saving import SaveSession
+from shardckpt.sinks import JobAttempt
 from shardckpt.storage import Storage, open_storage
 from tests.faults import saver_thread
 from tests.servers import S3Server
@@ -245,3 +248,37 @@ def test_who_is_of_one_job(tmp_path: Path) -> None:
     slurm = {"SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0"}
     assert same(slurm, slurm)
     assert not same(slurm, {**slurm, "SLURM_JOB_ID": "13"})
+
+
+class _Claiming:
+    """A session whose attempt is claimed once it has been looked at so often, and that tells so twice."""
+
+    def __init__(self, notice: str, looks: int) -> None:
+        self.notice, self.looks = notice, looks
+
+    def adopt(self, job: JobAttempt) -> None:
+        self.job = job
+        for _ in range(2):
+            job.tell(Condition(notice=self.notice))
+
+    def wait_claimed(self, _patience: float, *, is_urgent: bool) -> str:
+        assert not is_urgent
+        self.looks -= 1
+        if self.looks:
+            return ""
+        self.job.tell(Condition("attempt-0002"))
+        return "attempt-0002"
+
+    def learn(self, name: str) -> None:
+        assert name == "attempt-0002"
+
+
+def test_a_look_at_another_job_is_no_outage(
+    run: Storage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes; and it is told once, though the saver tells it to whoever asks."""
+    monkeypatch.setattr(claiming, "LOOK_SECONDS", 0.0)
+    session = cast("SaveSession", _Claiming("may still be at work", looks=3))
+    claim = claiming.RunClaim(run, current_ranks(), session, 0, is_restoring=True)
+    assert claim.wait(0.0, has_snapshot=False)
+    assert [record.getMessage() for record in caplog.records] == ["may still be at work"]
