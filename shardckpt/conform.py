@@ -18,6 +18,9 @@ from shardckpt.values import EnumRef, Record
 
 __all__ = ["conform"]
 
+_BUILTIN = (int, float, str, bytes)
+"""Types that a number or text of a subclass was saved as."""
+
 
 def conform(value: Any, held: Any, path: str) -> Any:
     """`value`, which was saved at `path`, as what the state holds there now.
@@ -30,6 +33,8 @@ def conform(value: Any, held: Any, path: str) -> Any:
         return _member(value, held, path)
     if isinstance(held, np.generic) and isinstance(value, (bool, int, float, complex)):
         return _scalar(value, held)
+    if type(value) in _BUILTIN and type(held) not in (bool, type(value)) and isinstance(held, type(value)):
+        return _of_subclass(value, held)
     if isinstance(value, Record) and hasattr(type(held), "_make"):
         if value._fields != held._fields:
             raise StateError(
@@ -66,6 +71,15 @@ def _scalar(value: complex, held: np.generic) -> Any:
     except (OverflowError, TypeError, ValueError):
         return value
     return made if made == value or (made != made and value != value) else value
+
+
+def _of_subclass(value: Any, held: Any) -> Any:
+    """The value in the class of `held`, a number or text of the user's own, if that makes the same of it."""
+    try:
+        made = type(held)(value)
+    except Exception:  # of the user's own code
+        return value
+    return made if type(made) is type(held) and made == value else value
 
 
 def _filled(held: Any, value: Any) -> Any:

@@ -21,7 +21,7 @@ from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.manifest import shape_problem
 from shardckpt.pages import prefer_huge_pages
 from shardckpt.plan import Layout
-from shardckpt.wrapped import is_wrapper, local_part
+from shardckpt.wrapped import PLAIN_TYPES, is_wrapper, local_part
 
 __all__ = [
     "LocalTensor",
@@ -39,6 +39,8 @@ __all__ = [
 
 _PARTS = (Replicate, Shard, _StridedShard)
 """Placements that give a rank all of a tensor or a part that is known here; not subclasses, which may differ."""
+
+_shape_problem = lru_cache(maxsize=1 << 12)(shape_problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,7 @@ def local_tensor(
     else:
         pieces = (Piece(Box.whole(shape), (0,) * len(shape)),) if math.prod(shape) else ()
     dtype = dtype_name(data.dtype, name)
-    if problem := shape_problem(dtype, shape):
+    if problem := _shape_problem(dtype, shape):
         raise UnsupportedValueError(f"state[{name!r}] {problem}. Reshape it, or leave it out.")
     return LocalTensor(name, dtype, shape, pieces, data, first_holder)
 
@@ -168,7 +170,7 @@ def local_tensor(
 def check_memory(data: torch.Tensor, name: str) -> None:
     """Raise UnsupportedValueError unless a local tensor has memory, in which its strides find its elements."""
     kind = remedy = None
-    if is_lazy(data):
+    if type(data) not in PLAIN_TYPES and is_lazy(data):
         kind, remedy = "an uninitialized parameter or buffer", "Run the model once, which gives it a shape."
     elif data.is_nested:
         kind, remedy = "a nested tensor", "Pass its parts: t.values() and t.offsets(), or list(t.unbind())."

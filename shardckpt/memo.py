@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from shardckpt.local import LocalTensor
 from shardckpt.overrides import is_patched, optimizer_saves_plainly, saves_plainly
-from shardckpt.wrapped import flat, is_wrapper, local_part, memory_parts
+from shardckpt.wrapped import PLAIN_TYPES, flat, is_wrapper, local_part, memory_parts
 
 __all__ = ["Known", "Memo"]
 
@@ -144,6 +144,9 @@ def _looks(value: nn.Module | torch.optim.Optimizer) -> list[Any]:
 
 def _memory(tensor: Any) -> Any:
     """Which object it is, and where and how its elements lie."""
+    if type(tensor) in PLAIN_TYPES:  # nearly all are, and this is what each save costs
+        where = id(tensor), tensor.data_ptr(), tensor.device, tensor.dtype
+        return where, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
     if not isinstance(tensor, torch.Tensor):
         return id(tensor)
     local = local_part(tensor)

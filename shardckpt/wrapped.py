@@ -19,9 +19,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["describe", "flat", "inner_names", "is_wrapper", "local_part", "memory_parts", "storages"]
+__all__ = [
+    "PLAIN_TYPES",
+    "describe",
+    "flat",
+    "inner_names",
+    "is_wrapper",
+    "local_part",
+    "memory_parts",
+    "storages",
+]
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""Tensors of these very classes have memory of their own, if any."""
 _OF_THIS_PROCESS = (torch.device, torch.Size, DeviceMesh, ProcessGroup)
 """What a wrapper knows of its place, or of its local shape: another process may have another."""
 
@@ -36,7 +46,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_wrapper(local: torch.Tensor) -> bool:
     """Whether the tensor, of which a DTensor's local part is meant, has other tensors instead of memory."""
-    return type(local) not in _PLAIN and not local.is_nested and is_traceable_wrapper_subclass(local)
+    return type(local) not in PLAIN_TYPES and not local.is_nested and is_traceable_wrapper_subclass(local)
 
 
 def inner_names(wrapper: Any) -> list[str]:
@@ -52,7 +62,7 @@ def flat(wrapper: Any) -> tuple[list[tuple[str, torch.Tensor]], Any]:
 
 def memory_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with memory of their own that make up this rank's part of a tensor."""
-    local = local_part(tensor)
+    local = tensor if type(tensor) in PLAIN_TYPES else local_part(tensor)
     if is_wrapper(local):
         for name in inner_names(local):
             yield from memory_parts(getattr(local, name))

@@ -141,6 +141,13 @@ class Settings(dict[str, Any]):
         self.name = name
 
 
+class Tokens(int):
+    """A number with a unit."""
+
+    def __repr__(self) -> str:
+        return f"{int(self)} tokens"
+
+
 @pytest.mark.parametrize(
     ("saved", "held"),
     [
@@ -154,6 +161,8 @@ class Settings(dict[str, Any]):
         (np.int64(2**40), np.int64(0)),
         (np.bool_(True), np.bool_(False)),
         (np.complex64(1j), np.complex64(0)),
+        (np.str_("a"), np.str_()),
+        (Tokens(3), Tokens(0)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -169,8 +178,7 @@ def test_classes_come_from_the_state(saved: Any, held: Any, place: Storage) -> N
 
 def test_what_they_are_without_a_class(place: Storage) -> None:
     """A named tuple is still read by name, and can be saved again; numbers of NumPy and of enums are plain."""
-    values = [Pair(1, 2), Level.LOW, np.float32(0.5), np.datetime64]
-    shardckpt.save(place, {"v": values[:3]})
+    shardckpt.save(place, {"v": [Pair(1, 2), Level.LOW, np.float32(0.5)]})
     state: dict[str, Any] = {"v": None}
     shardckpt.load(place, state)
     record, level, number = state["v"]
@@ -183,6 +191,14 @@ def test_what_they_are_without_a_class(place: Storage) -> None:
     again = {"v": [Typed(0, 0), Level.HIGH, 0.0]}
     shardckpt.load(place.at("again"), again)
     assert again["v"] == [Typed(1, 2), Level.LOW, 0.5]
+
+
+def test_a_number_does_not_become_a_flag(place: Storage) -> None:
+    """True is an instance of int, and yet 1 is no flag."""
+    shardckpt.save(place, {"v": [1, True]})
+    state = {"v": [False, 0]}
+    shardckpt.load(place, state)
+    assert [type(value) for value in state["v"]] == [int, bool]
 
 
 def test_a_dict_of_another_class(place: Storage) -> None:
