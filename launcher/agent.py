@@ -399,8 +399,8 @@ class Agent:
         """What all nodes should know of the round, once nothing is left of it here."""
         assert round_.team is not None
         now, epoch = time.monotonic(), time.time()
-        if self._recovery is not None:
-            self._recovery = replace(self._recovery, stopped=clock.now(), forked=None)
+        begun = self._recovery or Recovery(clock.now())  # there was nothing to stop, as without the zygote
+        self._recovery = replace(begun, stopped=clock.now(), forked=None)
         host = round_.team.hosts[round_.team.rank]
         deaths = tuple(
             gather(

@@ -444,8 +444,10 @@ def test_workers_that_cannot_be_asked(job: Job) -> None:
     assert "workers cannot be asked to save, and are stopped" in done.err
 
 
-def test_the_timeline_of_a_recovery(job: Job) -> None:
-    script = job.script(STEPS + "if restarts == 0: raise RuntimeError" + FOREVER)
+@pytest.mark.parametrize("failure", ["raise RuntimeError", "import os; os.kill(os.getppid(), 9)"])
+def test_the_timeline_of_a_recovery(job: Job, failure: str) -> None:
+    """From a rank's failure, and from the loss of the zygote, after which there is nothing to stop."""
+    script = job.script(STEPS + f"if restarts == 0: {failure}" + FOREVER)
     process = job.start("--nproc=2", script)
     has_started(job, 2, 2)
     [timeline] = until(lambda: journal(job, "recovered"))
