@@ -284,7 +284,13 @@ def iter_modules(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[s
         return
     else:
         for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-            yield from iter_modules(value, f"{path}.{key}" if path else str(key), depth + 1)
+            try:
+                place = f"{path}.{key}" if path else str(key)
+            except ValueError as error:  # Python writes no integer of more than some thousand digits
+                raise UnsupportedValueError(
+                    f"state[{path!r}] has a key that cannot be written: {error}. Choose another key."
+                ) from error
+            yield from iter_modules(value, place, depth + 1)
 
 
 def _loaded_class(module: str, name: str) -> tuple[type, ...]:

@@ -333,6 +333,8 @@ def _decode_tagged(tag: str, content: Any, level: int) -> Any:
             case "$dict":
                 items = map(_list, _list(content))
                 pairs = [(_decode_key(key, level), value) for key, value in items]
+                for key, _ in pairs:
+                    segment(key)  # ValueError for an integer of more digits than Python writes
                 return _dict(pairs, _decode_items([value for _, value in pairs], level + 1))
             case "$mapping":
                 return _decode_mapping(_list(content), level)

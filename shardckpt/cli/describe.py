@@ -143,7 +143,11 @@ def _values(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def _short(value: Any) -> str:
     if isinstance(value, bytes):
         return size(len(value)) + " of bytes"
-    text = repr(value[:20] if isinstance(value, list | tuple | str) and len(value) > 1000 else value)
+    shown = value[:20] if isinstance(value, list | tuple | str) and len(value) > 1000 else value
+    try:
+        text = repr(shown)
+    except ValueError:  # an integer of more decimal digits than Python writes
+        text = hex(value) if isinstance(value, int) else "has integers that are too long to be shown"
     if len(text) <= _LONG_VALUE:
         return text
     items = f" ({count(len(value), 'item')})" if isinstance(value, list | tuple) else ""

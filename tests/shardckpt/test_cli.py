@@ -679,3 +679,14 @@ def small_disk(tmp_path: Path, mounts: Mount) -> Path:
     folder.mkdir()
     mounts("tmpfs", folder, "size=4m")
     return folder
+
+
+def test_info_of_integers_that_python_does_not_write(call: Call, tmp_path: Path) -> None:
+    """In decimal digits it writes no more than some thousand."""
+    huge = 1 << 20_000
+    state = {"n": huge, "set": {huge}}
+    shardckpt.save(tmp_path / "c", state)
+    code, out, err = call("info", tmp_path / "c")
+    assert (code, err) == (0, "")
+    assert "0x1000" in out
+    assert "too long to be shown" in out

@@ -359,6 +359,7 @@ def test_a_clear_no(value: Any, place: Storage) -> None:
                 "tensors": {},
             }
         },
+        {"$dict": [[{"$tuple": [{"$int": hex(1 << 20_000)}]}, 1]]},
         {"$fraction": "1e999999999"},
         {"$fraction": "1.5"},
         {"$fraction": "1/0"},
@@ -385,3 +386,9 @@ def test_export_has_plain_data(place: Storage, tmp_path: Path) -> None:
     assert loaded["mode"] == ("slow", 1)
     assert loaded["pair"]["y"].tolist() == [1, 1]
     assert loaded["values"][3] == {3, 1, "b", (1, None)}
+
+
+def test_a_key_that_python_does_not_write(place: Storage) -> None:
+    """An integer of more than some thousand decimal digits."""
+    with pytest.raises(UnsupportedValueError, match=r"state\['a'\] has a key that cannot be written"):
+        shardckpt.save(place, {"a": {1 << 20_000: 1}})
