@@ -389,6 +389,10 @@ class _Elastic:
                 return self._handler.next_rendezvous()
             except DistStoreError as error:  # an answer that others owe: one of them has died meanwhile
                 print(error, file=sys.stderr)
+            except RendezvousTimeoutError:
+                if not self.running_without():
+                    raise
+                # A spare, or one that is to be taken in, waits for as long as the job runs.
 
     def _serve(self, agreed: Store, rank: int) -> SignedStore:
         """A store for a generation, where the one of the rendezvous cannot compare and set.

@@ -495,6 +495,20 @@ def test_a_spare_that_is_not_needed(team: Team, outcome: int) -> None:
     assert len(spare.news()) == 1
 
 
+def test_who_comes_to_a_job_that_runs_waits_for_longer_than_for_too_few_nodes(team: Team) -> None:
+    """Beyond join_timeout: it is taken in whenever there is a step boundary, or room."""
+    host = team.add()
+    host.join()
+    team.wait(lambda: host.size() == 1)
+    team.conf = {"join_timeout": "1"}
+    newcomer = team.add()
+    newcomer.join()
+    team.wait(lambda: len(host.heard("waiting")) > 1)  # it has come again
+    assert newcomer.events == []
+    host.join()
+    team.wait(lambda: host.size() == newcomer.size() == 2)
+
+
 def test_versions_must_be_the_same(team: Team) -> None:
     team.least = 2
     nodes = [team.add(host="alpha", version="1.0"), team.add(host="beta", version="1.1")]
