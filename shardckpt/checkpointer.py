@@ -162,6 +162,7 @@ class Checkpointer:
         self.url = self._root.url
         self._unsaved = Unsaved(self, self.url, tells=self._ranks.rank == 0)
         self._is_told = every_steps is not None  # that `step` does not save
+        self._is_passing_over = False  # saves for which there is no memory, which is told
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
         self._progress = ProgressFile.of_worker()
@@ -264,13 +265,14 @@ class Checkpointer:
                 self._unsaved.arguments = None
                 return last
         if not can_stage and self._saves:  # with none under way, memory is about to be there
-            if self._ranks.rank == 0:
+            if self._ranks.rank == 0 and not self._is_passing_over:
                 _log.warning(
-                    "no checkpoint at step %d: %s still being written; if it was the last step, it is saved "
-                    "at the end",
+                    "no checkpoint at step %d: %s still being written; others are left out until there is memory "
+                    "again, but the last step of all is saved at the end",
                     step,
                     _are([save.step for save in self._saves]),
                 )
+            self._is_passing_over = True
             return None
         return self._start(step, state, metrics, tiers)
 
@@ -486,6 +488,7 @@ class Checkpointer:
         if claim is None or step < claim.newest_step or not self._is_free(step, tiers):
             claim = self._begin_attempt()
         self._unsaved.arguments = None
+        self._is_passing_over = False
         handle = self._session.start(
             claim.path(step),
             [Destination(tier.name, claim.place(tier.root, step), self._keep) for tier in tiers],

@@ -53,3 +53,12 @@ def test_numbers_in_the_error_may_differ() -> None:
     repeats.sift(0, [*BLOCK[:2], b"RuntimeError: read error [127.0.0.1]:39117"])
     shown = repeats.sift(1, [*BLOCK[:2], b"RuntimeError: read error [127.0.0.1]:50364"])
     assert shown == [b"the same traceback as rank 0's: RuntimeError: read error [127.0.0.1]:50364"]
+
+
+def test_of_many_ranks_some_are_told() -> None:
+    repeats = Repeats()
+    lines = [line for rank in range(600) for line in repeats.sift(rank, BLOCK)]
+    assert lines[: len(BLOCK)] == BLOCK
+    assert lines[len(BLOCK) : -1] == SAME * 8
+    assert lines[-1] == SAME[0] + b" (those of other ranks are in their logs only)"
+    assert repeats.sift(600, [b"loading"]) == [b"loading"]

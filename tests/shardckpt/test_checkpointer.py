@@ -151,7 +151,9 @@ def test_a_save_is_skipped_while_one_is_under_way(
     assert "under way" in repr(first)
     with caplog.at_level(logging.WARNING, "shardckpt"):
         assert checkpointer.step(2, state_at(2)) is None
+        assert checkpointer.step(3, state_at(3)) is None
     assert "no checkpoint at step 2: step 1 is still being written" in caplog.text
+    assert "step 3" not in caplog.text  # it is told once, until there is a save again
     slow.gate.set()
     checkpointer.wait()
     assert "committed" in repr(first)
