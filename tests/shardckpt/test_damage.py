@@ -85,6 +85,12 @@ def edited(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_bytes(records.encode(record))
 
 
+def nodes_of(refs: bytes) -> Any:
+    """What refs.json says. Some numbers have more digits than count, so the last one may be another."""
+    content = json.loads(refs)
+    return content, {k: json.loads(v) if isinstance(v, str) else v for k, v in content.pop("refs").items()}
+
+
 def flips(data: bytes, most: int | None) -> Iterator[bytes]:
     """The data with one bit changed: each in turn, or as many as wanted, of any place."""
     bits: Any = range(8 * len(data))
@@ -153,7 +159,7 @@ class TestFlips:
             path.write_bytes(flipped)
             report = check(place, manifest, lambda *_: None)
             try:
-                is_same = json.loads(flipped) == json.loads(good)
+                is_same = nodes_of(flipped) == nodes_of(good)
             except ValueError:
                 is_same = False
             assert is_same or report.problems or report.notes, flipped
