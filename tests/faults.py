@@ -7,7 +7,6 @@ import itertools
 import multiprocessing
 import os
 import secrets
-import select
 import signal
 import socket
 import sys
@@ -410,12 +409,14 @@ class SaverThread:
 
     def drain(self, seconds: float = 30.0) -> int | None:
         """Have it persist what is left and end. Its exit code."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # nothing more to read; or a call before this one has closed it
             self._control.shutdown(socket.SHUT_WR)
-        while select.select([self._control], [], [], 0)[0] and self._control.recv(1 << 16):
-            pass
+            self._control.setblocking(False)
+            while self._control.recv(1 << 16):
+                pass
         self._thread.join(seconds)
         assert not self._thread.is_alive(), "the saver hangs"
+        self._control.close()
         return self.code
 
 

@@ -173,7 +173,9 @@ class Saver:
         self._has_flushed = False
         self._selector = selectors.DefaultSelector()
         self._returned: deque[Callable[[], None]] = deque()
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
 
     def run(self) -> int:
         """Serve. Returns the exit code: 0 if the newest save that was to go to a tier is durable there, else 1.
@@ -200,6 +202,8 @@ class Saver:
         self._listener.close()
         self._tell(event="drained")
         self._shelf.close()
+        for descriptor in (self._selector, self._wake_read, self._wake_write):
+            descriptor.close()
         return int(not all(end.is_durable for end in self._ends.values()))
 
     # -- the loop
@@ -235,12 +239,12 @@ class Saver:
     def _later(self, function: Callable[[], None]) -> None:
         """Have `function` called by the serving thread. Safe from any thread."""
         self._returned.append(function)
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"\0")
+        with contextlib.suppress(OSError):  # it is full, or there is nobody to wake any more
+            self._wake_write.send(b"\0")
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 1 << 12)
+            self._wake_read.recv(1 << 12)
 
     def _hear_control(self) -> None:
         assert self._control is not None
