@@ -37,16 +37,14 @@ class Backlog:
     """By step and tier."""
     failed: Mapping[str, SaveFailed] = field(default_factory=dict)
     """By tier: the newest that failed, unless a newer one was made durable there since."""
-    staged: int | None = None
-    """The newest step that it holds in memory."""
-    by_workers: Mapping[str, int] = field(default_factory=dict)
-    """By tier: the newest step that workers have committed there without it."""
+    is_overtaken: bool = False
+    """Whether workers have committed checkpoints without it since it was last given one."""
 
     def after(self, event: Event) -> Backlog:
         """The backlog after `event`."""
         match event:
-            case SaveStaged(step=step):
-                return replace(self, staged=step)
+            case SaveStaged():
+                return replace(self, is_overtaken=False)
             case SavedByWorkers(step=step, tier=tier):
                 return self._after_workers(step, tier)
             case SavePersisting(step=step, tier=tier):
@@ -67,13 +65,12 @@ class Backlog:
         """What is older in that tier is not needed any more."""
         pending = {key: save for key, save in self.pending.items() if key[1] != tier or key[0] > step}
         failed = {name: one for name, one in self.failed.items() if name != tier or one.step > step}
-        return replace(self, pending=pending, failed=failed, by_workers={**self.by_workers, tier: step})
+        return replace(self, pending=pending, failed=failed, is_overtaken=True)
 
     @property
     def is_replaced(self) -> bool:
         """Whether workers have committed all that it holds, or newer, by themselves."""
-        newest = max(self.by_workers.values(), default=None)
-        return newest is not None and not (self.pending or self.failed) and newest >= (self.staged or 0)
+        return self.is_overtaken and not (self.pending or self.failed)
 
     def __str__(self) -> str:
         """`step 120: 1.2 of 2.0 GB (remote)`, and so on; empty if nothing is known to be pending."""

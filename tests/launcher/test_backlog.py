@@ -148,20 +148,20 @@ def test_a_saver_that_cannot_go_on_is_named(halt: str, told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("by_workers", "code"),
+    ("since", "code"),
     [
         ([SavedByWorkers(8, "local"), SavedByWorkers(9, "remote")], ExitCode.OK),
         ([SavedByWorkers(8, "local")], ExitCode.NOT_PERSISTED),  # what goes to the other tier is missing
         ([SavedByWorkers(8, "local"), SavedByWorkers(6, "remote")], ExitCode.NOT_PERSISTED),
-        ([SavedByWorkers(7, "local"), SavedByWorkers(7, "remote")], ExitCode.NOT_PERSISTED),
+        ([SavedByWorkers(8, "local"), SavedByWorkers(9, "remote"), SaveStaged(10)], ExitCode.NOT_PERSISTED),
         ([], ExitCode.NOT_PERSISTED),
     ],
 )
 def test_a_frozen_saver_holds_nothing_that_workers_have_not_saved_since(
-    by_workers: list[SavedByWorkers], code: int
+    since: list[Event], code: int
 ) -> None:
     given = [SaveFailed(6, "local", "/x", "e"), SavePersisting(7, "remote", 0, 9), SaveStaged(8)]
-    ended = replace(drain(*given, *by_workers, DeadlinePassed(), timeout=9), halt="stopped")
+    ended = replace(drain(*given, *since, DeadlinePassed(), timeout=9), halt="stopped")
     assert ended.exit_code(of_job=0) == code
     told = ended.render(12, "saver.log")
     assert ("as old as what the ranks have saved by themselves, or older; " in told) == (code == 0)
