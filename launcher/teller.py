@@ -42,6 +42,7 @@ from launcher.round import Phase, Round, Wish
 from launcher.run_dir import RankFiles, RunDir, as_typed
 from launcher.slots import Slots
 from launcher.status import Status, StatusBoard, finished_in_words
+from launcher.tracebacks import normalized
 from launcher.wording import count, name_ranks
 
 __all__ = ["Teller"]
@@ -88,6 +89,7 @@ class Teller:
         self._phases = _PHASES_ALONE if config.is_alone else _PHASES
         self._has_told_silence = False
         self._began = time.monotonic()
+        self._save_error = ""  # of the last save that failed, without numbers and paths
         self._lost = 0.0  # seconds, from failures to the next step of all ranks
         self._has_told_trust = False
         self._saver_halt: str | None = None
@@ -419,6 +421,7 @@ class Teller:
             case SaveStaged(step=step):
                 self._journal.record("staged", step=step)
             case SavePersisted():
+                self._save_error = ""
                 self._journal.record(
                     "persisted", step=event.step, tier=event.tier, url=event.url, seconds=event.seconds
                 )
@@ -428,8 +431,10 @@ class Teller:
                 self._journal.record(
                     "save_failed", step=event.step, tier=event.tier, url=event.url, error=event.error
                 )
-                text = f"step {event.step} did not become durable in {event.url}: {event.error}"
-                self._alarm(text)
+                kind = normalized(event.error)
+                error = "the same" if kind == self._save_error else event.error
+                self._save_error = kind
+                self._alarm(f"step {event.step} did not become durable in {event.url}: {error}")
             case MemberNews(text=text, is_bad=True):
                 self._warn(text)
             case MemberNews(text=text, phase=phase):

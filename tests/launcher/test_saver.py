@@ -215,6 +215,18 @@ def test_a_drain_that_fails(
     assert message in done.err.splitlines()[-1]
 
 
+def test_saves_that_fail_of_the_same_are_told_in_few_words(job: Job) -> None:
+    """But where each was to be, and what has failed first, in full."""
+    full = [
+        {**FAILED, "step": step, "error": f"/b/step-{step}: no space for {step} bytes"} for step in (7, 8)
+    ]
+    done = job.run("--max-restarts=0", job.script(FINISH), json.dumps({"then": full, "code": 1}))
+    assert (
+        "launch: step 7 did not become durable in s3://bucket/run: /b/step-7: no space for 7 b" in done.err
+    )
+    assert "launch: step 8 did not become durable in s3://bucket/run: the same\n" in done.err
+
+
 @pytest.mark.parametrize(
     ("timeout", "code", "message"),
     [
