@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Kind:
     read: Callable[[Any], Any]
 
 
+@lru_cache(maxsize=1 << 8)
 def kind_of(cls: type) -> Kind | None:
     """The kind of exactly this class, if it has one."""
     name = _TORCH_CLASSES.get(cls.__qualname__) if cls.__module__.split(".")[0] == "torch" else None
