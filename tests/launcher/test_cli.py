@@ -187,6 +187,18 @@ def test_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert f"launch {name} [RUN]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", [80, 132])
+def test_help_is_as_wide_as_the_terminal(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And breaks no line in the middle of a word."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert columns - 20 < max(map(len, out.splitlines())) <= columns
+    assert "fewer nodes than MIN" in out
+
+
 def test_which_run_is_meant(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     """None that is named: the only one that runs, or else the only one there is."""
     assert main(["status"]) == 69
