@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,12 @@ class Kind:
     read: Callable[[Any], Any]
 
 
-@lru_cache(maxsize=1 << 8)
 def kind_of(cls: type) -> Kind | None:
     """The kind of exactly this class, if it has one."""
-    name = _TORCH_CLASSES.get(cls.__qualname__) if cls.__module__.split(".")[0] == "torch" else None
-    return _BY_TAG[name] if name is not None else _BY_CLASS.get(cls)
+    name = _TORCH_CLASSES.get(cls.__qualname__)
+    if name is not None and cls.__module__.partition(".")[0] == "torch":
+        return _BY_TAG[name]
+    return _BY_CLASS.get(cls)
 
 
 def kinds(tag: str) -> Kind | None:
