@@ -62,6 +62,7 @@ _DISTRIBUTED = (
     r"|(TCP|Dist|Prefix|File|Hash)Store|\bthe store\b"
 )
 _NAMED = r"[\w.]+: rank (\d+): "  # how an exception begins that tells of another rank's
+_OUTAGE = r"([\w.]+\.)?OutOfReachError\b"
 _DATA_WORKER = r"DataLoader worker \(pid(?:\(s\))? (\d+)"
 
 
@@ -218,8 +219,11 @@ def find_culprit(deaths: Sequence[Death], *, has_lost_node: bool = False) -> Dea
 def fingerprint(death: Death) -> str | None:
     """Equal for the same failure again; None if too little is known to say so.
 
-    Numbers, addresses and directories in messages do not count; the innermost frames of a traceback do.
+    Numbers, addresses and directories in messages do not count; the innermost frames of a traceback do. An outage
+    passes, so that nothing is said of a storage that was out of reach.
     """
+    if re.match(_OUTAGE, death.error or ""):
+        return None
     if death.kill and "out of memory" in death.kill:
         return "out of memory"
     if death.has_traceback or death.error:

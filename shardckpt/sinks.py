@@ -470,8 +470,10 @@ class SaverSink:
             if outcome.path:
                 goals = [replace(goal, place=Place(goal.place.root, outcome.path)) for goal in goals]
                 handle.moved(outcome.tier, goals[0].place)
-            if error is not None and any(was_committed(goal.place, save.id) for goal in goals):
-                error = None  # the saver died after the commit, before it could tell
+            # A saver that has died may have committed it, and not told. One that lives knows, and its next
+            # messages are not to wait for a storage.
+            if client.is_lost and error is not None and any(was_committed(g.place, save.id) for g in goals):
+                error = None
             handle.note(outcome.tier, error, committed=True)
             if isinstance(error, SaverError):  # which cannot tell it itself any more
                 self._leave_word(save, goals, error)

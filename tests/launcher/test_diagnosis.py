@@ -272,7 +272,15 @@ def test_different_failures_have_different_fingerprints() -> None:
     assert len(set(prints)) == len(deaths)
 
 
-@pytest.mark.parametrize("death", [died(0, -9, lines=("step 3",)), died(0, -15), died(0, 1)])
+@pytest.mark.parametrize(
+    "death",
+    [
+        died(0, -9, lines=("step 3",)),
+        died(0, -15),
+        died(0, 1),
+        died(0, 1, "shardckpt.errors.OutOfReachError: s3://b/run has been out of reach for 1800 s"),
+    ],
+)
 def test_nothing_can_be_said_of_some(death: Death) -> None:
     assert fingerprint(death) is None
 

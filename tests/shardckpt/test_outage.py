@@ -49,7 +49,7 @@ def crash(checkpointer: Checkpointer) -> None:
 class Outage:
     """A run's storage, out of reach while `is_on`."""
 
-    def __init__(self, url: Path) -> None:
+    def __init__(self, url: str | Path) -> None:
         self.url = str(url)
         self.is_on = False
 
@@ -200,6 +200,25 @@ def test_an_outage_that_outlasts_the_job(outage: Outage, saver: SaverThread) -> 
         handle.wait()
     checkpointer.close()  # the saver answers for it
     assert saver.drain() == 1
+
+
+def test_the_trainer_does_not_look_for_a_save_that_failed(moto_s3: S3Server) -> None:
+    """The saver's next messages would wait for that, and with them the memory that they give back."""
+    outage = Outage(moto_s3.url("run"))
+    with faulty_proxy(moto_s3.endpoint) as proxy, saver_thread(outage.open):
+        options = {**moto_s3.options, "endpoint_url": proxy.endpoint}
+        with Checkpointer(
+            outage.url, storage_options=options, snapshots=2, commit_timeout=0.5
+        ) as checkpointer:
+            checkpointer.restore(state_at(0))
+            checkpointer.save(1, state_at(1)).wait()
+            before = len(proxy.requests)
+            outage.is_on = True  # for the saver alone
+            failed = checkpointer.save(2, state_at(2))
+            with pytest.raises(SaveError):
+                failed.wait()
+            assert proxy.requests[before:] == []
+            outage.is_on = False
 
 
 @pytest.mark.usefixtures("saver")
