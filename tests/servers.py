@@ -122,6 +122,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+_PAGE = b"<html><body>Log in</body></html>"
 _REFUSALS = {"expired": (400, "ExpiredToken"), "denied": (403, "AccessDenied")}
 
 
@@ -143,6 +144,8 @@ class FaultyProxy:
       proxy ends.
     - "slow": send the answer's body in ten pieces, with pauses of `pause` seconds.
     - "ignore": never answer, until the proxy ends.
+    - "page": answer with status 200 and a web page, as a server that is none of S3's.
+    - "chunked": do not tell the length of the answer's body before, but send it in chunks.
 
     `requests` records (method, path) of all, `keys` the access key of each.
     """
@@ -198,6 +201,9 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             if fault == "ignore":
                 over.wait()
                 return
+            if fault == "page":
+                self.answer(200, _PAGE)
+                return
             if isinstance(fault, int):
                 self.send_response(fault)
                 self.send_header("Content-Length", "0")
@@ -209,14 +215,21 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
                 return
             self.send_response(answer.status)
             for name, value in answer.getheaders():
-                if name.lower() not in ("connection", "transfer-encoding", "server", "date"):
+                if name.lower() in ("connection", "transfer-encoding", "server", "date"):
+                    continue
+                if name.lower() != "content-length" or fault != "chunked":
                     self.send_header(name, value)
+            if fault == "chunked":
+                self.send_header("Transfer-Encoding", "chunked")
+                content = b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content) if content else b"0\r\n\r\n"
             self.send_header("Connection", "close")
             self.end_headers()
             self.send_body(content, fault)
 
         def refuse(self, status: int, code: str) -> None:
-            content = b"<Error><Code>%s</Code><Message>refused</Message></Error>" % code.encode()
+            self.answer(status, b"<Error><Code>%s</Code><Message>refused</Message></Error>" % code.encode())
+
+        def answer(self, status: int, content: bytes) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Connection", "close")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -31,6 +32,7 @@ __all__ = ["FsspecStorage", "open_fsspec"]
 T = TypeVar("T")
 
 _PIECE = 16 << 20  # bytes of a large file that are read or written at a time
+_UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror)
 
 # Memory file systems check and write in two steps; all of them in this process share one store.
 _CREATING = threading.Lock()
@@ -56,6 +58,8 @@ def open_fsspec(
         system = kind(**arguments, skip_instance_cache=own_connections)
     except ImportError as error:
         raise StorageError(f"{url}: a package is missing: {error}") from error
+    except _UNREACHABLE as error:
+        raise OutOfReachError(f"{url}: cannot be reached: {error or type(error).__name__}") from error
     except Exception as error:
         raise StorageError(f"{url}: cannot be opened: {error or type(error).__name__}") from error
     return FsspecStorage(protocol, folder, options, system)
@@ -271,6 +275,6 @@ class FsspecStorage:
                 raise CredentialsError(text) from error
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageFullError(text) from error
-            if isinstance(error, ConnectionError | TimeoutError):
+            if isinstance(error, _UNREACHABLE):
                 raise OutOfReachError(text) from error
             raise StorageError(text) from error

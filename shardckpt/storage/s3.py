@@ -212,12 +212,13 @@ class S3Storage:
     async def _get(self, key: str) -> bytes:
         async def get(reach: Reach) -> bytes:
             answer = await self._client.call("get_object", key, reach)
-            check_whole(self._name(key), int(answer["ContentLength"]))
+            check_whole(self._name(key), int(answer.get("ContentLength", 0)))
             data = bytearray()
             with self._client.explained(key):
                 async with answer["Body"] as body:
                     while piece := await body.read(_PIECE):
                         data += piece
+                        check_whole(self._name(key), len(data))
                         reach(len(data))
             return bytes(data)
 
@@ -244,16 +245,22 @@ class S3Storage:
             return 0
 
     async def _receive(self, answer: Any, key: str, view: memoryview, reach: Reach) -> int:
-        """Fill `view` with the body of an answer; the body's length."""
-        length, done = int(answer["ContentLength"]), 0
+        """Fill `view` with the body of an answer; the body's length.
+
+        A server need not tell the length before, where it sends the body in chunks.
+        """
+        done, is_told = 0, "ContentLength" in answer
+        length = int(answer["ContentLength"]) if is_told else len(view)
         async with answer["Body"] as body:
-            if length > len(view):
+            if length > len(view) or not (is_told or "ContentRange" in answer):
                 raise StorageError(
                     f"{self._name(key)}: the server answered a request for {len(view)} bytes with "
-                    f"{length}: it ignores ranges, which reading a checkpoint needs"
+                    f"{length if is_told else 'all'}: it ignores ranges, which reading a checkpoint needs"
                 )
             while done < length:
                 data = await body.read(length - done)
+                if not data and not is_told:
+                    break
                 if not data:
                     raise ConnectionError(f"the answer broke off after {done} of {length} bytes")
                 view[done : done + len(data)] = data

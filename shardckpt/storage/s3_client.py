@@ -34,6 +34,16 @@ _SILENCE = 2.0  # seconds of trouble that nothing is said about
 _FIRST_PAUSE = 0.1  # seconds, at most; each later one is twice as long
 _LONGEST_LOOK = 2.0  # seconds between two looks for credentials that are to be renewed
 _RENEWALS = 4  # of the credentials, within one request, that do not count as attempts
+_MEMBERS = {
+    "get_object": ("ETag",),
+    "head_object": ("ETag", "ContentLength"),
+    "put_object": ("ETag",),
+    "list_objects_v2": ("IsTruncated",),
+    "create_multipart_upload": ("UploadId",),
+    "upload_part": ("ETag",),
+}
+"""What the answer of every S3 server has: that of a web server at a wrong endpoint, or of a login page on the way
+there, has it not, though its status says that all is well."""
 
 
 class S3Client:
@@ -120,7 +130,14 @@ class S3Client:
             await self.system.set_session()
             client = await self.system.get_s3(self._bucket)
             client.meta.events.register("before-sign.s3", _expect_nothing, unique_id="shardckpt")
-            return await self.system._call_s3(method, Bucket=self._bucket, **arguments)
+            answer = await self.system._call_s3(method, Bucket=self._bucket, **arguments)
+        for member in _MEMBERS.get(method, ()):
+            if member not in answer:
+                raise StorageError(
+                    f"{self.name(without_temporary(key or about))}: what answers is no S3 server: there is no "
+                    f"{member} in its answer. Check endpoint_url in storage_options or AWS_ENDPOINT_URL"
+                )
+        return answer
 
     @contextlib.contextmanager
     def explained(self, key: str) -> Iterator[None]:

@@ -123,7 +123,8 @@ def explain(error: Exception, url: str) -> Exception:
                 summary,
             )
         if isinstance(error, _BROKEN):
-            return TransientError(f"{url}: the connection failed: {error or type(error).__name__}")
+            said = " ".join(str(error).split()) or type(error).__name__  # on one line
+            return TransientError(f"{url}: the connection failed: {said}")
         return StorageError(f"{url}: {type(error).__name__}: {error}")
     return _explain_response(response, url)
 
@@ -174,6 +175,7 @@ def _explain_response(response: dict[str, Any], url: str) -> Exception:
     code = str(response.get("Error", {}).get("Code", ""))
     said = f"{code} {response.get('Error', {}).get('Message', '')}".strip()
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    of_status = said if code == str(status) else f"{status} {said}"
     if code == "NoSuchBucket":
         return StorageError(
             f"{url}: there is no such bucket. Check the name and the endpoint (endpoint_url in "
@@ -196,7 +198,7 @@ def _explain_response(response: dict[str, Any], url: str) -> Exception:
         )
     if status in (401, 403) or code in _REFUSED | _EXPIRED:
         return RefusedError(f"{url}: access was refused: {said}", is_expired=code in _EXPIRED)
-    answered = f"{url}: the server answered {status} {said}"
+    answered = f"{url}: the server answered {of_status}"
     if status == 429 or (status >= 500 and status != 501) or code in _PASSING:
         return TransientError(answered)
     return StorageError(answered)

@@ -25,7 +25,7 @@ _USUAL = ("s3", "gs", "az", "abfs", "file", "sftp", "hdfs", "memory", "https")
 """What somebody means who has mistyped a protocol."""
 _OBJECTS = ("gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss")
 """Protocols whose URLs begin with a bucket."""
-_URL = re.compile(r"\s*(?P<protocol>[A-Za-z][A-Za-z0-9+.\-]*(?:::.*)?)://(?P<rest>.*)", re.DOTALL)
+_URL = re.compile(r"\s*(?P<protocol>[A-Za-z][A-Za-z0-9+._\-]*(?:::.*)?)://(?P<rest>.*)", re.DOTALL)
 _SLIP = re.compile(
     rf"\s*(?:(?P<remote>{'|'.join(_REMOTE)}):/?|(?P<local>{'|'.join(_LOCAL)}):)(?P<rest>.*)",
     re.DOTALL | re.IGNORECASE,
@@ -45,9 +45,11 @@ def open_storage(
     `transfer_deadline` and `transfer_least_rate` (docs/storage.md). What they do not say comes from where the
     protocol's own tools take it. A local path has one, `follow_links`: whether files are also read where a
     symbolic link leads out of the run. A Storage is returned as it is. Raises InvalidUrlError for what names
-    none, also where slashes are missing, as in `s3:/bucket`.
+    none, also where slashes are missing, as in `s3:/bucket`, and TypeError for what is neither a path nor a
+    Storage.
     """
     if not isinstance(url, str | os.PathLike):
+        _check_is_storage(url)
         if storage_options:
             raise StorageError(f"{url.url} is open already: storage_options come too late")
         return url
@@ -62,7 +64,9 @@ def open_storage(
     if protocol and protocol not in _LOCAL:
         return _open_remote(text, protocol, dict(storage_options or {}))
     if not protocol and (slip := _SLIP.fullmatch(text)):
-        meant = f"{(slip['remote'] or slip['local']).lower()}://{slip['rest'].strip()}"
+        rest = slip["rest"].strip()
+        is_relative = slip["local"] and not rest.startswith("/")
+        meant = rest if is_relative else f"{(slip['remote'] or slip['local']).lower()}://{rest}"
         raise InvalidUrlError(f"{text}: did you mean {meant}? (A folder of this name would be ./{text})")
     options = dict(storage_options or {})
     follow_links = options.pop("follow_links", False)
@@ -80,8 +84,24 @@ def protocol_of(url: str) -> str:
     return match["protocol"].lower() if match else ""
 
 
+def _check_is_storage(thing: object) -> None:
+    """Raises TypeError, which says what a user's own Storage lacks."""
+    if isinstance(thing, Storage):
+        return
+    wanted = [name for name in vars(Storage) if not name.startswith("_")]
+    lacking = [name for name in wanted if not hasattr(thing, name)]
+    kind = type(thing).__name__
+    if len(lacking) == len(wanted):
+        raise TypeError(f"{thing!r} is neither a URL nor a path: it is a {kind}")
+    raise TypeError(
+        f"the {kind} is no Storage: it lacks {', '.join(lacking)} (see shardckpt/storage/protocol.py)"
+    )
+
+
 def _local_path(text: str, protocol: str) -> str:
     path = text.partition("://")[2] if protocol else text
+    if protocol and not path:
+        raise InvalidUrlError(f"{text} names no folder: file:///folder")
     if protocol and not path.startswith(("/", ".", "~")):
         host, _, rest = path.partition("/")
         if host.lower() != "localhost":

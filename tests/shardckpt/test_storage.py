@@ -43,7 +43,7 @@ from shardckpt.errors import (
 from shardckpt.fetch import in_parallel
 from shardckpt.storage import LocalStorage, Storage, open_storage
 from shardckpt.storage.limits import Limits, Patience
-from tests.faults import FaultyStorage, Killed
+from tests.faults import FaultyStorage, HookedStorage, Killed
 from tests.mounts import Mount, remount_read_only
 from tests.servers import FaultyProxy, S3Server, faulty_proxy
 
@@ -262,6 +262,54 @@ class TestContract:
         with pytest.raises(ValueError, match="at 0"):
             store.write_pack("pack", memoryview(bytes(2 * PART)), before)
 
+    @pytest.mark.parametrize(
+        "lengths", [[], [0], [5], [4095, 0, 2, PART], [PART] * 2, [1 << 20] * 17 + [3]]
+    )
+    def test_pieces(self, store: Storage, lengths: list[int]) -> None:
+        """The memory of one piece is used again for the next."""
+        content = _noise(sum(lengths))
+        memory = bytearray(max(lengths, default=0))
+
+        def pieces() -> Iterator[memoryview]:
+            start = 0
+            for length in lengths:
+                memory[:length] = content[start : start + length]
+                yield memoryview(memory)[:length]
+                memory[:] = bytes(len(memory))
+                start += length
+
+        store.write("folder/p", b"earlier")
+        store.write_pieces("folder/p", len(content), pieces())
+        assert store.read("folder/p") == content
+        assert store.sizes("folder") == {"p": len(content)}
+
+    def test_what_pieces_raise_is_raised_and_there_is_no_whole_file(self, store: Storage) -> None:
+        def pieces() -> Iterator[memoryview]:
+            yield memoryview(bytes(PART + 1))
+            raise ArithmeticError
+
+        with pytest.raises(ArithmeticError):
+            store.write_pieces("p", 2 * PART, pieces())
+        assert store.sizes().get("p", 0) < 2 * PART
+        store.write_pieces("p", 1, iter([memoryview(b"x")]))  # and again
+        assert store.read("p") == b"x"
+
+    def test_fresh(self, store: Storage) -> None:
+        """The same folder, whichever was written last, and a folder below it too."""
+        store.write("a/b", b"one")
+        fresh = store.fresh()
+        assert isinstance(fresh, Storage)
+        assert fresh.url == store.url
+        assert fresh.read("a/b") == store.at("a").fresh().read("b") == b"one"
+        store.write("a/b", _noise(PART + 5))
+        buffer = bytearray(PART)
+        fresh.read_into("a/b", 5, memoryview(buffer))
+        assert buffer == _noise(PART + 5)[5:]
+        assert fresh.size("a/b") == PART + 5
+        assert fresh.list() == ["a"]
+        fresh.write("c", b"two")
+        assert store.read("c") == b"two"
+
     def test_several_threads(self, store: Storage) -> None:
         def work(number: int) -> bytes:
             below = store.at(f"rank-{number}")
@@ -314,6 +362,8 @@ class TestOpening:
             ("s3://bucket/a/../b", "a path below"),
             ("s4://bucket/run", r"unknown protocol 's4'; did you mean s3://[?]$"),
             ("fiel:///data/run", r"unknown protocol 'fiel'; did you mean file://[?]$"),
+            ("s_3://bucket/run", r"unknown protocol 's_3'; did you mean s3://[?]$"),
+            ("file://", "file:// names no folder"),
             ("xyzzy://bucket/run", r"unknown protocol 'xyzzy'; object stores are s3://, gs:// and az://$"),
             ("gs://bucket/run", "a package is missing: .*gcsfs"),
             ("simplecache::s3://bucket/run", "chained"),
@@ -414,6 +464,7 @@ class TestOpening:
             ("s3:b", "s3://b"),
             ("gs:/b", "gs://b"),
             ("file:/d/x", "file:///d/x"),
+            ("file:d/x", "d/x"),
         ],
     )
     def test_a_url_that_lacks_a_slash_is_no_folder(self, url: str, meant: str) -> None:
@@ -424,6 +475,20 @@ class TestOpening:
         monkeypatch.chdir(tmp_path)
         for name in ("run:1", "lr:/x", "./s3:/x", "a/s3:/x", "C:/run", "s3x:/y", "17:30:05"):
             assert open_storage(name).url == str((tmp_path / name).absolute())
+
+    @pytest.mark.parametrize("thing", [None, 3, b"s3://bucket/run", ["run"]])
+    def test_what_is_no_url(self, thing: Any) -> None:
+        with pytest.raises(
+            TypeError, match=rf"is neither a URL nor a path: it is a {type(thing).__name__}"
+        ):
+            open_storage(thing)
+
+    def test_a_storage_of_the_users_own_that_lacks_methods(self) -> None:
+        class Mine(HookedStorage):
+            write_pieces = property()  # type: ignore[assignment]
+
+        with pytest.raises(TypeError, match=r"the Mine is no Storage: it lacks write_pieces \("):
+            open_storage(Mine(open_storage("memory://mine"), lambda *_: None))
 
     def test_options_for_a_local_path_are_a_forgotten_protocol(self) -> None:
         with pytest.raises(StorageError, match="is 's3://' missing before it"):
@@ -756,6 +821,36 @@ class TestS3:
         assert proxy.requests[-1][0] == "DELETE"
         assert "uploadId" in proxy.requests[-1][1]
         assert storage.list() == []
+
+    def test_a_server_that_is_none_of_s3(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        """An empty run, or a write that has succeeded, must not be what a login page is taken for."""
+        storage, proxy = proxied
+        proxy.faults = lambda _method, _path: "page"
+        for call in (
+            lambda: storage.list(),
+            lambda: storage.sizes(),
+            lambda: storage.read("a"),
+            lambda: storage.read_into("a", 0, memoryview(bytearray(10))),
+            lambda: storage.write("a", b"x"),
+            lambda: storage.create("a", b"x"),
+            lambda: storage.write_pack("a", memoryview(bytes(PART + 1))),
+            lambda: storage.delete_tree(""),
+        ):
+            with pytest.raises(StorageError, match=r"what answers is no S3 server.* Check endpoint_url"):
+                call()
+
+    def test_answers_whose_length_is_not_told(self, proxied: tuple[Storage, FaultyProxy]) -> None:
+        storage, proxy = proxied
+        content = _noise(5000)
+        storage.write("a", content)
+        proxy.faults = lambda method, _path: "chunked" if method == "GET" else None
+        assert storage.read("a") == content
+        assert storage.read("a", 4000, 6000) == content[4000:]
+        buffer = bytearray(2000)
+        storage.read_into("a", 10, memoryview(buffer))
+        assert buffer == content[10:2010]
+        with pytest.raises(CorruptError, match="truncated"):
+            storage.read_into("a", 4000, memoryview(buffer))
 
     def test_a_lost_answer_at_the_end_of_an_upload(self, proxied: tuple[Storage, FaultyProxy]) -> None:
         storage, proxy = proxied
