@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 from typing import Any
@@ -134,6 +135,8 @@ def _is_not_renewed(error: BaseException | None) -> bool:
     if isinstance(error, RuntimeError) and "refreshed credentials" in str(error):  # botocore's own
         return True
     if isinstance(error, FileNotFoundError) and _response(error) is None:  # a web identity's token file
+        return True
+    if isinstance(error, json.JSONDecodeError):  # what a program says; S3 itself has no JSON
         return True
     while error is not None:
         if isinstance(error, _NOT_RENEWED):

@@ -1328,14 +1328,15 @@ class TestRenewedCredentials:
             mine.list()
         assert proxy.keys[-1] == "mine"
 
+    @pytest.mark.parametrize("failing", ["exit 1", "echo; exit 0", "echo no keys; exit 0"])
     def test_of_a_program_that_fails_at_first(
-        self, moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
     ) -> None:
         """A credential_process is asked again."""
         config, ready = tmp_path / "config", tmp_path / "ready"
         keys = '{"Version": 1, "AccessKeyId": "k", "SecretAccessKey": "s"}'
         script = tmp_path / "keys.sh"
-        script.write_text(f"test -e {ready} || {{ touch {ready}; exit 1; }}\necho '{keys}'\n")
+        script.write_text(f"test -e {ready} || {{ touch {ready}; {failing}; }}\necho '{keys}'\n")
         config.write_text(f"[profile p]\ncredential_process = sh {script}\n")
         monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
         storage = open_storage(moto_s3.url(), {"endpoint_url": moto_s3.endpoint, "profile": "p"})
