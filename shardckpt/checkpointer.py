@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -59,6 +60,10 @@ class _DurableTier:
 
     def is_due(self, step: int) -> bool:
         return self.every is None or step % self.every == 0
+
+
+_newest_claims: dict[tuple[str, int], weakref.ref[Checkpointer]] = {}
+"""Of each run, and each rank in this process, the Checkpointer that has begun an attempt last."""
 
 
 class Checkpointer:
@@ -162,6 +167,7 @@ class Checkpointer:
         self.url = self._root.url
         self._unsaved = Unsaved(self, self.url, tells=self._ranks.rank == 0)
         self._is_told = every_steps is not None  # that `step` does not save
+        self._is_other_told = False  # that its saves go on in a newer attempt
         self._is_passing_over = False  # saves for which there is no memory, which is told
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
@@ -489,6 +495,7 @@ class Checkpointer:
             claim = self._begin_attempt()
         self._unsaved.arguments = None
         self._is_passing_over = False
+        self._tell_of_other(step)
         handle = self._session.start(
             claim.path(step),
             [Destination(tier.name, claim.place(tier.root, step), self._keep) for tier in tiers],
@@ -501,6 +508,18 @@ class Checkpointer:
         self._last = handle
         self._saves.append(handle)
         return handle
+
+    def _tell_of_other(self, step: int) -> None:
+        """Two of a process that save into one run by turns are each right alone, but only one is resumed."""
+        newest = _newest_claims.get((self.url, self._ranks.rank), lambda: self)()
+        if newest not in (self, None) and self._ranks.rank == 0 and not self._is_other_told:
+            _log.warning(
+                "step %d is saved, but not resumed from: another Checkpointer of this process has begun a newer "
+                "attempt of %s, which `restore` takes. Use one Checkpointer for a run, or a URL for each",
+                step,
+                self.url,
+            )
+            self._is_other_told = True
 
     def _is_free(self, step: int, tiers: Sequence[_DurableTier]) -> bool:
         """Whether this attempt's last save is in none of these tiers, or is of another step."""
@@ -515,6 +534,7 @@ class Checkpointer:
         known = self._claim.newest if self._claim is not None else 0
         if self._saver is not None:
             known = max(known, self._saver.newest)
+        _newest_claims[self.url, self._ranks.rank] = weakref.ref(self)
         self._claim = RunClaim(self._root, self._ranks, self._session, known, is_restoring=is_restoring)
         self._last = None
         return self._claim

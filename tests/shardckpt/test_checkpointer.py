@@ -140,6 +140,19 @@ def test_saves_only_when_told(tmp_path: Path) -> None:
     assert committed(open_storage(tmp_path)) == [4, 3, 2, 1]
 
 
+def test_two_of_a_process_in_one_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only the newest attempt is resumed, so that the other's saves are lost to it: that is told, once."""
+    with shardckpt.Checkpointer(tmp_path) as first, shardckpt.Checkpointer(tmp_path) as second:
+        first.save(1, state_at(1))
+        second.save(2, state_at(2))
+        assert not caplog.records
+        first.save(3, state_at(3))
+        first.save(4, state_at(4))
+    assert [record.args[0] for record in caplog.records if isinstance(record.args, tuple)] == [3]
+    assert "Use one Checkpointer for a run" in caplog.text
+    assert restored(tmp_path) == 2
+
+
 def test_a_save_is_skipped_while_one_is_under_way(
     slow: SlowStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
