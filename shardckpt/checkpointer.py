@@ -116,8 +116,9 @@ class Checkpointer:
                 those that would go to no durable tier are left out.
                 None: SHARDCKPT_SNAPSHOTS in the environment, or else 2.
             storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
-            commit_timeout: seconds without any progress of another rank after which a save has failed; or, in
-                a job that began while the storage was out of reach, without an answer of it.
+            commit_timeout: seconds without any progress of another rank, or without an answer of a storage that is
+                out of reach, after which a save has failed. Under `launch` a storage is waited for no longer
+                than `--drain-timeout`; without a saver, no longer than each of its requests may take.
             url_timeout: seconds that `restore` waits for `url` if it is out of reach and no snapshot is in
                 memory.
 
@@ -351,7 +352,7 @@ class Checkpointer:
                     self._save_last()
             finally:
                 self._unsaved.arguments = None
-                self._session.limit_silence(_silence_at_close())
+                self._session.limit_silence(_launchers_patience())
                 self._finish_saves()
             self._tell_failures()
         finally:
@@ -578,7 +579,7 @@ class Checkpointer:
             )
             return None
         linger = linger_from_environment()
-        return SaverSink(self._root.url, tiers, snapshots, self._timeout, linger)
+        return SaverSink(self._root.url, tiers, snapshots, self._timeout, linger, _launchers_patience())
 
     def _check_one_node(self) -> None:
         """What one node's disk has is no checkpoint if another's has the rest of it."""
@@ -613,8 +614,8 @@ def _are(steps: Sequence[int]) -> str:
     return f"steps {', '.join(others)} and {last} are" if others else f"step {last} is"
 
 
-def _silence_at_close() -> float:
-    """Seconds for which `close` waits for a saver that answers nothing: no longer than the launcher would."""
+def _launchers_patience() -> float:
+    """Seconds for which the launcher waits for the saver once the trainers have ended."""
     text = os.environ.get("LAUNCH_DRAIN_TIMEOUT", "")
     try:
         return float(text)

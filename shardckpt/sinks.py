@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import weakref
@@ -287,6 +288,8 @@ class SaverSink:
         snapshots: how many snapshots may be held in memory.
         commit_timeout: seconds without any progress of another rank after which a save has failed.
         linger: seconds that a saver without launcher waits for a restarted job.
+        outage_timeout: seconds that a save waits for a storage that is out of reach, and no longer than
+            `commit_timeout`.
     """
 
     run: str
@@ -294,6 +297,7 @@ class SaverSink:
     snapshots: int
     commit_timeout: float
     linger: float
+    outage_timeout: float = math.inf
     outlives_trainer = True
     _client: SaverClient | None = None
     _staging: dict[int, StagingBuffer] = field(default_factory=dict)
@@ -346,6 +350,7 @@ class SaverSink:
                     self.snapshots,
                     self.commit_timeout,
                     linger=self.linger,
+                    outage_timeout=self.outage_timeout,
                     patience=_SHORT if self._was_silent else None,
                 )
             except SaverSilentError:

@@ -32,11 +32,12 @@ def check(request: Request, tiers: Collection[str] | None) -> None:
         raise RequestError("its first message is to be Hello, and no other")
     known = tiers or ()
     match request:
-        case Hello(run=run, tiers=named, snapshots=snapshots, commit_timeout=timeout):
+        case Hello(run=run, tiers=named, snapshots=snapshots):
             _name(run, "run")
             _within("snapshots", snapshots, 1, _MOST_SNAPSHOTS)
-            if not timeout >= 0 or math.isnan(timeout):
-                raise RequestError(f"a commit_timeout of {timeout}")
+            for timeout in (request.commit_timeout, request.outage_timeout):
+                if not timeout >= 0 or math.isnan(timeout):
+                    raise RequestError(f"a timeout of {timeout}")
             if len({tier.name for tier in named}) != len(named):
                 raise RequestError("two tiers have one name")
             for tier in named:

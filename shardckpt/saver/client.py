@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import mmap
 import os
 import queue
@@ -104,6 +105,7 @@ class SaverClient:
         commit_timeout: float,
         *,
         linger: float,
+        outage_timeout: float = math.inf,
         patience: float | None = None,
         interval: float = _INTERVAL,
     ) -> None:
@@ -134,7 +136,7 @@ class SaverClient:
         self._on_claimed: Callable[[Claimed], object] = lambda _claimed: None
         named = os.environ.get("LAUNCH_SAVER")
         address = named or address_of(run)
-        hello = Hello(run, list(tiers), snapshots, commit_timeout)
+        hello = Hello(run, list(tiers), snapshots, commit_timeout, outage_timeout)
         self._channel, welcome = _greeted(address, hello, linger, patience, may_start=named is None)
         self._pid = welcome.pid
         self.id = welcome.saver

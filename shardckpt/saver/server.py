@@ -19,11 +19,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from shardckpt.commit import Proposal, wait_committed
+from shardckpt.commit import Proposal, wait_committed, was_committed
 from shardckpt.errors import OutOfReachError, SupersededError
 from shardckpt.keeper import Condition
 from shardckpt.lease import Terms
@@ -33,6 +34,7 @@ from shardckpt.saver.attempts import KeptAttempts
 from shardckpt.saver.checks import RequestError, check, decode_values
 from shardckpt.saver.lanes import Lanes, Progress, Task
 from shardckpt.saver.memory import Pressure, SnapshotMemory, map_buffer, rounded
+from shardckpt.saver.outage import until_it_answers
 from shardckpt.saver.outbox import Outbox
 from shardckpt.saver.shelf import Held, PackPlan, Part, Shelf, Trainer
 from shardckpt.saver.wire import (
@@ -98,6 +100,7 @@ class _Client(Trainer):
     pidfd: int = field(kw_only=True)
     tiers: dict[str, Tier] = field(default_factory=dict)
     commit_timeout: float = 0.0
+    outage_timeout: float = 0.0
     plan: PackPlan | None = None
     has_greeted: bool = False
     requests: deque[int] = field(default_factory=deque)
@@ -164,6 +167,7 @@ class Saver:
         self._tasks = 0  # of other threads, that are to be over before this process ends
         self._finished: set[str] = set()  # runs whose trainers said goodbye
         self._ends: dict[tuple[str, str], _End] = {}  # by run and tier
+        self._outages: set[tuple[str, str]] = set()  # that are told of, by run and tier
         self._is_draining = False
         self._may_linger = True
         self._empty_since = time.monotonic() + max(0.0, _FIRST - linger)  # nobody has come yet
@@ -471,6 +475,7 @@ class Saver:
                 client.snapshots = 1 if self._shortages else message.snapshots
                 client.tiers = {tier.name: tier for tier in message.tiers}
                 client.commit_timeout = message.commit_timeout
+                client.outage_timeout = min(message.commit_timeout, message.outage_timeout)
                 self._finished.discard(client.run)
                 self._shelf.join(client)
                 self._send(client, Welcome(self._id, os.getpid(), self._newest_attempt(client.run)))
@@ -719,6 +724,7 @@ class Saver:
         path = ""  # in the run, once that is known
         started = time.monotonic()
         superseded = ""
+        is_again = False
 
         def is_replaced() -> bool:
             return held.is_replaced
@@ -732,6 +738,8 @@ class Saver:
             path = self._attempts.wait_path(held.run, held.path, own, timeout, is_replaced)
             place = Place(self._root(tier), path)
             task.url = url = place.url
+            if is_again and was_committed(place, held.id):
+                return  # only the answer that said so was lost
             if not held.begin_reading():
                 raise SupersededError(f"a newer save has taken its place while {tier.url} took nothing")
             destination = Destination(tier.name, place, tier.keep_last)
@@ -745,10 +753,19 @@ class Saver:
                 own_seconds = time.monotonic() - begun
                 wait_committed(place, held.id, timeout, is_given_up, own_seconds=own_seconds)
 
+        def may_wait(error: OutOfReachError) -> bool:
+            nonlocal is_again
+            if not path:  # it was waited for already, to claim the attempt
+                return False
+            is_again = True
+            self._later(lambda: self._note_outage(held, tier, error))
+            return True
+
         def work(progress: Progress) -> None:
             nonlocal superseded
+            seconds = 0.0 if tier.name in held.failed else _client_of(held).outage_timeout
             try:
-                persist(progress)
+                until_it_answers(partial(persist, progress), seconds, may_wait)
             except SupersededError as error:  # the job goes on without it, so nothing has failed
                 superseded = str(error)
                 _log.info("%s: %s", url, superseded)
@@ -767,6 +784,9 @@ class Saver:
             elif not error:
                 self._shelf.note_persisted(held, tier.name)
                 self._note_end(held, tier.name, is_durable=True)
+                if (held.run, tier.name) in self._outages:
+                    self._outages.remove((held.run, tier.name))
+                    self._warn(held.run, f"{tier.url} answers again")
                 seconds = time.monotonic() - started
                 self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
                 self._tell_trainers(held, Outcome(held.id, tier.name, path=path))
@@ -776,6 +796,7 @@ class Saver:
                     event="failed", step=held.step, tier=tier.name, url=url, error=error, again=again
                 )
                 held.failed.add(tier.name)
+                self._outages.discard((held.run, tier.name))
                 self._note_end(held, tier.name, is_durable=False)
                 self._tell_trainers(held, Outcome(held.id, tier.name, error, path))
 
@@ -784,6 +805,19 @@ class Saver:
             tier.name, held.step, url, work, lambda error: self._later(lambda: note(error)), Progress(total)
         )
         return task
+
+    def _note_outage(self, held: Held, tier: Tier, error: OutOfReachError) -> None:
+        if held.tasks and (held.run, tier.name) not in self._outages:
+            self._outages.add((held.run, tier.name))
+            text = "is out of reach: what is saved stays in memory until it answers"
+            self._warn(held.run, f"{tier.url} {text}: {error}")
+
+    def _warn(self, run: str, text: str) -> None:
+        """A warning for the users of a run."""
+        _log.warning("%s", text)
+        for client in self._clients:
+            if client.run == run:
+                self._send(client, Note(text))
 
     def _note_end(self, held: Held, tier: str, *, is_durable: bool) -> None:
         known = self._ends.get((held.run, tier))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import select
 import socket
@@ -91,12 +92,16 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """The first message: which run, where it is durable, how many snapshots may be held. -> Welcome."""
+    """The first message: which run, where it is durable, how many snapshots may be held. -> Welcome.
+
+    Saves wait for a storage that is out of reach as long as for other ranks, and no longer than `outage_timeout`.
+    """
 
     run: str
     tiers: list[Tier]
     snapshots: int
     commit_timeout: float
+    outage_timeout: float = math.inf
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):

@@ -14,9 +14,12 @@ import torch
 import shardckpt
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.errors import OutOfReachError, SaveError, StorageError
+from shardckpt.manifest import MANIFEST
 from shardckpt.runs import find_place, iter_places, read_manifest
+from shardckpt.saver.outage import until_it_answers
 from shardckpt.storage import Storage, open_storage
-from tests.faults import HookedStorage, SaverThread, saver_thread
+from tests.faults import FaultyStorage, HookedStorage, SaverThread, saver_thread
+from tests.savers import wait_until
 from tests.servers import S3Server, faulty_proxy
 from tests.worlds import Checkpoints, ThreadRanks, run_threads
 
@@ -200,6 +203,85 @@ def test_an_outage_that_outlasts_the_job(outage: Outage, saver: SaverThread) -> 
         handle.wait()
     checkpointer.close()  # the saver answers for it
     assert saver.drain() == 1
+
+
+def test_an_outage_at_the_end_of_a_job(
+    outage: Outage, saver: SaverThread, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last save waits for the storage, and is durable when it answers; each end of it is told once."""
+    checkpointer = Checkpointer(outage.url, snapshots=2, every_steps=1)
+    checkpointer.restore(state_at(0))
+    checkpointer.save(1, state_at(1)).wait()
+    outage.is_on = True
+    handle = checkpointer.step(2, state_at(2))
+    assert handle is not None
+    wait_until(lambda: "cannot reach it" in caplog.text)
+    crash(checkpointer)  # the trainers are gone
+    outage.is_on = False
+    assert saver.drain() == 0
+    assert committed(outage.url) == [(1, 2), (1, 1)]
+    told = [record.getMessage() for record in caplog.records if record.name == "shardckpt.saver"]
+    assert len(told) == 2
+    assert "is out of reach: what is saved stays in memory until it answers" in told[0]
+    assert told[1] == f"{outage.url} answers again"
+
+
+def test_the_answer_to_a_commit_is_lost(tmp_path: Path) -> None:
+    """A save that is a checkpoint, though nobody has heard so, is not written again and has not failed."""
+    lost: list[str] = []
+
+    class Deaf(FaultyStorage):
+        """Loses the answer to the commit."""
+
+        def at(self, path: str) -> Deaf:
+            below = Deaf(self._inner.at(path))
+            below._log, below._folder = self._log, self._name(path)
+            return below
+
+        def create(self, path: str, data: bytes) -> None:
+            super().create(path, data)
+            if path == MANIFEST and not lost:
+                lost.append(path)
+                raise OutOfReachError("the connection broke off")
+
+    with saver_thread(lambda url, options: Deaf(open_storage(url, options))) as saver:
+        checkpointer = Checkpointer(tmp_path / "run", snapshots=2, every_steps=1)
+        checkpointer.restore(state_at(0))
+        checkpointer.save(1, state_at(1)).wait()
+        checkpointer.close()
+        assert saver.drain() == 0
+    assert lost == [MANIFEST]
+    assert committed(tmp_path / "run") == [(1, 1)]
+
+
+def test_a_storage_is_tried_until_it_answers() -> None:
+    """After pauses that grow, for so many seconds and no longer; what is no outage ends it at once."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def out_of_reach_until(end: float, error: type[Exception] = OutOfReachError) -> list[float]:
+        nonlocal now
+        now, tries = 0.0, []
+
+        def work() -> None:
+            tries.append(now)
+            if now < end:
+                raise error("gone")
+
+        until_it_answers(work, 20.0, lambda _error: True, sleep=sleep, clock=lambda: now)
+        return tries
+
+    assert out_of_reach_until(0.0) == [0.0]
+    assert out_of_reach_until(10.0) == [0.0, 0.5, 1.5, 3.5, 7.5, 11.5]
+    with pytest.raises(OutOfReachError):
+        out_of_reach_until(60.0)
+    assert now == 19.5
+    with pytest.raises(StorageError):
+        out_of_reach_until(60.0, StorageError)
+    assert now == 0.0
 
 
 def test_the_trainer_does_not_look_for_a_save_that_failed(moto_s3: S3Server) -> None:
