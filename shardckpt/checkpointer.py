@@ -116,8 +116,8 @@ class Checkpointer:
                 those that would go to no durable tier are left out.
                 None: SHARDCKPT_SNAPSHOTS in the environment, or else 2.
             storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
-            commit_timeout: seconds without any progress of another rank, or without an answer of a storage that is
-                out of reach, after which a save has failed. Under `launch` a storage is waited for no longer
+            commit_timeout: seconds without any progress of another rank, or without an answer of a storage that
+                is out of reach, after which a save has failed. Under `launch` a storage is waited for no longer
                 than `--drain-timeout`; without a saver, no longer than each of its requests may take.
             url_timeout: seconds that `restore` waits for `url` if it is out of reach and no snapshot is in
                 memory.
