@@ -304,6 +304,10 @@ def _too_few(settings: Rendezvous, came: int | None, seconds: float) -> Refused:
     return Refused("quorum", f"{found} {settings.min_nodes} {nodes} came within {seconds:g} s")
 
 
+_TIMEOUTS_ALTHOUGH_ENOUGH = 2
+"""How often a node goes on although its join_timeout is over, if enough nodes have come."""
+
+
 class _Elastic:
     """A rendezvous of torch's, in which nodes come and go."""
 
@@ -335,8 +339,7 @@ class _Elastic:
         try:
             info = self._take_part()
         except RendezvousTimeoutError:
-            came = None if self._gate is None else len(self._gate.participants()) + 1  # it has gone again
-            raise _too_few(self._settings, came, self._patience) from None
+            raise _too_few(self._settings, self._came(), self._patience) from None
         except (RendezvousClosedError, RendezvousGracefulExitError):
             raise self._too_late() from None
         self._arrivals = Arrivals(self._sign_patience)
@@ -383,16 +386,23 @@ class _Elastic:
             self._gate.shut()
             self._gate.count_out(self.name)
 
+    def _came(self) -> int | None:
+        """How many nodes have come, as far as that is known: this one, which has gone again, and the others."""
+        return None if self._gate is None else len(self._gate.participants()) + 1
+
     def _take_part(self) -> RendezvousInfo:
+        again = _TIMEOUTS_ALTHOUGH_ENOUGH
         while True:
             try:
                 return self._handler.next_rendezvous()
             except DistStoreError as error:  # an answer that others owe: one of them has died meanwhile
                 print(error, file=sys.stderr)
             except RendezvousTimeoutError:
-                if not self.running_without():
+                if self.running_without():
+                    continue  # a spare, or one that is to be taken in, waits for as long as the job runs
+                if not again or (self._came() or 0) < self._settings.min_nodes:
                     raise
-                # A spare, or one that is to be taken in, waits for as long as the job runs.
+                again -= 1  # enough came, and the time was over before they had agreed
 
     def _serve(self, agreed: Store, rank: int) -> SignedStore:
         """A store for a generation, where the one of the rendezvous cannot compare and set.

@@ -34,6 +34,7 @@ __all__ = ["Member"]
 
 _GREETING = 10.0  # seconds for all nodes of a generation to say hello; else there is to be another one
 _UNREACHABLE = 5.0  # seconds without an answer of the store, after which this node is on its own
+_DYING = 1.0  # seconds in which a process that is killed stops listening
 _FAREWELL = 2.0  # seconds for each thing that is done when leaving
 _LINGER = 10.0  # seconds that a store is served after the job's end
 _OTHERS = "others can reach that port: see docs/security.md"
@@ -118,10 +119,19 @@ class Member:
         if not self._is_ending:
             print(error, file=sys.stderr)
         where = show(self._settings.endpoint)
-        if is_served(self._settings.endpoint, _FAREWELL):
+        if self._is_still_served():
             self._lose(f"the store at {where} refuses what it should not ({_line(error)}); {_OTHERS}")
         else:
             self._lose(f"{self._settings.server} ({where}) is gone, or cannot be reached")
+
+    def _is_still_served(self) -> bool:
+        """Whether the store is served, a moment later too: of a dying process connections break first."""
+        deadline = time.monotonic() + _DYING
+        while is_served(self._settings.endpoint, _FAREWELL):
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.05)
+        return False
 
     def _run_joins(self) -> None:
         try:
