@@ -253,9 +253,9 @@ def test_a_flood_of_lines_is_not_held_up_by_it(terminal: Terminal, tmp_path: Pat
     assert terminal.read() == [*printed, ""]
 
 
-# Takes the terminal for its own, draws a view, and after SIGUSR1 the next.
+# Takes the terminal for its own, draws a view, and the next after SIGUSR1 and, in the foreground, SIGCONT.
 VIEWER = """
-    import fcntl, os, signal, subprocess, sys, termios
+    import fcntl, os, signal, subprocess, sys, termios, threading
     from launcher.console import Console, Sink
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -265,8 +265,13 @@ VIEWER = """
         other = subprocess.Popen(["sleep", "60"], process_group=0)
         os.tcsetpgrp(0, other.pid)
         console.say("begun")
+    else:
+        resumed, handler = threading.Event(), signal.getsignal(signal.SIGCONT)
+        signal.signal(signal.SIGCONT, lambda *given: (handler(*given), resumed.set()))
     console.live(["first view"])
     signal.sigwait([signal.SIGUSR1])
+    if "background" not in sys.argv:
+        resumed.wait()
     console.live(["second view"])
     console.say("said")
     signal.pause()

@@ -143,8 +143,8 @@ def test_saves_only_when_told(tmp_path: Path) -> None:
 def test_two_of_a_process_in_one_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Only the newest attempt is resumed, so that the other's saves are lost to it: that is told, once."""
     with shardckpt.Checkpointer(tmp_path) as first, shardckpt.Checkpointer(tmp_path) as second:
-        first.save(1, state_at(1))
-        second.save(2, state_at(2))
+        first.save(1, state_at(1)).wait()  # its attempt has its place in the run, before the other's
+        second.save(2, state_at(2)).wait()
         assert not caplog.records
         first.save(3, state_at(3))
         first.save(4, state_at(4))
@@ -606,7 +606,7 @@ def test_a_folder_that_is_out_of_reach_on_one_node(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "looks"), [(FaultyStorage, 1), (_Late, 4)])
 def test_a_folder_that_shows_late(kind: type[FaultyStorage], looks: int, tmp_path: Path) -> None:
-    """As network file systems may have it. Where all is well, every other rank looks once."""
+    """As network file systems may have it: every other rank looks until it is there, at least once."""
     roots = [kind(open_storage(tmp_path)) for _ in range(2)]
 
     def train(ranks: ThreadRanks) -> None:
@@ -616,7 +616,9 @@ def test_a_folder_that_shows_late(kind: type[FaultyStorage], looks: int, tmp_pat
     found = [root.calls for root in roots]
     run_threads(2, train)
     claim = ("read", "attempt-0001/attempt.json")
-    assert [calls.count(claim) for calls in found] == [0, looks]
+    first, other = (calls.count(claim) for calls in found)
+    assert first == 0
+    assert other >= looks
     assert restored(tmp_path) == 1
 
 
