@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["as_bytes", "blocks"]
+from shardckpt.storage.protocol import Before
+
+__all__ = ["as_bytes", "blocks", "cut"]
 
 
 def as_bytes(buffer: bytes | memoryview) -> memoryview:
@@ -12,6 +14,15 @@ def as_bytes(buffer: bytes | memoryview) -> memoryview:
     view = memoryview(buffer)
     # What holds nothing may have a shape that cannot be cast.
     return view.cast("B") if view.nbytes else memoryview(bytearray())
+
+
+def cut(view: memoryview, size: int, before: Before | None) -> Iterator[memoryview]:
+    """The bytes of a flat view in pieces of `size`, the last one shorter; `before` is called ahead of each."""
+    for start in range(0, len(view), size):
+        piece = view[start : start + size]
+        if before is not None:
+            before(start, start + len(piece))
+        yield piece
 
 
 def blocks(pieces: Iterable[memoryview], allocate: Callable[[], memoryview]) -> Iterator[memoryview]:

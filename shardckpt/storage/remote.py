@@ -20,7 +20,7 @@ from shardckpt.errors import (
     StorageError,
     StorageFullError,
 )
-from shardckpt.storage.buffers import as_bytes
+from shardckpt.storage.buffers import as_bytes, cut
 from shardckpt.storage.limits import Limits, client_options
 from shardckpt.storage.names import is_temporary, join, without_temporary
 from shardckpt.storage.probe import ExclusiveProbe
@@ -137,15 +137,7 @@ class FsspecStorage:
 
     def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         view = as_bytes(buffer)
-
-        def pieces() -> Iterable[memoryview]:
-            for start in range(0, len(view), _PIECE):
-                piece = view[start : start + _PIECE]
-                if before is not None:
-                    before(start, start + len(piece))
-                yield piece
-
-        self.write_pieces(path, len(view), pieces())
+        self.write_pieces(path, len(view), cut(view, _PIECE, before))
 
     def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
         if size <= _PIECE:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from shardckpt.errors import CorruptError, CredentialsError, InvalidUrlError, OutOfReachError, StorageError
-from shardckpt.storage.buffers import as_bytes, blocks
+from shardckpt.storage.buffers import as_bytes, blocks, cut
 from shardckpt.storage.limits import client_options
 from shardckpt.storage.names import is_temporary, join
 from shardckpt.storage.probe import ExclusiveProbe
@@ -131,16 +131,7 @@ class S3Storage:
 
     def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         view = as_bytes(buffer)
-        size = _part_size(len(view))
-
-        def parts() -> Iterator[memoryview]:
-            for start in range(0, len(view), size):
-                piece = view[start : start + size]
-                if before is not None:
-                    before(start, start + len(piece))
-                yield piece
-
-        self._put(self._key(path), len(view), parts())
+        self._put(self._key(path), len(view), cut(view, _part_size(len(view)), before))
 
     def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
         part = _part_size(size)
