@@ -28,8 +28,10 @@ __all__ = [
     "Sharding",
     "as_array",
     "check_memory",
+    "dense",
     "dtype_name",
     "empty_like_saved",
+    "extent",
     "flat_bytes",
     "is_plain",
     "local_tensor",
@@ -102,6 +104,19 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, in the same memory."""
     # view(-1) would keep the stride of a single element, which may be any
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's elements one after another: the tensor itself where they lie so, else a copy."""
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
+def extent(tensor: torch.Tensor) -> int:
+    """Bytes from the first element of a tensor that has one to the end of the one furthest in memory."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    reach = sum(stride * (n - 1) for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return (reach + 1) * tensor.itemsize
 
 
 def as_array(tensor: torch.Tensor, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -198,10 +213,7 @@ def _is_backed(data: torch.Tensor) -> bool:
         return True
     try:
         storage = data.untyped_storage()
-        count = data.numel()
-        if not data.is_contiguous():
-            count = 1 + sum((n - 1) * s for n, s in zip(data.shape, data.stride(), strict=True))
-        needed = (data.storage_offset() + count) * data.element_size()
+        needed = data.storage_offset() * data.itemsize + extent(data)
         return storage.device == data.device and storage.nbytes() >= needed and storage.data_ptr() != 0
     except (NotImplementedError, RuntimeError):  # what a subclass without storage raises
         return False

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardckpt.local import dense, extent, flat_bytes
+
 __all__ = ["find_conflict", "find_overlaps", "overlaps_itself"]
 
 _ALIGNMENT = 16
@@ -37,7 +39,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 def find_overlaps(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     """Groups of tensors, by their numbers, whose memory may overlap. Tensors that share none are in no group."""
     spans = sorted(
-        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), number)
+        (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent(tensor), number)
         for number, tensor in enumerate(tensors)
         if tensor.numel()
     )
@@ -64,7 +66,7 @@ def find_conflict(
     storage = targets[0].untyped_storage().data_ptr()
     first = min(target.data_ptr() for target in targets) - storage
     low = storage + first // _ALIGNMENT * _ALIGNMENT
-    high = max(target.data_ptr() + _extent(target) for target in targets)
+    high = max(target.data_ptr() + extent(target) for target in targets)
     size = -(-(high - low) // _ALIGNMENT) * _ALIGNMENT
     memory = torch.empty(size, dtype=torch.uint8, device=targets[0].device)
     views = [_same_view(memory, target, target.data_ptr() - low) for target in targets]
@@ -85,14 +87,6 @@ def find_conflict(
     raise AssertionError("a target lost its content to none of the others")
 
 
-def _extent(tensor: torch.Tensor) -> int:
-    """Bytes from its first element to the end of the one furthest in memory."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
-    reach = sum(stride * (n - 1) for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return (reach + 1) * tensor.itemsize
-
-
 def _same_view(memory: torch.Tensor, tensor: torch.Tensor, offset: int) -> torch.Tensor:
     """`tensor` as it would be at `offset` of other memory."""
     flat = memory.view(tensor.dtype)
@@ -102,5 +96,4 @@ def _same_view(memory: torch.Tensor, tensor: torch.Tensor, offset: int) -> torch
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    first, second = (t.resolve_conj().resolve_neg().contiguous().view(-1) for t in (one, other))
-    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+    return torch.equal(flat_bytes(dense(one)), flat_bytes(dense(other)))

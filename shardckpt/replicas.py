@@ -19,7 +19,7 @@ import torch
 
 from shardckpt.box import Box
 from shardckpt.errors import RankMismatchError
-from shardckpt.local import LocalTensor, as_array, flat_bytes, is_plain
+from shardckpt.local import LocalTensor, as_array, dense, flat_bytes, is_plain
 from shardckpt.plan import SavePlan
 from shardckpt.ranks import Ranks
 from shardckpt.staging import local_slices
@@ -110,7 +110,7 @@ class _Group:
         if self._on_gpu:
             several = -(-len(self._on_gpu) // _GPU_BOXES)
             due = self._on_gpu[turn % several :: several]
-            sums = torch.cat([column_sums(flat_bytes(view.dense())) for view in due]).cpu()
+            sums = torch.cat([column_sums(flat_bytes(dense(view.data))) for view in due]).cpu()
             checksum = int(crc32c.crc32c(sums.numpy().data, checksum))
         return checksum
 
@@ -164,7 +164,7 @@ class _View:
         """The CRC-32C of what came before and all of the content."""
         content = self.content
         if content is None:
-            content = as_array(flat_bytes(self.dense().cpu()), np.uint8)
+            content = as_array(flat_bytes(dense(self.data).cpu()), np.uint8)
         return int(crc32c.crc32c(content.data, before))
 
     def part_checksum(self, start: int, stop: int, before: int) -> int:
@@ -173,13 +173,9 @@ class _View:
             return int(crc32c.crc32c(self.content[start:stop].data, before))
         row = self.nbytes // self.data.shape[0]  # a box without dimensions is small
         first = start // row
-        rows = self.data[first : -(-stop // row)].resolve_conj().resolve_neg().contiguous()
+        rows = dense(self.data[first : -(-stop // row)])
         content = as_array(flat_bytes(rows), np.uint8)[start - first * row : stop - first * row]
         return int(crc32c.crc32c(content.data, before))
-
-    def dense(self) -> torch.Tensor:
-        """The elements, one after another."""
-        return self.data.resolve_conj().resolve_neg().contiguous()
 
 
 def column_sums(content: torch.Tensor) -> torch.Tensor:

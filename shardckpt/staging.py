@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from shardckpt.box import Box
-from shardckpt.local import LocalTensor, flat_bytes, is_plain, torch_dtype
+from shardckpt.local import LocalTensor, dense, flat_bytes, is_plain, torch_dtype
 from shardckpt.plan import ChunkWrite
 
 __all__ = ["Copies", "StagingBuffer", "chunk_view", "local_slices"]
@@ -79,7 +79,7 @@ class StagingBuffer:
                     return False
             for others in copies.others.values():
                 for write, source in others:
-                    live = flat_bytes(source.resolve_conj().resolve_neg().contiguous().cpu())
+                    live = flat_bytes(dense(source).cpu())
                     if not torch.equal(live, flat_bytes(self._target(write).contiguous())):
                         return False
         return True

@@ -100,6 +100,9 @@ def test_which_contents_conflict() -> None:
     assert find_conflict([z.imag, z.conj().imag], [ones, -ones]) is None
     nan = torch.full((4,), torch.nan)
     assert find_conflict([z.real, z.real], [nan, nan]) is None
+    single = z.real.as_strided((1,), (5,))  # the stride of one element may be any
+    assert find_conflict([single, z.real], [twos[:1], ones]) == (0, 1)
+    assert find_conflict([single, z.real], [ones[:1], ones]) is None
     assert not z.any()
 
 
