@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.overrides import has_override
-from shardckpt.values import MAX_DEPTH
+from shardckpt.values import MAX_DEPTH, key_text
 
 __all__ = [
     "AVERAGED_COUNT",
@@ -284,12 +284,8 @@ def iter_modules(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[s
         return
     else:
         for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-            try:
-                place = f"{path}.{key}" if path else str(key)
-            except ValueError as error:  # Python writes no integer of more than some thousand digits
-                raise UnsupportedValueError(
-                    f"state[{path!r}] has a key that cannot be written: {error}. Choose another key."
-                ) from error
+            text = key_text(key, path)
+            place = f"{path}.{text}" if path else text
             yield from iter_modules(value, place, depth + 1)
 
 

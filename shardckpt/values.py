@@ -58,6 +58,7 @@ __all__ = [
     "iter_references",
     "join",
     "join_shown",
+    "key_text",
     "rebuilt",
     "segment",
 ]
@@ -94,6 +95,19 @@ def _segment_of_text(text: str) -> str:
     if not encoded.strip(".") or encoded.startswith("__"):
         encoded = "".join(f"%{byte:02X}" for byte in text[:1].encode() or b"\0") + encoded[1:]
     return encoded if encoded != "zarr.json" else "%7Aarr.json"
+
+
+def key_text(key: object, path: str) -> str:
+    """The text of `key`, of a dict at `path`.
+
+    Raises UnsupportedValueError for an integer of more than some thousand digits, which Python does not write.
+    """
+    try:
+        return str(key)
+    except ValueError as error:
+        raise UnsupportedValueError(
+            f"state[{path!r}] has a key that cannot be written: {error}. Choose another key."
+        ) from error
 
 
 def join(path: str, key: object) -> str:
@@ -174,13 +188,21 @@ def encode(value: Any, path: str, leaf: Callable[[Any, str], Any] | None = None)
 
 def _encode_hashable(value: Any, path: str) -> Any:
     """The form of a key or of a set's item, where no live object says which class it has."""
-    for item in value if isinstance(value, (tuple, frozenset)) else (value,):
-        if isinstance(item, Enum) and not isinstance(item, (int, str, float)):
-            raise UnsupportedValueError(
-                f"state[{path!r}] is the member {item} of an enum, which can be stored as a value only, not as a "
-                "key or in a set. Pass its value or its name."
-            )
-    return encode(value, path)
+    form = encode(value, path)
+    _check_no_member(value, path)
+    return form
+
+
+def _check_no_member(value: Any, path: str) -> None:
+    """Raise UnsupportedValueError for a member of an enum that `encode` stores as one, at any depth."""
+    if isinstance(value, Enum) and not isinstance(value, (int, str, float)):
+        raise UnsupportedValueError(
+            f"state[{path!r}] is the member {value} of an enum, which can be stored as a value only, not as a "
+            "key or in a set. Pass its value or its name."
+        )
+    if isinstance(value, (tuple, frozenset)):
+        for item in value:
+            _check_no_member(item, path)
 
 
 def form_of(reference: TensorRef | WrapperRef) -> Any:
@@ -449,7 +471,7 @@ def _list(content: Any) -> list[Any]:
 
 def _decode_key(key: Any, level: int) -> Any:
     if isinstance(key, list) or (isinstance(key, dict) and not _KEY_TAGS.intersection(key)):
-        raise TypeError("unhashable key: it must be a number, a text, bytes, None or a tuple of these")
+        raise TypeError(f"expected a hashable value, found {key!r}")
     found = _decode(key, level)
     if isinstance(found, tuple):
         _check_plain(found)
@@ -491,7 +513,7 @@ def _check_distinct(value: Mapping[Any, Any], path: str) -> None:
     """Two keys must not share a name: 1 and "1" in one dict would."""
     seen: dict[str, object] = {}
     for key in value:
-        if (name := segment(key)) in seen:
+        if (name := segment(key if isinstance(key, str) else key_text(key, path))) in seen:
             raise UnsupportedValueError(
                 f"state[{path!r}] has the keys {seen[name]!r} and {key!r}, which would share the name "
                 f"{name!r}. Rename one of them."

@@ -7,7 +7,7 @@ import enum
 import itertools
 import json
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -247,6 +247,7 @@ class Point:
         {Mode.FAST},
         {Mode.FAST: 1},
         {(1, Mode.FAST)},
+        {(1, (Mode.FAST,)): 1},
         {torch.ones(1)},
         slice("a"),
         slice(1 << 70),
@@ -388,7 +389,12 @@ def test_export_has_plain_data(place: Storage, tmp_path: Path) -> None:
     assert loaded["values"][3] == {3, 1, "b", (1, None)}
 
 
-def test_a_key_that_python_does_not_write(place: Storage) -> None:
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda value: value, lambda value: deque([value]), shardckpt.PerRank],
+    ids=["itself", "in a deque", "in PerRank"],
+)
+def test_a_key_that_python_does_not_write(wrap: Callable[[Any], Any], place: Storage) -> None:
     """An integer of more than some thousand decimal digits."""
-    with pytest.raises(UnsupportedValueError, match=r"state\['a'\] has a key that cannot be written"):
-        shardckpt.save(place, {"a": {1 << 20_000: 1}})
+    with pytest.raises(UnsupportedValueError, match=r"state\['a.*'\] has a key that cannot be written"):
+        shardckpt.save(place, {"a": wrap({1 << 20_000: 1})})
