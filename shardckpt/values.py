@@ -471,7 +471,7 @@ def _list(content: Any) -> list[Any]:
 
 def _decode_key(key: Any, level: int) -> Any:
     if isinstance(key, list) or (isinstance(key, dict) and not _KEY_TAGS.intersection(key)):
-        raise TypeError(f"expected a hashable value, found {key!r}")
+        raise TypeError(f"unhashable key: {key!r}")
     found = _decode(key, level)
     if isinstance(found, tuple):
         _check_plain(found)
