@@ -97,6 +97,7 @@ class SaveSession:
     def adopt(self, job: JobAttempt) -> None:
         """Saves are of this attempt from now on; it is claimed in the background."""
         self._job, self._name = job, ""
+        self._substitute = None  # it claims for the attempt before
         self._hand_over()
 
     def learn(self, name: str) -> None:

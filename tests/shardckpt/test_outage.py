@@ -433,3 +433,20 @@ def test_several_nodes_in_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [saver.drain() for saver in savers] == [0, 0]
     assert committed(outage.url) == [(2, 2), (1, 1)]
     shardckpt.open(outage.url).verify()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_restore_again_where_no_saver_claims(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a first try with a state that did not match: each restore begins an attempt, which is claimed."""
+    monkeypatch.setenv("LAUNCH_SAVER", "nobody")
+
+    def train(ranks: ThreadRanks) -> None:
+        with Checkpoints(tmp_path, ranks, snapshots=2) as checkpointer:
+            for _ in range(3):
+                assert checkpointer.restore(state_at(0)) is None
+            checkpointer.save(1, state_at(1)).wait()
+
+    run_threads(size, train)
+    assert committed(tmp_path) == [(3, 1)]
