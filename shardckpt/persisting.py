@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from shardckpt.commit import Proposal, commit
-from shardckpt.errors import CheckpointExistsError
+from shardckpt.errors import CheckpointExistsError, OutOfReachError
 from shardckpt.manifest import Manifest
 from shardckpt.retention import prune
 from shardckpt.runs import Place
@@ -79,11 +79,15 @@ def persist_save(
     timeout: float,
     progress: Callable[[int], object] | None = None,
     is_given_up: Callable[[], bool] = lambda: False,
+    *,
+    reports_outage: bool = True,
 ) -> Manifest | None:
     """Make the packs durable; with a proposal (rank 0's) also commit the save, and prune. The manifest, if so.
 
     Raises CheckpointExistsError, with nothing written, if a checkpoint is there.
     What else goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
+    Not so OutOfReachError unless `reports_outage`: whoever tries again has not failed, and calls `report_lost`
+    when it gives up.
     Of the wait for other processes' parts, `commit` says when it ends, and what it has to do with `is_given_up`.
     `progress` is called with the bytes of all packs that the storage has taken so far, from several threads.
     """
@@ -94,6 +98,10 @@ def persist_save(
         taken[rank] = nbytes
         if progress is not None:
             progress(sum(taken.values()))
+
+    def report(path: str, error: Exception) -> None:
+        if reports_outage or not isinstance(error, OutOfReachError):
+            report_failure(place.storage, path, save_id, error)
 
     def persist_one(pack: StagedPack) -> None:
         try:
@@ -108,7 +116,7 @@ def persist_save(
                 progress=partial(advance, pack.rank),
             )
         except Exception as error:
-            report_failure(place.storage, f"rank-{pack.rank:05d}", save_id, error)
+            report(f"rank-{pack.rank:05d}", error)
             raise
         pack.checksums = part.crc32c
 
@@ -126,7 +134,7 @@ def persist_save(
         manifest = commit(place, proposal, timeout, is_given_up, own_seconds=own_seconds)
     except Exception as error:
         if proposal is not None:
-            report_failure(place.storage, "", save_id, error)
+            report("", error)
         raise
     _prune(destination)
     return manifest

@@ -746,7 +746,16 @@ class Saver:
             proposal = _proposal(held, path)
             begun = time.monotonic()
             try:
-                persist_save(destination, held.id, packs, proposal, timeout, progress.reach, is_given_up)
+                persist_save(
+                    destination,
+                    held.id,
+                    packs,
+                    proposal,
+                    timeout,
+                    progress.reach,
+                    is_given_up,
+                    reports_outage=False,
+                )
             finally:
                 held.end_reading()
             if proposal is None:  # the commit is another node's affair, and without it nothing is safe
@@ -769,6 +778,11 @@ class Saver:
             except SupersededError as error:  # the job goes on without it, so nothing has failed
                 superseded = str(error)
                 _log.info("%s: %s", url, superseded)
+            except OutOfReachError as error:
+                if path:  # other nodes may wait for these parts, which are not tried again
+                    ranks, reason = [pack.rank for pack in packs], f"{type(error).__name__}: {error}"
+                    report_lost(self._root(tier).at(path), ranks, held.id, reason)
+                raise
 
         def note(error: str) -> None:
             held.tasks -= 1

@@ -18,8 +18,8 @@ import torch
 from shardckpt import commit as module
 from shardckpt.attempts import claim_attempt
 from shardckpt.commit import Proposal, commit, wait_committed
-from shardckpt.errors import SaveError, SaverError, StorageError, SupersededError
-from shardckpt.manifest import Manifest
+from shardckpt.errors import OutOfReachError, SaveError, SaverError, StorageError, SupersededError
+from shardckpt.manifest import MANIFEST, Manifest
 from shardckpt.plan import SavePlan, plan_save
 from shardckpt.ranks import Alone
 from shardckpt.runs import BAD, FAILED, Place, Succession, iter_places, step_path, succession
@@ -454,3 +454,61 @@ def test_a_saver_that_goes_on_has_not_failed(
     assert savers[0].drain() == 0
     assert committed(nodes.run) == [(2, 2)]
     go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("node", "method", "path"),
+    [(1, "write_pack", "rank-00001"), (1, "write", "rank-00001"), (0, "create", MANIFEST)],
+)
+def test_a_save_that_is_tried_again_has_failed_on_no_node(
+    node: int,
+    method: str,
+    path: str,
+    nodes: Nodes,
+    savers: list[SaverThread],
+    hooks: dict[int, Callable[[str, str], object]],
+) -> None:
+    """One node's storage is out of reach for a moment."""
+    left = [1]
+
+    def hook(called: str, where: str) -> None:
+        if called == method and path in where and left[0]:
+            left[0] -= 1
+            raise OutOfReachError("the network is down")
+
+    hooks[node] = hook
+
+    def train(ranks: ThreadRanks) -> None:
+        with nodes.checkpoints(ranks.rank, ranks) as checkpointer:
+            checkpointer.save(1, state_at(1)).wait()
+
+    run_threads(2, train)
+    assert left == [0]
+    assert [saver.drain() for saver in savers] == [0, 0]
+    assert committed(nodes.run) == [(1, 1)]
+    assert not list(nodes.run.rglob(FAILED))
+
+
+def test_an_outage_of_one_node_that_lasts_is_told_to_the_others(
+    nodes: Nodes, hooks: dict[int, Callable[[str, str], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do not wait for its part."""
+    monkeypatch.setenv("LAUNCH_DRAIN_TIMEOUT", "0.6")  # so no longer than that is the storage waited for
+    tries: list[str] = []
+
+    def hook(method: str, path: str) -> None:
+        if method == "write_pack":
+            tries.append(path)
+            raise OutOfReachError("the network is down")
+
+    hooks[1] = hook
+
+    def train(ranks: ThreadRanks) -> None:
+        checkpointer = nodes.checkpoints(ranks.rank, ranks)
+        with pytest.raises(SaveError, match="OutOfReachError: the network is down"):
+            checkpointer.save(1, state_at(1)).wait()
+        shut(checkpointer)
+
+    run_threads(2, train)
+    assert len(tries) == 2
+    assert committed(nodes.run) == []
