@@ -94,7 +94,7 @@ class Agent:
             undo.callback(self._teller.close)
             self._control = Control(self._run_dir.own / RECORD)
             undo.callback(self._control.close)
-            self._secret = find_secret(config.secret, config.rdzv_endpoint[0], self._run_dir.path)
+            self._secret = _secret(config, self._run_dir)
             self._membership = _membership(config, self._secret, self._run_dir, reaper)
             undo.pop_all()
         self._monitor = Monitor()
@@ -683,6 +683,11 @@ class Agent:
         told = self._teller.drained(drain, self._saver.pid)
         after = drain.exit_code(decision.exit_code)
         return after, told if after != decision.exit_code else decision.reason
+
+
+def _secret(config: Config, run_dir: RunDir) -> Secret | None:
+    """What the nodes of the job know each other by; a job of one node needs none."""
+    return None if config.is_alone else find_secret(config.secret, config.rdzv_endpoint[0], run_dir.path)
 
 
 def _membership(config: Config, secret: Secret | None, run_dir: RunDir, reaper: Subreaper) -> Membership:

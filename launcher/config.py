@@ -112,6 +112,7 @@ class Config:
                 raise UsageError(f"{name}: expected {least} or more, found {value}")
         object.__setattr__(self, "min_nproc", self.min_nproc or self.nproc)
         self._check_workers()
+        given_secret(self.rdzv_conf, self.rdzv_secret)  # is one, if any is given
         if not self.is_alone:
             self._check_nodes()
         if self.log_level not in _LOG_LEVELS:
@@ -162,7 +163,6 @@ class Config:
             )
         if self.rdzv_backend == "static":
             self._check_static()
-        given_secret(self.rdzv_conf, self.rdzv_secret)
         for key in self.rdzv_conf:
             if key not in RDZV_CONF[self.rdzv_backend]:
                 keys = ", ".join(RDZV_CONF[self.rdzv_backend])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -79,7 +78,7 @@ def made_secret(directory: Path) -> Secret | None:
         if not path.exists():
             _create(path)
         found = os.lstat(path)
-        is_own = found.st_uid in (os.geteuid(), _user_in(directory))
+        is_own = found.st_uid == os.geteuid() or found.st_uid == _user_in(directory)
         if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077 or not is_own:
             return None
         deadline = time.monotonic() + _WRITING
@@ -115,6 +114,8 @@ def _own_directory(temporary: Path) -> Path:
 
 def _user_in(directory: Path) -> int:
     """Who this user is in a directory: on a network file system, root may be nobody."""
+    import tempfile  # it loads a dozen modules, and `launch` starts without
+
     with tempfile.TemporaryFile(dir=directory) as file:
         return os.fstat(file.fileno()).st_uid
 
