@@ -84,8 +84,10 @@ def _check_script(target: str) -> None:
         path.stat()
     except PermissionError:
         raise UsageError(f"script {target} cannot be read: check the permissions of its folders") from None
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         pass  # which is told below
+    except OSError as error:
+        raise UsageError(f"script {target} cannot be read: {error.strerror}") from None
     if path.is_dir():
         if not (path / "__main__.py").exists():
             raise UsageError(
@@ -113,7 +115,8 @@ def _check_module(target: str) -> None:
 
 def _check_program(target: str) -> None:
     folders = [""] if os.sep in target else os.get_exec_path()
-    existing = [path for path in (Path(folder, target) for folder in folders) if _is_file(path)]
+    # PATH may name other users' folders, for which Path.is_file raises.
+    existing = [path for folder in folders if os.path.isfile(path := Path(folder, target))]  # noqa: PTH113
     if not existing:
         hint = "a Python script goes without --" if target.endswith(".py") else "check it and PATH"
         raise NotFoundError(f"command {target} not found: {hint}")
@@ -121,14 +124,6 @@ def _check_program(target: str) -> None:
         error = UsageError(f"command {existing[0]} is not executable: chmod +x it")
         error.exit_code = ExitCode.NOT_EXECUTABLE
         raise error
-
-
-def _is_file(path: Path) -> bool:
-    """Whether a file is there, as far as this user may see: PATH may name other users' folders."""
-    try:
-        return path.is_file()
-    except PermissionError:
-        return False
 
 
 def module_is_missing(name: str, first_dir: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ def storage_url(text: str) -> str:
         raise ValueError("a folder or a URL")
     if inside := re.match(r"(.+?)/+attempt-\d{4,}(-[0-9a-f]{8})?/+step-\d{8,}/*\Z", text, re.S):
         raise ValueError(f"a run, not a checkpoint in it: give {inside[1]}")
-    if (Path(text) / "attempt.json").is_file():
+    if os.path.isfile(f"{text}/attempt.json"):  # noqa: PTH113 - not Path.is_file, which raises for a closed folder
         raise ValueError(f"a run, not an attempt in it: give {Path(text).parent}")
     return text
 

@@ -204,6 +204,8 @@ def _find_run(name: str | None) -> Path:
             raise UnreachableError(
                 f"{path} is closed to this user: ask as the user whose job it is"
             ) from None
+        except OSError:
+            pass  # too long for a name of anything
     others = ", ".join(path.name for path in _runs())
     raise UsageError(
         f"no run {name or repr(name)}: expected a run directory, or a name in runs/"

@@ -167,6 +167,7 @@ def test_status(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
         (["status", "--json=yes"], "--json=yes: unknown option of launch status"),
         (["scale", "train", "7", "8"], "launch: scale: expected one run, found train 7"),
         (["status", ""], "no run '': "),
+        (["status", "x" * 300], "xx: expected a run directory, or a name in runs/: train"),
         ([""], "nothing to run: give a script"),
         (["statsu"], "script statsu does not exist: did you mean `launch status`?"),
     ],

@@ -477,6 +477,11 @@ def test_bad_input_is_one_line_and_changes_nothing(
         (["--", "closed/x"], 127, "command closed/x not found: check it and PATH"),
         (["--", "nope"], 127, "command nope not found: check it and PATH"),
         (["status", "closed/x"], 69, "closed/x is closed to this user: ask as the user whose job it is"),
+        (
+            ["--ckpt", "closed/x", "closed/x.py"],
+            2,
+            "script closed/x.py cannot be read: check the permissions of its folders",
+        ),
     ],
 )
 def test_folders_that_are_closed_to_this_user(job: Job, argv: list[str], code: int, message: str) -> None:
