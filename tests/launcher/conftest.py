@@ -121,6 +121,16 @@ def until(look: Callable[[], _T]) -> _T:
     raise AssertionError("it did not come to that")
 
 
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """The next line of `launch` with this text; what it says before is passed over."""
+    assert process.stderr is not None
+    line = "-"
+    while line and text not in line:
+        line = process.stderr.readline()
+    assert text in line
+    return line
+
+
 def wait_for_death(pid: int) -> None:
     """Return when process `pid` is dead; fail if it lives on."""
     try:

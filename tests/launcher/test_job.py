@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.conftest import LAUNCH, Job, wait_for_death
+from tests.launcher.conftest import LAUNCH, Job, read_until, wait_for_death
 
 # A worker that tells its pid through a named pipe, then does what the argument says.
 WORKER = """
@@ -268,9 +268,7 @@ def test_deaf_workers_cost_the_grace_and_no_more(job: Job, mode: str) -> None:
 def test_insisting_kills_at_once(job: Job) -> None:
     running = Running(job, "--grace=1000", mode="deaf")
     running.process.send_signal(signal.SIGINT)
-    assert running.process.stderr is not None
-    while "SIGINT: stopping" not in running.process.stderr.readline():
-        pass
+    read_until(running.process, "SIGINT: stopping")
     running.process.send_signal(signal.SIGINT)
     assert job.end(running.process).code == 130
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher.control import ask
-from tests.launcher.conftest import Job, wait_for_death
+from tests.launcher.conftest import Job, read_until, wait_for_death
 
 PERSISTING = {"event": "persisting", "step": 7, "tier": "remote", "done": 1_200_000, "total": 2_000_000}
 PERSISTED = {"event": "persisted", "step": 7, "tier": "remote", "url": "s3://bucket/run", "seconds": 0.25}
@@ -39,14 +39,6 @@ def start_waiting(job: Job, *options: str, **order: object) -> tuple[subprocess.
     fifo = job.fifo("pids")
     process = job.start(*options, job.script(WAIT), json.dumps(order), str(fifo))
     return process, [int(pid) for pid in fifo.read_text().split()]
-
-
-def read_until(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stderr is not None
-    line = "-"
-    while line and text not in line:
-        line = process.stderr.readline()
-    assert text in line
 
 
 def test_a_job_that_does_not_ask_for_a_saver_has_none(job: Job) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from launcher import control
 from launcher.errors import UsageError
-from tests.launcher.conftest import LAUNCH, PATIENCE, Ended, Job, until
+from tests.launcher.conftest import LAUNCH, PATIENCE, Ended, Job, read_until, until
 
 # Says who it is and makes steps, until a file says that it is enough, or it is asked to drain.
 STEPS = """
@@ -295,9 +295,7 @@ def test_a_notice_before_there_is_a_checkpointer_is_kept(job: Job) -> None:
     process = job.start("--grace=60", job.script(STEPS + begin + FOREVER))
     fifo.read_text()
     process.send_signal(signal.SIGUSR1)
-    assert process.stderr is not None
-    while "SIGUSR1" not in process.stderr.readline():
-        pass
+    read_until(process, "SIGUSR1")
     fifo.write_text("go on")
     done = job.end(process)
     assert done.code == 75
@@ -329,9 +327,7 @@ def test_sigterm_after_a_notice_does_not_cut_the_save_short(job: Job) -> None:
     process.send_signal(signal.SIGUSR1)
     fifo.read_text()
     process.send_signal(signal.SIGTERM)
-    assert process.stderr is not None
-    while "SIGTERM" not in process.stderr.readline():
-        pass
+    read_until(process, "SIGTERM")
     fifo.write_text("saved")
     assert job.end(process).code == 75
 
@@ -354,10 +350,7 @@ def test_sigusr1_without_a_checkpointer(job: Job) -> None:
     process = job.start(script)
     fifo.read_text()
     process.send_signal(signal.SIGUSR1)
-    assert process.stderr is not None
-    line = "-"
-    while line and "SIGUSR1" not in line:
-        line = process.stderr.readline()
+    line = read_until(process, "SIGUSR1")
     assert "SIGUSR1: no worker has a Checkpointer yet; as soon as one has, the job saves and ends" in line
     fifo.write_text("end")
     assert job.end(process).code == 0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime
 import enum
-import itertools
 import json
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -21,19 +20,8 @@ import torch
 
 import shardckpt
 from shardckpt.errors import FormatError, StateError, UnsupportedValueError
-from shardckpt.storage import Storage, open_storage
+from shardckpt.storage import Storage
 from shardckpt.values import Record, decode, encode
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def place() -> Iterator[Storage]:
-    """An empty folder in memory."""
-    root = open_storage(f"memory://kinds-{next(_numbers)}")
-    yield root
-    root.delete_tree("")
-
 
 UTC = datetime.UTC
 VALUES: list[Any] = [

@@ -75,6 +75,17 @@ def saver(outage: Outage) -> Iterator[SaverThread]:
         yield made
 
 
+def crash_in(outage: Outage) -> None:
+    """The job's trainers die after step 1, which is durable; then the storage goes out of reach."""
+    checkpointer = Checkpointer(outage.url, snapshots=2, every_steps=1)
+    assert checkpointer.restore(state_at(0)) is None
+    handle = checkpointer.step(1, state_at(1))
+    assert handle is not None
+    handle.wait()
+    crash(checkpointer)
+    outage.is_on = True
+
+
 # -- steps
 
 
@@ -155,13 +166,7 @@ def test_restarts_in_an_outage(
 ) -> None:
     """Each goes on from memory, with the newest step; the attempts are claimed, in order, when the storage is
     back."""
-    checkpointer = Checkpointer(outage.url, snapshots=2, every_steps=1)
-    assert checkpointer.restore(state_at(0)) is None
-    first = checkpointer.step(1, state_at(1))
-    assert first is not None
-    first.wait()
-    crash(checkpointer)
-    outage.is_on = True
+    crash_in(outage)
     for number in range(crashes):
         checkpointer = Checkpointer(outage.url, snapshots=2, every_steps=1)
         assert restored(checkpointer) == ("memory", number + 1)
@@ -188,13 +193,7 @@ def test_restarts_in_an_outage(
 
 def test_an_outage_that_outlasts_the_job(outage: Outage, saver: SaverThread) -> None:
     """The saver does not wait for ever: what is not durable fails, and its exit code says so."""
-    checkpointer = Checkpointer(outage.url, snapshots=2, every_steps=1)
-    checkpointer.restore(state_at(0))
-    first = checkpointer.step(1, state_at(1))
-    assert first is not None
-    first.wait()
-    crash(checkpointer)
-    outage.is_on = True
+    crash_in(outage)
     checkpointer = Checkpointer(outage.url, snapshots=2, every_steps=1, commit_timeout=0.5)
     assert restored(checkpointer) == ("memory", 1)
     handle = checkpointer.step(2, state_at(2))
@@ -307,13 +306,7 @@ def test_the_trainer_does_not_look_for_a_save_that_failed(moto_s3: S3Server) -> 
 def test_another_job_that_began_in_the_outage(outage: Outage) -> None:
     """It has taken the number that this job would have had, and is over: this job's next attempt comes after
     it."""
-    checkpointer = Checkpointer(outage.url, snapshots=2, every_steps=1)
-    checkpointer.restore(state_at(0))
-    first = checkpointer.step(1, state_at(1))
-    assert first is not None
-    first.wait()
-    crash(checkpointer)
-    outage.is_on = True
+    crash_in(outage)
     checkpointer = Checkpointer(outage.url, snapshots=2, every_steps=1)
     assert restored(checkpointer) == ("memory", 1)
     handle = checkpointer.step(2, state_at(2))

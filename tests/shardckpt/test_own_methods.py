@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,10 @@ import shardckpt
 from shardckpt.errors import CorruptError, MissingKeysError, ShapeMismatchError, StateError
 from shardckpt.loading import load_place
 from shardckpt.runs import Place
-from shardckpt.storage import Storage, open_storage
+from shardckpt.storage import Storage
 from tests.worlds import ThreadRanks, outcomes, run_processes
 
-_numbers = itertools.count()
-
 _jit_is_old = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
-
-
-@pytest.fixture
-def place() -> Iterator[Storage]:
-    """An empty folder in memory."""
-    root = open_storage(f"memory://own-{next(_numbers)}")
-    yield root
-    root.delete_tree("")
 
 
 class Plain(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,19 +15,8 @@ from shardckpt.loading import load_place
 from shardckpt.overlaps import find_conflict, find_overlaps, overlaps_itself
 from shardckpt.runs import Place
 from shardckpt.saving import SaveSession
-from shardckpt.storage import Storage, open_storage
+from shardckpt.storage import Storage
 from tests.worlds import ThreadRanks, outcomes, run_threads, start_save
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def place() -> Iterator[Storage]:
-    """An empty folder in memory."""
-    root = open_storage(f"memory://memory-{next(_numbers)}")
-    yield root
-    root.delete_tree("")
-
 
 Z = torch.tensor([1 + 2j, 3 - 4j])
 
@@ -190,6 +177,13 @@ def test_a_conjugate_is_noticed_between_saves(place: Storage) -> None:
 # -- what a load leaves of the user's tensors
 
 
+def step_and_save(model: nn.Module, optimizer: torch.optim.Optimizer, place: Storage) -> None:
+    """After a step the optimizer has state to save."""
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    shardckpt.save(place, {"model": model, "optimizer": optimizer})
+
+
 @pytest.mark.parametrize("nbytes", [0, 8])
 def test_freed_memory(nbytes: int, place: Storage) -> None:
     """A tensor whose storage was freed, or is too small, is refused by its name."""
@@ -204,9 +198,7 @@ def test_autograd_notices_a_load(place: Storage) -> None:
     """A backward pass through what was replaced raises, as after torch's own load_state_dict."""
     model = nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    shardckpt.save(place, {"model": model, "optimizer": optimizer})
+    step_and_save(model, optimizer, place)
     version = optimizer.state[model.weight]["exp_avg"]._version
     loss = model(torch.ones(2, 3, requires_grad=True)).sum()
     shardckpt.load(place, {"model": model, "optimizer": optimizer})
@@ -233,9 +225,7 @@ def test_optimizer_state_that_cannot_be_filled_is_replaced(place: Storage) -> No
     """An expanded tensor is no target, but load_state_dict puts another one in its place."""
     model = nn.Linear(3, 3, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    model(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    shardckpt.save(place, {"model": model, "optimizer": optimizer})
+    step_and_save(model, optimizer, place)
     state = optimizer.state[model.weight]
     wanted, state["momentum_buffer"] = state["momentum_buffer"], torch.zeros(()).expand(3, 3)
     shardckpt.load(place, {"model": model, "optimizer": optimizer})
@@ -246,9 +236,7 @@ def test_a_load_keeps_the_optimizer_s_tensors(place: Storage) -> None:
     """Live state stays in the very tensors that it was in."""
     model = nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2, 3)).sum().backward()
-    optimizer.step()
-    shardckpt.save(place, {"model": model, "optimizer": optimizer})
+    step_and_save(model, optimizer, place)
     before = {key: value.data_ptr() for key, value in optimizer.state[model.weight].items()}
     shardckpt.load(place, {"model": model, "optimizer": optimizer})
     assert {key: value.data_ptr() for key, value in optimizer.state[model.weight].items()} == before

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import enum
-import itertools
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,18 +29,8 @@ from shardckpt.ranks import Alone
 from shardckpt.runs import Place
 from shardckpt.saving import SaveSession
 from shardckpt.state import flatten
-from shardckpt.storage import Storage, open_storage
+from shardckpt.storage import Storage
 from tests.worlds import PeerGoneError, ThreadRanks, outcomes, run_threads, start_save
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def place() -> Iterator[Storage]:
-    """An empty folder in memory."""
-    root = open_storage(f"memory://state-{next(_numbers)}")
-    yield root
-    root.delete_tree("")
 
 
 class Net(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import shardckpt
 from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.ranks import Alone
 from shardckpt.saving import SaveSession
-from shardckpt.storage import Storage, open_storage
+from shardckpt.storage import Storage
 from tests.worlds import run_processes, start_save
 
 
@@ -88,14 +88,6 @@ def content(tensor: Any) -> list[Any]:
     if type(local) in (torch.Tensor, nn.Parameter):
         return [local.float().tolist()]
     return [item for name in local.__tensor_flatten__()[0] for item in content(getattr(local, name))]
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Storage]:
-    """A folder that need not outlast the test."""
-    root = open_storage(f"memory://subclasses-{tmp_path.name}")
-    yield root
-    root.delete_tree("")
 
 
 def model(make: Callable[[], Any]) -> nn.Module:

@@ -124,8 +124,10 @@ class TestInterrupt:
     """Ctrl-C ends a command within moments, whatever it waits for; then what it says is true."""
 
     @pytest.fixture
-    def proxied(self, moto_s3: S3Server, made: Path) -> Any:
-        """A checkpoint at a server that the test may spoil, and the URL of it."""
+    def proxied(self, moto_s3: S3Server, made: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        """A checkpoint at a server that the test may spoil, and the URL of it. A command has the keys to it."""
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
         url = moto_s3.url("source")
         copy(made, url, target_options=moto_s3.options)
         with faulty_proxy(moto_s3.endpoint) as proxy:
@@ -135,7 +137,6 @@ class TestInterrupt:
         self,
         proxy: FaultyProxy,
         arguments: list[object],
-        monkeypatch: pytest.MonkeyPatch,
         at: Callable[[str, str], bool],
         then: Callable[[str, str], str | None],
     ) -> str:
@@ -148,8 +149,6 @@ class TestInterrupt:
             return then(method, path) if hit.is_set() else None
 
         proxy.faults = faults
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-key")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
         command = [
             sys.executable,
             "-m",
@@ -173,7 +172,6 @@ class TestInterrupt:
         fault: str,
         proxied: tuple[FaultyProxy, str],
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         proxy, url = proxied
         out = {"merge": [tmp_path / "x.pt"], "copy": [tmp_path / "x"]}.get(command, [])
@@ -182,7 +180,6 @@ class TestInterrupt:
         said = self.run(
             proxy,
             [command, url, *out],
-            monkeypatch,
             lambda method, path: method == "GET" and ("data.pack" in path or command == "ls"),
             lambda method, _path: fault if method == "GET" else None,
         )
@@ -196,7 +193,6 @@ class TestInterrupt:
         proxied: tuple[FaultyProxy, str],
         moto_s3: S3Server,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """The upload is aborted; packs that are whole are removed, or stay for the next copy, which is said."""
         save(tmp_path / "in", {"w": torch.zeros(80 * MIB, dtype=torch.uint8)})
@@ -206,7 +202,6 @@ class TestInterrupt:
         said = self.run(
             proxy,
             [*arguments, "--world-size", "2"] if command == "reshard" else arguments,
-            monkeypatch,
             lambda method, path: method == "PUT" and "rank-00001" in path and "partNumber=2" in path,
             lambda method, _path: "ignore" if method == "PUT" else None,
         )
@@ -224,7 +219,6 @@ class TestInterrupt:
         proxied: tuple[FaultyProxy, str],
         moto_s3: S3Server,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """What may be left, and where, is said."""
         save(tmp_path / "in", {"w": torch.zeros(40 * MIB, dtype=torch.uint8)})
@@ -232,7 +226,6 @@ class TestInterrupt:
         said = self.run(
             proxy,
             ["copy", tmp_path / "in", out],
-            monkeypatch,
             lambda method, path: method == "PUT" and "partNumber=2" in path,
             lambda _method, _path: "ignore",
         )
