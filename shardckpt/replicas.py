@@ -2,7 +2,7 @@
 
 A checkpoint stores such a box once. If the holders disagree, storing any one of them would silently
 lose the others, so it is an error. Whenever the plan is new, every byte is compared; from save to save a part of
-it, another one each time, so that what has drifted apart is found within a few saves.
+it, another one each time, and from the start again once all of it was.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ _SMALL = 64 << 10
 """Bytes up to which a box in CPU memory is compared whole at every save."""
 
 _PER_BOX = 20 << 10
-"""Bytes compared at a save for each larger box: takes as long as three samples of 4 KiB (bench/replicas)."""
+"""Bytes compared at a save for each larger box: takes less time than three samples of 4 KiB (bench/replicas)."""
 
 _AT_LEAST = 4 << 20
-"""Bytes compared at a save, of all larger boxes that the same ranks hold: a fraction of a millisecond."""
+"""Bytes compared at a save, of all larger boxes that the same ranks hold: a fraction of a millisecond
+(bench/replicas --tensors 8)."""
 
 _MOST_SAVES = 128
 """Saves after which every byte in CPU memory was compared, however large the boxes are."""

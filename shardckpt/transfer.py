@@ -59,7 +59,8 @@ def copy(
 
     Every chunk is verified, and the copy exists only once it is whole: its manifest is written last. A run
     keeps the attempt and step in its folders' names, so that training can resume from either side. Needs no
-    space for temporary files, and memory for about 256 MiB, or a few of the largest chunks.
+    space for temporary files, and memory for the parts of an upload that are under way, or a few of the largest
+    chunks.
 
     A copy that fails, or is interrupted, leaves the packs that are whole: the same call goes on from there.
     Packs that are at the target already are read and verified, and copied only if they are not right. Of a
