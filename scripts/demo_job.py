@@ -25,9 +25,8 @@ LIMIT = 120.0  # seconds that any one thing may take
 def main() -> None:
     """The story, with a line for each thing that happened."""
     times: list[tuple[str, float]] = []
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # `scripts/demo &` would have its children ignore it
+    # In the background, as `scripts/demo &`, it would have its children ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # more ranks than a machine has GPUs, for a small model
     with tempfile.TemporaryDirectory(prefix="shardckpt-demo-") as folder:
         os.chdir(folder)
