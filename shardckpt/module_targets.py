@@ -15,7 +15,6 @@ from torch import nn
 from shardckpt.errors import MissingKeysError, ShapeMismatchError, ShardckptError
 from shardckpt.objects import AVERAGED_COUNT, ModuleState, loading_module, module_state
 from shardckpt.overrides import has_override, load_overrides
-from shardckpt.state import module_errors
 from shardckpt.subclasses import expand
 from shardckpt.targets import TargetBuilder, mismatch
 from shardckpt.values import TensorRef, WrapperRef, join
@@ -37,8 +36,7 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
     if not isinstance(saved, dict):
         raise mismatch(path, "module", saved)
     module = loading_module(module)
-    with module_errors(module, path):
-        state = module_state(module, path)
+    state = module_state(module, path)
     saved = {
         name: value for name, value in saved.items() if name in state.tree or not _is_count(name, value)
     }

@@ -8,6 +8,7 @@ keyed by the names of its parameters, not by their order.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from shardckpt.errors import StateError, UnsupportedValueError
+from shardckpt.errors import ShardckptError, StateError, UnsupportedValueError
+from shardckpt.local import check_memory
 from shardckpt.overrides import has_override
-from shardckpt.values import MAX_DEPTH, key_text
+from shardckpt.values import MAX_DEPTH, join, key_text
+from shardckpt.wrapped import memory_parts
 
 __all__ = [
     "AVERAGED_COUNT",
@@ -33,7 +36,6 @@ __all__ = [
     "iter_modules",
     "loading_module",
     "module_state",
-    "module_tree",
     "optimizer_parameters",
     "optimizer_tree",
     "parameter_names",
@@ -89,7 +91,11 @@ class ModuleState:
 
 
 def module_state(module: nn.Module, where: str) -> ModuleState:
-    """The module's state_dict under clean names. Raises as `module_tree` does."""
+    """The module's state_dict under clean names.
+
+    Raises UnsupportedValueError for FSDP version 1, whose flat parameters the library does not store, and as
+    `state_of` does.
+    """
     fsdp1 = _loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
     for name, child in module.named_modules() if fsdp1 else ():
         if isinstance(child, fsdp1):
@@ -98,7 +104,12 @@ def module_state(module: nn.Module, where: str) -> ModuleState:
                 "is not supported; shard the model with torch.distributed.fsdp.fully_shard"
             )
     prefixes = _wrapper_prefixes(module)
-    values = module.state_dict()
+    values = state_of(module, where)
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise StateError(
+            f"state[{where!r}], a {type(module).__qualname__}, has a state_dict() that does not return a dict "
+            "with texts as keys, as a module's must."
+        )
     keys: dict[str, str] = {}
     for key in values:
         if (name := _clean(key, prefixes)) in keys:
@@ -109,14 +120,6 @@ def module_state(module: nn.Module, where: str) -> ModuleState:
         keys[name] = key
     tree = {name: values[key] for name, key in keys.items()}
     return ModuleState(tree, getattr(values, "_metadata", None), keys, prefixes)
-
-
-def module_tree(module: nn.Module, where: str) -> dict[str, Any]:
-    """The module's state_dict under clean names. Its tensors share memory with the module's.
-
-    Raises UnsupportedValueError for FSDP version 1, whose flat parameters the library does not store.
-    """
-    return module_state(module, where).tree
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -233,7 +236,13 @@ def state_of(value: Stateful, where: str) -> Any:
     """What the object's own state_dict() returns. Raises StateError, which names `where`, if it raises."""
     try:
         return value.state_dict()
+    except ShardckptError:
+        raise
     except Exception as error:
+        if isinstance(value, nn.Module):
+            for name, tensor in itertools.chain(value.named_parameters(), value.named_buffers()):
+                for part in memory_parts(tensor):  # what has no elements cannot give them
+                    check_memory(part, join(where, name))
         raise StateError(
             f"state[{where!r}], a {type(value).__qualname__}, could not give its state: its state_dict() raised "
             f"{type(error).__name__}: {error}"

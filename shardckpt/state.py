@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from shardckpt.errors import ShardckptError, StateError, UnsupportedValueError
-from shardckpt.local import LocalTensor, check_memory, local_tensor
+from shardckpt.errors import StateError, UnsupportedValueError
+from shardckpt.local import LocalTensor, local_tensor
 from shardckpt.memo import Memo
 from shardckpt.objects import (
     Stateful,
     iter_modules,
-    module_tree,
+    module_state,
     optimizer_tree,
     parameter_names,
     reshard,
@@ -29,9 +27,8 @@ from shardckpt.objects import (
 from shardckpt.plan import Layout
 from shardckpt.subclasses import expand
 from shardckpt.values import encode, form_of, join
-from shardckpt.wrapped import memory_parts
 
-__all__ = ["FlatState", "PerRank", "check_state", "flatten", "module_errors", "per_rank_path"]
+__all__ = ["FlatState", "PerRank", "check_state", "flatten", "per_rank_path"]
 
 
 class PerRank:
@@ -97,23 +94,6 @@ def flatten(state: dict[str, Any], rank: int, memo: Memo | None = None) -> FlatS
     with torch.no_grad():  # local parts of DTensors are taken without a graph
         values = encode(dict(state), "", walk.leaf)
     return FlatState(walk.tensors, values, walk.per_rank)
-
-
-@contextlib.contextmanager
-def module_errors(module: nn.Module, path: str) -> Iterator[None]:
-    """For a block that calls the module's state_dict: what it raises becomes a StateError with the path."""
-    try:
-        yield
-    except ShardckptError:
-        raise
-    except Exception as error:
-        for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-            for part in memory_parts(tensor):  # what has no elements cannot give them
-                check_memory(part, join(path, name))
-        raise StateError(
-            f"state[{path!r}], a {type(module).__qualname__}, could not give its state: its state_dict() raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def per_rank_path(path: str, rank: int) -> str:
@@ -188,9 +168,7 @@ class _Walk:
         first = len(self.tensors)
         if isinstance(value, nn.Module):
             self.unsynced |= {join(path, name) for name in unsynced_buffers(value)}
-            with module_errors(value, path):
-                tree = module_tree(value, path)
-            encoded = encode(tree, path, self.leaf)
+            encoded = encode(module_state(value, path).tree, path, self.leaf)
         else:
             encoded = encode(optimizer_tree(value, self.names, path), path, self.leaf)
         if self.memo is not None:

@@ -523,6 +523,19 @@ def test_an_object_whose_state_dict_raises(place: Storage) -> None:
 # -- sharded
 
 
+@pytest.mark.parametrize("returned", [None, {0: 1}, [1]], ids=repr)
+def test_a_module_whose_state_dict_is_none_of_a_module(returned: Any, place: Storage) -> None:
+    """It is refused by path, saved and loaded."""
+    shardckpt.save(place, {"m": nn.Linear(2, 2)})
+    module = nn.Linear(2, 2)
+    module.state_dict = lambda: returned  # type: ignore[method-assign, assignment, misc]
+    message = r"state\['m'\], a Linear, has a state_dict\(\) that does not return a dict"
+    with pytest.raises(StateError, match=message):
+        shardckpt.load(place, {"m": module})
+    with pytest.raises(StateError, match=message):
+        shardckpt.save(place.at("other"), {"m": module})
+
+
 class Holder:
     """An object of one's own around an optimizer, which it keeps where it can be seen, or where it cannot."""
 
