@@ -155,6 +155,7 @@ def wait_committed(
     pause, started = _FIRST_PAUSE, time.monotonic()
     while True:
         try:
+            storage.read(MANIFEST, 0, 1)  # of what is not there yet, `read_manifest` also lists the folder
             manifest = read_manifest(place)
         except FileNotFoundError:
             _raise_failure(storage, "", save_id, place.url)

@@ -82,7 +82,7 @@ class Fetcher:
                 progress(sum(read.nbytes for read in group))
 
         groups = list(coalesced(reads, self._packs.request))
-        self._check_sizes(groups)
+        self.check_sizes(read for group in groups for read in group)
         in_parallel(verify, groups, self._threads)
 
     def check_all_sizes(self) -> None:
@@ -90,15 +90,16 @@ class Fetcher:
         reads = plan_reads(self._manifest, [(t.name, Box.whole(t.shape)) for t in self._manifest.tensors])
         self.check_sizes(reads)
 
-    def check_sizes(self, reads: Iterable[Read]) -> None:
-        """Compare the sizes of the chunks' packs with the manifest's, before memory is made for them.
+    def check_sizes(self, chunks: Iterable[Stored]) -> None:
+        """Compare the sizes of the chunks' packs with the manifest's, which is quicker than to come upon an end.
 
         Each is asked for once. Raises CorruptError, StorageError.
         """
-        of_packs: dict[int, list[Read]] = {}
-        for read in reads:
-            of_packs.setdefault(read.pack, []).append(read)
-        in_parallel(lambda of_pack: self._check_sizes([of_pack]), list(of_packs.values()), _THREADS)
+        of_packs: dict[int, list[Stored]] = {}
+        for chunk in chunks:
+            if chunk.pack not in self._sized:
+                of_packs.setdefault(chunk.pack, []).append(chunk)
+        in_parallel(self._check_size, list(of_packs.values()), self._threads)
 
     def hand_over(self, reads: Iterable[Read], take: Callable[[Read], object]) -> None:
         """Hand verified chunks to `take`, and release them, as `verify` does."""
@@ -107,7 +108,7 @@ class Fetcher:
 
     def fetch(self, chunks: Sequence[Stored]) -> memoryview:
         """The bytes from the first to the last of these neighbours in a pack, verified. Raises as `verify`."""
-        self._check_sizes([chunks])
+        self.check_sizes(chunks)
         return self._read_right(chunks)[0]
 
     def fetch_ahead(self, groups: Iterable[Sequence[Stored]]) -> Generator[memoryview]:
@@ -230,25 +231,24 @@ class Fetcher:
             f"{chunk.crc32c:08x}"
         )
 
-    def _check_sizes(self, groups: Sequence[Sequence[Stored]]) -> None:
-        """Compare each pack's size with the manifest's, once, which is quicker than to come upon its end."""
-        for number in sorted({group[0].pack for group in groups} - self._sized):
-            pack = self._manifest.packs[number]
-            found = self._size(number, self._packs.size)
-            if found != pack.size:
-                found = self._size(number, self._packs.size_again)
-            if found is None:
-                raise self._missing(number)
-            if found != pack.size:
-                chunks = (chunk for group in groups for chunk in group if chunk.pack == number)
-                lost = next((c for c in chunks if c.offset + c.nbytes + CRC_BYTES > found), None)
-                names = describe(self._manifest, lost.row) if lost else ""
-                raise CorruptError(
-                    f"{self._packs.url}: the pack {pack.path} has {found} bytes and should have "
-                    f"{pack.size}: it was changed after it was written"
-                    + (f"; the first chunk that is lost is {names}" if lost else "")
-                )
-            self._sized.add(number)
+    def _check_size(self, chunks: Sequence[Stored]) -> None:
+        """Compare the size of the one pack that these chunks are in."""
+        number = chunks[0].pack
+        pack = self._manifest.packs[number]
+        found = self._size(number, self._packs.size)
+        if found != pack.size:
+            found = self._size(number, self._packs.size_again)
+        if found is None:
+            raise self._missing(number)
+        if found != pack.size:
+            lost = next((c for c in chunks if c.offset + c.nbytes + CRC_BYTES > found), None)
+            names = describe(self._manifest, lost.row) if lost else ""
+            raise CorruptError(
+                f"{self._packs.url}: the pack {pack.path} has {found} bytes and should have "
+                f"{pack.size}: it was changed after it was written"
+                + (f"; the first chunk that is lost is {names}" if lost else "")
+            )
+        self._sized.add(number)
 
     def _size(self, number: int, ask: Callable[[int], int]) -> int | None:
         try:

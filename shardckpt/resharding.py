@@ -34,7 +34,7 @@ from shardckpt.runs import Place, attempt_for, exact_place, find_place, read_man
 from shardckpt.storage import LocalStorage, Storage
 from shardckpt.storage.work import cleanup
 from shardckpt.streaming import iter_boxes
-from shardckpt.values import TensorRef, children, decode
+from shardckpt.values import TensorRef, decode, iter_references
 
 __all__ = ["Resharded", "reshard"]
 
@@ -315,10 +315,7 @@ def _even_part(shape: tuple[int, ...], world_size: int, rank: int) -> tuple[Box,
 
 def _per_rank_names(manifest: Manifest, rank: int) -> Iterator[str]:
     """The tensors in the rank's PerRank values."""
-    waiting = [decode(value) for value in manifest.per_rank[rank].values()]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, TensorRef):
-            yield value.name
-        else:
-            waiting.extend(item for _, item in children(value))
+    for value in manifest.per_rank[rank].values():
+        for reference in iter_references(decode(value)):
+            if isinstance(reference, TensorRef):
+                yield reference.name

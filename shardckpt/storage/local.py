@@ -143,13 +143,7 @@ class LocalStorage:
             _sync_folder(os.path.dirname(full))
 
     def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
-        full = join(self._path, path, self._path)
-        folder = os.path.dirname(full)
-        with _explained("write", full, buffer.nbytes):
-            self._make_folder(folder)
-            # A new file, so that whoever still reads or maps the earlier one is not disturbed.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(full)
+        with self._new_file(path, buffer.nbytes) as full:
             try:
                 direct.write_file(full, as_bytes(buffer), before)
             except OSError as error:
@@ -157,22 +151,15 @@ class LocalStorage:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(full)
                 raise
-            _sync_folder(folder)
 
     def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
-        full = join(self._path, path, self._path)
-        folder = os.path.dirname(full)
-        with _explained("write", full, size):
-            self._make_folder(folder)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(full)
+        with self._new_file(path, size) as full:
             try:
                 direct.write_pieces(full, size, pieces)
             except BaseException as error:
                 with cleanup(error, f"an unfinished {full} may be left"):
                     os.unlink(full)
                 raise
-            _sync_folder(folder)
 
     def list(self, path: str = "") -> list[str]:
         full = join(self._path, path, self._path)
@@ -281,6 +268,19 @@ class LocalStorage:
 
     def _is_inside(self, real: str) -> bool:
         return real.startswith(os.path.realpath(self._root).rstrip("/") + "/")
+
+    @contextlib.contextmanager
+    def _new_file(self, path: str, size: int) -> Iterator[str]:
+        """The full name of a file that the block creates, in place of any earlier one; then it is durable."""
+        full = join(self._path, path, self._path)
+        folder = os.path.dirname(full)
+        with _explained("write", full, size):
+            self._make_folder(folder)
+            # A new file, so that whoever still reads or maps the earlier one is not disturbed.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(full)
+            yield full
+            _sync_folder(folder)
 
     @contextlib.contextmanager
     def _temporary(self, full: str, data: bytes | memoryview) -> Iterator[str]:

@@ -51,9 +51,7 @@ def open_fsspec(
         folder = f"/{folder}"
     try:
         kind = fsspec.get_filesystem_class(protocol)
-        of_url = kind._get_kwargs_from_urls(
-            url
-        )  # a host, a user, a port: what opens such URLs goes by these
+        of_url = kind._get_kwargs_from_urls(url)  # its host, user and port
         arguments = {**of_url, **client_options(options)}
         system = kind(**arguments, skip_instance_cache=own_connections)
     except ImportError as error:
@@ -220,8 +218,8 @@ class FsspecStorage:
 
     def _open_new(self, path: str) -> Any:
         """A file to write to, which takes the place of any earlier one, at the latest when it is closed."""
-        block = {"block_size": _PIECE}
-        return self._in_folder(path, lambda: self._do("write", path, self._system.open, "wb", **block))
+        put = partial(self._do, "write", path, self._system.open, "wb", block_size=_PIECE)
+        return self._in_folder(path, put)
 
     def _in_folder(self, path: str, put: Callable[[], T]) -> T:
         """What `put` returns, which may need the folder of `path`."""

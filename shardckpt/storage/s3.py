@@ -80,7 +80,7 @@ class S3Storage:
 
     @property
     def url(self) -> str:
-        return self._name(self._folder)
+        return self._client.name(self._folder)
 
     def __repr__(self) -> str:
         return f"S3Storage({self.url!r})"
@@ -116,7 +116,7 @@ class S3Storage:
         found = self._wait(self._get_ranges(key, offset, as_bytes(buffer)))
         if found < buffer.nbytes:
             raise CorruptError(
-                f"{self._name(key)} is truncated: wanted {buffer.nbytes} bytes at offset "
+                f"{self._client.name(key)} is truncated: wanted {buffer.nbytes} bytes at offset "
                 f"{offset}, found {found}"
             )
 
@@ -169,9 +169,6 @@ class S3Storage:
     def exclusive(self) -> bool:
         return self._probe.ask(self)
 
-    def _name(self, key: str) -> str:
-        return f"s3://{self._bucket}/{key}".rstrip("/")
-
     def _key(self, path: str) -> str:
         return join(self._folder, path, self.url)
 
@@ -203,13 +200,13 @@ class S3Storage:
     async def _get(self, key: str) -> bytes:
         async def get(reach: Reach) -> bytes:
             answer = await self._client.call("get_object", key, reach)
-            check_whole(self._name(key), int(answer.get("ContentLength", 0)))
+            check_whole(self._client.name(key), int(answer.get("ContentLength", 0)))
             data = bytearray()
             with self._client.explained(key):
                 async with answer["Body"] as body:
                     while piece := await body.read(_PIECE):
                         data += piece
-                        check_whole(self._name(key), len(data))
+                        check_whole(self._client.name(key), len(data))
                         reach(len(data))
             return bytes(data)
 
@@ -245,7 +242,7 @@ class S3Storage:
         async with answer["Body"] as body:
             if length > len(view) or not (is_told or "ContentRange" in answer):
                 raise StorageError(
-                    f"{self._name(key)}: the server answered a request for {len(view)} bytes with "
+                    f"{self._client.name(key)}: the server answered a request for {len(view)} bytes with "
                     f"{length if is_told else 'all'}: it ignores ranges, which reading a checkpoint needs"
                 )
             while done < length:
@@ -307,7 +304,7 @@ class S3Storage:
             self._wait(ended)
         except BaseException as error:
             stop(sending)
-            name = self._name(key)
+            name = self._client.name(key)
             if is_ending and isinstance(error, FileNotFoundError | StorageError):
                 with contextlib.suppress(StorageError):  # it may be complete, and only the answer be lost
                     is_complete = self._wait(self._wrote(key, writer))
@@ -371,7 +368,7 @@ class S3Storage:
             )
             for refused in answer.get("Errors", []):
                 raise StorageError(
-                    f"cannot delete {self._name(refused['Key'])}: {refused.get('Code')} "
+                    f"cannot delete {self._client.name(refused['Key'])}: {refused.get('Code')} "
                     f"{refused.get('Message')}"
                 )
 

@@ -101,9 +101,8 @@ class S3Client:
                     continue
                 if not self._credentials.can_change or (found is Found.THE_SAME and not error.is_expired):
                     raise self._advised(error) from error.__cause__
-                pause = min(
-                    pause, _LONGEST_LOOK
-                )  # new ones come when they come, however often that is tried
+                # New ones come when they come, however often that is tried.
+                pause = min(pause, _LONGEST_LOOK)
             else:
                 self._outage.is_told = False
                 return result

@@ -28,7 +28,7 @@ from shardckpt.staging import Copies, StagingBuffer
 from shardckpt.state import FlatState, flatten
 from shardckpt.storage import open_storage
 from shardckpt.writer import persist, report_failure
-from tests.faults import HookedStorage, Killed, SaverThread, saver_thread
+from tests.faults import FaultyStorage, HookedStorage, Killed, SaverThread, saver_thread
 from tests.worlds import Checkpoints, ThreadRanks, run_threads
 
 LIMIT = 30.0
@@ -194,6 +194,14 @@ def test_looks_are_rare(waiting: Waiting) -> None:
     with pytest.raises(SaveError):
         waiting.commit(0.5)
     assert not waiting.looks
+
+
+def test_who_waits_for_the_commit_lists_nothing(waiting: Waiting) -> None:
+    """It asks up to four times a second, on every node."""
+    storage = FaultyStorage(waiting.place.root)
+    with pytest.raises(SaveError, match="no commit was seen"):
+        wait_committed(Place(storage, waiting.place.path), "x", 0.1)
+    assert {method for method, _ in storage.calls} == {"read"}
 
 
 def test_succession(tmp_path: Path) -> None:
