@@ -142,8 +142,10 @@ class AttemptKeeper:
         if stop:
             self._is_stopped.set()
         self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        with self._changed:  # once it is there, it has been started
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
 
     # -- the thread
 

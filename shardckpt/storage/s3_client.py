@@ -95,7 +95,7 @@ class S3Client:
                 was_sent = was_sent or not isinstance(error, UnreachableError)
             except RefusedError as error:
                 failure = error
-                found = await self._look(generation, patience)
+                found = await self._look(generation, started, patience)
                 if found is Found.OTHERS and renewals < _RENEWALS:
                     renewals += 1
                     continue
@@ -169,11 +169,11 @@ class S3Client:
                 f"{self._limits.least_rate:g} bytes per second came through"
             ) from error
 
-    async def _look(self, generation: int, patience: Patience) -> Found:
+    async def _look(self, generation: int, since: float, patience: Patience) -> Found:
         """What credentials there are now; nothing, if where they come from does not answer."""
         try:
             async with asyncio.timeout_at(patience.end):
-                return await self._credentials.look(generation)
+                return await self._credentials.look(generation, since)
         except TimeoutError:
             return Found.NOTHING
 

@@ -55,8 +55,11 @@ class Credentials:
         """Whether it makes sense to look again."""
         return self._can_change
 
-    async def look(self, generation: int) -> Found:
-        """See what there is now, after those of this generation were refused; other ones are taken at once."""
+    async def look(self, generation: int, since: float) -> Found:
+        """See what there is now, after those of this generation were refused; other ones are taken at once.
+
+        `since` is the loop's time when the request began: what others saw before that says nothing about it.
+        """
         async with self._lock:
             if self.generation != generation:
                 return Found.OTHERS
@@ -64,9 +67,10 @@ class Credentials:
             system = self._system()
             if not self._can_change or system is None:
                 return Found.THE_SAME
-            if self._last is Found.OTHERS or loop.time() >= self._looked + _PAUSE:
-                self._last = await self._look(system)
+            is_old = self._looked < since or loop.time() >= self._looked + _PAUSE
+            if self._last is Found.OTHERS or is_old:
                 self._looked = loop.time()
+                self._last = await self._look(system)
             return self._last
 
     async def _look(self, system: Any) -> Found:
