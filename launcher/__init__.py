@@ -13,18 +13,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.command import Command, Kind
-    from launcher.config import Config
+    from launcher.config.command import Command, Kind
+    from launcher.config.job import Config
     from launcher.errors import ExitCode, LaunchError
     from launcher.progress import report
 
 __all__ = ["Command", "Config", "ExitCode", "Kind", "LaunchError", "report", "run"]
 
 _HOMES = {
-    "Command": "command",
-    "Config": "config",
+    "Command": "config.command",
+    "Config": "config.job",
     "ExitCode": "errors",
-    "Kind": "command",
+    "Kind": "config.command",
     "LaunchError": "errors",
     "report": "progress",
 }
@@ -38,12 +38,12 @@ def run(config: Config) -> int:
     but for a saver that still persists when it is not waited for any longer. Raises `LaunchError` if the job
     cannot run at all.
     """
-    from launcher.processes import Subreaper, raise_file_limit
-    from launcher.zygote import Zygote
+    from launcher.system.processes import Subreaper, raise_file_limit
+    from launcher.zygote.handle import ZygoteHandle
 
     reaper = Subreaper(raise_file_limit())
-    zygote = Zygote(config, reaper)  # imports torch while this process imports the rest
-    from launcher.agent import Agent
+    zygote = ZygoteHandle(config, reaper)  # imports torch while this process imports the rest
+    from launcher.agent.agent import Agent
 
     with Agent(config, zygote, reaper) as agent:
         return agent.run()

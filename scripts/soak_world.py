@@ -220,7 +220,7 @@ class Node:
         return zygotes if role == "zygote" else [worker for pid in zygotes for worker in _children(pid)]
 
 
-_NAMES = {"saver": "shardckpt.saver", "member": "launcher.member"}
+_NAMES = {"saver": "shardckpt.saver", "member": "launcher.rendezvous.member"}
 
 
 def _children(pid: int) -> list[int]:

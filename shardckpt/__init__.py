@@ -14,20 +14,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from shardckpt.checkpoint import Checkpoint
-from shardckpt.checkpoint import open_checkpoint as open
 from shardckpt.errors import ShardckptError
+from shardckpt.loading.checkpoint import Checkpoint
+from shardckpt.loading.checkpoint import open_checkpoint as open
 from shardckpt.version import __version__
 
 if TYPE_CHECKING:
     from shardckpt.checkpointer import Checkpointer
-    from shardckpt.draining import Drained
-    from shardckpt.export import merge
-    from shardckpt.loading import Loaded, load
-    from shardckpt.resharding import reshard
-    from shardckpt.saving import SaveHandle, save, save_async
-    from shardckpt.state import PerRank
-    from shardckpt.transfer import copy
+    from shardckpt.drain import Drained
+    from shardckpt.interop.copy import copy
+    from shardckpt.interop.export import merge
+    from shardckpt.interop.reshard import reshard
+    from shardckpt.loading.load import Loaded, load
+    from shardckpt.saving.session import SaveHandle, save, save_async
+    from shardckpt.state.flatten import PerRank
 
 __all__ = [
     "Checkpoint",
@@ -49,16 +49,16 @@ __all__ = [
 
 _LATER = {
     "Checkpointer": "checkpointer",
-    "Drained": "draining",
-    "Loaded": "loading",
-    "PerRank": "state",
-    "SaveHandle": "saving",
-    "copy": "transfer",
-    "load": "loading",
-    "merge": "export",
-    "reshard": "resharding",
-    "save": "saving",
-    "save_async": "saving",
+    "Drained": "drain",
+    "Loaded": "loading.load",
+    "PerRank": "state.flatten",
+    "SaveHandle": "saving.session",
+    "copy": "interop.copy",
+    "load": "loading.load",
+    "merge": "interop.export",
+    "reshard": "interop.reshard",
+    "save": "saving.session",
+    "save_async": "saving.session",
 }
 
 

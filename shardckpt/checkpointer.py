@@ -17,26 +17,27 @@ from typing import Any, Self
 
 import msgspec
 
-from shardckpt.attempts import run_of
-from shardckpt.boundary import plain_errors
-from shardckpt.calls import Call, meet
-from shardckpt.claiming import RunClaim
-from shardckpt.draining import Drained, DrainWatch, Request, Scope
-from shardckpt.errors import SaveError, SaverError
-from shardckpt.handle import MEMORY
-from shardckpt.loading import Loaded
-from shardckpt.persisting import Destination, tier_of
+from shardckpt.drain import Drained, DrainWatch, Request, Scope
+from shardckpt.environment import is_first_on_node, linger_from_environment, snapshots_from_environment
+from shardckpt.errors import SaveError, SaverError, public_api
+from shardckpt.loading.load import Loaded
+from shardckpt.loading.restore import RestoreCandidates
+from shardckpt.loading.snapshots import find_snapshots
 from shardckpt.progress import ProgressFile, now
-from shardckpt.ranks import Ranks, agree, current_ranks
-from shardckpt.recall import find_snapshots
-from shardckpt.restoring import Newest
-from shardckpt.saver.client import SaverClient, is_first_on_node
-from shardckpt.saver.wire import Tier
-from shardckpt.saving import COMMIT_TIMEOUT, SaveHandle, SaveSession
-from shardckpt.settings import check_cadence, linger_from_environment, snapshots_from_environment
-from shardckpt.sinks import OwnThread, SaverSink, Sink
+from shardckpt.ranks.calls import Call, meet
+from shardckpt.ranks.world import Ranks, agree, current_ranks
+from shardckpt.run.attempts import run_of
+from shardckpt.run.tiers import MEMORY, Destination, tier_of
+from shardckpt.saver.client import SaverClient
+from shardckpt.saver.protocol import Tier
+from shardckpt.saving.backend import SaveBackend
+from shardckpt.saving.claim import RunClaim
+from shardckpt.saving.saver_backend import SaverBackend
+from shardckpt.saving.session import COMMIT_TIMEOUT, SaveHandle, SaveSession
+from shardckpt.saving.settings import check_cadence
+from shardckpt.saving.thread_backend import ThreadBackend
+from shardckpt.saving.unsaved import Failures, Unsaved
 from shardckpt.storage import Storage, open_storage
-from shardckpt.unsaved import Failures, Unsaved
 
 __all__ = ["Checkpointer"]
 
@@ -81,7 +82,7 @@ class Checkpointer:
     written when it answers.
     """
 
-    @plain_errors
+    @public_api
     def __init__(
         self,
         url: str | os.PathLike[str] | Storage | None = None,
@@ -154,8 +155,8 @@ class Checkpointer:
         self._keep = keep_last
         self._timeout = commit_timeout
         self._patience = url_timeout
-        sink: Sink = OwnThread(commit_timeout)
-        self._saver: SaverSink | None = None
+        sink: SaveBackend = ThreadBackend(commit_timeout)
+        self._saver: SaverBackend | None = None
         if held and isinstance(url, str | os.PathLike):
             self._saver = self._saver_sink(held, dict(storage_options or {}))
             sink = self._saver or sink
@@ -189,7 +190,7 @@ class Checkpointer:
             self._unsaved.arguments = None
             self._answer_no_more()
 
-    @plain_errors
+    @public_api
     def restore(self, state: dict[str, Any], *, strict: bool = True) -> Loaded | None:
         """Load the newest good checkpoint of the run into `state`, as `load` does. Collective.
 
@@ -213,7 +214,7 @@ class Checkpointer:
         claim = self._begin_attempt(is_restoring=True)
         snapshots = find_snapshots(client, self._ranks)
         is_reachable = claim.wait(self._patience, has_snapshot=bool(snapshots))
-        newest = Newest(
+        newest = RestoreCandidates(
             self.url,
             [(tier.name, tier.root) for tier in self._tiers],
             client,
@@ -228,7 +229,7 @@ class Checkpointer:
             self._tell(restored_step=loaded.step, restored_tier=loaded.tier)
         return loaded
 
-    @plain_errors
+    @public_api
     def step(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> SaveHandle | None:
@@ -283,7 +284,7 @@ class Checkpointer:
             return None
         return self._start(step, state, metrics, tiers)
 
-    @plain_errors
+    @public_api
     def save(
         self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None
     ) -> SaveHandle:
@@ -313,7 +314,7 @@ class Checkpointer:
             tiers = [tier for tier in self._tiers if failed.get(tier.name, True)]
         return self._start(step, state, metrics, tiers) if tiers or last is None else last
 
-    @plain_errors
+    @public_api
     def wait(self) -> None:
         """Return when everything asked for so far is durable; at once after `Drained`.
 
@@ -326,7 +327,7 @@ class Checkpointer:
         if failures.first is not None:
             failures.first.wait()
 
-    @plain_errors
+    @public_api
     def close(self) -> None:
         """Wait until everything asked for is over, and be done. Call it when training ends; `with` does.
 
@@ -561,7 +562,7 @@ class Checkpointer:
         self._saves = left
         return not not_ready
 
-    def _saver_sink(self, snapshots: int, options: dict[str, Any]) -> SaverSink | None:
+    def _saver_sink(self, snapshots: int, options: dict[str, Any]) -> SaverBackend | None:
         """Saves by the node's saver, unless another process cannot open the storage as this one does."""
         if self._root.url.startswith("memory://"):
             return None
@@ -579,7 +580,7 @@ class Checkpointer:
             )
             return None
         linger = linger_from_environment()
-        return SaverSink(self._root.url, tiers, snapshots, self._timeout, linger, _launchers_patience())
+        return SaverBackend(self._root.url, tiers, snapshots, self._timeout, linger, _launchers_patience())
 
     def _check_one_node(self) -> None:
         """What one node's disk has is no checkpoint if another's has the rest of it."""

@@ -28,6 +28,11 @@ Every message names the rank, the tensor or the path; what was expected; what wa
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 __all__ = [
     "CheckpointError",
     "CheckpointExistsError",
@@ -52,6 +57,7 @@ __all__ = [
     "SupersededError",
     "UnknownVersionError",
     "UnsupportedValueError",
+    "public_api",
 ]
 
 
@@ -157,3 +163,41 @@ class SaveError(ShardckptError):
 
 class SupersededError(SaveError):
     """A save lacks parts that will not come: the run goes on in a newer attempt, without it."""
+
+
+_log = logging.getLogger("shardckpt")
+
+
+P = ParamSpec("P")
+
+
+T = TypeVar("T")
+
+
+def public_api(function: Callable[P, T]) -> Callable[P, T]:
+    """Have a public function raise what a storage or a checkpoint is wrong about without the errors below it.
+
+    Their chain, of a hundred lines and more, is logged at debug level. What is wrong about the state keeps its
+    chain: its cause may be in the user's own code.
+    """
+
+    @functools.wraps(function)
+    def public(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except (StorageError, CheckpointError, SaveError) as error:
+            _log.debug("%s failed", function.__qualname__, exc_info=True)
+            raise error.with_traceback(None) from _cause_of(error)
+
+    return public
+
+
+def _cause_of(error: Exception) -> BaseException | None:
+    """What programs may look at: why a save failed, if that is more than another SaveError. Not in turn why."""
+    cause = error.__cause__ if isinstance(error, SaveError) else None
+    if type(cause) is SaveError:  # a saver's words, which `error` repeats
+        return None
+    if isinstance(cause, StorageError):
+        cause.__cause__, cause.__suppress_context__ = None, True
+        return cause.with_traceback(None)
+    return cause

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,8 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from tests import servers
-from tests.mounts import InNamespace, Mount, mounted, needs_namespace
+from shardckpt.saver.client import SaverClient
+from shardckpt.storage import Storage, open_storage
+from tests.kit import servers
+from tests.kit.job import Job
+from tests.kit.mounts import InNamespace, Mount, mounted, needs_namespace
+from tests.kit.savers import SaverProcess, connected
+
+_numbers = itertools.count()
+
+
+def pytest_configure() -> None:
+    """A shell that starts this in the background has it ignore SIGINT, and jobs of the tests would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -86,3 +99,52 @@ def rclone_s3(_no_cloud: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder: Path = tmp_path_factory.mktemp("rclone")
     with servers.rclone(folder) as server:
         yield server
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    """Starts `launch` in a directory of its own, and makes sure that no process is left behind."""
+    job = Job(tmp_path)
+    try:
+        yield job
+        assert job.left_over() == []
+    finally:
+        for process in job.started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+        job.kill_left_over()
+
+
+@pytest.fixture
+def no_saver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process outlives a test: saves are written by the test's own process, unless it asks for a saver."""
+    monkeypatch.setenv("SHARDCKPT_SNAPSHOTS", "0")
+
+
+@pytest.fixture
+def place() -> Iterator[Storage]:
+    """An empty folder in memory."""
+    root = open_storage(f"memory://test-{next(_numbers)}")
+    yield root
+    root.delete_tree("")
+
+
+@pytest.fixture
+def saver() -> Iterator[SaverProcess]:
+    made = SaverProcess(f"shardckpt-test-{os.getpid()}-{os.urandom(6).hex()}")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def client(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[SaverClient]:
+    """A trainer of this process."""
+    made = connected(saver, monkeypatch)
+    yield made
+    made.close()

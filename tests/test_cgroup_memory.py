@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cgroup_memory import memory_groups, memory_room
-from tests.machines import OWN, Machine, memory_cgroup
+from tests.kit.machines import OWN, Machine, memory_cgroup
 
 GB = 10**9
 MIB = 1 << 20

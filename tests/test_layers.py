@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,91 +15,45 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "shardckpt": [
-        [
-            "errors",
-            "dtypes",
-            "garbage",
-            "kinds",
-            "overrides",
-            "pages",
-            "progress",
-            "references",
-            "version",
-            "wrapped",
-        ],
-        ["boundary", "box", "records", "values", "storage", "ranks", "zarr_dtypes"],
-        ["manifest", "conform", "calls", "waiting"],
-        ["plan", "reads", "zarr_view", "foreign", "draining", "lease"],
-        ["runs", "local", "sharing"],
-        ["packs", "subclasses", "attempts", "objects", "overlaps"],
-        ["memo", "fetch", "staging"],
-        ["state"],
-        ["targets", "replicas", "writer", "reader", "commit", "retention", "keeper"],
-        ["module_targets", "optimizer_targets"],
-        ["unflatten"],
-        ["persisting"],
+        ["errors", "environment", "formatting", "memory", "progress", "version"],
+        ["format", "ranks", "storage"],
+        ["drain", "run", "state"],
         ["saver"],
-        ["handle"],
-        ["sinks", "recall", "unsaved", "settings"],
-        ["saving", "loading", "checkpoint", "transfer", "streaming", "safetensors_file", "torch_file"],
-        ["restoring", "claiming", "export", "resharding"],
+        ["loading", "saving"],
         ["checkpointer"],
+        ["interop"],
         ["cli"],
         ["__init__", "__main__"],
     ],
     "launcher": [
-        [
-            *["errors", "events", "processes", "progress", "devices", "logs", "foresight", "outcome"],
-            *[
-                "wording",
-                "gpus",
-                "condition",
-                "tracebacks",
-                "journal",
-                "terminal",
-                "companion",
-                "repeats",
-                "clock",
-                "slots",
-                "preemption",
-                "team",
-            ],
-        ],
-        [
-            *[
-                "frames",
-                "hints",
-                "oom",
-                "parsers",
-                "nodes",
-                "command",
-                "rendezvous",
-                "run_dir",
-                "spawner",
-                "saver",
-            ],
-            *["control", "recovery", "secret", "status", "stillness", "left_behind"],
-        ],
-        ["options", "diagnosis", "same_again", "stacks", "membership", "metrics"],
-        ["member", "config", "schedulers", "backlog", "round"],
-        ["restart", "console"],
-        ["worker", "workers", "teller"],
-        ["zygote"],
-        ["monitor"],
+        ["clock", "errors", "events", "formatting", "progress"],
+        ["run_dir", "system"],
+        ["config", "diagnosis", "rendezvous"],
+        ["round", "zygote"],
+        ["reporting"],
         ["agent"],
-        ["__init__", "hook"],
+        ["__init__"],
         ["cli"],
         ["__main__"],
     ],
 }
-"""Each package's modules, the lowest layer first. A module imports from layers below its own."""
+"""The rooms (folders and modules) of each package, the lowest layer first. A room imports from lower layers."""
+
+TORCH = {
+    "shardckpt": [
+        *["state/", "ranks/world", "saving/staging", "saving/replica_check", "loading/fill"],
+        "interop/formats/torch_pt",
+    ],
+    "launcher": ["rendezvous/member/"],
+}
+"""Where torch may be imported."""
 
 SHARED = ["cgroup_memory"]
 """Modules below both packages: what Linux says, for both the same."""
 
 
 def modules(package: str) -> dict[str, list[Path]]:
-    """Top-level module or folder name -> its files."""
+    """Room -> its files."""
     found: dict[str, list[Path]] = {}
     for path in sorted((ROOT / package).rglob("*.py")):
         name = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
@@ -118,16 +74,21 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 @pytest.mark.parametrize("package", LAYERS)
 def test_every_module_has_a_layer(package: str) -> None:
-    """A new module must be given its place."""
+    """A new room must be given its place."""
     placed = {name for layer in LAYERS[package] for name in layer}
     assert set(modules(package)) == placed
 
 
 @pytest.mark.parametrize("package", LAYERS)
 def test_imports_go_down_only(package: str) -> None:
-    """No module imports one of its own layer or above, except inside its own folder."""
+    """No room imports one of its own layer or above."""
     level = {name: number for number, layer in enumerate(LAYERS[package]) for name in layer}
     upward = []
     for name, paths in modules(package).items():
@@ -137,8 +98,48 @@ def test_imports_go_down_only(package: str) -> None:
                 if parts[0] != package or len(parts) < 2 or parts[1] not in level or parts[1] == name:
                     continue
                 if level[parts[1]] >= level[name] and name != "__init__":
-                    upward.append(f"{name} -> {parts[1]}")
+                    upward.append(f"{path.relative_to(ROOT)} -> {parts[1]}")
     assert not upward
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_circles_inside_a_room(package: str) -> None:
+    """The files of a room can be put in an order in which each imports only earlier ones."""
+    known = {name_of(path): path for paths in modules(package).values() for path in paths}
+    graph = {name: (imported(path) & known.keys()) - {name, package} for name, path in known.items()}
+    graph = {
+        name: {target for target in targets if not name.startswith(f"{target}.")}
+        for name, targets in graph.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_a_folder_says_what_it_is_for(package: str) -> None:
+    """In its `__init__`, which imports nothing: to import one module is not to import its neighbours."""
+    for init in (ROOT / package).rglob("*/__init__.py"):
+        lines = ast.parse(init.read_text()).body
+        assert ast.get_docstring(ast.parse(init.read_text())), init
+        is_small_interface = init.parent.name in ("storage", "cli")
+        assert is_small_interface or not any(isinstance(n, ast.Import | ast.ImportFrom) for n in lines), (
+            init
+        )
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_torch_is_imported_in_few_places(package: str) -> None:
+    """Commands, the agent and the saver start without it."""
+    for path in (ROOT / package).rglob("*.py"):
+        inside = str(path.relative_to(ROOT / package).with_suffix(""))
+        if not inside.startswith(tuple(TORCH[package])):
+            assert not any(name.split(".")[0] == "torch" for name in imported(path)), path
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_folder_takes_a_public_name(package: str) -> None:
+    """Importing `shardckpt.load` as a module would replace the function."""
+    public = set(importlib.import_module(package).__all__)
+    assert not public & {name for name in modules(package) if not name.startswith("__")}
 
 
 @pytest.mark.parametrize(("package", "other"), [("shardckpt", "launcher"), ("launcher", "shardckpt")])

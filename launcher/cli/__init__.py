@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from launcher import run
 from launcher.cli.arguments import asks_a_job, configure, parse, split
+from launcher.config.secret import VARIABLE
 from launcher.errors import ExitCode, LaunchError
-from launcher.secret import VARIABLE
 
 __all__ = ["main", "parse"]
 
@@ -43,7 +43,7 @@ def _open_streams() -> None:
 
 
 def _control(words: list[str]) -> int:
-    from launcher.cli.controls import control  # a job that starts does not wait for it
+    from launcher.cli.job_commands import control  # a job that starts does not wait for it
 
     return control(words)
 

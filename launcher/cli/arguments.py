@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config import Config, config_from_settings, settings_from_environ, settings_from_file
+from launcher.config.job import Config, config_from_settings, settings_from_environ, settings_from_file
+from launcher.config.options import OPTIONS, Option, Setting, find
+from launcher.config.schedulers import settings_from_scheduler
+from launcher.config.secret import VARIABLE
 from launcher.errors import UsageError
-from launcher.options import OPTIONS, Option, Setting, find
-from launcher.schedulers import settings_from_scheduler
-from launcher.secret import VARIABLE
 
 __all__ = ["CONTROL_NAMES", "Parsed", "asks_a_job", "configure", "parse", "split"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from shutil import get_terminal_size
 from textwrap import wrap
 
-from launcher.cli.controls import CONTROLS
-from launcher.options import OPTIONS, Option
+from launcher.cli.job_commands import CONTROLS
+from launcher.config.options import OPTIONS, Option
 
 __all__ = ["help_text"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from _processes import MARK, kill_marked, marked
 
-from launcher.worker import LARGE_COPIES
+from launcher.zygote.orders import LARGE_COPIES
 
 __all__ = ["Job", "Results", "run_world"]
 

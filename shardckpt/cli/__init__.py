@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from shardckpt.cli.output import Progress, count, print_json, printable, size
+from shardckpt.cli.output import Progress, print_json, printable
 from shardckpt.cli.parsing import UsageError, parse
 from shardckpt.errors import (
     CheckpointError,
@@ -32,6 +32,7 @@ from shardckpt.errors import (
     StorageError,
     UnknownVersionError,
 )
+from shardckpt.formatting import count, size
 from shardckpt.storage.url import protocol_of
 
 __all__ = ["exit_code", "main"]
@@ -88,13 +89,13 @@ def exit_code(error: BaseException) -> int:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    from shardckpt.cli.listing import show
+    from shardckpt.cli.commands.ls import show
 
     return show(options.url, _storage_options(options), as_json=options.json)
 
 
 def _info(options: argparse.Namespace) -> int:
-    from shardckpt.cli.describe import show
+    from shardckpt.cli.commands.info import show
 
     return show(
         options.url,
@@ -106,13 +107,13 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from shardckpt.cli.checking import show
+    from shardckpt.cli.commands.verify import show
 
     return show(options.url, _storage_options(options), as_json=options.json)
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from shardckpt.export import SUFFIXES, merge
+    from shardckpt.interop.export import SUFFIXES, merge
 
     if "://" in options.out:
         raise UsageError(f"merge writes a local file, not {options.out}")
@@ -134,7 +135,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    from shardckpt.resharding import reshard
+    from shardckpt.interop.reshard import reshard
 
     source, target = _options_of_two(options)
     with Progress("resharding") as progress:
@@ -161,7 +162,7 @@ def _reshard(options: argparse.Namespace) -> int:
 
 
 def _copy(options: argparse.Namespace) -> int:
-    from shardckpt.transfer import copy
+    from shardckpt.interop.copy import copy
 
     source, target = _options_of_two(options)
     with Progress("copying") as progress:
@@ -173,7 +174,7 @@ def _copy(options: argparse.Namespace) -> int:
 
 
 def _refs(options: argparse.Namespace) -> int:
-    from shardckpt.cli.references import show
+    from shardckpt.cli.commands.refs import show
 
     return show(options.url, _storage_options(options), as_json=options.json)
 

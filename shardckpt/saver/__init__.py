@@ -1,13 +1,13 @@
-"""The saver: one process per node that holds snapshots in memory, and persists them without the trainers.
+"""The saver: one process per node that holds snapshots in memory and persists them without the trainers.
 
-wire        what trainers and the saver tell each other
-memory      the buffers, which both map
-shelf       which buffer holds what, and who may have which: the rules
-lanes       the background work: one lane for each tier
+It never imports torch. Imports `run` and below.
+
 server      the process: `python -m shardckpt.saver`
+protocol    the messages between trainers and the saver; channel carries them
+snapshots   which buffer holds what, and who may have which: the rules
+buffers     the memory, which trainers and the saver map
+tasks       the background work: one queue for each tier
 client      a trainer's end
 """
-
-from __future__ import annotations
 
 __all__: list[str] = []

@@ -11,7 +11,8 @@ import signal
 import socket
 import sys
 
-from shardckpt.saver import wire
+from shardckpt.environment import LINGER
+from shardckpt.saver.channel import listen
 
 __all__ = ["main"]
 
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument(
         "--linger",
         type=float,
-        default=wire.LINGER,
+        default=LINGER,
         metavar="SECONDS",
         help="how long to wait for a restarted job where there is no --control (default %(default)g)",
     )
@@ -36,7 +37,7 @@ def main() -> int:
         parser.error("one of --listen and --address is needed")
     if options.address is not None:
         try:
-            listener = wire.listen(options.address)
+            listener = listen(options.address)
         except OSError:  # another one was quicker, and serves
             return 0
         if os.fork():
@@ -55,11 +56,11 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
-    from shardckpt.saver.lanes import lower_priority
-    from shardckpt.saver.server import Saver
+    from shardckpt.saver.server import SaverServer
+    from shardckpt.saver.tasks import lower_priority
 
     lower_priority()
-    return Saver(listener, control, linger=options.linger).run()
+    return SaverServer(listener, control, linger=options.linger).run()
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from shardckpt.attempts import Attempt
-from shardckpt.keeper import AttemptKeeper, Condition
-from shardckpt.lease import Terms
-from shardckpt.runs import attempt_number
+from shardckpt.run.attempt_keeper import AttemptKeeper, Condition
+from shardckpt.run.attempts import Attempt
+from shardckpt.run.lease import Terms
+from shardckpt.run.places import attempt_number
 from shardckpt.storage import Storage
 
 __all__ = ["KeptAttempts"]

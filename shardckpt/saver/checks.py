@@ -8,8 +8,18 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.runs import attempt_number
-from shardckpt.saver.wire import Abandon, Attach, Begin, Hello, Plan, Request, Reserve, Stage, Start
+from shardckpt.run.places import attempt_number
+from shardckpt.saver.protocol import (
+    Abandon,
+    Attach,
+    Begin,
+    ChunkTable,
+    Hello,
+    Request,
+    Reserve,
+    Stage,
+    Start,
+)
 
 __all__ = ["RequestError", "check", "decode_values"]
 
@@ -51,7 +61,7 @@ def check(request: Request, tiers: Collection[str] | None) -> None:
             _within("base", attempt.base, 0, 1 << 62)
             if not known:
                 raise RequestError("an attempt, and no tier for it to be in")
-        case Plan():
+        case ChunkTable():
             _check_plan(request)
         case Reserve(size=size):
             _within("size", size, 0, _MOST_BYTES)
@@ -78,7 +88,7 @@ def decode_values(stage: Stage) -> dict[str, Any]:
         raise RequestError(f"values that cannot be read: {error}") from error
 
 
-def _check_plan(plan: Plan) -> None:
+def _check_plan(plan: ChunkTable) -> None:
     _within("size", plan.size, 0, _MOST_BYTES)
     if not len(plan.row) == len(plan.offset) == len(plan.nbytes):
         raise RequestError("a plan with columns of different lengths")

@@ -21,18 +21,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from shardckpt.environment import is_first_on_node
 from shardckpt.errors import SaverError, SaverSilentError
 from shardckpt.progress import alive
-from shardckpt.saver.memory import map_buffer
-from shardckpt.saver.silence import Silence, describe_process
-from shardckpt.saver.wire import (
+from shardckpt.saver.buffers import map_buffer
+from shardckpt.saver.channel import Channel, address_of, connect
+from shardckpt.saver.protocol import (
     Abandon,
     Answer,
     Attach,
     Attached,
     Begin,
     Bye,
-    Channel,
+    ChunkTable,
     Claimed,
     Contents,
     Detach,
@@ -44,7 +45,6 @@ from shardckpt.saver.wire import (
     Note,
     Outcome,
     Ping,
-    Plan,
     Pong,
     Request,
     Reserve,
@@ -54,11 +54,10 @@ from shardckpt.saver.wire import (
     Start,
     Tier,
     Welcome,
-    address_of,
-    connect,
 )
+from shardckpt.saver.silence import Silence, describe_process
 
-__all__ = ["Memory", "Recalled", "SaverClient", "is_first_on_node"]
+__all__ = ["AttachedSnapshot", "Memory", "SaverClient"]
 
 _log = logging.getLogger("shardckpt")
 
@@ -84,7 +83,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Recalled:
+class AttachedSnapshot:
     """A snapshot's packs in this node's memory, by rank, and what else this node knows of it."""
 
     contents: Contents
@@ -122,7 +121,7 @@ class SaverClient:
         self._changed = threading.Condition()
         self._granted: deque[Memory] = deque()
         self._mapped: dict[int, mmap.mmap] = {}
-        self._plan = Plan(0, [], [], [], 0, b"")
+        self._plan = ChunkTable(0, [], [], [], 0, b"")
         self._unasked = 0  # buffers still to be asked for
         self._is_full = False
         self._refused = ""
@@ -204,7 +203,7 @@ class SaverClient:
 
     # -- saving
 
-    def plan(self, plan: Plan, count: int) -> None:
+    def plan(self, plan: ChunkTable, count: int) -> None:
         """Say where the chunks of the next packs lie, and ask for `count` buffers for them.
 
         Buffers of the plan before are given back.
@@ -277,7 +276,7 @@ class SaverClient:
         """The run's snapshots that this node holds parts of."""
         return self._ask(Find(), Found)[0].snapshots
 
-    def recall(self, save_id: str) -> Recalled | None:
+    def recall(self, save_id: str) -> AttachedSnapshot | None:
         """Map a snapshot's packs, which stay until `release`. None if it is not there any more."""
         packs: dict[int, memoryview] = {}
         contents: Contents | None = None
@@ -292,7 +291,7 @@ class SaverClient:
             for rank, size, descriptor in zip(answer.ranks, answer.sizes, others, strict=True):
                 packs[rank] = _readable(descriptor, size)
             if not answer.more:
-                return Recalled(contents, packs)
+                return AttachedSnapshot(contents, packs)
             answer, descriptors = self._next(Attached)
 
     def release(self) -> None:
@@ -453,11 +452,6 @@ class SaverClient:
         if not isinstance(answer, kind):
             raise self.loss if answer is None else SaverError(f"the saver answered {type(answer).__name__}")
         return answer, descriptors
-
-
-def is_first_on_node() -> bool:
-    """Whether this is the rank that speaks for its node, and acts for it first."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _readable(descriptor: int, size: int) -> memoryview:

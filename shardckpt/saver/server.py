@@ -24,28 +24,31 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.commit import Proposal, wait_committed, was_committed
+from shardckpt.environment import LINGER
 from shardckpt.errors import OutOfReachError, SupersededError
-from shardckpt.keeper import Condition
-from shardckpt.lease import Terms
-from shardckpt.persisting import Destination, StagedPack, persist_save
-from shardckpt.runs import Place, checkpoint_order
+from shardckpt.run.attempt_keeper import Condition
+from shardckpt.run.commit_wait import wait_committed, was_committed
+from shardckpt.run.failure_reports import report_lost
+from shardckpt.run.lease import Terms
+from shardckpt.run.pack_writer import Placed
+from shardckpt.run.persist import StagedPack, persist_save
+from shardckpt.run.places import Place, checkpoint_order
+from shardckpt.run.proposal import Proposal
+from shardckpt.run.tiers import Destination
 from shardckpt.saver.attempts import KeptAttempts
+from shardckpt.saver.buffers import Pressure, SnapshotMemory, map_buffer, rounded
+from shardckpt.saver.channel import Channel, encode, peer
 from shardckpt.saver.checks import RequestError, check, decode_values
-from shardckpt.saver.lanes import Lanes, Progress, Task
-from shardckpt.saver.memory import Pressure, SnapshotMemory, map_buffer, rounded
 from shardckpt.saver.outage import until_it_answers
 from shardckpt.saver.outbox import Outbox
-from shardckpt.saver.shelf import Held, PackPlan, Part, Shelf, Trainer
-from shardckpt.saver.wire import (
-    LINGER,
+from shardckpt.saver.protocol import (
     Abandon,
     Answer,
     Attach,
     Attached,
     Begin,
     Bye,
-    Channel,
+    ChunkTable,
     Claimed,
     Contents,
     Detach,
@@ -57,7 +60,6 @@ from shardckpt.saver.wire import (
     Note,
     Outcome,
     Ping,
-    Plan,
     Pong,
     Reserve,
     Reserved,
@@ -66,13 +68,12 @@ from shardckpt.saver.wire import (
     Start,
     Tier,
     Welcome,
-    encode,
-    peer,
 )
+from shardckpt.saver.snapshots import HeldSnapshot, PackPlan, Part, SnapshotStore, Trainer
+from shardckpt.saver.tasks import Progress, Task, TierQueues
 from shardckpt.storage import Storage, open_storage
-from shardckpt.writer import Placed, report_lost
 
-__all__ = ["Saver"]
+__all__ = ["SaverServer"]
 
 _log = logging.getLogger("shardckpt.saver")
 
@@ -124,7 +125,7 @@ class _End:
     is_durable: bool
 
 
-class Saver:
+class SaverServer:
     """Serves until it is told to drain, or until the last trainer is gone, and everything is durable.
 
     Args:
@@ -158,8 +159,8 @@ class Saver:
             0  # of memory: 1 if there has been any, and more for each after which the kernel killed
         )
         self._id = secrets.token_hex(8)
-        self._shelf = Shelf()
-        self._lanes = Lanes()
+        self._shelf = SnapshotStore()
+        self._lanes = TierQueues()
         self._attempts = KeptAttempts(is_job=control is not None, terms=terms)
         self._clients: set[_Client] = set()
         self._roots: dict[bytes, Storage] = {}
@@ -313,7 +314,7 @@ class Saver:
             tiers = self._lacking(newest) if again else []
         self._persist(newest, tiers)
 
-    def _lacking(self, newest: Held) -> list[str]:
+    def _lacking(self, newest: HeldSnapshot) -> list[str]:
         """Tiers whose last save has failed, and that the run's newest snapshot is not durable in either."""
         failed = {
             tier for (run, tier), end in self._ends.items() if run == newest.run and not end.is_durable
@@ -403,7 +404,7 @@ class Saver:
             self._flush_to(client)
             is_open = client.channel.read_some()
             while (received := client.channel.next_message()) is not None:
-                self._obey(client, received[0])
+                self._dispatch(client, received[0])
         except BlockingIOError:
             is_open = not _is_dead(client)
         except Exception as error:  # whatever it sent, it must not end this process, which others rely on
@@ -411,16 +412,16 @@ class Saver:
             _log.warning("a trainer is let go: %s", error, exc_info=not expected)
             is_open = False
         if not is_open:
-            self._let_go(client)
+            self._disconnect(client)
 
     def _hear_last(self, client: _Client) -> None:
         """A trainer is dead, whoever else has its connection open: act on what it still sent."""
         for _ in range(_LAST_READS):
             self._hear(client)
         if client in self._clients:
-            self._let_go(client)
+            self._disconnect(client)
 
-    def _let_go(self, client: _Client) -> None:
+    def _disconnect(self, client: _Client) -> None:
         self._clients.discard(client)
         self._selector.unregister(client.channel)
         client.outbox.close()
@@ -466,7 +467,7 @@ class Saver:
         events = selectors.EVENT_READ | (0 if client.outbox.is_empty else selectors.EVENT_WRITE)
         self._set_events(client.channel, events, lambda: self._hear(client))
 
-    def _obey(self, client: _Client, message: Any) -> None:
+    def _dispatch(self, client: _Client, message: Any) -> None:
         check(message, client.tiers if client.has_greeted else None)
         match message:
             case Hello():
@@ -481,7 +482,7 @@ class Saver:
                 self._send(client, Welcome(self._id, os.getpid(), self._newest_attempt(client.run)))
             case Start():
                 self._start_attempt(client, message)
-            case Plan():
+            case ChunkTable():
                 writes = list(map(Placed, message.row, message.offset, message.nbytes))
                 client.plan = PackPlan(message.number, writes, message.size, message.whole)
                 client.requests.clear()
@@ -708,7 +709,7 @@ class Saver:
             self._tell_trainers(held, Outcome(held.id, "memory"))
             self._persist(held, stage.tiers)
 
-    def _persist(self, held: Held, tiers: Sequence[str]) -> None:
+    def _persist(self, held: HeldSnapshot, tiers: Sequence[str]) -> None:
         """Have a snapshot persisted in these tiers."""
         client = _client_of(held)
         held.is_replaced = held.is_at_risk and held.is_replaced
@@ -718,7 +719,7 @@ class Saver:
             self._tasks += 1
             self._lanes.submit(self._task(held, list(client.tiers), client.tiers[name], packs))
 
-    def _task(self, held: Held, tiers: list[str], tier: Tier, packs: list[StagedPack]) -> Task:
+    def _task(self, held: HeldSnapshot, tiers: list[str], tier: Tier, packs: list[StagedPack]) -> Task:
         timeout = _client_of(held).commit_timeout
         url = f"{tier.url.rstrip('/')}/{held.path}"
         path = ""  # in the run, once that is known
@@ -820,7 +821,7 @@ class Saver:
         )
         return task
 
-    def _note_outage(self, held: Held, tier: Tier, error: OutOfReachError) -> None:
+    def _note_outage(self, held: HeldSnapshot, tier: Tier, error: OutOfReachError) -> None:
         if held.tasks and (held.run, tier.name) not in self._outages:
             self._outages.add((held.run, tier.name))
             text = "is out of reach: what is saved stays in memory until it answers"
@@ -833,7 +834,7 @@ class Saver:
             if client.run == run:
                 self._send(client, Note(text))
 
-    def _note_end(self, held: Held, tier: str, *, is_durable: bool) -> None:
+    def _note_end(self, held: HeldSnapshot, tier: str, *, is_durable: bool) -> None:
         known = self._ends.get((held.run, tier))
         if known is None or known.order <= held.order:
             self._ends[held.run, tier] = _End(held.order, is_durable)
@@ -846,23 +847,23 @@ class Saver:
                 self._roots[key] = self._open(tier.url, tier.options or None)
             return self._roots[key]
 
-    def _report_lost(self, lost: Held, reason: str) -> None:
+    def _report_lost(self, lost: HeldSnapshot, reason: str) -> None:
         """Tell the ranks that have staged their part; and, in the storage, whoever waits for it there."""
         tiers = [_client_of(lost).tiers[name] for name in next(iter(lost.parts.values())).stage.tiers]
         for name in ("memory", *(tier.name for tier in tiers)):
             self._tell_trainers(lost, Outcome(lost.id, name, reason))
 
         if lost.world_size > lost.local_ranks:
-            self._leave_word(_client_of(lost), tiers, lost.path, list(lost.parts), lost.id, reason)
+            self._report_missing_part(_client_of(lost), tiers, lost.path, list(lost.parts), lost.id, reason)
 
     def _report_unstaged(self, client: _Client, reason: str) -> None:
         """Tell whoever waits in the storage for the part that a trainer was writing."""
         begun, client.begun = client.begun, None
         if begun is not None:
             tiers = [tier for tier in client.tiers.values() if tier.name in begun.tiers]
-            self._leave_word(client, tiers, begun.path, [begun.rank], begun.id, reason)
+            self._report_missing_part(client, tiers, begun.path, [begun.rank], begun.id, reason)
 
-    def _leave_word(
+    def _report_missing_part(
         self,
         client: _Client,
         tiers: Sequence[Tier],
@@ -892,7 +893,7 @@ class Saver:
             self._tasks += 1
             threading.Thread(target=report, args=(tier,), daemon=True).start()
 
-    def _tell_trainers(self, held: Held, outcome: Outcome) -> None:
+    def _tell_trainers(self, held: HeldSnapshot, outcome: Outcome) -> None:
         for part in held.parts.values():
             self._send(_client(part.trainer), outcome)
 
@@ -939,7 +940,7 @@ def _client(trainer: Trainer) -> _Client:
     return trainer
 
 
-def _client_of(held: Held) -> _Client:
+def _client_of(held: HeldSnapshot) -> _Client:
     """Who says where a save is to be persisted: all of its ranks say the same."""
     return _client(next(iter(held.parts.values())).trainer)
 
@@ -954,7 +955,7 @@ def _staged_pack(part: Part) -> StagedPack:
     )
 
 
-def _proposal(held: Held, path: str) -> Proposal | None:
+def _proposal(held: HeldSnapshot, path: str) -> Proposal | None:
     """What rank 0 has said of the save, if it staged here; `path` is where the save lies in its run."""
     if (part := held.parts.get(0)) is None:
         return None
@@ -962,7 +963,7 @@ def _proposal(held: Held, path: str) -> Proposal | None:
     return replace(proposal, attempt=checkpoint_order(path)[0])
 
 
-def _contents(held: Held) -> Contents:
+def _contents(held: HeldSnapshot) -> Contents:
     first = held.parts.get(0)
     return Contents(
         proposal=first.stage.proposal if first else b"",

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import shardckpt
-from shardckpt import records
 from shardckpt.errors import (
     CorruptError,
     CredentialsError,
@@ -35,13 +34,14 @@ from shardckpt.errors import (
     UnknownVersionError,
     UnsupportedValueError,
 )
-from shardckpt.loading import load_place
-from shardckpt.runs import Place
-from shardckpt.saving import SaveSession
+from shardckpt.format import records
+from shardckpt.loading.load import load_place
+from shardckpt.run.places import Place
+from shardckpt.saving.session import SaveSession
 from shardckpt.storage import Storage, open_storage
-from tests.mounts import Mount
-from tests.servers import S3Server
-from tests.worlds import PeerGoneError, ThreadRanks, outcomes, run_processes, run_threads, start_save
+from tests.kit.mounts import Mount
+from tests.kit.servers import S3Server
+from tests.kit.worlds import PeerGoneError, ThreadRanks, outcomes, run_processes, run_threads, start_save
 
 State = dict[str, Any]
 

@@ -21,7 +21,6 @@ import torch
 
 import shardckpt
 from launcher.progress import Progress, read_progress, report
-from shardckpt import attempts, records
 from shardckpt.errors import (
     CheckpointExistsError,
     CorruptError,
@@ -32,12 +31,14 @@ from shardckpt.errors import (
     StorageError,
     UnknownVersionError,
 )
-from shardckpt.runs import BAD, iter_places
+from shardckpt.format import records
+from shardckpt.run import attempts
+from shardckpt.run.places import BAD, iter_places
 from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.protocol import Before
-from tests.faults import FailingOnce, FaultyStorage
-from tests.servers import S3Server
-from tests.worlds import Checkpoints, PeerGoneError, ThreadRanks, outcomes, run_processes, run_threads
+from tests.kit.faults import FailingOnce, FaultyStorage
+from tests.kit.servers import S3Server
+from tests.kit.worlds import Checkpoints, PeerGoneError, ThreadRanks, outcomes, run_processes, run_threads
 
 
 def state_at(step: int) -> dict[str, Any]:

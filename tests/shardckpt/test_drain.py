@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 
 import shardckpt
 from launcher.progress import Progress, read_progress
-from shardckpt import draining
+from shardckpt import drain as draining
 from shardckpt.checkpointer import Checkpointer
-from shardckpt.draining import Drained, DrainFile, DrainWatch, Request, Scope, steps_until_next
+from shardckpt.drain import Drained, DrainFile, DrainWatch, Request, Scope, steps_until_next
 from shardckpt.errors import SaveError, StorageFullError
-from shardckpt.ranks import Alone
-from shardckpt.runs import iter_places
-from shardckpt.saving import SaveHandle
+from shardckpt.ranks.world import Alone
+from shardckpt.run.places import iter_places
+from shardckpt.saving.session import SaveHandle
 from shardckpt.storage import Storage, open_storage
-from tests.faults import FailingOnce, saver_thread
-from tests.parallel import Training
-from tests.worlds import Checkpoints, ThreadRanks, context, run_processes, run_threads
+from tests.kit.faults import FailingOnce, saver_thread
+from tests.kit.parallel import Training
+from tests.kit.worlds import Checkpoints, ThreadRanks, context, run_processes, run_threads
 
 LAST = 1000
 """Steps after which a request has been overlooked."""

@@ -1,0 +1,144 @@
+"""torch's stores as the nodes of a job use them: served at one address only, every value signed."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from launcher.rendezvous.member.signing import ForgedError, Signer
+
+__all__ = ["PortTakenError", "SignedStore", "Store", "TCPStore", "connect", "connect_again", "serve"]
+
+_ANSWER = timedelta(seconds=5)
+"""How long an operation of a store may take."""
+
+_REPLACEMENTS = 20  # of a forged value, one after the other, before that is given up
+_PAUSE = 0.1  # seconds before a forged value is looked at again
+
+
+class PortTakenError(Exception):
+    """Another process listens at the address and port of a store."""
+
+
+def serve(host: str, address: str, port: int) -> TCPStore:
+    """A store that this process serves, at `address` alone; empty: at all that this machine has.
+
+    It is reached as `host`; `port` 0 is any free one. Raises `PortTakenError`.
+    """
+    try:
+        listener = _listen(address, port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortTakenError from None
+        raise
+    port = listener.getsockname()[1]
+    return TCPStore(
+        address or host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=_ANSWER,
+        master_listen_fd=listener.detach(),  # which it owns from now on
+    )
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    if address:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
+
+
+def connect(host: str, port: int, seconds: float) -> TCPStore:
+    """A store that another process serves. Raises RuntimeError if it does not answer in time."""
+    patience = timedelta(seconds=seconds)
+    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+    store.set_timeout(_ANSWER)
+    return store
+
+
+def connect_again(store: Store) -> Store:
+    """A connection of its own to the same store: operations on one connection wait for each other."""
+    return store.clone()  # type: ignore[attr-defined,no-any-return]
+
+
+class SignedStore:
+    """Signed texts in a part of a store.
+
+    A value that no node of this job has written is as good as none. Methods raise RuntimeError if the store
+    is gone.
+    """
+
+    def __init__(self, store: Store, signer: Signer, path: str = "") -> None:
+        self._store = store
+        self._signer = signer
+        self._path = path
+
+    def connect_again(self) -> SignedStore:
+        """The same part, on a connection of its own."""
+        return SignedStore(connect_again(self._store), self._signer, self._path)
+
+    def part(self, name: str) -> SignedStore:
+        """A part of this part, on the same connection."""
+        return SignedStore(self._store, self._signer, f"{self._path}{name}/")
+
+    @property
+    def counters(self) -> Store:
+        """The same keys for numbers that are added to: these are not signed, and nothing may depend on them."""
+        return PrefixStore(self._path.rstrip("/"), self._store)
+
+    def set(self, key: str, text: str) -> None:
+        self._store.set(self._path + key, self._signed(key, text))  # type: ignore[arg-type]
+
+    def get(self, key: str) -> str | None:
+        """The text under `key`; None if nobody of this job has written any."""
+        path = self._path + key
+        return self._checked(key, self._store.get(path)) if self._store.check([path]) else None
+
+    def wait(self, *keys: str, seconds: float) -> list[str] | None:
+        """The texts under `keys` as soon as there is one under each; None after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                self._store.wait([self._path + key for key in keys], timedelta(seconds=left))
+            except DistStoreError:
+                return None
+            found = self.get_all(keys)
+            texts = [text for text in found if text is not None]
+            if len(texts) == len(keys):
+                return texts
+            time.sleep(_PAUSE)  # until it is put right
+        return None
+
+    def get_all(self, keys: Sequence[str]) -> list[str | None]:
+        """What `get` returns for each of `keys`, of which all exist."""
+        stored = self._store.multi_get([self._path + key for key in keys])
+        return [self._checked(key, value) for key, value in zip(keys, stored, strict=True)]
+
+    def exist(self, keys: Iterable[str]) -> bool:
+        """Whether there is something under each of `keys`."""
+        return self._store.check([self._path + key for key in keys])
+
+    def create(self, key: str, text: str) -> str:
+        """Write `text` under `key` unless there is one already; returns the text that is there then."""
+        wanted, before = self._signed(key, text), b""
+        for _ in range(_REPLACEMENTS):
+            found = self._store.compare_set(self._path + key, before, wanted)  # type: ignore[arg-type]
+            known = self._checked(key, found)
+            if known is not None:
+                return known
+            before = found
+        raise ForgedError(f"{key} is overwritten again and again")
+
+    def _signed(self, key: str, text: str) -> bytes:
+        return self._signer.sign(self._path + key, text.encode())
+
+    def _checked(self, key: str, stored: bytes) -> str | None:
+        return self._signer.read(self._path + key, stored)

@@ -1,0 +1,1 @@
+"""What happens in a round, and what comes after it; pure. Imports `diagnosis`, `rendezvous` and below."""

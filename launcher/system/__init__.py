@@ -1,0 +1,1 @@
+"""What Linux says of processes, devices and memory. Imports the bottom modules only."""

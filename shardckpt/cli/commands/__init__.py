@@ -1,0 +1,1 @@
+"""The commands of `shardckpt`, one module a verb."""

@@ -1,0 +1,199 @@
+"""Drain requests: the launcher asks a job to save and leave, and all ranks do so after the same step.
+
+A request reaches the nodes of a job at different times, so the ranks have to agree. They do it in-band: at a
+*check*, which is the same call of `step` on every rank, each starts an all-reduce of what it has seen, and waits
+for the outcome of the one that was started at the check before. So a whole step of training lies between the two,
+and hardly ever has anyone to wait. The same all-reduce tells how long a step takes, from which all ranks get the
+same number of steps until the next check.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, get_args
+
+import msgspec
+
+from shardckpt.ranks.calls import Call, check, words
+from shardckpt.ranks.world import Ranks
+
+__all__ = ["DrainFile", "DrainWatch", "Drained", "Reason", "Request", "Scope", "steps_until_next"]
+
+_log = logging.getLogger("shardckpt")
+
+_EXIT_CODE = 75
+_INTERVAL = 100_000  # microseconds of training between two checks
+_MOST = 100  # steps between two checks, however short they are: the next may be long
+_LONGEST = 4096  # bytes of a request
+
+Reason = Literal["restart", "preemption"]
+_REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
+class Scope(IntEnum):
+    """What a drain has to reach before the ranks leave. Of two requests, the higher one counts."""
+
+    NONE = 0  # there is no request
+    MEMORY = 1  # the memory of the nodes' savers: the job goes on here at once
+    DURABLE = 2  # every tier
+
+
+class Drained(SystemExit):
+    """Training ends here, as the launcher has asked: the process exits with code 75, "resume me".
+
+    `Checkpointer.step` raises it on all ranks after the same step, once that step is saved. A script need do
+    nothing about it. As a SystemExit it passes through `except Exception`, runs every `finally`, and leaves
+    `with Checkpointer(...)` in order; a script may catch it to tidy up, and then has to let it go on
+    (`raise`): the launcher ends a process that stays. The Checkpointer's `wait` and `close` return at once
+    from then on.
+
+    Attributes:
+        step: optimizer steps done.
+        reason: "preemption": the job is to end; "restart": it goes on at once, maybe on other ranks.
+        is_saved: whether `step` is saved. If not, the log says why; the job resumes from the checkpoint before.
+    """
+
+    def __init__(self, step: int, reason: Reason, *, is_saved: bool) -> None:
+        super().__init__(_EXIT_CODE)
+        self.step = step
+        self.reason = reason
+        self.is_saved = is_saved
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """A request as it is in the file."""
+
+    reason: Reason
+    tiers: Literal["durable", "memory"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """That all ranks save and leave."""
+
+    scope: Scope
+    reason: Reason
+
+
+class DrainFile:
+    """The file in which the launcher asks this node's workers for a drain.
+
+    Where it cannot be read there is no request, which is logged: the other nodes' ranks may still see one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        self._refused = b""
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            _log.warning("this node's drain requests are not answered: LAUNCH_DRAIN_FILE: %s", error)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a request in it would be seen."""
+        return self._descriptor is not None
+
+    def read(self) -> Request | None:
+        """What is asked for now. What cannot be understood is logged once, and is no request."""
+        line = self._content()
+        if not line.endswith(b"\n") or line == self._refused:
+            return None  # none, or not whole yet, or known
+        try:
+            asked = msgspec.json.decode(line, type=_Line)
+        except msgspec.MsgspecError as error:
+            self._refused = line
+            _log.error(
+                'no drain: %s holds %r; expected one line: {"reason": "preemption", "tiers": "durable"}: %s',
+                self.path,
+                line[:200].decode(errors="replace"),
+                error,
+            )
+            return None
+        return Request(Scope[asked.tiers.upper()], asked.reason)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _content(self) -> bytes:
+        if self._descriptor is None:
+            return b""
+        try:
+            return os.pread(self._descriptor, _LONGEST, 0)
+        except OSError as error:
+            _log.debug("%s cannot be read: %s", self.path, error)
+            return b""
+
+
+def steps_until_next(before: int, micros_per_step: int) -> int:
+    """How many steps after this check the next one is, if this one came `before` steps after the one before it.
+
+    As many as take 0.1 s, but at most twice as many as before, and 100: where steps suddenly take longer than
+    they did, the next check must not be hours away.
+    """
+    return max(1, min(_INTERVAL // max(micros_per_step, 1), 2 * before, _MOST))
+
+
+class DrainWatch:
+    """Watches for a request on all ranks, and tells all of them of it at the same step.
+
+    Only one in a process: a request is answered once.
+    """
+
+    def __init__(self, file: DrainFile, ranks: Ranks) -> None:
+        """Every rank makes one, and calls its methods together with the others."""
+        self.file = file
+        _watched.add(file.path)
+        self._ranks = ranks
+        self._outcome: Callable[[], list[int]] | None = None  # of the check before
+        self._interval = 1
+        self._left = 1  # steps until the next check
+        self._checked = time.monotonic()
+
+    @classmethod
+    def of_worker(cls, ranks: Ranks) -> DrainWatch | None:
+        """For the file of LAUNCH_DRAIN_FILE; None without a launcher, or if it is watched already."""
+        path = os.environ.get("LAUNCH_DRAIN_FILE")
+        return cls(DrainFile(path), ranks) if path and path not in _watched else None
+
+    def poll(self) -> Request | None:
+        """Call it once every step. What is asked for, on all ranks in the same call."""
+        if self._ranks.size == 1:
+            return self.file.read()
+        self._left -= 1
+        return self._check() if self._left == 0 else None
+
+    def close(self) -> None:
+        """Answer nothing any more. An all-reduce that is under way ends by itself, and nobody looks at it."""
+        self._outcome = None
+        _watched.discard(self.file.path)
+        self.file.close()
+
+    def _check(self) -> Request | None:
+        now = time.monotonic()
+        elapsed, self._checked = now - self._checked, now
+        slowest = _INTERVAL  # microseconds per step, of any rank
+        if self._outcome is not None:
+            scope, reason, slowest, *_ = check(self._ranks, Call.NEXT_STEP, 0, self._outcome())
+            if scope:
+                return Request(Scope(scope), _REASONS[reason])
+        seen = self.file.read() or _NOTHING
+        micros = int(elapsed / self._interval * 1e6)
+        told = words(self._ranks, Call.NEXT_STEP, 0, [seen.scope, _REASONS.index(seen.reason), micros])
+        self._outcome = self._ranks.start_maximum(told)
+        self._interval = self._left = steps_until_next(self._interval, slowest)
+        return None
+
+
+_NOTHING = Request(Scope.NONE, "restart")
+_watched: set[str] = set()
+"""The files that someone in this process watches."""

@@ -1,0 +1,360 @@
+"""Who writes what: a pure function from the layouts of all ranks to a plan.
+
+Every rank computes the same save plan from the same gathered layouts, so the plan itself never travels.
+No I/O, no clock, no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import msgspec
+
+from shardckpt.errors import RankMismatchError
+from shardckpt.format.box import Box, tiles
+from shardckpt.format.dtypes import itemsize
+from shardckpt.format.manifest import CRC_BYTES, ArrayEntry, TensorEntry, chunk_bytes
+
+__all__ = [
+    "MAX_CHUNK",
+    "ChunkWrite",
+    "Layout",
+    "SavePlan",
+    "decode_plan",
+    "encode_plan",
+    "looks_whole",
+    "plan_save",
+]
+
+MAX_CHUNK = 16 << 20
+"""Bytes above which a box is cut along its first dimension, where that keeps the grid regular.
+
+Small enough that a rank of another world size reads little that it does not need, and large enough for
+a storage request of its own.
+"""
+
+_ALIGN = 64
+_ALIGN_LARGE = 4096
+_LARGE = 1 << 20
+
+
+class Layout(msgspec.Struct, frozen=True, array_like=True):
+    """One tensor as one rank holds it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    alias: str | None = None
+    """Another name of this rank that shares the same memory: stored once."""
+    first_holder: bool = False
+    """Where ranks hold the same box, the lowest rank's content counts, as for the buffers of DDP."""
+
+
+class ChunkWrite(NamedTuple):
+    """One chunk that a rank writes: row of the chunk table, the tensor's part, its place in the pack."""
+
+    row: int
+    name: str
+    dtype: str
+    box: Box
+    chunk: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunk's elements, padding included, checksum not."""
+        return math.prod(self.chunk) * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """What each rank writes where. The same on every rank.
+
+    Attributes:
+        tensors: the manifest's tensors.
+        writer: for each row of the chunk table, the rank that writes it.
+        offset: for each row, its place in that rank's pack, in bytes.
+        pack_sizes: for each rank, bytes of its pack.
+        same_as: rows of tied tensors: the row that stands for each, whose chunk they share.
+        replicas: for each set of ranks that hold the same boxes, those boxes; what these ranks hold there
+            must be equal.
+    """
+
+    tensors: tuple[TensorEntry, ...]
+    writer: tuple[int, ...]
+    offset: tuple[int, ...]
+    pack_sizes: tuple[int, ...]
+    same_as: Mapping[int, int]
+    replicas: tuple[tuple[tuple[int, ...], tuple[tuple[str, Box], ...]], ...]
+    _writes: tuple[tuple[ChunkWrite, ...], ...] = field(repr=False)
+
+    def writes(self, rank: int) -> tuple[ChunkWrite, ...]:
+        """The chunks that `rank` writes, in the order of its pack."""
+        return self._writes[rank]
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """A 62-bit hash of the plan: equal on two ranks only if they have the same plan."""
+        content = msgspec.msgpack.encode((self.tensors, self.writer, self.offset))
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 2
+
+
+class _Encoded(msgspec.Struct, frozen=True, array_like=True):
+    tensors: tuple[TensorEntry, ...]
+    writer: tuple[int, ...]
+    offset: tuple[int, ...]
+    pack_sizes: tuple[int, ...]
+    same_as: dict[int, int]
+
+
+def encode_plan(plan: SavePlan) -> bytes:
+    """What a committer in another process needs of a plan."""
+    return msgspec.msgpack.encode(
+        _Encoded(plan.tensors, plan.writer, plan.offset, plan.pack_sizes, dict(plan.same_as))
+    )
+
+
+def decode_plan(data: bytes) -> SavePlan:
+    """The plan, without its replicas and writes, which are the ranks' own affair."""
+    encoded = msgspec.msgpack.decode(data, type=_Encoded)
+    return SavePlan(
+        encoded.tensors, encoded.writer, encoded.offset, encoded.pack_sizes, encoded.same_as, (), ()
+    )
+
+
+def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:
+    """The plan for the layouts of all ranks, `layouts[rank]`.
+
+    A box that several ranks hold is stored once, and such chunks are spread so that all ranks write
+    about the same number of bytes. Raises RankMismatchError if ranks disagree about a tensor, or do not
+    hold all of it together.
+    """
+    held = _merge(layouts)
+    tensors: list[TensorEntry] = []
+    rows: list[_Row] = []
+    shared: dict[tuple[int, ...], list[tuple[str, Box]]] = defaultdict(list)
+    aliases: list[tuple[int, str]] = []
+    first_row: dict[str, int] = {}
+    for name, tensor in held.items():
+        arrays = _arrays(tensor)
+        tensors.append(TensorEntry(name, tensor.dtype, tensor.shape, arrays))
+        first_row[name] = len(rows)
+        if tensor.alias is not None:
+            aliases.append((len(tensors) - 1, tensor.alias))
+        elif not tensor.first_holder:
+            for box, ranks in tensor.holders.items():
+                if len(ranks) > 1:
+                    shared[tuple(ranks)].append((name, box))
+        for array in arrays:
+            for cell in array.cells():
+                rows.append(_Row(len(tensors) - 1, array, cell, _holders_of(cell, tensor)))
+
+    same_as = {}
+    for index, alias in aliases:
+        count = sum(math.prod(a.grid) for a in tensors[index].arrays)
+        start = first_row[tensors[index].name]
+        same_as.update({start + i: first_row[alias] + i for i in range(count)})
+    writer = _spread(rows, tensors, same_as, len(layouts))
+    offset, sizes, writes = _pack(rows, tensors, same_as, writer, len(layouts))
+    return SavePlan(
+        tensors=tuple(tensors),
+        writer=tuple(writer),
+        offset=tuple(offset),
+        pack_sizes=tuple(sizes),
+        same_as=same_as,
+        replicas=tuple((ranks, tuple(boxes)) for ranks, boxes in shared.items()),
+        _writes=tuple(map(tuple, writes)),
+    )
+
+
+@dataclass
+class _Held:
+    """One tensor over all ranks."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    first_rank: int
+    alias: str | None
+    first_holder: bool
+    holders: dict[Box, list[int]]
+    grid: tuple[int, ...] | None = None
+
+
+class _Row(NamedTuple):
+    tensor: int
+    array: ArrayEntry
+    cell: Box
+    holders: Sequence[int]
+
+
+def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _Held]:
+    """All ranks' layouts by name, checked to fit together."""
+    held: dict[str, _Held] = {}
+    for rank, layout in enumerate(layouts):
+        for item in layout:
+            boxes = [box for box in item.boxes if box.volume]
+            tensor = held.get(item.name)
+            if tensor is None:
+                tensor = held[item.name] = _Held(
+                    item.dtype, item.shape, rank, item.alias, item.first_holder, {}
+                )
+            elif (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
+                raise RankMismatchError(
+                    f"state[{item.name!r}] is {tensor.dtype} of shape {list(tensor.shape)} on rank "
+                    f"{tensor.first_rank} and {item.dtype} of shape {list(item.shape)} on rank {rank}. "
+                    "Wrap values that every rank has its own of in shardckpt.PerRank."
+                )
+            if boxes:
+                if tensor.holders and tensor.alias != item.alias:
+                    tensor.alias = None
+                elif not tensor.holders:
+                    tensor.alias = item.alias
+            for box in boxes:
+                tensor.holders.setdefault(box, []).append(rank)
+    for name, tensor in held.items():
+        tensor.grid = _grid(tensor.shape, list(tensor.holders))
+        if tensor.grid is None or len(tensor.holders) != _count_cells(tensor.shape, tensor.grid):
+            _check_tiling(name, tensor)
+        if tensor.first_holder:
+            tensor.holders = {box: ranks[:1] for box, ranks in tensor.holders.items()}
+    for tensor in held.values():
+        other = held.get(tensor.alias) if tensor.alias is not None else None
+        same = other is not None and (other.dtype, other.shape, other.holders) == (
+            tensor.dtype,
+            tensor.shape,
+            tensor.holders,
+        )
+        if other is None or other.alias is not None or not same:
+            tensor.alias = None
+    return held
+
+
+def _check_tiling(name: str, tensor: _Held) -> None:
+    if tiles(tensor.shape, list(tensor.holders)):
+        return
+    total = math.prod(tensor.shape)
+    found = sum(box.volume for box in tensor.holders)
+    places = "; ".join(
+        f"rank {','.join(map(str, ranks))}: {list(box.offsets)} + {list(box.shape)}"
+        for box, ranks in itertools.islice(tensor.holders.items(), 4)
+    )
+    raise RankMismatchError(
+        f"state[{name!r}] of shape {list(tensor.shape)} has {total} elements, but the ranks' boxes have "
+        f"{found}, or overlap in part ({places}{'; ...' if len(tensor.holders) > 4 else ''}). Every rank "
+        "of the world must pass its shard, in one layout."
+    )
+
+
+def _grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[int, ...] | None:
+    """The chunk shape of whose regular grid each box is a cell, or None."""
+    if not boxes:
+        return tuple(max(1, n) for n in shape)
+    chunk = tuple(max(box.shape[d] for box in boxes) for d in range(len(shape)))
+    for box in boxes:
+        for o, n, c, size in zip(box.offsets, box.shape, chunk, shape, strict=True):
+            if o % c or n != min(c, size - o):
+                return None
+    return chunk
+
+
+def _count_cells(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
+    return math.prod(-(-n // c) for n, c in zip(shape, grid, strict=True))
+
+
+def _arrays(tensor: _Held) -> tuple[ArrayEntry, ...]:
+    """The tensor's Zarr arrays: one over the grid, or one for each box."""
+    size = itemsize(tensor.dtype)
+    if tensor.grid is not None:
+        chunk = _cut(tensor.grid, tensor.shape, size)
+        return (ArrayEntry((0,) * len(tensor.shape), tensor.shape, chunk),)
+    return tuple(
+        ArrayEntry(box.offsets, box.shape, _cut(box.shape, box.shape, size))
+        for box in sorted(tensor.holders)
+    )
+
+
+def _cut(box: tuple[int, ...], shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """The chunk shape for boxes of shape `box` in an array of this shape: MAX_CHUNK or less if possible."""
+    if not box or math.prod(box) * size <= MAX_CHUNK or box[0] == 1:
+        return box
+    rows = max(1, MAX_CHUNK // (math.prod(box[1:]) * size))
+    if box[0] >= shape[0]:  # one box along the first dimension: any cut makes a regular grid
+        pieces = -(-box[0] // rows)
+        return (-(-box[0] // pieces), *box[1:])
+    divisor = next(n for n in range(min(rows, box[0]), 0, -1) if box[0] % n == 0)
+    return (divisor, *box[1:]) if divisor * 8 >= rows else box
+
+
+def looks_whole(tensor: TensorEntry) -> bool:
+    """Whether a tensor is stored as one is that was held whole. So may be shards that are large."""
+    grid = tuple(max(1, n) for n in tensor.shape)
+    return tensor.is_array and tensor.arrays[0].chunk == _cut(grid, tensor.shape, itemsize(tensor.dtype))
+
+
+def _holders_of(cell: Box, tensor: _Held) -> Sequence[int]:
+    """The ranks that hold a cell, which lies in exactly one of the tensor's boxes."""
+    if tensor.grid is not None:
+        offsets = tuple(o - o % c for o, c in zip(cell.offsets, tensor.grid, strict=True))
+        shape = tuple(min(c, n - o) for o, c, n in zip(offsets, tensor.grid, tensor.shape, strict=True))
+        return tensor.holders[Box(offsets, shape)]
+    return next(ranks for box, ranks in tensor.holders.items() if box.intersect(cell) is not None)
+
+
+def _spread(
+    rows: Sequence[_Row], tensors: Sequence[TensorEntry], same_as: dict[int, int], world: int
+) -> list[int]:
+    """A writer for each row: of its holders the one with the least to write, largest chunks first."""
+    load = [0] * world
+    writer = [0] * len(rows)
+    several = []
+    for number, row in enumerate(rows):
+        if number in same_as:
+            continue
+        nbytes = chunk_bytes(tensors[row.tensor].dtype, row.array.chunk)
+        if len(row.holders) == 1:
+            writer[number] = row.holders[0]
+            load[row.holders[0]] += nbytes
+        else:
+            several.append((-nbytes, number))
+    for nbytes, number in sorted(several):
+        rank = min(rows[number].holders, key=lambda holder: (load[holder], holder))
+        writer[number] = rank
+        load[rank] -= nbytes
+    for number, source in same_as.items():
+        writer[number] = writer[source]
+    return writer
+
+
+def _pack(
+    rows: Sequence[_Row],
+    tensors: Sequence[TensorEntry],
+    same_as: dict[int, int],
+    writer: Sequence[int],
+    world: int,
+) -> tuple[list[int], list[int], list[list[ChunkWrite]]]:
+    """Each row's place in its pack, each pack's size, each rank's writes."""
+    offset = [0] * len(rows)
+    sizes = [0] * world
+    writes: list[list[ChunkWrite]] = [[] for _ in range(world)]
+    for number, row in enumerate(rows):
+        if number in same_as:
+            continue
+        rank, tensor = writer[number], tensors[row.tensor]
+        nbytes = math.prod(row.array.chunk) * itemsize(tensor.dtype)
+        align = _ALIGN_LARGE if nbytes >= _LARGE else _ALIGN
+        offset[number] = -(-sizes[rank] // align) * align
+        sizes[rank] = offset[number] + nbytes + CRC_BYTES
+        writes[rank].append(
+            ChunkWrite(number, tensor.name, tensor.dtype, row.cell, row.array.chunk, offset[number])
+        )
+    for number, source in same_as.items():
+        offset[number] = offset[source]
+    return offset, sizes, writes

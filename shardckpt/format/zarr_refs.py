@@ -1,0 +1,251 @@
+"""A checkpoint as a Zarr v3 hierarchy: every name a node, every chunk a byte range of a pack.
+
+`refs.json` says so in kerchunk's reference format, which fsspec reads, so that Zarr needs nothing of this
+project:
+
+    zarr.open("reference::/run/attempt-0001/step-00000100/refs.json", mode="r")
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from shardckpt.format.dtypes import EXTENDED, fill_value, itemsize
+from shardckpt.format.manifest import Manifest, TensorEntry, chunk_bytes
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["ROOT", "TEMPLATES", "encode_refs", "references_of"]
+
+TEMPLATES = ("u", "attempt", "run")
+"""The checkpoint's folder, and those above it, by how many `../` a pack's path begins with."""
+
+_MAX_CONSOLIDATED = 10_000
+"""Nodes above which the root does not list them: Zarr takes 0.1 s per thousand to open such a root."""
+
+ROOT = "__shardckpt"
+"""Where open_group has the root group: Zarr 3.1 lists a store wrongly that has no path, or whose path
+begins a name, and no name begins so."""
+
+
+def encode_refs(manifest: Manifest, url: str) -> bytes:
+    """The content of refs.json for the checkpoint at `url`, which is an absolute path or a URL.
+
+    Packs are named below the templates `u` (the checkpoint) and, where older steps' packs are used,
+    `attempt` and `run`, so that a reader of a copy overrides these. Where the URL itself would be taken
+    for a template, packs are named in full.
+
+    The root lists all nodes (Zarr's consolidated metadata), for without that Zarr 3.1 sees only the top
+    level of a reference store; unless there are very many, or of types that need an extension of Zarr,
+    with which a root that lists them could not be opened at all by those who lack it.
+    """
+    global _last_body
+    templates, packs = _pack_urls(manifest, url)
+    body = _last_body
+    if body is None or not body.belongs_to(manifest, packs):
+        body = _last_body = _encode_body(manifest, packs)
+    root = json.dumps(_text(_root(manifest)))
+    if body.consolidated is not None:
+        root = f'{root[:-2]},{body.consolidated}}}"'
+    head = f'{{"version":1,"templates":{json.dumps(templates)},"refs":{{\n"zarr.json":{root}'
+    return b"".join([head.encode(), body.entries, b"\n}}\n"])
+
+
+class _Body(NamedTuple):
+    """What refs.json says beside its templates and its root: all but a few hundred bytes of it.
+
+    It follows from the plan of a save, so that it is the same in every save of a training. `consolidated`
+    is the root's list of nodes, as a part of the string that holds the root; None if it has none.
+    """
+
+    tensors: tuple[TensorEntry, ...]
+    packs: list[str]
+    pack: list[int]
+    offset: list[int]
+    consolidated: str | None
+    entries: bytes
+
+    def belongs_to(self, manifest: Manifest, packs: list[str]) -> bool:
+        """Whether it is what the refs.json of this manifest needs."""
+        chunks = manifest.chunks
+        described = (manifest.tensors, packs, chunks.pack, chunks.offset)
+        return described == (self.tensors, self.packs, self.pack, self.offset)
+
+
+_last_body: _Body | None = None
+"""Encoding it takes most of a commit's time, and the next commit of this process needs the same."""
+
+
+def _encode_body(manifest: Manifest, packs: list[str]) -> _Body:
+    nodes = dict(_nodes(manifest.tensors))
+    consolidated = None
+    if len(nodes) <= _MAX_CONSOLIDATED and not any(t.dtype in EXTENDED for t in manifest.tensors):
+        consolidated = json.dumps(f'"consolidated_metadata":{_text(_consolidated(nodes))}')[1:-1]
+    entries = [f",\n{json.dumps(_key(path))}:{json.dumps(_text(node))}" for path, node in nodes.items()]
+    heads = [f"[{json.dumps(pack)}," for pack in packs]
+    table = manifest.chunks
+    for array in _arrays(manifest):
+        start = f',\n"{json.dumps(array.path)[1:-1]}/c'
+        rows = slice(array.first, array.first + array.rows)
+        entries += [
+            f'{start}{key}":{heads[pack]}{offset},{array.nbytes}]'
+            for key, pack, offset in zip(
+                _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
+            )
+        ]
+    text = "".join(entries).encode()
+    return _Body(manifest.tensors, packs, list(table.pack), list(table.offset), consolidated, text)
+
+
+def references_of(manifest: Manifest, folder: str) -> dict[str, Any]:
+    """What refs.json says, as fsspec holds it: key -> text, or [path, offset, length]."""
+    packs = [posixpath.normpath(posixpath.join(folder, pack.path)) for pack in manifest.packs]
+    table = manifest.chunks
+    nodes = itertools.chain([("", _root(manifest))], _nodes(manifest.tensors))
+    references: dict[str, Any] = {f"{ROOT}/{_key(path)}": _text(node) for path, node in nodes}
+    for array in _arrays(manifest):
+        rows = slice(array.first, array.first + array.rows)
+        for key, pack, offset in zip(
+            _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
+        ):
+            references[f"{ROOT}/{array.path}/c{key}"] = [packs[pack], offset, array.nbytes]
+    return references
+
+
+class _StoredArray(NamedTuple):
+    """One Zarr array: path, grid of chunks, first row in the chunk table, rows, bytes of a chunk."""
+
+    path: str
+    grid: tuple[int, ...]
+    first: int
+    rows: int
+    nbytes: int
+
+
+def _arrays(manifest: Manifest) -> Iterator[_StoredArray]:
+    first = manifest.first_chunks().tolist()
+    number = 0
+    for tensor in manifest.tensors:
+        for path, array in zip(_array_paths(tensor), tensor.arrays, strict=True):
+            start, stop = first[number], first[number + 1]
+            nbytes = chunk_bytes(tensor.dtype, array.chunk)
+            yield _StoredArray(path, array.grid, start, stop - start, nbytes)
+            number += 1
+
+
+def _array_paths(tensor: TensorEntry) -> Sequence[str]:
+    if tensor.is_array:
+        return [tensor.name]
+    return [f"{tensor.name}/box-{i}" for i in range(len(tensor.arrays))]
+
+
+def _chunk_keys(grid: Sequence[int]) -> Iterable[str]:
+    """The end of each chunk's key, in C order: `/0/1`; the empty string for a scalar's only chunk."""
+    if 0 in grid:
+        return ()  # however many there would be along the other dimensions
+    axes = [[f"/{i}" for i in range(n)] for n in grid]
+    return axes[0] if len(axes) == 1 else map("".join, itertools.product(*axes))
+
+
+def _root(manifest: Manifest) -> dict[str, Any]:
+    """The metadata of the root group: what the checkpoint is."""
+    about: dict[str, Any] = {
+        "format": manifest.format,
+        "id": manifest.id,
+        "step": manifest.step,
+        "attempt": manifest.attempt,
+        "world_size": manifest.world_size,
+        "created": manifest.created,
+        "writer": manifest.writer,
+        "metrics": manifest.metrics,
+    }
+    return _group(about)
+
+
+def _nodes(tensors: Iterable[TensorEntry]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The path and the metadata of every node below the root, groups before what is in them."""
+    groups = {""}
+    for tensor in tensors:
+        folder = posixpath.dirname(tensor.name)
+        missing = []
+        while folder not in groups:
+            groups.add(folder)
+            missing.append(folder)
+            folder = posixpath.dirname(folder)
+        for folder in reversed(missing):
+            yield folder, _group({})
+        paths = _array_paths(tensor)
+        if not tensor.is_array:
+            boxes = {
+                posixpath.basename(path): {"offset": array.offset, "shape": array.shape}
+                for path, array in zip(paths, tensor.arrays, strict=True)
+            }
+            yield tensor.name, _group({"shape": tensor.shape, "dtype": tensor.dtype, "boxes": boxes})
+        for path, array in zip(paths, tensor.arrays, strict=True):
+            # Zarr goes through the chunks of an array without elements, which has none: as few as can be.
+            chunk = array.chunk if array.box.volume else tuple(max(n, 1) for n in array.shape)
+            yield path, _array(posixpath.basename(path), tensor.dtype, array.shape, chunk)
+
+
+def _group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def _array(name: str, dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Any]:
+    endian = {"configuration": {"endian": "little"}} if itemsize(dtype) > 1 else {}
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill_value(dtype),
+        "codecs": [{"name": "bytes", **endian}, {"name": "crc32c"}],
+        # Those of one array alone: xarray takes dimensions of one name in a group for one dimension.
+        "dimension_names": [f"{name}:{d}" for d in range(len(shape))],
+        "attributes": {},
+    }
+
+
+def _consolidated(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The nodes by depth and then by name: Zarr 3.1 loses siblings that are apart."""
+    paths = sorted(nodes, key=lambda path: (path.count("/"), path))
+    inner = {path: nodes[path] for path in paths}
+    return {"kind": "inline", "must_understand": False, "metadata": inner}
+
+
+def _key(path: str) -> str:
+    return f"{path}/zarr.json" if path else "zarr.json"
+
+
+def _text(node: dict[str, Any]) -> str:
+    return msgspec.json.encode(node).decode()
+
+
+def _pack_urls(manifest: Manifest, url: str) -> tuple[dict[str, str], list[str]]:
+    """The templates, and each pack's URL written with them."""
+    folders = [url.rstrip("/")]
+    for _ in TEMPLATES[1:]:
+        folders.append(folders[-1].rpartition("/")[0])
+    urls, plain = [], []
+    templates = {"u": folders[0]}
+    for pack in manifest.packs:
+        path, up = pack.path, 0
+        while path.startswith("../"):
+            path, up = path[3:], up + 1
+        templates[TEMPLATES[up]] = folders[up]
+        urls.append(f"{{{{{TEMPLATES[up]}}}}}/{path}")
+        plain.append(f"{folders[up]}/{path}")
+    if any("{{" in folder for folder in folders) or any(
+        set("{}") & set(pack.path) for pack in manifest.packs
+    ):
+        return {}, plain
+    return templates, urls

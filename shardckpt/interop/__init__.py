@@ -1,0 +1,1 @@
+"""Checkpoints in and out: copy, reshard, export. Imports `checkpointer`, `loading` and below."""

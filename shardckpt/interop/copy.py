@@ -1,0 +1,174 @@
+"""Copy checkpoints between storages, verified on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from shardckpt.errors import CheckpointError, CheckpointExistsError, CorruptError
+from shardckpt.format.manifest import CRC_BYTES, MANIFEST, REFS, Manifest, Pack, chunk_bytes, pack_path
+from shardckpt.format.manifest_codec import encode_record
+from shardckpt.format.zarr_refs import encode_refs
+from shardckpt.loading.fetch import Fetcher
+from shardckpt.loading.plan import coalesced
+from shardckpt.run.places import Place, attempt_for, exact_place, find_place, read_manifest
+from shardckpt.storage import Storage, open_storage
+from shardckpt.storage.work import cleanup
+
+__all__ = ["copy"]
+
+_PIECE = 16 << 20
+_ZEROS = memoryview(bytes(1 << 20))
+
+Progress = Callable[[int, int], object]
+"""Called with the bytes done so far, and the bytes in all."""
+
+
+class _Chunk(NamedTuple):
+    """A stored chunk. Is `Stored`."""
+
+    row: int
+    pack: int
+    offset: int
+    nbytes: int
+    crc32c: int
+
+
+def copy(
+    source: str | os.PathLike[str] | Storage,
+    target: str | os.PathLike[str] | Storage,
+    *,
+    source_options: Mapping[str, Any] | None = None,
+    target_options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> str:
+    """Copy a checkpoint to the URL `target`, or of a run its newest good one into the run `target`.
+
+    Every chunk is verified, and the copy exists only once it is whole: its manifest is written last. A run
+    keeps the attempt and step in its folders' names, so that training can resume from either side. Needs no
+    space for temporary files, and memory for the parts of an upload that are under way, or a few of the largest
+    chunks.
+
+    A copy that fails, or is interrupted, leaves the packs that are whole: the same call goes on from there.
+    Packs that are at the target already are read and verified, and copied only if they are not right. Of a
+    checkpoint that is corrupt nothing is left.
+
+    `progress` is called with the bytes done and the bytes in all. Returns the copy's URL.
+
+    Raises NotACheckpointError, CorruptError, CheckpointExistsError, StorageError; then there is no copy.
+    """
+    place = find_place(source, source_options)
+    named = exact_place(source, source_options)
+    into = open_storage(target, target_options)
+    # A checkpoint that was found by its run keeps its path; one that was named itself is put right there.
+    copied = Place(into) if place.path == named.path else Place(into, place.path)
+    manifest = read_manifest(place)
+    if copied.is_committed():
+        raise CheckpointExistsError(f"{copied.url} has a checkpoint already, which is never overwritten")
+    attempt = attempt_for(copied.url, manifest.step)
+    made = msgspec.structs.replace(
+        manifest,
+        packs=tuple(Pack(pack_path(number), pack.size) for number, pack in enumerate(manifest.packs)),
+        attempt=manifest.attempt if attempt is None else attempt,
+    )
+    fetcher = Fetcher(place, manifest)
+    fetcher.check_all_sizes()  # before there is anything of a size that may be forged
+    _copy_packs(fetcher, copied, made, progress or (lambda _done, _total: None))
+    copied.storage.write(REFS, encode_refs(made, copied.url))
+    try:
+        copied.storage.create(MANIFEST, encode_record(made))
+    except FileExistsError as error:
+        raise CheckpointExistsError(f"{copied.url} was made by another writer meanwhile") from error
+    return copied.url
+
+
+def _copy_packs(source: Fetcher, copied: Place, made: Manifest, progress: Progress) -> None:
+    """Have all packs of the manifest `made` at the place of the copy."""
+    chunks = _chunks_by_pack(made)
+    found = set(copied.storage.list())
+    target = Fetcher(copied, made)
+    whole: list[str] = []
+    written: list[str] = []
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, made.stored_bytes)
+
+    try:
+        for number, pack in enumerate(made.packs):
+            before = done
+            if pack.path.partition("/")[0] not in found or not _is_right(target, chunks[number], advance):
+                done = before
+                written.append(pack.path)
+                with closing(_pieces(source, chunks[number], pack.size, advance)) as pieces:
+                    copied.storage.write_pieces(pack.path, pack.size, pieces)
+            whole.append(pack.path)
+            done = before + pack.size
+            progress(done, made.stored_bytes)
+    except CheckpointError as error:  # there will be no copy of this one
+        with cleanup(error, f"packs of it may be left at {copied.url}"):
+            for path in written:
+                copied.storage.delete(path)
+        raise
+    except BaseException as error:
+        if whole:
+            error.add_note(
+                f"{len(whole)} of {len(made.packs)} packs are at {copied.url}, complete: the same command goes "
+                "on with the others"
+            )
+        raise
+
+
+def _pieces(
+    source: Fetcher, chunks: Sequence[_Chunk], size: int, advance: Callable[[int], object]
+) -> Generator[memoryview]:
+    """The bytes of a pack, from its first to its last: verified chunks, and zeros between them."""
+    groups = list(coalesced(chunks, _PIECE))
+    position = 0
+    with closing(source.fetch_ahead(groups)) as contents:
+        for group, content in zip(groups, contents, strict=True):
+            yield from _zeros(group[0].offset - position)
+            yield content
+            advance(group[0].offset + len(content) - position)
+            position = group[0].offset + len(content)
+            source.drop(group)
+    yield from _zeros(size - position)
+
+
+def _zeros(count: int) -> Iterator[memoryview]:
+    for start in range(0, count, len(_ZEROS)):
+        yield _ZEROS[: count - start]
+
+
+def _is_right(target: Fetcher, chunks: Sequence[_Chunk], advance: Callable[[int], object]) -> bool:
+    """Whether a pack is at the target already, whole and right."""
+    groups = list(coalesced(chunks, _PIECE))
+    try:
+        with closing(target.fetch_ahead(groups)) as contents:
+            for group, content in zip(groups, contents, strict=True):
+                advance(len(content))
+                target.drop(group)
+    except CorruptError:
+        return False
+    return bool(groups)
+
+
+def _chunks_by_pack(manifest: Manifest) -> list[list[_Chunk]]:
+    """The chunks of each pack, in order, each once: tied tensors have rows of their own for the same bytes."""
+    nbytes = np.repeat(
+        [chunk_bytes(t.dtype, a.chunk) - CRC_BYTES for t in manifest.tensors for a in t.arrays],
+        np.diff(manifest.first_chunks()),
+    )
+    table = manifest.chunks
+    columns = zip(table.pack, table.offset, nbytes.tolist(), table.crc32c, strict=True)
+    found: list[dict[int, _Chunk]] = [{} for _ in manifest.packs]
+    for row, (pack, offset, length, checksum) in enumerate(columns):
+        found[pack].setdefault(offset, _Chunk(row, pack, offset, length, checksum))
+    return [sorted(chunks.values(), key=lambda chunk: chunk.offset) for chunks in found]

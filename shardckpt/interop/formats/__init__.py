@@ -1,0 +1,1 @@
+"""Files of other formats, one module a format. Imports `format` and below."""

@@ -1,0 +1,135 @@
+"""List the checkpoints of a run, complete and incomplete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+from shardckpt.errors import CheckpointError, FormatError, NotACheckpointError, UnknownVersionError
+from shardckpt.format.manifest import MANIFEST, Pack
+from shardckpt.format.manifest_codec import decode_head
+from shardckpt.loading.fetch import in_parallel
+from shardckpt.run.foreign import describe_other
+from shardckpt.run.places import (
+    BAD,
+    FAILED,
+    Place,
+    exact_place,
+    iter_places,
+    read_decoded,
+    read_small,
+)
+from shardckpt.storage import Storage
+
+__all__ = ["Row", "list_checkpoints"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint of a run, or a save that did not become one.
+
+    Attributes:
+        url: where it is.
+        attempt: from the folder's name; 0 outside a run.
+        step: from the manifest, or the folder's name.
+        state: "good" (its packs are there, with the right length); "bad" (marked by a reader whose verification
+            failed); "damaged" (a pack is missing, or has another length); "unfinished" (under way, or given
+            up); "failed" (the writer said so); "invalid" (its manifest cannot be read); "other version".
+        newest: whether it is the newest good one, which `restore` takes.
+        note: what is known of a failure.
+    """
+
+    url: str
+    attempt: int
+    step: int
+    state: str
+    newest: bool = False
+    created: float | None = None
+    world_size: int | None = None
+    bytes: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None) -> list[Row]:
+    """The checkpoints of the run at `url`, the newest last, or the one at `url`.
+
+    Manifests are not checked beyond what the rows say. Raises NotACheckpointError, StorageError.
+    """
+    exact = exact_place(url, storage_options)
+    names = exact.storage.list()
+    sizes = lru_cache(maxsize=None)(exact.root.sizes)
+    if exact.path or MANIFEST in names:
+        if not names:
+            raise NotACheckpointError(f"{exact.url}: nothing is there. Check the URL.")
+        return [_row(exact, sizes)]
+    places = sorted(iter_places(exact.root), key=lambda place: place.order)
+    if not places:
+        found = describe_other(exact.url, names, storage_options)
+        raise NotACheckpointError(
+            f"{exact.url} is neither a run with checkpoints nor a checkpoint: {found}."
+        )
+    rows = in_parallel(partial(_row, sizes=sizes), places)
+    good = [number for number, row in enumerate(rows) if row.state == "good"]
+    if good:
+        rows[good[-1]] = Row(**{**asdict(rows[good[-1]]), "newest": True})
+    return rows
+
+
+def _row(place: Place, sizes: Callable[[str], dict[str, int]]) -> Row:
+    attempt, step, _ = place.order
+    storage = place.storage
+    names = storage.list()
+    if MANIFEST not in names:
+        note = _error_in(storage, FAILED) if FAILED in names else ""
+        return Row(place.url, attempt, step, "failed" if FAILED in names else "unfinished", note=note)
+    try:
+        head = read_decoded(place, lambda data: decode_head(data, place.url))
+    except UnknownVersionError as error:
+        return Row(place.url, attempt, step, "other version", note=_about(place, error))
+    except CheckpointError as error:
+        return Row(place.url, attempt, step, "invalid", note=_about(place, error))
+    state, note = "good", ""
+    if BAD in names:
+        state, note = "bad", _error_in(storage, BAD).removeprefix(f"{place.url}: ")
+    elif problem := _pack_problem(place, head.packs, sizes):
+        state, note = "damaged", problem
+    return Row(
+        url=place.url,
+        attempt=attempt,
+        step=head.step,
+        state=state,
+        created=head.created,
+        world_size=head.world_size,
+        bytes=sum(pack.size for pack in head.packs),
+        metrics=head.metric_values,
+        note=note,
+    )
+
+
+def _pack_problem(place: Place, packs: Sequence[Pack], sizes: Callable[[str], dict[str, int]]) -> str:
+    """What the storage lacks of the packs, or has of another length: by a listing of the folders they are in."""
+    wrong = []
+    for pack in packs:
+        path = place.pack(pack)
+        folder = "/".join(path.split("/")[:2]) if place.path else ""
+        found = sizes(folder).get(path.removeprefix(f"{folder}/"))
+        if found != pack.size:
+            lack = "is missing" if found is None else f"has {found} bytes"
+            wrong.append(f"{pack.path} {lack}, and should have {pack.size}")
+    more = f", and {len(wrong) - 1} more like it" if len(wrong) > 1 else ""
+    return f"the pack {wrong[0]}{more}" if wrong else ""
+
+
+def _error_in(storage: Storage, name: str) -> str:
+    """The error in a report that a reader or writer has left."""
+    try:
+        return str(read_small(storage, name).get("error", ""))
+    except (FormatError, FileNotFoundError) as error:
+        return str(error)
+
+
+def _about(place: Place, error: Exception) -> str:
+    return str(error).removeprefix(f"{place.url}: ")

@@ -1,0 +1,109 @@
+"""Read a checkpoint of any size in bounded memory: boxes one after another. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shardckpt.format.box import Box
+from shardckpt.format.dtypes import itemsize, numpy_dtype
+from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.loading.fetch import Fetcher
+from shardckpt.loading.plan import Read, plan_reads
+from shardckpt.run.places import Place
+
+__all__ = ["iter_boxes", "slabs"]
+
+_BATCH = 32 << 20
+"""Bytes that are held together where less would do."""
+
+
+def iter_boxes(
+    place: Place, manifest: Manifest, boxes: Sequence[tuple[str, Box]]
+) -> Iterator[npt.NDArray[Any]]:
+    """The content of each (name, box), in this order, as new C-ordered arrays; every chunk is verified.
+
+    Boxes that follow one another and share chunks are read together, so that no chunk is read twice for
+    them. Held at a time are these boxes, or 32 MiB of smaller ones, and the chunks under way. Raises
+    KeyError for an unknown name, and CorruptError, which names the chunk; what was yielded before that
+    is worthless.
+    """
+    dtypes = {tensor.name: tensor.dtype for tensor in manifest.tensors}
+    fetcher = Fetcher(place, manifest)
+    for wanted, reads in _groups(boxes, plan_reads(manifest, boxes), dtypes):
+        fetcher.check_sizes(reads)
+        arrays = [np.empty(boxes[i][1].shape, numpy_dtype(dtypes[boxes[i][0]])) for i in wanted]
+
+        def take(read: Read, arrays: list[npt.NDArray[Any]] = arrays, first: int = wanted.start) -> None:
+            chunk = fetcher.chunk(read)
+            for part in read.copies:
+                arrays[part.wanted - first][part.target] = chunk[part.source]
+
+        fetcher.verify(reads, take)
+        del take
+        arrays.reverse()
+        while arrays:
+            yield arrays.pop()
+
+
+def slabs(tensor: TensorEntry) -> list[Box]:
+    """The tensor cut along its first dimension where no chunk is cut: its content in order, piece by piece.
+
+    Each is a contiguous run of the tensor's elements, about 32 MiB or as little more as the chunks allow.
+    A tensor without elements has one, without elements.
+    """
+    whole = Box.whole(tensor.shape)
+    if not tensor.shape or not whole.volume:
+        return [whole]
+    row = tensor.nbytes // tensor.shape[0]
+    edges = sorted(
+        (
+            array.offset[0] + i * array.chunk[0],
+            array.offset[0] + min((i + 1) * array.chunk[0], array.shape[0]),
+        )
+        for array in tensor.arrays
+        if array.box.volume
+        for i in range(array.grid[0])
+    )
+    found: list[Box] = []
+    start = reach = 0
+    for low, high in edges:
+        if low >= reach > start and (reach - start) * row >= _BATCH:
+            found.append(_rows(tensor, start, reach))
+            start = reach
+        reach = max(reach, high)
+    return [*found, _rows(tensor, start, tensor.shape[0])]
+
+
+def _rows(tensor: TensorEntry, start: int, stop: int) -> Box:
+    zeros = (0,) * (len(tensor.shape) - 1)
+    return Box((start, *zeros), (stop - start, *tensor.shape[1:]))
+
+
+def _groups(
+    boxes: Sequence[tuple[str, Box]], reads: Sequence[Read], dtypes: dict[str, str]
+) -> Iterator[tuple[range, list[Read]]]:
+    """Boxes that are read together, and what is read for them: none shares a chunk with a later one."""
+    by_first: dict[int, list[Read]] = {}
+    for read in reads:
+        by_first.setdefault(min(part.wanted for part in read.copies), []).append(read)
+    start = reach = size = 0
+    group: list[Read] = []
+    for number, (name, box) in enumerate(boxes):
+        nbytes = box.volume * itemsize(dtypes[name])
+        if number > start and number > reach and size + nbytes > _BATCH:
+            yield range(start, number), sorted(group, key=_place)
+            start, size, group = number, 0, []
+        size += nbytes
+        for read in by_first.pop(number, ()):
+            group.append(read)
+            reach = max(reach, max(part.wanted for part in read.copies))
+    if boxes:
+        yield range(start, len(boxes)), sorted(group, key=_place)
+
+
+def _place(read: Read) -> tuple[int, int]:
+    return read.pack, read.offset

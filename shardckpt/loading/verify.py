@@ -1,0 +1,181 @@
+"""Verify a checkpoint: every chunk against its checksum, and refs.json against the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from shardckpt.errors import CheckpointError, CorruptError, FormatError, StorageError, finding
+from shardckpt.format.box import Box
+from shardckpt.format.manifest import REFS, Manifest
+from shardckpt.format.zarr_refs import TEMPLATES, encode_refs
+from shardckpt.formatting import count
+from shardckpt.loading.fetch import Fetcher
+from shardckpt.loading.plan import Read, plan_reads
+from shardckpt.run.places import Place, exact_place, read_manifest
+
+__all__ = ["Report", "check"]
+
+
+_BATCH = 64 << 20
+
+
+@dataclass
+class Report:
+    """What a check found: `problems` are damage, `notes` are not."""
+
+    chunks: int = 0
+    nbytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check(place: Place, manifest: Manifest, progress: Callable[[int, int], object]) -> Report:
+    """Read every chunk, and refs.json; go on after damage, to name all of it. Raises StorageError."""
+    report = Report()
+    boxes = [(t.name, box) for t in manifest.tensors if (box := Box.whole(t.shape)).volume]
+    reads = [
+        next(same) for _, same in groupby(plan_reads(manifest, boxes), key=lambda r: (r.pack, r.offset))
+    ]
+    total = sum(read.nbytes for read in reads)
+    for pack, group in groupby(reads, key=lambda read: read.pack):
+        of_pack = list(group)
+        if not _is_whole(place, manifest, pack) and (damage := _damage(place, manifest, of_pack)):
+            report.problems.append(damage)
+            report.nbytes += sum(read.nbytes for read in of_pack)
+            progress(report.nbytes, total)
+            continue
+        for batch in _batches(of_pack):
+            if _damage(place, manifest, batch):
+                report.problems += filter(None, (_damage(place, manifest, [read]) for read in batch))
+            report.nbytes += sum(read.nbytes for read in batch)
+            progress(report.nbytes, total)
+    report.chunks = len(reads)
+    _check_refs(place, manifest, report)
+    return report
+
+
+def _is_whole(place: Place, manifest: Manifest, pack: int) -> bool:
+    record = manifest.packs[pack]
+    try:
+        return place.root.size(place.pack(record)) == record.size
+    except FileNotFoundError:
+        return False
+
+
+def _damage(place: Place, manifest: Manifest, reads: list[Read]) -> str:
+    """What is wrong with these chunks; the empty string if nothing is."""
+    try:
+        Fetcher(place, manifest).verify(reads)
+    except CorruptError as error:
+        return finding(error).removeprefix(f"{place.url}: ")
+    return ""
+
+
+def _batches(reads: list[Read]) -> Iterator[list[Read]]:
+    batch: list[Read] = []
+    nbytes = 0
+    for read in reads:
+        if batch and nbytes + read.nbytes > _BATCH:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(read)
+        nbytes += read.nbytes
+    if batch:
+        yield batch
+
+
+def _check_refs(place: Place, manifest: Manifest, report: Report) -> None:
+    expected = _Refs(json.loads(encode_refs(manifest, place.url)))
+    try:
+        found = _Refs(json.loads(place.storage.read(REFS)))
+    except FileNotFoundError:
+        report.problems.append(f"{REFS} is missing: plain Zarr cannot open it; shardckpt can")
+        return
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, FormatError) as error:
+        report.problems.append(f"{REFS} is not a reference file: {error!r}")
+        return
+    wrong = sorted(
+        key
+        for key in {*found.entries, *expected.entries}
+        if not _same_entry(found.entries.get(key), expected.entries.get(key))
+    )
+    written = f"`shardckpt refs {place.url}` writes it for where it is now"
+    if wrong:
+        report.problems.append(
+            f"{REFS} disagrees with the manifest about {count(len(wrong), 'key')}, like {wrong[0]!r}: plain "
+            f"Zarr would read something else; {written}"
+        )
+    elif found.templates != expected.templates:
+        there = found.templates.get("u", "another place")
+        if not _is_consistent(found.templates, expected.templates):
+            report.problems.append(
+                f"{REFS} names packs at places that do not belong together: plain Zarr would read something "
+                f"else; {written}"
+            )
+        elif (other := _id_there(there)) not in (None, manifest.id):
+            report.problems.append(
+                f"{REFS} is for {there}, where there is another checkpoint now ({other!r}), which plain Zarr "
+                f"would read; {written}"
+            )
+        elif not _is_same_folder(there, place.url):
+            report.notes.append(
+                f"{REFS} is for {there}, from where it was moved or copied: plain Zarr looks there; {written}"
+            )
+
+
+class _Refs:
+    """What a reference file says: templates, and by its key each node's text or [URL, offset, bytes]."""
+
+    def __init__(self, content: Any) -> None:
+        if set(content) != {"version", "templates", "refs"} or content["version"] != 1:
+            raise ValueError("it is not one of version 1 with templates and refs, and nothing else")
+        self.templates: dict[str, str] = {str(k): str(v) for k, v in content["templates"].items()}
+        self.entries: dict[str, Any] = dict(content["refs"])
+
+
+def _same_entry(one: Any, other: Any) -> bool:
+    if isinstance(one, str) and isinstance(other, str):
+        try:
+            return _same_node(json.loads(one), json.loads(other))
+        except (ValueError, RecursionError):
+            return False
+    return bool(one == other and type(one) is type(other))
+
+
+def _same_node(one: Any, other: Any) -> bool:
+    """Whether two nodes' metadata are equal, but for a list of all nodes that a writer may leave out."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for node, than in ((one, other), (other, one)):
+            if "consolidated_metadata" not in than:
+                node.pop("consolidated_metadata", None)
+    return bool(one == other)
+
+
+def _is_consistent(found: Mapping[str, str], expected: Mapping[str, str]) -> bool:
+    """Whether templates are those of one checkpoint, wherever it is: its folder, and those above it."""
+    folder = found.get("u", "").rstrip("/")
+    return set(found) == set(expected) and all(
+        found[name] == folder.rsplit("/", ups)[0] for ups, name in enumerate(TEMPLATES) if name in found
+    )
+
+
+def _id_there(url: str) -> str | None:
+    """The id of the checkpoint in a local folder, as far as there is one."""
+    if "://" in url:
+        return None
+    try:
+        return read_manifest(exact_place(url)).id
+    except (CheckpointError, StorageError):
+        return None
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except OSError:
+        return False

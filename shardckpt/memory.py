@@ -1,0 +1,121 @@
+"""Memory as the kernel provides it: read ahead, faulted in, in huge pages. Free of torch.
+
+Advice to the kernel goes through libc, since `mmap.madvise` holds up every other thread meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["drop", "no_garbage_collection", "populate", "prefer_huge_pages", "provide", "writable"]
+
+_HUGE_PAGE = 2 << 20
+_MADV_WILLNEED = 3
+_MADV_DONTNEED = 4
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_READ = 22  # since Linux 5.14
+_MADV_POPULATE_WRITE = 23
+_FEW_PAGES = 64 << 10
+
+
+def populate(content: npt.NDArray[np.uint8]) -> bool:
+    """Have the pages of a mapped file read and mapped. Whether they can be read now.
+
+    Touching a mapped page that cannot be read ends the process (SIGBUS): the file was truncated, or the
+    disk fails. This finds it out instead. False, too, where the kernel cannot do it.
+    """
+    address = _address(content)
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    length = address + content.nbytes - start
+    _advise(start, length, _MADV_WILLNEED)  # one large request, whatever the device's read-ahead is
+    return _advise(start, length, _MADV_POPULATE_READ)
+
+
+def drop(content: npt.NDArray[np.uint8]) -> None:
+    """Unmap the whole pages of a mapped file in here: they count as this process's memory no longer.
+
+    They stay in the page cache, and are mapped again when they are touched.
+    """
+    address = _address(content)
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + content.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0:
+        _advise(start, length, _MADV_DONTNEED)
+
+
+def prefer_huge_pages(address: int, nbytes: int) -> None:
+    """Ask for huge pages where they fit.
+
+    Restoring into small ones takes 1.6 times as long (scripts/bench/memory).
+    """
+    start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
+    length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
+    if length > 0:
+        _advise(start, length, _MADV_HUGEPAGE)
+
+
+def provide(address: int, nbytes: int) -> None:
+    """Have memory that nobody has written to yet faulted in at once.
+
+    Restoring into memory that is faulted in page by page takes 1.5 times as long (scripts/bench/memory).
+    Whether somebody has is told by its middle.
+    """
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length < _FEW_PAGES:
+        return
+    resident = ctypes.c_ubyte()
+    middle = start + length // 2 // mmap.PAGESIZE * mmap.PAGESIZE
+    if _libc().mincore(middle, mmap.PAGESIZE, ctypes.byref(resident)) == 0 and not resident.value & 1:
+        _advise(start, length, _MADV_POPULATE_WRITE)
+
+
+def writable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same memory as an array that says it can be written to. Only for who does not: torch has no other."""
+    return array if array.flags.writeable else np.asarray(_Writable(array))
+
+
+class _Writable:
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._keeps = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (_address(array), False)}
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _advise(start: int, length: int, advice: int) -> bool:
+    return bool(_libc().madvise(start, length, advice) == 0)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return libc
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collections would look at every object of torch, which takes longer than a save's own work.
+
+    Also a decorator of functions.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,1 @@
+"""What the ranks of a world agree on. Imports the bottom modules only."""

@@ -1,0 +1,251 @@
+"""What the ranks of a world tell each other, in the foreground only."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shardckpt import errors
+from shardckpt.errors import RankMismatchError
+from shardckpt.memory import writable
+
+__all__ = ["Alone", "Ranks", "TorchRanks", "agree", "current_ranks"]
+
+_log = logging.getLogger("shardckpt")
+
+_LATE = timedelta(seconds=10)
+_TO_TELL = 1.0  # seconds
+
+
+class Ranks(Protocol):
+    """A world of ranks that call each method together, in the same order."""
+
+    rank: int
+    size: int
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's `data`, by rank, on every rank."""
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's `data`, on every rank."""
+
+    def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:
+        """The elementwise maximum over the ranks of equally many 64-bit integers.
+
+        `doing` is what a log line calls it, should other ranks be long in coming.
+        """
+
+    def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """`maximum` in the background: returns at once. Call what it returns, once, to wait for the result.
+
+        Other methods may be called in between. Ranks that never ask for the result leave nothing behind.
+        """
+
+    def exchange(
+        self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
+    ) -> None:
+        """Send bytes to other ranks, and fill buffers with what they send to this one.
+
+        Each is a rank and a buffer that is not empty. The i-th send from a to b fills the i-th receive at b
+        from a, which is as long. Collective, though a rank may have nothing to do.
+        """
+
+
+class Alone:
+    """A world of one."""
+
+    rank = 0
+    size = 1
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """See Ranks."""
+        return [data]
+
+    def broadcast(self, data: bytes) -> bytes:
+        """See Ranks."""
+        return data
+
+    def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:  # noqa: ARG002
+        """See Ranks."""
+        return list(values)
+
+    def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """See Ranks."""
+        return lambda: list(values)
+
+    def exchange(
+        self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
+    ) -> None:
+        """See Ranks. There is no other rank."""
+        if sends or receives:
+            raise ValueError("a world of one has nobody to exchange anything with")
+
+
+class TorchRanks:
+    """The ranks of a torch.distributed process group that can move CPU tensors."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
+        self._calls = 0
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """See Ranks."""
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
+        longest = max(int(length) for length in lengths)
+        if longest == 0:
+            return [b""] * self.size
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(data)] = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(gathered, mine, group=self._group)
+        return [
+            tensor.numpy()[: int(length)].tobytes()
+            for tensor, length in zip(gathered, lengths, strict=True)
+        ]
+
+    def broadcast(self, data: bytes) -> bytes:
+        """See Ranks."""
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, group=self._group, group_src=0)
+        content = torch.zeros(int(length), dtype=torch.uint8)
+        if self.rank == 0 and data:
+            content = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+        if int(length):
+            dist.broadcast(content, group=self._group, group_src=0)
+        return content.numpy().tobytes()
+
+    def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:
+        """See Ranks."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        if doing:
+            self._wait(work, doing)
+        work.wait()
+        return [int(value) for value in tensor.tolist()]
+
+    def _wait(self, work: Any, doing: str) -> None:
+        """Wait for the other ranks; where they are long in coming, tell which, and go on waiting."""
+        self._calls += 1
+        try:
+            work.wait(_LATE)
+        except RuntimeError as error:
+            if work.is_completed():  # so it is not for the others' being late
+                raise RankMismatchError(
+                    f"rank {self.rank} calls {doing}, and others are not there: {error}. A rank has ended, "
+                    "or is in another collective operation: all ranks of a job have to make the same calls of a "
+                    "Checkpointer, at the same steps"
+                ) from error
+        else:
+            return
+        missing = self._missing()
+        who = "other ranks" if not missing else f"rank {missing[0]}"
+        if len(missing) > 1:
+            who = f"ranks {', '.join(map(str, missing))}"
+        _log.warning(
+            "rank %d waits in %s, which all ranks have to call: for %s since %g s",
+            self.rank,
+            doing,
+            who,
+            _LATE.total_seconds(),
+        )
+
+    def _missing(self) -> list[int]:
+        """The ranks that do not wait where this one does, as far as the job's store tells."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            names = [f"shardckpt/{self._calls}/{rank}" for rank in range(self.size)]
+            store.set(names[self.rank], "waits")
+            time.sleep(_TO_TELL)  # so long it may take the others to tell it too
+            return [rank for rank, name in enumerate(names) if not store.check([name])]
+        except Exception as error:
+            _log.debug("it is not known which ranks are late: %s", error)
+            return []
+
+    def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """See Ranks."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def finish() -> list[int]:
+            work.wait()
+            return [int(value) for value in tensor.tolist()]
+
+        return finish
+
+    def exchange(
+        self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
+    ) -> None:
+        """See Ranks."""
+        operations = [
+            dist.P2POp(kind, _tensor(buffer), None, self._group, number, peer)
+            for kind, messages in ((dist.isend, sends), (dist.irecv, receives))
+            for peer, number, buffer in _numbered(messages)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+
+
+def _tensor(buffer: memoryview) -> torch.Tensor:
+    return torch.from_numpy(writable(np.frombuffer(buffer, dtype=np.uint8)))
+
+
+def _numbered(messages: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, int, memoryview]]:
+    """Messages with the number of each among those of the same peer, by which they find each other."""
+    numbers: Counter[int] = Counter()
+    for peer, buffer in messages:
+        yield peer, numbers[peer], buffer
+        numbers[peer] += 1
+
+
+_groups: list[tuple[Any, TorchRanks]] = []
+"""The world that was last asked for, and its ranks."""
+
+
+def current_ranks() -> Ranks:
+    """The world of torch.distributed, or Alone where it is not initialized.
+
+    Where the default process group cannot move CPU tensors (NCCL), a gloo group is made beside it, once;
+    every rank must therefore call this for the first time together.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return Alone()
+    world = dist.group.WORLD
+    if not _groups or _groups[0][0] is not world:
+        backend = str(dist.get_backend_config(world))
+        group = world if "cpu" in backend or "gloo" in backend else dist.new_group(backend="gloo")
+        _groups[:] = [(world, TorchRanks(group))]  # in place of one that was destroyed
+    return _groups[0][1]
+
+
+def agree(ranks: Ranks, error: Exception | None) -> None:
+    """Raise on every rank if any rank has an error: the lowest such rank's own there, elsewhere one like it.
+
+    Every rank must call it. Without it, the ranks that are well would wait for the others for ever; and if
+    each raised its own, they would not agree on what to do next.
+    """
+    if not any(ranks.maximum([error is not None])):
+        return
+    told = "" if error is None else f"{_kind(error)}:{error}"
+    reports = ranks.gather(told.encode(errors="replace"))
+    rank, report = next((r, report.decode()) for r, report in enumerate(reports) if report)
+    if error is not None and rank == ranks.rank:
+        raise error
+    name, _, message = report.partition(":")
+    raise getattr(errors, name)(f"rank {rank}: {message}") from error
+
+
+def _kind(error: Exception) -> str:
+    """The name of the library's nearest class for an error."""
+    names = (kind.__name__ for kind in type(error).__mro__)
+    return next((name for name in names if name in errors.__all__), errors.ShardckptError.__name__)

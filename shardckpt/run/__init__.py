@@ -1,0 +1,4 @@
+"""A run in storage: found, written, committed, pruned.
+
+Free of torch. Imports `format`, `storage` and below.
+"""

@@ -1,0 +1,52 @@
+"""Failure markers in storage: a process that waits for a rank's part learns that it will not come."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+from shardckpt.errors import FormatError, SaveError, SupersededError
+from shardckpt.format import records
+from shardckpt.run.places import FAILED, read_small
+from shardckpt.storage import Storage
+
+__all__ = ["raise_failure", "report_failure", "report_lost"]
+
+
+def report_failure(storage: Storage, path: str, save_id: str, error: BaseException) -> None:
+    """Leave word at `path` that this save has failed, so that no other process waits for it.
+
+    Best effort: the storage may be what failed.
+    """
+    _write_marker(storage, path, save_id, f"{type(error).__name__}: {error}")
+
+
+def report_lost(storage: Storage, ranks: Iterable[int], save_id: str, reason: str) -> None:
+    """Leave word that these ranks' parts of a save will not come, so that no other process waits for them.
+
+    Nor for the commit, if rank 0 is among them. Best effort, as `report_failure`.
+    """
+    for rank in ranks:
+        for path in (f"rank-{rank:05d}", *([""] if rank == 0 else [])):
+            _write_marker(storage, path, save_id, reason)
+
+
+def _write_marker(storage: Storage, path: str, save_id: str, reason: str) -> None:
+    record = records.encode_report(reason, id=save_id)
+    with contextlib.suppress(OSError):
+        storage.write(f"{path}/{FAILED}" if path else FAILED, record)
+
+
+_STANDS = "The checkpoint before it stands."
+
+
+def raise_failure(storage: Storage, folder: str, save_id: str, who: str) -> None:
+    """Raise SaveError if a failure of this save was reported in that folder."""
+    try:
+        report = read_small(storage, f"{folder}{FAILED}")
+    except (FileNotFoundError, FormatError):
+        return
+    if report.get("id") == save_id:
+        error = str(report.get("error")).removesuffix(f". {_STANDS}")
+        kind = SupersededError if error.startswith(f"{SupersededError.__name__}: ") else SaveError
+        raise kind(f"{who}: {error}. {_STANDS}")

@@ -1,0 +1,119 @@
+"""Persist: from a staged buffer to a durable pack and part."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import crc32c
+
+from shardckpt.format.manifest import Part, pack_path, part_path
+from shardckpt.format.manifest_codec import encode_record
+from shardckpt.storage import Storage
+
+__all__ = ["ChunkPlace", "Placed", "persist"]
+
+_CRC = struct.Struct("<I")
+
+
+class ChunkPlace(Protocol):
+    """Where a chunk lies in the pack of its writer: what there is to know to write it.
+
+    Attributes:
+        row: its row of the chunk table.
+        offset: of its first byte in the pack.
+        nbytes: of its elements. The 4 bytes of its checksum follow them.
+    """
+
+    @property
+    def row(self) -> int: ...
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Placed(NamedTuple):
+    """A `ChunkPlace` that is nothing else, to be sent to the process that writes."""
+
+    row: int
+    offset: int
+    nbytes: int
+
+
+def persist(
+    storage: Storage,
+    content: memoryview,
+    writes: Sequence[ChunkPlace],
+    *,
+    save_id: str,
+    rank: int,
+    per_rank: dict[str, Any],
+    checksums: list[int] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Part:
+    """Write `content` as `rank`'s pack, its chunks checksummed, then the part that describes it.
+
+    Both are durable when it returns, in this order: whoever sees the part can rely on the pack.
+    `writes` are the chunks in the order in which they lie in `content`. Their checksums are computed and
+    put behind them as they are written. Where `content` has been written before, and so has them already,
+    `checksums` are those of its part.
+
+    `progress` is called with the number of bytes that the storage has taken so far, and at the end, when
+    they are durable, with all of them; from any thread, one call at a time.
+    """
+    pending = _Checksums(content, writes) if checksums is None else None
+
+    def before(start: int, stop: int) -> None:
+        if pending is not None:
+            pending.advance(stop)
+        if progress is not None:
+            progress(start)
+
+    storage.write_pack(pack_path(rank), content, before)
+    part = Part(
+        id=save_id,
+        rank=rank,
+        size=len(content),
+        chunk=[write.row for write in writes],
+        offset=[write.offset for write in writes],
+        crc32c=pending.done if pending is not None else list(checksums or []),
+        values=per_rank,
+    )
+    storage.write(part_path(rank), encode_record(part))
+    if progress is not None:
+        progress(len(content))
+    return part
+
+
+class _Checksums:
+    """Checksums of the chunks of a buffer that is gone through once, from its beginning to its end."""
+
+    def __init__(self, content: memoryview, writes: Sequence[ChunkPlace]) -> None:
+        self.done: list[int] = []
+        self._content = content
+        self._writes = writes
+        self._position = 0
+        self._running = 0
+
+    def advance(self, stop: int) -> None:
+        """Go on to byte `stop`: every chunk whose elements end there, or before, gets its checksum.
+
+        Changes bytes from the earlier position on, those of the last checksum perhaps behind `stop`.
+        """
+        while len(self.done) < len(self._writes):
+            write = self._writes[len(self.done)]
+            if write.offset >= stop:
+                break
+            end = write.offset + write.nbytes
+            piece = self._content[max(write.offset, self._position) : min(end, stop)]
+            self._running = crc32c.crc32c(piece, self._running)
+            if end > stop:
+                break
+            _CRC.pack_into(self._content, end, self._running)
+            self.done.append(self._running)
+            self._running = 0
+        self._position = stop

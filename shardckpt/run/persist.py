@@ -1,0 +1,139 @@
+"""Persist: from staged packs to a checkpoint in one tier. Free of torch, and of the trainers.
+
+Every process that has staged packs of a save does this on its own; they meet in the storage only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from shardckpt.errors import CheckpointExistsError, OutOfReachError
+from shardckpt.format.manifest import Manifest
+from shardckpt.run.commit import commit
+from shardckpt.run.failure_reports import report_failure
+from shardckpt.run.pack_writer import Placed, persist
+from shardckpt.run.places import Place
+from shardckpt.run.proposal import Proposal
+from shardckpt.run.retention import prune
+from shardckpt.run.tiers import Destination
+
+__all__ = ["StagedPack", "check_free", "persist_save"]
+
+_log = logging.getLogger("shardckpt")
+
+_PARALLEL = 2  # one pack's checksums are computed while another's bytes are on their way
+
+
+def check_free(place: Place) -> None:
+    """Raise CheckpointExistsError if a checkpoint is there: writing would damage it."""
+    if place.is_committed():
+        raise CheckpointExistsError(
+            f"{place.url} has a checkpoint already, which is never overwritten. Save under another "
+            f"URL, or delete "
+            "that folder first."
+        )
+
+
+@dataclass
+class StagedPack:
+    """One rank's pack, staged in memory.
+
+    Attributes:
+        rank: whose it is.
+        content: the pack's bytes, writable: the checksums are put into it.
+        writes: where its chunks lie.
+        values: the rank's PerRank values by path.
+        checksums: the chunks' CRC-32C once they are known, which `persist_save` sees to.
+    """
+
+    rank: int
+    content: memoryview
+    writes: Sequence[Placed]
+    values: dict[str, Any]
+    checksums: list[int] | None = None
+
+
+def persist_save(
+    destination: Destination,
+    save_id: str,
+    packs: Sequence[StagedPack],
+    proposal: Proposal | None,
+    timeout: float,
+    progress: Callable[[int], object] | None = None,
+    is_given_up: Callable[[], bool] = lambda: False,
+    *,
+    reports_outage: bool = True,
+) -> Manifest | None:
+    """Make the packs durable; with a proposal (rank 0's) also commit the save, and prune. The manifest, if so.
+
+    Raises CheckpointExistsError, with nothing written, if a checkpoint is there.
+    What else goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
+    Not so OutOfReachError unless `reports_outage`: whoever tries again has not failed, and calls `report_lost`
+    when it gives up.
+    Of the wait for other processes' parts, `commit` says when it ends, and what it has to do with `is_given_up`.
+    `progress` is called with the bytes of all packs that the storage has taken so far, from several threads.
+    """
+    place = destination.place
+    taken = dict.fromkeys((pack.rank for pack in packs), 0)
+
+    def advance(rank: int, nbytes: int) -> None:
+        taken[rank] = nbytes
+        if progress is not None:
+            progress(sum(taken.values()))
+
+    def report(path: str, error: Exception) -> None:
+        if reports_outage or not isinstance(error, OutOfReachError):
+            report_failure(place.storage, path, save_id, error)
+
+    def persist_one(pack: StagedPack) -> None:
+        try:
+            part = persist(
+                place.storage,
+                pack.content,
+                pack.writes,
+                save_id=save_id,
+                rank=pack.rank,
+                per_rank=pack.values,
+                checksums=pack.checksums,
+                progress=partial(advance, pack.rank),
+            )
+        except Exception as error:
+            report(f"rank-{pack.rank:05d}", error)
+            raise
+        pack.checksums = part.crc32c
+
+    check_free(place)
+    started = time.monotonic()
+    try:
+        if len(packs) == 1:
+            persist_one(packs[0])
+        else:
+            with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="shardckpt-persist") as pool:
+                list(pool.map(persist_one, packs))
+        if proposal is None:
+            return None
+        own_seconds = time.monotonic() - started
+        manifest = commit(place, proposal, timeout, is_given_up, own_seconds=own_seconds)
+    except Exception as error:
+        if proposal is not None:
+            report("", error)
+        raise
+    _prune(destination)
+    return manifest
+
+
+def _prune(destination: Destination) -> None:
+    """Retention. A failure is logged only: the checkpoint is durable, and the next prune tries again."""
+    if destination.keep_last is None:
+        return
+    place = destination.place
+    try:
+        prune(place.root, destination.keep_last, place)
+    except OSError as error:
+        _log.warning("old checkpoints of %s could not be deleted: %s", place.root.url, error)

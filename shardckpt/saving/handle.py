@@ -1,0 +1,204 @@
+"""A save under way, as the trainer sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shardckpt.environment import is_first_on_node
+from shardckpt.errors import SaveError, SaverError, SaverSilentError, public_api
+from shardckpt.progress import alive, doing
+from shardckpt.run.commit_wait import wait_committed
+from shardckpt.run.places import Place
+from shardckpt.run.tiers import MEMORY, Destination
+
+__all__ = ["FailureLog", "SaveHandle"]
+
+_log = logging.getLogger("shardckpt")
+
+_BEAT = 1.0  # seconds between two signs of life of a trainer that waits
+
+
+class FailureLog:
+    """Logs why saves fail: in full where a tier has a new reason. On one rank of each node."""
+
+    def __init__(self) -> None:
+        self._reasons: dict[str, str] = {}
+
+    def tell(self, step: int, tier: str, error: BaseException) -> None:
+        """A save has failed in a tier."""
+        if not is_first_on_node():
+            return
+        reason = re.sub(r"\d+", "#", str(error))  # steps, ranks and free bytes differ
+        is_known = self._reasons.get(tier) == reason
+        self._reasons[tier] = reason
+        _log.error("step %d is not saved (%s): %s", step, tier, "the same" if is_known else error)
+
+
+@dataclass
+class _State:
+    """What is known here of a save in one tier."""
+
+    is_over: bool = False
+    is_committed: bool = False
+    error: BaseException | None = None
+
+
+class SaveHandle:
+    """A save under way. Training may go on; `wait` tells when it is durable.
+
+    Attributes:
+        url: where it becomes a checkpoint, in the last of its tiers.
+        step: optimizer steps done.
+        tiers: what it goes to: "memory", and "local" and "remote" as they are due.
+    """
+
+    def __init__(
+        self,
+        save_id: str,
+        step: int,
+        destinations: Sequence[Destination],
+        commit_timeout: float,
+        failure_log: FailureLog,
+    ) -> None:
+        self.step = step
+        self.tiers = (MEMORY, *(destination.tier for destination in destinations))
+        self._id = save_id
+        self._places = {destination.tier: destination.place for destination in destinations}
+        self._timeout = commit_timeout
+        self._failure_log = failure_log
+        self._states = {tier: _State() for tier in self.tiers}
+        self._changed = threading.Condition()
+        self._is_submitted = False
+
+    def __repr__(self) -> str:
+        state = "failed" if self.failed else "under way" if self.busy else "committed"
+        return f"SaveHandle({self.url!r}, step={self.step}, {state})"
+
+    @property
+    def url(self) -> str:
+        """See the class. The attempt's name in it may change until the save is durable, if it began without the
+        storage."""
+        with self._changed:
+            last = list(self._places.values())[-1:]
+        return last[0].url if last else MEMORY
+
+    def moved(self, tier: str, place: Place) -> None:
+        """Note where the save lies in a tier, now that this is known."""
+        with self._changed:
+            self._places[tier] = place
+
+    @property
+    def busy(self) -> bool:
+        """Whether this node is still at work on it."""
+        with self._changed:
+            return not all(state.is_over for state in self._states.values())
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known here that the save has failed in some tier; `wait` raises why."""
+        return any(self.failures)
+
+    @property
+    def failures(self) -> tuple[bool, ...]:
+        """By tier, in the order of `tiers`: whether it is known here that the save has failed there."""
+        with self._changed:
+            return tuple(state.error is not None for state in self._states.values())
+
+    def note(self, tier: str, error: BaseException | None = None, *, committed: bool = False) -> None:
+        """Note what became of this rank's part in a tier. Later word about the same tier is ignored."""
+        state = self._states[tier]
+        if state.is_over:
+            return
+        if error is not None and not self._is_left_to_saver(error):
+            self._failure_log.tell(self.step, tier, error)
+        with self._changed:
+            state.is_over, state.error, state.is_committed = True, error, committed or tier == MEMORY
+            self._changed.notify_all()
+
+    @property
+    def is_saver_answerable(self) -> bool:
+        """Whether all that has failed was in the hands of a saver that knows, or will once it goes on."""
+        with self._changed:
+            errors = [state.error for state in self._states.values() if state.error is not None]
+        return not any(
+            isinstance(error, SaverError | MemoryError) and not self._is_left_to_saver(error)
+            for error in errors
+        )
+
+    def _is_left_to_saver(self, error: BaseException) -> bool:
+        """Whether a saver has the data, and is only not waited for any longer."""
+        return self._is_submitted and isinstance(error, SaverSilentError)
+
+    def outcome(self) -> SaveError | None:
+        """Wait as `wait` does; what it would raise."""
+        try:
+            self.wait()
+        except SaveError as error:
+            return error
+        return None
+
+    def settle(self, failures: Sequence[bool]) -> None:
+        """Note in which tiers it has failed, as all ranks know once none is at work on it any more.
+
+        From then on `wait` does not look at the storage, where retention may have deleted the checkpoint.
+        """
+        with self._changed:
+            for state, failed in zip(self._states.values(), failures, strict=True):
+                if failed and state.error is None:
+                    state.error = SaveError("another rank failed; its log says why")
+                state.is_committed = state.error is None
+
+    def submitted(self) -> None:
+        """Note that its data is in the saver's hands."""
+        self._is_submitted = True
+
+    def join(self) -> None:
+        """Return when this node is done with it, whatever the outcome."""
+        self._wait_until(lambda: all(state.is_over for state in self._states.values()))
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, and tell the launcher meanwhile that the trainer does not hang."""
+        with self._changed:
+            if condition():
+                return
+        is_trainer = threading.current_thread() is threading.main_thread()
+        with doing("waiting for saves") if is_trainer else contextlib.nullcontext(), self._changed:
+            while not self._changed.wait_for(condition, _BEAT):
+                if is_trainer:
+                    alive()
+
+    @public_api
+    def wait(self, tier: str | None = None) -> None:
+        """Return when the save is safe in `tier`; None: in all of its tiers.
+
+        In "memory" it is safe from the death of trainers, once all ranks of this node have staged their part;
+        in "local" and "remote" it is a checkpoint: every rank's data is durable there, and the commit.
+
+        May be called on any ranks, any number of times. Raises ValueError for a tier that this save does not
+        go to; SaveError, from what went wrong, if it failed there: then there is no checkpoint of it, and those
+        before it are untouched.
+        """
+        if tier is not None and tier not in self.tiers:
+            raise ValueError(f"this save goes to {', '.join(self.tiers)}, and not to {tier!r}")
+        for name in self.tiers if tier is None else (tier,):
+            self._wait_for(name)
+
+    def _wait_for(self, tier: str) -> None:
+        state = self._states[tier]
+        self._wait_until(lambda: state.is_over)
+        if state.error is None and not state.is_committed:  # another node commits
+            try:
+                wait_committed(self._places[tier], self._id, self._timeout)
+                state.is_committed = True
+            except Exception as error:
+                state.error = error
+        if state.error is not None:
+            raise SaveError(f"saving {self._where(tier)} failed: {state.error}") from state.error
+
+    def _where(self, tier: str) -> str:
+        return self._places[tier].url if tier in self._places else f"step {self.step} in memory"

@@ -1,0 +1,167 @@
+"""Stage: copy what this rank writes into a buffer that is laid out as its pack will be.
+
+This copy is all that training waits for. The buffer is reused from save to save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shardckpt.format.box import Box
+from shardckpt.format.save_plan import ChunkWrite
+from shardckpt.state.tensors import LocalTensor, dense, flat_bytes, is_plain, torch_dtype
+
+__all__ = ["Copies", "StagingBuffer", "chunk_view", "local_slices"]
+
+_PAGE = 4096
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class StagingBuffer:
+    """Memory for one rank's pack."""
+
+    def __init__(self, writes: Sequence[ChunkWrite], size: int, memory: mmap.mmap | None = None) -> None:
+        """Room for a pack of `size` bytes with these chunks: in `memory`, or in new memory of this process."""
+        self.size = size
+        self._is_own = memory is None
+        self._map = _own_memory(size) if memory is None else memory
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._writes = writes
+        self._lock = threading.Lock()
+        self._is_pinned = False
+        self._is_touched = self._is_clean = False
+
+    @property
+    def content(self) -> memoryview:
+        """The pack's bytes, writable."""
+        return memoryview(self._map)[: self.size]
+
+    def touch(self) -> None:
+        """Have the kernel provide the memory, which takes several times as long as a later copy into it."""
+        with self._lock:
+            if self._is_own and not self._is_touched:
+                self._bytes.zero_()
+                self._is_touched = True
+
+    def fill(self, copies: Copies) -> None:
+        """Copy the live tensors here; when it returns, they may change again."""
+        with self._lock, torch.no_grad():
+            self._is_touched = True
+            self._clean()
+            base = self._bytes.data_ptr()
+            for offset, source, nbytes in copies.plain:
+                ctypes.memmove(base + offset, source, nbytes)  # torch's takes twice as long (bench/memory)
+            for device, others in copies.others.items():
+                is_gpu = device.type == "cuda"
+                if is_gpu:
+                    self._pin()
+                targets = [self._target(write) for write, _ in others]
+                torch._foreach_copy_(targets, [source for _, source in others], non_blocking=is_gpu)
+                if is_gpu:
+                    torch.cuda.current_stream(device).synchronize()
+
+    def holds(self, copies: Copies) -> bool:
+        """Whether the live tensors have, in every byte, what was copied here last."""
+        base = self._bytes.data_ptr()
+        with self._lock, torch.no_grad():
+            for offset, address, nbytes in copies.plain:
+                if _memcmp(base + offset, address, nbytes):
+                    return False
+            for others in copies.others.values():
+                for write, source in others:
+                    live = flat_bytes(dense(source).cpu())
+                    if not torch.equal(live, flat_bytes(self._target(write).contiguous())):
+                        return False
+        return True
+
+    def _target(self, write: ChunkWrite) -> torch.Tensor:
+        """Where a chunk's elements go; what lies beyond its box is padding."""
+        chunk = chunk_view(self._bytes, write.offset, write.dtype, write.chunk)
+        return chunk[tuple(slice(0, n) for n in write.box.shape)]
+
+    def _clean(self) -> None:
+        """Zero what no copy writes to, where another pack may have been."""
+        if self._is_clean:
+            return
+        self._is_clean = True
+        if self._is_own:
+            return
+        base, end = self._bytes.data_ptr(), 0
+        for write in self._writes:
+            is_padded = write.box.shape != write.chunk
+            stop = write.offset + (write.nbytes if is_padded else 0)
+            ctypes.memset(base + end, 0, stop - end)
+            end = write.offset + write.nbytes
+        ctypes.memset(base + end, 0, self.size - end)
+
+    def _pin(self) -> None:
+        """Let a GPU write here without a copy in between; where the driver refuses, it makes that copy.
+
+        Written by CUDA's documentation of cudaHostRegister, and not yet measured.
+        """
+        if not self._is_pinned:
+            self._is_pinned = True
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            address = self._bytes.data_ptr()
+            if not int(runtime.cudaHostRegister(address, self._bytes.nbytes, 0)):
+                weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+
+
+class Copies:
+    """What is copied into a staging buffer: worked out once, for any number of saves and buffers.
+
+    Attributes:
+        plain: (offset in the pack, address, bytes) of what is copied as it lies in memory.
+        others: by device, the chunks to copy element by element, each with its live tensor.
+    """
+
+    def __init__(self, writes: Sequence[ChunkWrite], tensors: Sequence[LocalTensor]) -> None:
+        self.plain: list[tuple[int, int, int]] = []
+        self.others: dict[torch.device, list[tuple[ChunkWrite, torch.Tensor]]] = {}
+        self._kept: list[torch.Tensor] = []  # whose addresses are in `plain`
+        by_name = {tensor.name: tensor for tensor in tensors}
+        for write in writes:
+            tensor = by_name[write.name]
+            source = tensor.data[local_slices(tensor, write.box)]
+            if is_plain(source) and write.box.shape[1:] == write.chunk[1:]:
+                self.plain.append((write.offset, source.data_ptr(), source.nbytes))
+                self._kept.append(source)
+            else:
+                self.others.setdefault(source.device, []).append((write, source))
+
+
+def _own_memory(size: int) -> mmap.mmap:
+    """Zeroed memory of this process, page-aligned."""
+    memory = mmap.mmap(-1, max(_PAGE, -(-size // _PAGE) * _PAGE), mmap.MAP_PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults in the first save
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def local_slices(tensor: LocalTensor, box: Box) -> tuple[slice, ...]:
+    """What selects `box` from this rank's memory. The box must lie in one of the tensor's pieces."""
+    for piece in tensor.pieces:
+        if box.intersect(piece.box) is not None or not box.shape:
+            shift = tuple(a - o for a, o in zip(piece.at, piece.box.offsets, strict=True))
+            return tuple(
+                slice(o + s, o + s + n) for o, n, s in zip(box.offsets, box.shape, shift, strict=True)
+            )
+    raise AssertionError(f"{tensor.name!r}: {box} is in no piece of this rank")
+
+
+def chunk_view(buffer: torch.Tensor, offset: int, dtype: str, chunk: Sequence[int]) -> torch.Tensor:
+    """The chunk at `offset` of a byte tensor, as a tensor that shares its memory."""
+    kind = torch_dtype(dtype)
+    count = math.prod(chunk) * kind.itemsize
+    return buffer[offset : offset + count].view(kind).view(tuple(chunk))

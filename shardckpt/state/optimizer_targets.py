@@ -1,0 +1,240 @@
+"""Optimizers as targets of a load: state by the names of parameters, options by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from shardckpt.errors import StateError
+from shardckpt.format.values import join
+from shardckpt.state.load_targets import TargetBuilder, mismatch
+from shardckpt.state.modules import Stateful, state_of
+from shardckpt.state.optimizers import check_optimizer, has_groups, is_by_number, optimizer_parameters
+from shardckpt.state.overlaps import overlaps_itself
+from shardckpt.state.overrides import has_override, optimizer_loads_plainly
+from shardckpt.state.wrapped import local_part, storages
+
+__all__ = ["bind_optimizer", "with_layouts"]
+
+_DEPTH = 4
+"""How far into an object its optimizers are looked for."""
+
+_OWN = ("params", "param_names")
+"""What of a group is the optimizer's own: which parameters it has, in which order, and what it calls them."""
+
+
+def bind_optimizer(
+    builder: TargetBuilder,
+    optimizer: torch.optim.Optimizer,
+    saved: Any,
+    path: str,
+    names: Mapping[int, tuple[str, str]],
+) -> None:
+    """Note what loading `saved` into the optimizer at `path` fills, and that its load_state_dict is called.
+
+    State goes by parameter names, so neither the order of parameters nor their groups need to agree. State of a
+    plain optimizer is filled where it fits; one with hooks or methods of its own gets new memory for all of it.
+    """
+    check_optimizer(optimizer, path)
+    is_plain = optimizer_loads_plainly(optimizer)
+    tree = None if is_plain else state_of(optimizer, path)
+    if tree is not None and not is_by_number(tree, optimizer):
+        make = builder.made(saved, with_layouts(optimizer, path), path)
+        builder.finish(path, lambda: optimizer.load_state_dict(make()))
+        return
+    if not _is_by_name(saved):
+        raise mismatch(path, "optimizer", saved)
+    parameters = optimizer_parameters(optimizer, names)
+    groups = {name: group for group in saved["param_groups"] for name in group["params"]}
+    place = join(path, "state")
+    state: dict[Any, Callable[[], Any]] = {}
+    for number, (name, parameter) in enumerate(parameters):
+        live = optimizer.state.get(parameter, {}) if tree is None else tree["state"].get(number, {})
+        if name not in groups:
+            builder.missing(join(place, name))
+            state[number] = partial(_same, live)
+        elif name in saved["state"]:
+            state[number] = _made_state(
+                builder, saved["state"][name], live, parameter, join(place, name), in_place=is_plain
+            )
+    own = {name for name, _ in parameters}
+    for name in groups:
+        if name not in own:
+            builder.unexpected(None, join(place, name))
+    for key, value in saved["state"].items():
+        if key not in groups:  # of no parameter
+            state[key] = builder.made(value, optimizer.state.get(key), join(place, key))
+    made_groups = _made_groups(builder, optimizer, [name for name, _ in parameters], groups, path)
+    rest = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
+    others = builder.made(rest, tree, path)
+
+    def finish() -> None:
+        filled = {key: make() for key, make in state.items()}
+        optimizer.load_state_dict(
+            {
+                **others(),
+                "state": {
+                    key: entry for key, entry in filled.items() if entry or key not in range(len(own))
+                },
+                "param_groups": [make() for make in made_groups],
+            }
+        )
+        if not has_override(optimizer, "load_state_dict", [torch.optim.Optimizer.load_state_dict]):
+            _keep_precision(optimizer, [p for _, p in parameters], filled)
+
+    builder.finish(path, finish)
+
+
+def with_layouts(held: Stateful, path: str) -> Any:
+    """The state_dict of an object, which shows how the tensors that it is to be given are laid out.
+
+    Where it has an optimizer's, and the object an optimizer of that form, state that the optimizer lacks is
+    laid out as its parameter is.
+    """
+    tree = state_of(held, path)
+    optimizers = list(_optimizers(held))
+    return _laid_out(tree, optimizers) if optimizers else tree
+
+
+def _is_by_name(saved: Any) -> bool:
+    """Whether this is what `optimizer_tree` makes of it."""
+    return has_groups(saved) and all(
+        isinstance(saved["state"].get(name, {}), dict)
+        for group in saved["param_groups"]
+        for name in group["params"]
+    )
+
+
+def _made_state(
+    builder: TargetBuilder,
+    saved: dict[str, Any],
+    live: Mapping[str, Any],
+    parameter: torch.Tensor,
+    path: str,
+    *,
+    in_place: bool,
+) -> Callable[[], Any]:
+    """What makes a parameter's state: its own tensors filled where they fit, else new ones laid out like it.
+
+    A live tensor that shares the parameter's memory is never filled, as the parameter has its own value; nor is
+    one whose elements share theirs.
+    """
+    memory = storages(parameter)
+    parts: dict[str, Callable[[], Any]] = {}
+    for key, value in saved.items():
+        held = live.get(key)
+        place = join(path, key)
+        is_own = held is not None and not (
+            isinstance(held, torch.Tensor)
+            and (storages(held) & memory or overlaps_itself(local_part(held)))
+        )
+        if in_place and is_own and builder.fits(held, value, place):
+            builder.fill(cast("torch.Tensor", held), place, value)
+            parts[key] = partial(_same, held)
+        else:
+            parts[key] = builder.made(value, held if is_own else parameter, place)
+    return lambda: {key: make() for key, make in parts.items()}
+
+
+def _made_groups(
+    builder: TargetBuilder,
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    saved: Mapping[str, dict[str, Any]],
+    path: str,
+) -> list[Callable[[], dict[str, Any]]]:
+    """What makes each group as load_state_dict wants it: the saved options, and its own parameters.
+
+    `names` has all parameters' names in order, and `saved` the saved group of each name.
+    """
+    made: list[Callable[[], dict[str, Any]]] = []
+    numbers = iter(range(len(names)))
+    for index, group in enumerate(optimizer.param_groups):
+        own: dict[str, Any] = {"params": [next(numbers) for _ in group["params"]]}
+        if "param_names" in group:
+            own["param_names"] = group["param_names"]
+        sources = {id(g): g for number in own["params"] if (g := saved.get(names[number])) is not None}
+        if len(sources) > 1:
+            raise StateError(
+                f"state[{path!r}]: the parameters of group {index} were in {len(sources)} groups when "
+                "the checkpoint was written, so its learning rate and other options are unknown. Group "
+                "the parameters as they were then."
+            )
+        source = next(iter(sources.values()), group)
+        options = {key: value for key, value in source.items() if key not in _OWN}
+        make = builder.made(options, group, join(join(path, "param_groups"), index))
+        made.append(partial(_joined, make, own))
+    return made
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _joined(make: Callable[[], dict[str, Any]], own: dict[str, Any]) -> dict[str, Any]:
+    return {**make(), **own}
+
+
+def _keep_precision(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], filled: Mapping[Any, Any]
+) -> None:
+    """Undo load_state_dict's cast of state to the parameter's type: what was saved comes back exactly."""
+    for number, parameter in enumerate(parameters):
+        held = optimizer.state.get(parameter)
+        if held is not None and number in filled:
+            held.update({key: _exact(held[key], v) for key, v in filled[number].items() if key in held})
+
+
+def _exact(held: Any, loaded: Any) -> Any:
+    """What load_state_dict made of a loaded value, but of the loaded one's type where it was only cast."""
+    if isinstance(held, torch.Tensor) and isinstance(loaded, torch.Tensor):
+        is_cast = held.dtype != loaded.dtype and torch.equal(held, loaded.to(held))
+        return loaded.to(held.device) if is_cast else held
+    if isinstance(held, dict) and isinstance(loaded, dict):
+        return {key: _exact(value, loaded.get(key)) for key, value in held.items()}
+    if type(held) in (list, tuple) and isinstance(loaded, (list, tuple)) and len(held) == len(loaded):
+        return type(held)(_exact(one, other) for one, other in zip(held, loaded, strict=True))
+    return held
+
+
+def _optimizers(held: object, depth: int = 0) -> Iterator[torch.optim.Optimizer]:
+    """The optimizers among an object's attributes, also inside wrappers, lists and dicts of them."""
+    values: Iterable[Any] = ()
+    if isinstance(held, torch.optim.Optimizer) and depth:
+        yield held
+    elif isinstance(held, (list, tuple)):
+        values = held
+    elif isinstance(held, Mapping):
+        values = held.values()
+    elif isinstance(held, Stateful) and not isinstance(held, (type, nn.Module)):
+        values = getattr(held, "__dict__", {}).values()
+    if depth < _DEPTH:
+        for value in values:
+            yield from _optimizers(value, depth + 1)
+
+
+def _laid_out(tree: Any, optimizers: list[torch.optim.Optimizer]) -> Any:
+    """The tree, where each optimizer's state_dict has a layout for whatever its parameters may have."""
+    if not isinstance(tree, Mapping):
+        return tree
+    found = next((o for o in optimizers if is_by_number(tree, o)), None)
+    if found is None:
+        return {key: _laid_out(value, optimizers) for key, value in tree.items()}
+    parameters = [p for group in found.param_groups for p in group["params"]]
+    state = {n: _LikeParameter(tree["state"].get(n, {}), p) for n, p in enumerate(parameters)}
+    return {**tree, "state": {**tree["state"], **state}}
+
+
+class _LikeParameter(dict[Any, Any]):
+    """A parameter's state, which has the parameter where it lacks something."""
+
+    def __init__(self, state: Mapping[Any, Any], parameter: torch.Tensor) -> None:
+        super().__init__(state)
+        self._parameter = parameter
+
+    def get(self, key: Any, _default: Any = None) -> Any:
+        return super().get(key, self._parameter)

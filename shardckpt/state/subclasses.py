@@ -1,0 +1,132 @@
+"""Tensors of every kind as named tensors with memory of their own, for saving them and for loading into them.
+
+A plain tensor and a DTensor are one named tensor. A wrapper subclass is one for each tensor that it consists of,
+below its own name. A DTensor of a wrapper is sharded: where an inner tensor has the shape of the local part, its
+elements are placed as the DTensor's are, and any other world can load it. Of other inner tensors (scales of
+blocks, packed codes) only the wrapper knows what belongs to which element: each shard's is stored by itself, and
+loads into the same sharding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from shardckpt.errors import StateError
+from shardckpt.format.values import TensorRef, WrapperRef, join
+from shardckpt.state.tensors import LocalTensor, Sharding, local_tensor, sharding_of
+from shardckpt.state.wrapped import flat, is_wrapper, local_part
+
+__all__ = ["empty_wrapper", "expand", "pair"]
+
+
+def expand(
+    tensor: torch.Tensor, path: str, *, first_holder: bool = False
+) -> tuple[TensorRef | WrapperRef, list[LocalTensor]]:
+    """What stands for the tensor at `path` among the values, and this rank's part of the tensors that it names.
+
+    Raises UnsupportedValueError, which names the path, for a tensor without memory or of a type that the format
+    lacks.
+    """
+    if type(tensor) is torch.Tensor:  # most are
+        return TensorRef(path), [local_tensor(tensor, path, local=tensor, first_holder=first_holder)]
+    return _expand(tensor, local_part(tensor), path, first_holder)
+
+
+def _expand(
+    whole: torch.Tensor, local: torch.Tensor, path: str, first_holder: bool
+) -> tuple[Any, list[LocalTensor]]:
+    if not is_wrapper(local):
+        return TensorRef(path), [local_tensor(whole, path, local=local, first_holder=first_holder)]
+    inner, context = flat(local)
+    sharding = sharding_of(whole, path) if isinstance(whole, DTensor) else None
+    forms: dict[str, Any] = {}
+    parts: list[LocalTensor] = []
+    is_fixed = False
+    for name, held in inner:
+        place = join(path, name)
+        if sharding is not None and held.shape == local.shape:
+            forms[name], found = _expand(whole, held, place, first_holder)
+        elif sharding is None or sharding.count == 1 or not held.shape:
+            forms[name], found = expand(held, place, first_holder=first_holder)
+        else:
+            is_fixed = True
+            forms[name], found = _by_shard(held, place, sharding, first_holder)
+        parts += found
+    form = WrapperRef(
+        forms,
+        type=f"{type(local).__module__}.{type(local).__qualname__}",
+        dtype=str(whole.dtype).removeprefix("torch."),
+        shape=tuple(whole.shape),
+        sharding=sharding.splits if sharding is not None and is_fixed else (),
+        context=context,
+    )
+    return form, parts
+
+
+def _by_shard(
+    held: torch.Tensor, path: str, sharding: Sharding, first_holder: bool
+) -> tuple[list[Any], list[LocalTensor]]:
+    forms, parts = [], []
+    for number in range(sharding.count):
+        form, found = expand(held, join(path, number), first_holder=first_holder)
+        forms.append(form)
+        parts += found if number == sharding.index else []
+    return forms, parts
+
+
+def empty_wrapper(like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same classes as a wrapper, or a DTensor of one, that consists of new memory."""
+    local: Any = local_part(like)
+    if not is_wrapper(local):
+        made = torch.empty_like(local, requires_grad=False)
+    else:
+        names, context = local.__tensor_flatten__()
+        inner = {name: empty_wrapper(getattr(local, name)) for name in names}
+        made = type(local).__tensor_unflatten__(inner, context, local.shape, local.stride())
+    if not isinstance(like, DTensor):
+        return made
+    return DTensor(made, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def pair(held: Any, saved: Any, path: str) -> Iterator[tuple[str, str]]:
+    """For a tensor of the state and what was saved at its place: each named tensor, and its name there.
+
+    `held` is what `expand` gives. Raises StateError unless both consist of the same tensors, with the same
+    meaning.
+    """
+    if isinstance(held, list) and isinstance(saved, list):
+        for number, (one, other) in enumerate(zip(held, saved, strict=True)):
+            yield from pair(one, other, join(path, number))
+    elif isinstance(held, WrapperRef) and isinstance(saved, WrapperRef):
+        for what, one, other in (
+            ("type", held.type.rpartition(".")[2], saved.type.rpartition(".")[2]),
+            ("shape", list(held.shape), list(saved.shape)),
+            ("element type", held.dtype, saved.dtype),
+            ("sharding (dimension, parts, factor)", held.sharding, saved.sharding),
+            ("meaning", held.context, saved.context),
+            ("inner tensors", sorted(held), sorted(saved)),
+        ):
+            if one != other:
+                raise StateError(
+                    f"state[{path!r}] is a {held.type}, and its {what} is {one}, but {other} in the "
+                    "checkpoint. Build it as it was when it was saved, or leave it out of the state."
+                )
+        for name in held:
+            yield from pair(held[name], saved[name], join(path, name))
+    elif isinstance(held, TensorRef) and isinstance(saved, TensorRef):
+        yield held.name, saved.name
+    else:
+        raise StateError(
+            f"state[{path!r}] is {_kind(held)} here, but {_kind(saved)} in the checkpoint. Build it as it was "
+            "when it was saved, or leave it out of the state."
+        )
+
+
+def _kind(form: Any) -> str:
+    if isinstance(form, WrapperRef):
+        return f"a tensor subclass {form.type}"
+    return "a plain tensor" if isinstance(form, TensorRef) else f"a {type(form).__qualname__}"

@@ -1,0 +1,156 @@
+"""The inverse of flatten: what a load fills, and how it is handed to the state's objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardckpt.errors import FormatError, MissingKeysError, StateError
+from shardckpt.format.manifest import Manifest
+from shardckpt.format.values import MAX_DEPTH, PerRankRef, Record, decode, join
+from shardckpt.state.conform import conform
+from shardckpt.state.flatten import PerRank, check_state, per_rank_path
+from shardckpt.state.load_targets import LoadTargets, TargetBuilder, mismatch
+from shardckpt.state.module_targets import bind_module
+from shardckpt.state.modules import Stateful, is_sharded, iter_modules, parameter_names, reshard
+from shardckpt.state.optimizer_targets import bind_optimizer, with_layouts
+
+__all__ = ["bind_state"]
+
+_ABSENT = object()
+_LISTED = 8
+
+
+def bind_state(state: dict[str, Any], manifest: Manifest, rank: int, *, strict: bool) -> LoadTargets:
+    """What loading `manifest` into `state` fills on this rank. Changes nothing.
+
+    It compares the state with the checkpoint, and returns the tensors to fill, and what gives everything else to
+    the modules, optimizers and other objects. Raises ShapeMismatchError and StateError; with `strict` also
+    MissingKeysError, if the names below any top-level key of the state differ from the checkpoint's.
+    """
+    check_state(state)
+    modules = dict(iter_modules(state))
+    reshard(modules.values())
+    builder = TargetBuilder(manifest, cache(lambda: any(map(is_sharded, modules.values()))))
+    walk = _Walk(builder, manifest, rank, parameter_names(modules), strict)
+    saved = decode(manifest.values)
+    walk.entries(state, saved, "")
+    targets = builder.done()
+    targets.unused = [key for key in saved if key not in state]
+    if strict and (targets.missing or targets.unexpected):
+        raise MissingKeysError(_difference(targets))
+    return targets
+
+
+class _Walk:
+    """One walk over a state and, side by side, what was saved of it."""
+
+    def __init__(
+        self,
+        builder: TargetBuilder,
+        manifest: Manifest,
+        rank: int,
+        names: Mapping[int, tuple[str, str]],
+        strict: bool,
+    ) -> None:
+        self._builder = builder
+        self._manifest = manifest
+        self._rank = rank
+        self._names = names
+        self._strict = strict
+
+    def entries(self, held: Any, saved: Any, path: str) -> None:
+        """The entries of a dict or list of the state that is not plain data throughout."""
+        is_dict = isinstance(held, Mapping)
+        if not isinstance(saved, dict if is_dict else (list, tuple)):
+            raise mismatch(path, type(held).__qualname__, saved)
+        if isinstance(saved, Record):
+            conform(saved, held, path)  # raises if it has other names
+        wanted = dict(saved if isinstance(saved, dict) else enumerate(saved))
+        for key, value in list(held.items() if is_dict else enumerate(held)):
+            self._entry(held, key, value, wanted.pop(key, _ABSENT), join(path, key))
+        if path:
+            for key, value in wanted.items():
+                self._builder.unexpected(value, join(path, key))
+
+    def _entry(self, parent: Any, key: Any, held: Any, saved: Any, path: str) -> None:
+        if saved is _ABSENT:
+            self._builder.missing(path)
+        elif isinstance(held, PerRank):
+            self._per_rank(held, saved, path)
+        elif isinstance(held, nn.Module):
+            bind_module(self._builder, held, saved, path, strict=self._strict)
+        elif isinstance(held, torch.optim.Optimizer):
+            bind_optimizer(self._builder, held, saved, path, self._names)
+        elif isinstance(held, torch.Tensor):
+            self._builder.fill(held, path, saved)
+        elif isinstance(held, Stateful) and not isinstance(held, type):
+            tree = self._builder.made(saved, with_layouts(held, path), path)
+            self._builder.finish(path, lambda: held.load_state_dict(tree()))
+        elif isinstance(held, (Mapping, list, tuple)) and _has_objects(held):
+            self.entries(held, saved, path)
+        else:
+            self._value(parent, key, held, saved, path)
+
+    def _value(self, parent: Any, key: Any, held: Any, saved: Any, path: str) -> None:
+        """Plain data: filled, or put in the place of what is held."""
+        if not isinstance(parent, tuple):
+            made = self._builder.refilled(saved, held, path)
+            self._builder.finish(path, lambda: parent.__setitem__(key, made()))
+        elif self._builder.is_refillable(held, saved):
+            self._builder.finish(path, self._builder.refilled(saved, held, path))
+        elif isinstance(held, tuple) and isinstance(saved, tuple) and len(held) == len(saved):
+            self.entries(held, saved, path)
+        elif repr(saved := conform(saved, held, path)) != repr(held):
+            raise StateError(
+                f"state[{path!r}] is {held!r} in a tuple, which cannot be changed, and {saved!r} in the "
+                "checkpoint. Use a list instead of the tuple."
+            )
+
+    def _per_rank(self, held: PerRank, saved: Any, path: str) -> None:
+        if not isinstance(saved, PerRankRef):
+            raise mismatch(path, "PerRank", saved)
+        saved_values = {}
+        if self._rank < self._manifest.world_size:
+            saved_values = self._manifest.per_rank[self._rank]
+        if not saved_values:  # a smaller world saved it, perhaps resharded since
+            self._builder.targets.kept.append(path)
+            return
+        if saved.path not in saved_values:
+            raise FormatError(f"the checkpoint lacks rank {self._rank}'s value of state[{path!r}]")
+        content = decode(saved_values[saved.path])
+        holder = {"value": held.value}
+        self._entry(holder, "value", held.value, content, per_rank_path(path, self._rank))
+        self._builder.finish(path, lambda: setattr(held, "value", holder["value"]))
+
+
+def _has_objects(held: Any, depth: int = 0) -> bool:
+    """Whether something in this container is to be loaded into, and not just replaced."""
+    if depth > MAX_DEPTH:  # it contains itself
+        return False
+    if isinstance(held, Mapping):
+        return any(_has_objects(value, depth + 1) for value in held.values())
+    if isinstance(held, (list, tuple)):
+        return any(_has_objects(value, depth + 1) for value in held)
+    return isinstance(held, (torch.Tensor, PerRank)) or (
+        isinstance(held, Stateful) and not isinstance(held, type)
+    )
+
+
+def _difference(targets: LoadTargets) -> str:
+    lines = ["the state and the checkpoint do not have the same names."]
+    for names, what in (
+        (targets.missing, "in the state but not in the checkpoint"),
+        (targets.unexpected, "in the checkpoint but not in the state"),
+    ):
+        if names:
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            lines.append(f"  {len(names)} {what}: {', '.join(names[:_LISTED])}{more}")
+    lines.append(
+        "Nothing was loaded. With strict=False what both have is loaded, and the rest is reported."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""How things are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from launcher.formatting import amount, count, duration, name_ranks, part, spans
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parts", "named"),
+    [
+        ([3], ["3"], "rank 3"),
+        ([4, 3], ["3-4"], "ranks 3-4"),
+        ([0, 1, 2, 5], ["0-2", "5"], "ranks 0-2, 5"),
+        (range(0, 6, 2), ["0", "2", "4"], "ranks 0, 2, 4"),
+    ],
+)
+def test_ranks(ranks: Iterable[int], parts: list[str], named: str) -> None:
+    assert spans(ranks) == parts
+    assert name_ranks(ranks) == named
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3.0, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (303, "5 min 3 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (97200, "1 d 3 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (64e9, "64.0 GB"), (2e16, "20000.0 TB")],
+)
+def test_amounts(size: float, text: str) -> None:
+    assert amount(size) == text
+
+
+def test_counts() -> None:
+    assert [count(number, "rank") for number in (0, 1, 2)] == ["0 ranks", "1 rank", "2 ranks"]
+
+
+def test_parts_are_in_the_units_of_the_whole() -> None:
+    assert part(5e8, 64e9) == "0.5 of 64.0 GB"
+    assert part(12, 999) == "12 of 999 B"
+
+
+def test_counts_of_what_has_another_plural() -> None:
+    assert [count(number, "process", "processes") for number in (0, 1, 2)] == [
+        "0 processes",
+        "1 process",
+        "2 processes",
+    ]

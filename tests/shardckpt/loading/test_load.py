@@ -1,0 +1,445 @@
+"""Loads from mapped files, memory and remote storage: how much is read, by whom, and what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from shardckpt.errors import CorruptError, StorageError
+from shardckpt.format.box import Box, Piece
+from shardckpt.format.manifest import Manifest
+from shardckpt.loading import exchange_plan as sharing
+from shardckpt.loading import fetch
+from shardckpt.loading import pack_reader as packs
+from shardckpt.loading.fill import fill
+from shardckpt.loading.pack_reader import MemoryPacks, Source
+from shardckpt.ranks.world import Alone, Ranks, TorchRanks, current_ranks
+from shardckpt.run.places import Place, read_manifest
+from shardckpt.state.tensors import LocalTensor, empty_like_saved, local_tensor
+from shardckpt.storage import LocalStorage, Storage, open_storage
+from tests.kit.faults import FaultyStorage
+from tests.kit.worlds import outcomes, run_processes, run_threads, save_local
+
+ROWS, COLUMNS, TENSORS = 48, 64, 6
+State = list[LocalTensor]
+
+
+class Remote(FaultyStorage):
+    """A folder as if it were far away. `fetched` has the (path, bytes) of each read."""
+
+    def __init__(
+        self, inner: Storage, fail_at: int | None = None, error: BaseException | None = None
+    ) -> None:
+        super().__init__(inner, fail_at, error)
+        self.fetched: list[tuple[str, int]] = []
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        super().read_into(path, offset, buffer)
+        self.fetched.append((path, buffer.nbytes))
+
+
+class Watched(LocalStorage):
+    """A local folder. `fetched` has the paths that were read by requests; `spoil` is called after each check."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.fetched: list[str] = []
+        self.spoil: Callable[[Path], object] = lambda _: None
+
+    def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
+        self.fetched.append(path)
+        super().read_into(path, offset, buffer)
+
+    def size(self, path: str) -> int:
+        found = super().size(path)
+        self.spoil(Path(self.url) / path)
+        return found
+
+
+def content(number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(ROWS, COLUMNS, generator=generator)
+
+
+def shards(parts: int, part: int, *, filled: bool = False, is_new: bool = False) -> State:
+    """What one of so many ranks holds of each tensor: an even part of its rows."""
+    start, stop = part * ROWS // parts, (part + 1) * ROWS // parts
+    box = Box((start, 0), (stop - start, COLUMNS))
+    pieces = (Piece(box, (0, 0)),) if box.volume else ()
+    return [
+        LocalTensor(
+            f"t{i}",
+            "float32",
+            (ROWS, COLUMNS),
+            pieces,
+            content(i)[start:stop].clone() if filled else torch.zeros(box.shape),
+            is_new=is_new,
+        )
+        for i in range(TENSORS)
+    ]
+
+
+def save(path: Path, parts: int = 4) -> Manifest:
+    return save_local(open_storage(path), [shards(parts, i, filled=True) for i in range(parts)])[1]
+
+
+def assert_loaded(state: State, parts: int, part: int) -> None:
+    for found, wanted in zip(state, shards(parts, part, filled=True), strict=True):
+        assert torch.equal(found.data, wanted.data), (found.name, part)
+
+
+def assert_untouched(state: State) -> None:
+    assert not any(tensor.data.any() for tensor in state)
+
+
+def memory(
+    path: Path, manifest: Manifest, numbers: Sequence[int], *, has_checksums: bool = True
+) -> MemoryPacks:
+    """The packs of a checkpoint as a saver holds them; the memory is read-only and larger than the pack."""
+    held = {number: (path / manifest.packs[number].path).read_bytes() + b"\xff" * 5 for number in numbers}
+    return MemoryPacks("memory", {n: memoryview(data) for n, data in held.items()}, has_checksums)
+
+
+def flip(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
+# -- mapped files
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_local_packs_are_mapped(is_new: bool, tmp_path: Path) -> None:
+    """No byte of them is read by a request."""
+    manifest = save(tmp_path)
+    storage = Watched(str(tmp_path))
+    state = shards(1, 0, is_new=is_new)
+    assert fill(Place(storage), manifest, state, Alone()) == manifest.nbytes
+    assert_loaded(state, 1, 0)
+    assert not storage.fetched
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_where_mapping_is_refused(is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read instead."""
+    manifest = save(tmp_path)
+    monkeypatch.setattr(packs, "_map_file", lambda *_: None)
+    storage = Watched(str(tmp_path))
+    state = shards(1, 0, is_new=is_new)
+    fill(Place(storage), manifest, state, Alone())
+    assert_loaded(state, 1, 0)
+    assert set(storage.fetched) == {pack.path for pack in manifest.packs}
+
+
+def test_more_packs_than_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapping that was given up is made again."""
+    manifest = save(tmp_path)
+    monkeypatch.setattr(packs, "_MAPPED", 1)
+    state = shards(1, 0)
+    fill(Place(open_storage(tmp_path)), manifest, state, Alone())
+    assert_loaded(state, 1, 0)
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_mapped_packs_are_not_this_process_s_memory(
+    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has been applied is unmapped."""
+    wanted = torch.arange(1 << 20).view(64, -1)
+    root = open_storage(tmp_path)
+    _, manifest = save_local(root, [[local_tensor(wanted[i], f"t{i}") for i in range(64)]])
+    mapped: list[np.ndarray[Any, Any]] = []
+    map_file = packs._map_file
+
+    def keep(path: str, size: int) -> np.ndarray[Any, Any] | None:
+        mapped.append(np.asarray(map_file(path, size)))
+        return mapped[-1]
+
+    monkeypatch.setattr(packs, "_map_file", keep)
+    made = torch.zeros_like(wanted)
+    targets = [replace(local_tensor(made[i], f"t{i}"), is_new=is_new) for i in range(64)]
+    fill(Place(root), manifest, targets, Alone())
+    assert torch.equal(made, wanted)
+    (pack,) = mapped
+    start = pack.__array_interface__["data"][0]
+    smaps = Path("/proc/self/smaps").read_text().partition(f"{start:x}-")[2]
+    resident = int(smaps.partition("Rss:")[2].split()[0]) << 10
+    assert resident < wanted.nbytes / 100
+
+
+class Truncating(Alone):
+    """Has a file cut short at the second thing that ranks agree on: between verifying and applying."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._calls = 0
+
+    def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:  # noqa: ARG002
+        self._calls += 1
+        if self._calls == 2:
+            os.truncate(self._path, 100)
+        return super().maximum(values)
+
+
+def _load_while_truncated(_: int, path: Path, when: str) -> tuple[str, bool]:
+    root = Watched(str(path))
+    pack = path / "rank-00000/data.pack"
+    ranks = Alone()
+    if when == "before":
+        root.spoil = lambda found: os.truncate(found, 100)
+    else:
+        ranks = Truncating(pack)
+    state = shards(1, 0)
+    try:
+        fill(Place(root), read_manifest(Place(root)), state, ranks)
+    except CorruptError as error:
+        return str(error), any(bool(tensor.data.any()) for tensor in state)
+    return "", True
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_pack_truncated_while_it_is_read(when: str, tmp_path: Path) -> None:
+    """After its size was checked, or after it was verified: an error, and never the end of the process."""
+    save(tmp_path, 1)
+    ((told, changed),) = run_processes(1, _load_while_truncated, tmp_path, when)
+    assert "is truncated" in told
+    assert when == "after" or not changed
+
+
+def test_new_memory_asks_for_huge_pages() -> None:
+    """The inside of a large new tensor is marked so; 'hg' says that in its mapping's flags."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no huge pages")
+    made = empty_like_saved("float32", (32, 1 << 20), None)
+    inside = made.data_ptr() + made.nbytes // 2
+    flags: dict[bool, str] = {}
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(part, 16) for part in first.split("-"))
+            here = low <= inside < high
+        elif first == "VmFlags:":
+            flags[here] = line
+    assert " hg" in flags[True]
+
+
+# -- remote storage
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize(("ranks", "parts"), [(3, 1), (3, 3), (5, 5), (4, 2), (1, 1)])
+def test_a_job_fetches_each_byte_once(
+    ranks: int, parts: int, is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicated, resharded, or both: 1.05 times the checkpoint's bytes at most; in one batch or many."""
+    manifest = save(tmp_path)
+    # Small enough for many batches and requests, large enough for several chunks in each
+    for module, name, value in (
+        (sharing, "_UNIT", 8 << 10),
+        (sharing, "_BATCH", 20 << 10),
+        (fetch, "_AHEAD", 16 << 10),
+    ):
+        monkeypatch.setattr(module, name, value)
+    storage = Remote(open_storage(tmp_path))
+
+    def load(world: Ranks) -> None:
+        state = shards(parts, world.rank % parts, is_new=is_new)
+        fill(Place(storage), manifest, state, world)
+        assert_loaded(state, parts, world.rank % parts)
+
+    run_threads(ranks, load)
+    fetched = sum(nbytes for _, nbytes in storage.fetched)
+    assert manifest.nbytes <= fetched <= 1.05 * manifest.nbytes
+
+
+def test_ranks_fetch_equally_much(tmp_path: Path) -> None:
+    """What all need is divided among them."""
+    manifest = save(tmp_path)
+    storages = [Remote(open_storage(tmp_path)) for _ in range(2)]
+    run_threads(2, lambda ranks: fill(Place(storages[ranks.rank]), manifest, shards(1, 0), ranks))
+    one, other = (sum(nbytes for _, nbytes in storage.fetched) for storage in storages)
+    assert one == other
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_bad_chunk_that_is_passed_on(parts: int, tmp_path: Path) -> None:
+    """The rank that fetches it finds it; the same error comes to every rank, and no state changes."""
+    manifest = save(tmp_path)
+    flip(tmp_path / "rank-00002/data.pack", 8)
+    place = Place(Remote(open_storage(tmp_path)))
+    states = [shards(parts, rank % parts) for rank in range(3)]
+    told = outcomes(3, lambda ranks: fill(place, manifest, states[ranks.rank], ranks))
+    assert {type(error) for error in told} == {CorruptError}
+    (message,) = {re.sub(r"^rank \d: ", "", str(error)) for error in told}
+    assert "rank-00002/data.pack, byte 0" in message
+    for state in states:
+        assert_untouched(state)
+
+
+def test_a_storage_that_fails_for_one_rank(tmp_path: Path) -> None:
+    """Nobody waits for it."""
+    manifest = save(tmp_path)
+
+    class Broken(Remote):
+        def read_into(self, *_: Any) -> None:
+            raise StorageError("out of reach")
+
+    storages = [Remote(open_storage(tmp_path)), Broken(open_storage(tmp_path))]
+    states = [shards(1, 0) for _ in storages]
+    told = outcomes(2, lambda r: fill(Place(storages[r.rank]), manifest, states[r.rank], r))
+    assert [str(error) for error in told] == ["rank 1: out of reach", "out of reach"]
+    for state in states:
+        assert_untouched(state)
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_only_live_tensors_are_held_for(
+    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New memory gets its content as it comes: one pass, and never all of it twice in memory."""
+    wanted = torch.arange(1 << 20).view(64, -1)
+    made = torch.empty_like(wanted)
+    root = open_storage(tmp_path)
+    _, manifest = save_local(root, [[local_tensor(wanted[i::64], f"t{i}") for i in range(64)]])
+    targets = [replace(local_tensor(made[i::64], f"t{i}"), is_new=is_new) for i in range(64)]
+    monkeypatch.setattr(packs._Files, "request", 64 << 10)  # one tensor, or none
+    tracemalloc.start()
+    try:
+        fill(Place(Remote(root)), manifest, targets, Alone())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(made, wanted)
+    assert (peak < wanted.nbytes / 2) == is_new
+
+
+def test_tied_tensors_are_passed_on_once(tmp_path: Path) -> None:
+    """Two names for the same stored bytes: fetched once, also where each rank wants another name."""
+    manifest = save(tmp_path, 1)
+    rows = manifest.chunks
+    (other,) = (tensor for tensor in manifest.tensors if tensor.name == "t0")
+    tied = msgspec.structs.replace(
+        manifest,
+        tensors=(*manifest.tensors, msgspec.structs.replace(other, name="tied")),
+        chunks=msgspec.structs.replace(
+            rows,
+            pack=[*rows.pack, rows.pack[0]],
+            offset=[*rows.offset, rows.offset[0]],
+            crc32c=[*rows.crc32c, rows.crc32c[0]],
+        ),
+    )
+    storage = Remote(open_storage(tmp_path))
+    names = [["t0"], ["tied"], ["t0", "tied"]]
+
+    def load(ranks: Ranks) -> None:
+        state = [replace(shards(1, 0)[0], name=name) for name in names[ranks.rank]]
+        fill(Place(storage), tied, state, ranks)
+        assert all(torch.equal(tensor.data, content(0)) for tensor in state)
+
+    run_threads(3, load)
+    assert sum(nbytes for _, nbytes in storage.fetched) <= 1.05 * other.nbytes
+
+
+# -- memory
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize("has_checksums", [False, True])
+def test_snapshots(has_checksums: bool, is_new: bool, tmp_path: Path) -> None:
+    """They load like files; without checksums nothing is compared with them."""
+    manifest = save(tmp_path)
+    if not has_checksums:
+        zeros = [0] * len(manifest.chunks.crc32c)
+        unknown = msgspec.structs.replace(manifest.chunks, crc32c=zeros)
+        manifest = msgspec.structs.replace(manifest, chunks=unknown)
+    source = memory(tmp_path, manifest, range(4), has_checksums=has_checksums)
+    state = shards(1, 0, is_new=is_new)
+    fill(source, manifest, state, Alone())
+    assert_loaded(state, 1, 0)
+
+
+def test_a_snapshot_that_is_not_what_was_saved(tmp_path: Path) -> None:
+    """With checksums it is found."""
+    manifest = save(tmp_path)
+    flip(tmp_path / "rank-00001/data.pack", 8)
+    state = shards(1, 0)
+    with pytest.raises(CorruptError, match=r"^memory: .*rank-00001/data.pack, byte 0"):
+        fill(memory(tmp_path, manifest, range(4)), manifest, state, Alone())
+    assert_untouched(state)
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_snapshots_on_several_nodes(parts: int, is_new: bool, tmp_path: Path) -> None:
+    """What another node holds comes from one of its ranks, whether these need it themselves or not."""
+    manifest = save(tmp_path)
+    nodes = [memory(tmp_path, manifest, held) for held in ((0, 1), (3,), (2,))]
+
+    def load(ranks: Ranks) -> None:
+        part = (ranks.rank + 1) % parts
+        state = shards(parts, part, is_new=is_new)
+        fill(nodes[ranks.rank % 3], manifest, state, ranks)
+        assert_loaded(state, parts, part)
+
+    run_threads(5, load)
+
+
+def test_a_snapshot_that_nobody_holds(tmp_path: Path) -> None:
+    """The same error on every rank."""
+    manifest = save(tmp_path)
+    nodes = [memory(tmp_path, manifest, held) for held in ((0, 1), (3,))]
+    states = [shards(2, rank) for rank in range(2)]
+    for error in outcomes(2, lambda ranks: fill(nodes[ranks.rank], manifest, states[ranks.rank], ranks)):
+        assert isinstance(error, CorruptError)
+        assert "no rank can read the pack rank-00002/data.pack" in str(error)
+    for state in states:
+        assert_untouched(state)
+
+
+# -- real processes
+
+
+def _exchange(rank: int, path: Path) -> Any:
+    ranks = current_ranks()
+    assert isinstance(ranks, TorchRanks)
+    # Several messages between the same two, of different lengths, from memory that is read-only
+    lengths = {peer: [3 + rank, 1 << 20, 5 + peer] for peer in range(3) if peer != rank}
+    sends = [(peer, memoryview(bytes([rank]) * n)) for peer, ns in lengths.items() for n in ns]
+    receives = [
+        (peer, np.zeros(n, dtype=np.uint8).data)
+        for peer in (2, 1, 0)
+        if peer != rank
+        for n in (3 + peer, 1 << 20, 5 + rank)
+    ]
+    ranks.exchange(sends, receives)
+    assert all(set(buffer.tolist()) == {peer} for peer, buffer in receives)
+    ranks.exchange([], [])
+    source: Source
+    manifest = read_manifest(Place(open_storage(path)))
+    fetched = []
+    for source in (Place(Remote(open_storage(path))), memory(path, manifest, (rank, 3) if rank else (0,))):
+        state = shards(1, 0, is_new=bool(rank))
+        fill(source, manifest, state, ranks)
+        assert_loaded(state, 1, 0)
+        fetched += [n for _, n in source.root.fetched] if isinstance(source, Place) else []  # type: ignore[attr-defined]
+    return sum(fetched)
+
+
+def test_real_ranks(tmp_path: Path) -> None:
+    """Messages, remote packs and memory of several nodes over gloo."""
+    manifest = save(tmp_path)
+    assert sum(run_processes(3, _exchange, tmp_path)) <= 1.05 * manifest.nbytes
