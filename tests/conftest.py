@@ -23,7 +23,7 @@ _numbers = itertools.count()
 
 
 def pytest_configure() -> None:
-    """A shell that starts this in the background has it ignore SIGINT, and jobs of the tests would inherit that."""
+    """A shell that starts this in the background has it ignore SIGINT, which jobs of the tests would inherit."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
