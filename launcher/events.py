@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 __all__ = [
-    "Asked",
     "DeadlinePassed",
     "Event",
-    "Heard",
     "Joined",
     "MemberFailed",
     "MemberNews",
-    "RoundDrained",
+    "MessageReceived",
+    "RequestReceived",
     "SaveFailed",
     "SavePersisted",
     "SavePersisting",
@@ -29,6 +28,7 @@ __all__ = [
     "Tick",
     "WorkerExited",
     "WorkerStarted",
+    "WorkersGone",
     "ZygoteLost",
     "ZygoteReady",
     "describe",
@@ -74,7 +74,7 @@ class SpawnFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundDrained:
+class WorkersGone:
     """No process of any worker's tree exists any more."""
 
 
@@ -180,7 +180,7 @@ class StacksTaken:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestReceived:
     """A user asks the running job for something: `launch scale RUN 6` has verb "scale" and number 6.
 
     `client` is the connection that the answer goes to, `without` the slots that get no worker.
@@ -204,7 +204,7 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class MessageReceived:
     """Node `node` of the team has said `message`. All nodes hear the same, in the same order."""
 
     node: int
@@ -243,7 +243,7 @@ Event = (
     | WorkerStarted
     | WorkerExited
     | SpawnFailed
-    | RoundDrained
+    | WorkersGone
     | ZygoteLost
     | SaverWanted
     | SaveStaged
@@ -257,9 +257,9 @@ Event = (
     | DeadlinePassed
     | Tick
     | StacksTaken
-    | Asked
+    | RequestReceived
     | Joined
-    | Heard
+    | MessageReceived
     | MemberFailed
     | MemberNews
 )
@@ -269,7 +269,7 @@ def describe(event: Event) -> str:
     """`event` in a line for people: `worker exited: rank 0, pid 4711, code 1`."""
     name = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(event).__name__)
     told = {field.name: getattr(event, field.name) for field in fields(event)}
-    if isinstance(event, Heard):
+    if isinstance(event, MessageReceived):
         told = {"from node": event.node, **event.message}
     known = ", ".join(
         f"{key} {value}"

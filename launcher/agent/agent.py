@@ -26,12 +26,12 @@ from launcher.diagnosis.reports import Death, NodeReport
 from launcher.diagnosis.stack_dump import StackTaker
 from launcher.errors import ExitCode, InternalError, LaunchError, RunDirError, UsageError, shell_code
 from launcher.events import (
-    Asked,
     DeadlinePassed,
     Event,
-    Heard,
     Joined,
     MemberFailed,
+    MessageReceived,
+    RequestReceived,
     SaverEnded,
     SaverWanted,
     StacksTaken,
@@ -41,8 +41,8 @@ from launcher.events import (
     WorkerStarted,
     ZygoteReady,
 )
-from launcher.rendezvous.client import Alone, Membership, Rendezvous, Together
-from launcher.rendezvous.master_port import meet
+from launcher.rendezvous.client import MemberHandle, RendezvousSettings, SingleNodeClient, TeamClient
+from launcher.rendezvous.master_port import reserve_master_port
 from launcher.rendezvous.team import Ready
 from launcher.reporting.reporter import Reporter
 from launcher.round.preemption import Answer, answer_signal
@@ -52,11 +52,11 @@ from launcher.round.round import Phase, Round, RoundEndRequest
 from launcher.round.saver_flush import Backlog, Flush
 from launcher.round.slots import Slots
 from launcher.run_dir import RunDir
-from launcher.system.gpus import holders
+from launcher.system.gpus import find_gpu_holders
 from launcher.system.left_behind import LeftBehind, find_left_behind
 from launcher.system.oom import OomWatch
-from launcher.system.process_state import Condition, look_at_what_is_left
-from launcher.system.processes import Subreaper, descendants
+from launcher.system.process_state import ProcessState, read_remaining_state
+from launcher.system.processes import Subreaper, descendant_pids
 from launcher.zygote.handle import ZygoteHandle
 
 __all__ = ["Agent"]
@@ -88,7 +88,7 @@ class Agent:
         with ExitStack() as undo:
             undo.callback(zygote.close)
             if config.is_alone:
-                with meet(config.master_addr, config.master_port):
+                with reserve_master_port(config.master_addr, config.master_port):
                     pass  # what is wrong with them is found before anything is changed
             self._run_dir = RunDir(config.directory, config.logs, is_shared=not config.is_alone)
             undo.callback(self._run_dir.close)
@@ -97,7 +97,7 @@ class Agent:
             self._control = Control(self._run_dir.own / RECORD)
             undo.callback(self._control.close)
             self._secret = _secret(config, self._run_dir)
-            self._membership = _membership(config, self._secret, self._run_dir, reaper)
+            self._team_client = _team_client(config, self._secret, self._run_dir, reaper)
             undo.pop_all()
         self._monitor = Monitor()
         self._saver = SaverHandle(self._run_dir.saver_log, reaper)
@@ -117,7 +117,7 @@ class Agent:
         self._leave_by: float | None = None  # monotonic: when a scheduler will have lost its patience
         self._left_for: StopRequested | None = None  # why it is to be left
         self._kept: StopRequested | None = None  # a notice that nobody can answer yet
-        self._left: list[Condition] = []  # processes that nothing can end
+        self._left: list[ProcessState] = []  # processes that nothing can end
 
     def __enter__(self) -> Agent:
         self._monitor.__enter__()
@@ -139,7 +139,7 @@ class Agent:
             closing.callback(self._meeting.close)
             closing.callback(self._stacks.close)
             closing.callback(self._control.close)
-            closing.callback(self._membership.close)
+            closing.callback(self._team_client.close)
             closing.callback(self._saver.close)
             closing.callback(self._zygote.close, 0.0 if self._left else _KILL_PATIENCE)
 
@@ -175,7 +175,7 @@ class Agent:
 
     def _join(self) -> None:
         self._teller.gathering()
-        self._membership.join(
+        self._team_client.join(
             {
                 "host": os.uname().nodename,
                 "job": _describe_job(self.config),
@@ -207,7 +207,7 @@ class Agent:
                 self._kept = event
                 self._teller.kept(event.signum)
                 return round_
-            self._membership.say({"kind": "stop", "signum": event.signum})
+            self._team_client.broadcast({"kind": "stop", "signum": event.signum})
         after = round_.after(event)
         return self._leave(after) if isinstance(event, MemberFailed) and self._is_leaving else after
 
@@ -262,7 +262,7 @@ class Agent:
         wish = RoundEndRequest(
             reason, round_.team.rank, self._workers.can_drain and not at_once, slots, without
         )
-        self._membership.say(wish.to_json())
+        self._team_client.broadcast(wish.to_json())
 
     def _handle_event(self, event: Event, round_: Round) -> None:
         """Do what an event asks for, and tell of it, where that does not change the round's phase."""
@@ -280,7 +280,7 @@ class Agent:
                 self._join()
             case DeadlinePassed() if round_.phase is Phase.GATHERING:
                 self._get_ready(round_)
-            case Heard(node=node, message=message) if round_.team is not None:
+            case MessageReceived(node=node, message=message) if round_.team is not None:
                 self._teller.heard(node, message, round_)
             case WorkerStarted(rank=rank, pid=pid):
                 self._workers.pids[rank] = pid
@@ -292,7 +292,7 @@ class Agent:
                 self._look(round_)
             case StacksTaken():
                 self._tell_stacks(event, round_)
-            case Asked():
+            case RequestReceived():
                 self._answer(event, round_)
             case ZygoteReady():
                 self._check_zygote(event)
@@ -321,16 +321,16 @@ class Agent:
             case Phase.OVER:
                 self._monitor.set_deadline(None)
                 self._tell_end_of_workers(round_)
-                self._membership.say({"kind": "report", "report": self._report(round_).to_json()})
+                self._team_client.broadcast({"kind": "report", "report": self._report(round_).to_json()})
 
     def _get_ready(self, round_: Round) -> None:
         assert round_.team is not None
         port = 0
         if round_.team.rank == 0:
             wanted = self.config.master_port if self.config.is_alone else 0
-            port = self._meeting.enter_context(meet(self._addr, wanted)).port
+            port = self._meeting.enter_context(reserve_master_port(self._addr, wanted)).port
         ready = Ready(self._slots.chosen, self._addr, port, self._run_dir.next_round())
-        self._membership.say(ready.to_json())
+        self._team_client.broadcast(ready.to_json())
 
     def _start_workers(self, round_: Round) -> None:
         plan = round_.plan
@@ -374,7 +374,7 @@ class Agent:
             grace = grace * _STOP_SHARE if self._workers.are_draining else left
         self._teller.stopping(round_, grace, self._find_left_behind(round_))
         if round_.has_failed_here:
-            self._membership.say({"kind": "ended"})
+            self._team_client.broadcast({"kind": "ended"})
         if self._recovery is None and not (round_.is_asked_to_end or round_.has_drained):
             self._recovery = Recovery(clock.now())
         if not self._zygote.is_ready:
@@ -515,7 +515,7 @@ class Agent:
         if timeout and is_dumb and self._teller.reports_nothing():
             self._take_stacks(round_)
         if timeout and not round_.leavers and self._workers.hang(timeout):  # who leaves has --grace
-            self._membership.say({"kind": "hang"})
+            self._team_client.broadcast({"kind": "hang"})
         elif timeout is None and still < _HANG_REPORT:
             self._has_told_hang = False
         elif timeout is None and not self._has_told_hang:
@@ -539,7 +539,7 @@ class Agent:
         if self._waited >= patience:
             why = f"its launch has said nothing for {self._waited:.0f} s, and may be stopped"
             for node in sorted(round_.silent):
-                self._membership.say({"kind": "lost", "node": node, "why": why})
+                self._team_client.broadcast({"kind": "lost", "node": node, "why": why})
 
     def _take_stacks(self, round_: Round) -> None:
         directory = self._run_dir.stacks(round_.plan.number)
@@ -553,7 +553,7 @@ class Agent:
             still = self._workers.still if self._workers.is_watched else self._workers.age
             self._teller.stacks(taken, still, is_in_verdict=round_.is_hung)
 
-    def _answer(self, asked: Asked, round_: Round) -> None:
+    def _answer(self, asked: RequestReceived, round_: Round) -> None:
         """Do what `launch status`, `scale` and the others ask this job for."""
         answer: dict[str, object] = {}
         if asked.verb not in ("status", "stacks"):
@@ -598,15 +598,15 @@ class Agent:
 
     def _tell_what_is_left(self) -> None:
         """Nothing can end these processes: tell of them, and wait for them no longer."""
-        left = map(look_at_what_is_left, descendants([self._zygote.pid]))
+        left = map(read_remaining_state, descendant_pids([self._zygote.pid]))
         self._left = [process for process in left if process is not None]
         pids = {process.pid for process in self._left}
-        self._teller.stuck(self._left, [holder for holder in holders() if holder.pid in pids])
+        self._teller.stuck(self._left, [holder for holder in find_gpu_holders() if holder.pid in pids])
 
     # -- zygote and saver
 
     def _watch(self) -> None:
-        self._monitor.watch(self._zygote, self._saver, self._membership, self._control, self._stacks)
+        self._monitor.watch(self._zygote, self._saver, self._team_client, self._control, self._stacks)
 
     def _check_zygote(self, ready: ZygoteReady) -> None:
         """A preload that fails is the user's mistake; without torch, workers start cold."""
@@ -640,12 +640,12 @@ class Agent:
         assert round_.team is not None
         left = len(self._slots.working)
         reason = f"{left} of its devices are left, and it needs {self._slots.minimum} (--nproc MIN:MAX)"
-        self._membership.say({"kind": "lost", "node": round_.team.rank, "why": reason})
+        self._team_client.broadcast({"kind": "lost", "node": round_.team.rank, "why": reason})
         code = ExitCode.INTERNAL if culprit is None else shell_code(culprit.failure_code)
         return GiveUp(code, reason, is_final=self.config.is_alone)
 
     def _end(self, decision: Finish | GiveUp) -> int:
-        self._membership.leave(outcome=decision.exit_code if decision.is_final else None)
+        self._team_client.leave(outcome=decision.exit_code if decision.is_final else None)
         exit_code, reason = self._drain(decision)
         if exit_code == ExitCode.PREEMPTED:
             self._teller.preempted()
@@ -679,7 +679,7 @@ class Agent:
                 drain = replace(drain, halt=self._saver.look(at_last=True))
             drain = drain.after(event)
             self._teller.take(event)
-            if isinstance(event, Asked):
+            if isinstance(event, RequestReceived):
                 self._answer(event, Round(phase=Phase.SETTLED))
             if drain.ending is not None:
                 break
@@ -694,11 +694,11 @@ def _secret(config: Config, run_dir: RunDir) -> Secret | None:
     return None if config.is_alone else find_secret(config.secret, config.rdzv_endpoint[0], run_dir.path)
 
 
-def _membership(config: Config, secret: Secret | None, run_dir: RunDir, reaper: Subreaper) -> Membership:
+def _team_client(config: Config, secret: Secret | None, run_dir: RunDir, reaper: Subreaper) -> TeamClient:
     if config.is_alone:
-        return Alone()
+        return SingleNodeClient()
     least, most = config.nnodes
-    settings = Rendezvous(
+    settings = RendezvousSettings(
         backend=config.rdzv_backend,
         endpoint=config.rdzv_endpoint,
         run_id=config.rdzv_id or "none",
@@ -710,7 +710,7 @@ def _membership(config: Config, secret: Secret | None, run_dir: RunDir, reaper: 
         secret=secret.text if secret else None,
         secret_source=secret.source if secret else "",
     )
-    return Together(settings, run_dir.member_log, reaper)
+    return MemberHandle(settings, run_dir.member_log, reaper)
 
 
 def _describe_job(config: Config) -> str:

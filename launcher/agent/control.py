@@ -30,7 +30,7 @@ from typing import Any
 
 from launcher.agent.control_record import user_name, write_record
 from launcher.errors import RunDirError
-from launcher.events import Asked, Event
+from launcher.events import Event, RequestReceived
 
 __all__ = ["VERBS", "Control", "peer"]
 
@@ -53,7 +53,7 @@ class _Client:
 
 
 class Control:
-    """Where a running job is asked. A `monitor.Source` that yields `Asked`; never blocks.
+    """Where a running job is asked. A `monitor.Source` that yields `RequestReceived`; never blocks.
 
     Raises `RunDirError` if the record, which tells clients where that is, cannot be written.
     """
@@ -125,7 +125,7 @@ class Control:
         if peer(connection) not in (os.geteuid(), 0):
             self._refuse(client, f"this job is of user {user_name(os.geteuid())}: ask as that user")
 
-    def _attend(self, client: _Client, ready: int) -> Asked | None:
+    def _attend(self, client: _Client, ready: int) -> RequestReceived | None:
         if ready & select.EPOLLOUT:
             self._send(client)
         elif ready & select.EPOLLIN and not client.has_asked:
@@ -134,7 +134,7 @@ class Control:
             self._drop(client)
         return None
 
-    def _read(self, client: _Client) -> Asked | None:
+    def _read(self, client: _Client) -> RequestReceived | None:
         try:
             received = client.connection.recv(_REQUEST_BYTES)
         except BlockingIOError:
@@ -149,7 +149,7 @@ class Control:
             client.has_asked = True
             self._epoll.modify(client.connection, 0)  # only its end is of interest now
             asked = _decode(line, client.number)
-            if isinstance(asked, Asked):
+            if isinstance(asked, RequestReceived):
                 return asked
             self._refuse(client, asked)
         return None
@@ -187,7 +187,7 @@ class Control:
         client.connection.close()
 
 
-def _decode(line: bytes, client: int) -> Asked | str:
+def _decode(line: bytes, client: int) -> RequestReceived | str:
     """What a client asks for, or why that makes no sense."""
     try:
         request = json.loads(line)
@@ -202,7 +202,7 @@ def _decode(line: bytes, client: int) -> Asked | str:
         return f"{verb}: expected {'a' if verb == 'scale' else 'no'} number of workers, found {number!r}"
     if not isinstance(without, list) or not all(map(_is_whole, without)) or (without and verb != "scale"):
         return f"{verb}: expected {'a list of' if verb == 'scale' else 'no'} slots, found {without!r}"
-    return Asked(verb, number, client, tuple(sorted(set(without))))
+    return RequestReceived(verb, number, client, tuple(sorted(set(without))))
 
 
 def _is_whole(value: object) -> bool:

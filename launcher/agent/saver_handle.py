@@ -25,7 +25,7 @@ from launcher.events import (
     SaveSuperseded,
 )
 from launcher.system.child_process import ChildProcess, module_command
-from launcher.system.process_state import look_at
+from launcher.system.process_state import read_process_state
 from launcher.system.processes import Subreaper
 
 __all__ = ["SaverHandle"]
@@ -73,7 +73,7 @@ class SaverHandle:
         if self._process is None:
             self._halted = 0
             return None
-        found = look_at(self._process.pid)
+        found = read_process_state(self._process.pid)
         halt = found.halt(found)
         self._halted = 0 if halt is None else self._halted + 1
         return halt if at_last or self._halted >= _FROZEN else None

@@ -12,7 +12,7 @@ from launcher.events import SavedByWorkers
 from launcher.formatting import name_ranks
 from launcher.progress import Progress, read_progress
 from launcher.run_dir import RankFiles
-from launcher.system.process_state import catches
+from launcher.system.process_state import has_handler
 
 __all__ = ["Workers"]
 
@@ -49,7 +49,7 @@ class Workers:
     def note_stop(self) -> None:
         """They are about to be told to end: note what those have written that will answer by themselves."""
         for rank, pid in self.pids.items():
-            if rank not in self._ended and catches(pid, signal.SIGTERM):
+            if rank not in self._ended and has_handler(pid, signal.SIGTERM):
                 self.said_before[rank] = _size(self.files[rank].err)
 
     def look(self) -> list[SavedByWorkers]:

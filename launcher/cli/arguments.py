@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.job import Config, config_from_settings, settings_from_environ, settings_from_file
-from launcher.config.options import OPTIONS, Option, Setting, find
+from launcher.config.options import OPTIONS, Option, Setting, find_option
 from launcher.config.schedulers import settings_from_scheduler
 from launcher.config.secret import VARIABLE
 from launcher.errors import UsageError
@@ -96,7 +96,7 @@ def _option(word: str) -> tuple[Option, str, str | None]:
     """The option that `word` names, as it is written there, and its value if that is attached."""
     if word.startswith("--"):
         name, equals, text = word.partition("=")
-        return find(name[2:], name), name, text if equals else None
+        return find_option(name[2:], name), name, text if equals else None
     for option in OPTIONS:
         if option.short and word[1] == option.short:
             attached = word[2:].removeprefix("=")

@@ -12,14 +12,14 @@ from typing import Any
 
 from launcher.config.command import Command, Kind, module_is_missing
 from launcher.config.nodes import NODE_KEYS, Given, resolve_nodes
-from launcher.config.options import OPTIONS, Setting, find, read
+from launcher.config.options import OPTIONS, Setting, find_option, parse_setting
 from launcher.config.parsers import RDZV_CONF
-from launcher.config.secret import Secret, given_secret
+from launcher.config.secret import Secret, configured_secret
 from launcher.errors import UsageError
 from launcher.formatting import count
 from launcher.system.devices import count_gpus
 
-__all__ = ["Config", "Shown", "config_from_settings", "settings_from_environ", "settings_from_file"]
+__all__ = ["Config", "ShownStreams", "config_from_settings", "settings_from_environ", "settings_from_file"]
 
 _STDOUT, _STDERR = 1, 2
 _FILES_OF_WORKER, _OWN_FILES = 2, 64  # open at the same time: its logs; all others
@@ -37,7 +37,7 @@ _LEAST = {
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownStreams:
     """Which workers' streams appear on the launcher's own stdout and stderr. Masks as torchrun's."""
 
     redirects: Mapping[int | None, int] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Config:
     """One node: where the workers meet. Of several, node 0 names its own in each round."""
     master_port: int = 0
     """The same, a port; 0: any free one."""
-    shown: Shown = Shown()
+    shown: ShownStreams = ShownStreams()
     quiet: bool = False
     log_level: str = "info"
     metrics_port: int | None = None
@@ -112,7 +112,7 @@ class Config:
                 raise UsageError(f"{name}: expected {least} or more, found {value}")
         object.__setattr__(self, "min_nproc", self.min_nproc or self.nproc)
         self._check_workers()
-        given_secret(self.rdzv_conf, self.rdzv_secret)  # is one, if any is given
+        configured_secret(self.rdzv_conf, self.rdzv_secret)  # is one, if any is given
         if not self.is_alone:
             self._check_nodes()
         if self.log_level not in _LOG_LEVELS:
@@ -196,7 +196,7 @@ class Config:
     @property
     def secret(self) -> Secret | None:
         """The secret that is given for the nodes of the job."""
-        return given_secret(self.rdzv_conf, self.rdzv_secret)
+        return configured_secret(self.rdzv_conf, self.rdzv_secret)
 
     @property
     def run_id(self) -> str:
@@ -259,7 +259,7 @@ def settings_from_file(path: str) -> list[Setting]:
     settings: dict[str, Setting] = {}
     for key, value in root.value:
         source = f"{path}:{key.start_mark.line + 1}"
-        option = find(str(key.value), source)
+        option = find_option(str(key.value), source)
         if option.name in settings:
             raise UsageError(f"{source}: {key.value} is given twice: keep one")
         if option.name in ("config", "help", "version"):
@@ -292,7 +292,9 @@ def config_from_settings(
     """
     given: dict[str, Given] = {}
     for rank, source in enumerate(sources):
-        said = {setting.option.key: Given(read(setting), setting.source, rank) for setting in source}
+        said = {
+            setting.option.key: Given(parse_setting(setting), setting.source, rank) for setting in source
+        }
         given = said | given
     command = Command(_kind(given, is_program), words[0], tuple(words[1:]))
     values: dict[str, Any] = {key: one.value for key, one in given.items() if key not in NODE_KEYS}
@@ -329,8 +331,8 @@ def _kind(given: Mapping[str, Given], is_program: bool) -> Kind:
     return next(iter(chosen.values()), Kind.SCRIPT)
 
 
-def _shown(values: Mapping[str, Any]) -> Shown:
-    return Shown(
+def _shown(values: Mapping[str, Any]) -> ShownStreams:
+    return ShownStreams(
         redirects=values.get("redirects", {}),
         tee=values.get("tee", {}),
         ranks=values.get("local_ranks_filter"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from launcher.config import parsers
 from launcher.errors import UsageError
 
-__all__ = ["OPTIONS", "Option", "Setting", "find", "read"]
+__all__ = ["OPTIONS", "Option", "Setting", "find_option", "parse_setting"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Setting:
     source: str
 
 
-def find(name: str, source: str) -> Option:
+def find_option(name: str, source: str) -> Option:
     """The option called `name` (dashes or underscores). Raises `UsageError` with the nearest name."""
     wanted = name.replace("_", "-")
     option = _BY_NAME.get(wanted)
@@ -58,7 +58,7 @@ def find(name: str, source: str) -> Option:
     return option
 
 
-def read(setting: Setting) -> object:
+def parse_setting(setting: Setting) -> object:
     """The value of a setting. Raises `UsageError` that names the source, what it expects and found."""
     option = setting.option
     if option.refusal:

@@ -11,10 +11,10 @@ import os
 import re
 from collections.abc import Mapping
 
-from launcher.config.options import Setting, find
+from launcher.config.options import Setting, find_option
 from launcher.errors import UsageError
 
-__all__ = ["hosts", "settings_from_scheduler", "slurm_port"]
+__all__ = ["expand_nodelist", "settings_from_scheduler", "slurm_port"]
 
 _PORT = 29400  # c10d's own
 _SPECIAL_STEPS = 0xFFFFFFF0  # steps from this number on are shells, of salloc and sbatch
@@ -28,7 +28,7 @@ def settings_from_scheduler(environ: Mapping[str, str] = os.environ) -> list[Set
     return _slurm(environ) or _kubernetes(environ)
 
 
-def hosts(nodelist: str) -> list[str]:
+def expand_nodelist(nodelist: str) -> list[str]:
     """The host names in a list of Slurm's: `n[01-03,7],m5` are n01, n02, n03, n7 and m5."""
     names = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
@@ -82,7 +82,7 @@ def _slurm_meeting(environ: Mapping[str, str], job: int, step: int) -> list[Sett
     variable = next(
         (name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ), None
     )
-    names = hosts(environ[variable]) if variable else []
+    names = expand_nodelist(environ[variable]) if variable else []
     if variable is None or len(names) < 2:
         return []
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
@@ -118,4 +118,4 @@ def _setting(environ: Mapping[str, str], option: str, *variables: str) -> Settin
 
 def _said(option: str, text: str, variable: str) -> Setting:
     source = f"{variable} in the environment"
-    return Setting(find(option, source), text, source)
+    return Setting(find_option(option, source), text, source)

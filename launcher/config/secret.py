@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launcher.errors import UsageError
 
-__all__ = ["VARIABLE", "Secret", "find_secret", "given_secret", "made_secret"]
+__all__ = ["VARIABLE", "Secret", "configured_secret", "find_secret", "generated_secret"]
 
 VARIABLE = "LAUNCH_SECRET"
 """In the environment of `launch`; its workers do not get it."""
@@ -37,7 +37,7 @@ class Secret:
     source: str
 
 
-def given_secret(conf: Mapping[str, str], text: str | None) -> Secret | None:
+def configured_secret(conf: Mapping[str, str], text: str | None) -> Secret | None:
     """The one that the user gives: a file in --rdzv-conf, or else `text` from the environment.
 
     Raises `UsageError` for one that is no secret: too short, or in a file that others can read.
@@ -66,12 +66,12 @@ def find_secret(
     if given is not None:
         return given
     if host in _HERE:
-        return made_secret(_own_directory(temporary))
+        return generated_secret(_own_directory(temporary))
     is_shared = (_file_system(run_dir) if file_system is None else file_system) in _NETWORK
-    return made_secret(run_dir) if is_shared else None
+    return generated_secret(run_dir) if is_shared else None
 
 
-def made_secret(directory: Path) -> Secret | None:
+def generated_secret(directory: Path) -> Secret | None:
     """The secret in a directory, made by whoever comes first; None if it cannot be this user's alone."""
     try:
         path = directory / "secret"

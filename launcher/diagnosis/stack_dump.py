@@ -22,7 +22,7 @@ from launcher.diagnosis.stack_report import (
 )
 from launcher.events import Event, StacksTaken
 from launcher.system import processes
-from launcher.system.process_state import Condition, look_at
+from launcher.system.process_state import ProcessState, read_process_state
 
 __all__ = ["StackTaker"]
 
@@ -198,7 +198,7 @@ def _take(
     pids: Mapping[int, int], steps: Mapping[int, int | None], directory: Path, dumps: _Dumps
 ) -> StacksTaken:
     """First what is quick, of all; then native frames, as far as time allows."""
-    before = {rank: look_at(pid) for rank, pid in pids.items()}
+    before = {rank: read_process_state(pid) for rank, pid in pids.items()}
     found = _parallel(_MAX_PARALLEL, lambda rank: _dump_tree(before[rank], dumps), pids)
     natives = _parallel(
         _MAX_PARALLEL_NATIVE,
@@ -208,7 +208,7 @@ def _take(
     stacks = {}
     directory.mkdir(parents=True, exist_ok=True)
     for rank, pid in pids.items():
-        now, tree, native = look_at(pid), found[rank], natives.get(rank)
+        now, tree, native = read_process_state(pid), found[rank], natives.get(rank)
         stacks[rank] = _conclude(rank, before[rank], now, tree, native)
         text = _render(stacks[rank], now, steps.get(rank), tree, native)
         (directory / f"rank-{rank:05d}.txt").write_text(text)
@@ -229,7 +229,7 @@ class _Tree:
     threads: tuple[Thread, ...]  # of the worker
     python_pid: int  # which process these are of: the worker's command need not be Python
     trouble: str | None
-    children: tuple[tuple[Condition, tuple[Thread, ...]], ...]
+    children: tuple[tuple[ProcessState, tuple[Thread, ...]], ...]
 
     @property
     def is_waiting(self) -> bool:
@@ -237,11 +237,11 @@ class _Tree:
         return read_stack(0, self.python_pid, self.threads).collective is not None
 
 
-def _dump_tree(worker: Condition, dumps: _Dumps) -> _Tree:
+def _dump_tree(worker: ProcessState, dumps: _Dumps) -> _Tree:
     threads, trouble = _try_dump(worker, dumps)
     children = []
-    for pid in processes.descendants([worker.pid])[:_MAX_CHILDREN]:
-        child = look_at(pid)
+    for pid in processes.descendant_pids([worker.pid])[:_MAX_CHILDREN]:
+        child = read_process_state(pid)
         of_child, why = _try_dump(child, dumps)
         if of_child:
             children.append((child, of_child))
@@ -253,14 +253,14 @@ def _dump_tree(worker: Condition, dumps: _Dumps) -> _Tree:
     return _Tree(first[1], first[0].pid, None, tuple(others))
 
 
-def _try_dump(process: Condition, dumps: _Dumps) -> tuple[tuple[Thread, ...], str | None]:
+def _try_dump(process: ProcessState, dumps: _Dumps) -> tuple[tuple[Thread, ...], str | None]:
     for attempt in range(1, _ATTEMPTS + 1):
-        is_still = look_at(process.pid).is_still
+        is_still = read_process_state(process.pid).is_still
         options = ["--nonblocking"] if is_still else []
         try:
             return dumps.dump(process.pid, *options, patience=_DUMP_PATIENCE), None
         except _NoStacks as error:
-            has_halted = not is_still and look_at(process.pid).is_still
+            has_halted = not is_still and read_process_state(process.pid).is_still
             may_pass = has_halted or str(error).startswith(_MAY_PASS)
             if attempt == _ATTEMPTS or not may_pass:
                 return (), str(error)
@@ -268,7 +268,7 @@ def _try_dump(process: Condition, dumps: _Dumps) -> tuple[tuple[Thread, ...], st
 
 
 def _dump_native(pid: int, dumps: _Dumps) -> tuple[Thread, ...] | None:
-    if look_at(pid).is_still:
+    if read_process_state(pid).is_still:
         return None  # native frames can be read of a process only that py-spy has stopped
     try:
         return dumps.dump(pid, "--native", patience=dumps.seconds_left) or None
@@ -277,7 +277,7 @@ def _dump_native(pid: int, dumps: _Dumps) -> tuple[Thread, ...] | None:
 
 
 def _conclude(
-    rank: int, before: Condition, now: Condition, tree: _Tree, native: tuple[Thread, ...] | None
+    rank: int, before: ProcessState, now: ProcessState, tree: _Tree, native: tuple[Thread, ...] | None
 ) -> RankStack:
     """What is said of one rank: native frames tell of waits that Python's do not."""
     if tree.threads or tree.trouble is None:
@@ -311,7 +311,7 @@ def _source_line(file: str, line: int) -> str | None:
 
 def _render(
     stack: RankStack,
-    now: Condition,
+    now: ProcessState,
     step: int | None,
     tree: _Tree,
     native: tuple[Thread, ...] | None,

@@ -1,11 +1,11 @@
-"""The agent's side of its team: join one, say something to all its nodes, hear what they say.
+"""The agent's side of its team: join a generation, broadcast messages, receive events.
 
-The agents of a job form a team. Each result of a rendezvous is a *generation* of it: who is in it, and one
-log of small JSON messages that every node hears in the same order, what it says itself included. A worker's
-failure is a message; only nodes that are lost, leave or come make a new generation.
+The agents of a job form a team. Each rendezvous has a *generation* as its result: a set of nodes, and one log of
+small JSON messages that every node receives in the same order, its own messages included. A worker's failure is
+a message; only a node that is lost, leaves or joins makes a new generation.
 
-`Alone` is a team of one. `Together` starts a process of its own (`launcher.rendezvous.member`), which imports
-torch for its rendezvous and store; the agent does not.
+`SingleNodeClient` is a team of one. `MemberHandle` starts a process of its own (`launcher.rendezvous.member`),
+which imports torch for its rendezvous and store; the agent does not.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.errors import InternalError
-from launcher.events import Event, Heard, Joined, MemberFailed, MemberNews
+from launcher.events import Event, Joined, MemberFailed, MemberNews, MessageReceived
 from launcher.system.child_process import ChildProcess, module_command
 from launcher.system.processes import Subreaper
 
-__all__ = ["Alone", "Membership", "Rendezvous", "Together"]
+__all__ = ["MemberHandle", "RendezvousSettings", "SingleNodeClient", "TeamClient"]
 
 _COMMAND = module_command("launcher.rendezvous.member")
 _FAREWELL = 2.0  # seconds
 
 
 @dataclass(frozen=True)
-class Rendezvous:
+class RendezvousSettings:
     """Where and how the nodes of a job meet.
 
     `backend` is "c10d", "static", "etcd-v2", "etcd" or another one that torch's registry knows. `endpoint` is
@@ -70,7 +70,7 @@ class Rendezvous:
         return "the node that serves the store" if is_node else "the rendezvous"
 
 
-class Membership(Protocol):
+class TeamClient(Protocol):
     """A node's place in its team. A source of the monitor's: `descriptors` and `receive`."""
 
     @property
@@ -80,7 +80,7 @@ class Membership(Protocol):
     def receive(self) -> list[Event]:
         """What has happened since the last call; does not wait.
 
-        `Joined`, `Heard` and `MemberFailed`; `MemberNews` while it joins.
+        `Joined`, `MessageReceived` and `MemberFailed`; `MemberNews` while it joins.
         """
 
     def join(self, hello: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ class Membership(Protocol):
         job from others) differs from the others' is refused: `MemberFailed` of kind "usage".
         """
 
-    def say(self, message: Mapping[str, Any]) -> None:
+    def broadcast(self, message: Mapping[str, Any]) -> None:
         """Have every node of the generation hear `message`, a JSON object; lost if there is none."""
 
     def leave(self, outcome: int | None = None) -> None:
@@ -108,7 +108,7 @@ class Membership(Protocol):
         """Let go. Without `leave` before, the other nodes hear that this one is lost."""
 
 
-class Alone:
+class SingleNodeClient:
     """A team of one node: no process and no torch; what it says it hears at once."""
 
     def __init__(self) -> None:
@@ -133,9 +133,9 @@ class Alone:
         self._events = []
         self._tell(Joined(0, [_through_json(hello)]))
 
-    def say(self, message: Mapping[str, Any]) -> None:
+    def broadcast(self, message: Mapping[str, Any]) -> None:
         """Hear `message` at the next `receive`."""
-        self._tell(Heard(0, _through_json(message)))
+        self._tell(MessageReceived(0, _through_json(message)))
 
     def leave(self, outcome: int | None = None) -> None:
         """Nothing: there is nobody to be told."""
@@ -151,7 +151,7 @@ class Alone:
         os.eventfd_write(self._wake, 1)
 
 
-class Together:
+class MemberHandle:
     """A team of several nodes, which a process of its own speaks to.
 
     The process starts at once and imports torch meanwhile. It outlives this one as long as other nodes
@@ -159,7 +159,7 @@ class Together:
     Raises `InternalError` if it cannot be started, here and in `join`.
     """
 
-    def __init__(self, settings: Rendezvous, log: Path, reaper: Subreaper) -> None:
+    def __init__(self, settings: RendezvousSettings, log: Path, reaper: Subreaper) -> None:
         self._settings = settings
         self._log = log
         self._reaper = reaper
@@ -205,7 +205,7 @@ class Together:
             self._process = self._start()
         _order(self._process, order="join", number=self._joins, hello=hello)
 
-    def say(self, message: Mapping[str, Any]) -> None:
+    def broadcast(self, message: Mapping[str, Any]) -> None:
         """Have every node of the generation hear `message`; lost if this node is in none."""
         if self._process is not None:
             _order(self._process, order="say", number=self._joins, message=message)
@@ -251,7 +251,7 @@ def _order(member: ChildProcess, **order: Any) -> None:
 
 _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "joined": lambda m: Joined(m["rank"], m["hellos"]),
-    "heard": lambda m: Heard(m["node"], m["message"]),
+    "heard": lambda m: MessageReceived(m["node"], m["message"]),
     "failed": lambda m: MemberFailed(m["kind"], m["reason"], m["outcome"]),
     "news": lambda m: MemberNews(m["text"], m.get("is_bad", False), m.get("phase")),
 }

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from launcher.errors import BusyError, UsageError
 
-__all__ = ["Meeting", "meet"]
+__all__ = ["MasterAddress", "reserve_master_port"]
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class MasterAddress:
     """MASTER_ADDR and MASTER_PORT of one round."""
 
     addr: str
@@ -26,7 +26,7 @@ class Meeting:
 
 
 @contextmanager
-def meet(addr: str, port: int) -> Iterator[Meeting]:
+def reserve_master_port(addr: str, port: int) -> Iterator[MasterAddress]:
     """Reserve `port`, or any free one if it is 0, for rank 0 of a round.
 
     The port is bound, not listened on, until the round is over. Linux lets rank 0 bind it too
@@ -38,7 +38,7 @@ def meet(addr: str, port: int) -> Iterator[Meeting]:
     except socket.gaierror as error:
         raise UsageError(f"master address {addr} cannot be resolved: {error.strerror}") from None
     with _bind(port) as reserved:
-        yield Meeting(addr, reserved.getsockname()[1])
+        yield MasterAddress(addr, reserved.getsockname()[1])
 
 
 def _bind(port: int) -> socket.socket:

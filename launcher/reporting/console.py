@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
 from typing import Any
 
-from launcher.config.job import Shown
+from launcher.config.job import ShownStreams
 from launcher.reporting.logs import DirectoryWatch, Tail
 from launcher.reporting.repeats import Repeats
 from launcher.reporting.terminal import LiveBlock, Sink
@@ -44,7 +44,7 @@ class Level(IntEnum):
 @dataclass(frozen=True, slots=True)
 class _Follow:
     files: Sequence[RankFiles]
-    shown: Shown
+    shown: ShownStreams
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Console:
         self._thread.start()
         self._former = self._watch_for_return()
 
-    def follow(self, files: Sequence[RankFiles], shown: Shown) -> None:
+    def follow(self, files: Sequence[RankFiles], shown: ShownStreams) -> None:
         """Print what a new round writes to `files`."""
         self._put(_Follow(files, shown))
 

@@ -17,10 +17,10 @@ from launcher.diagnosis.tracebacks import normalized
 from launcher.diagnosis.verdict import Verdict
 from launcher.errors import ExitCode
 from launcher.events import (
-    Asked,
     Event,
     Joined,
     MemberNews,
+    RequestReceived,
     SavedByWorkers,
     SaveFailed,
     SavePersisted,
@@ -42,9 +42,9 @@ from launcher.round.round import Phase, Round, RoundEndRequest
 from launcher.round.saver_flush import Backlog, Flush
 from launcher.round.slots import Slots
 from launcher.run_dir import RankFiles, RunDir, as_typed
-from launcher.system.gpus import Holder
+from launcher.system.gpus import GpuHolder
 from launcher.system.left_behind import LeftBehind
-from launcher.system.process_state import Condition
+from launcher.system.process_state import ProcessState
 
 __all__ = ["Reporter"]
 
@@ -475,7 +475,7 @@ class Reporter:
             self._console.say(told, style=_BOLD if good else _ALARM, level=level)
         return told
 
-    def stuck(self, left: Sequence[Condition], holders: Sequence[Holder]) -> None:
+    def stuck(self, left: Sequence[ProcessState], holders: Sequence[GpuHolder]) -> None:
         """Processes are left that nothing can end, and some of them may hold GPUs."""
         lines = []
         for process in left:
@@ -489,7 +489,7 @@ class Reporter:
 
     # -- for those who ask
 
-    def asked(self, asked: Asked) -> None:
+    def asked(self, asked: RequestReceived) -> None:
         """A user wants something of the job."""
         self._journal.record("control", verb=asked.verb, number=asked.number)
 

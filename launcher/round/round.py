@@ -17,14 +17,14 @@ from launcher.errors import ExitCode
 from launcher.events import (
     DeadlinePassed,
     Event,
-    Heard,
     Joined,
     MemberFailed,
-    RoundDrained,
+    MessageReceived,
     SpawnFailed,
     StacksTaken,
     StopRequested,
     WorkerExited,
+    WorkersGone,
     ZygoteLost,
 )
 from launcher.formatting import describe_exit
@@ -99,7 +99,7 @@ class Round:
         match event:
             case Joined(rank=rank, hellos=hellos):
                 return replace(self, team=Team(rank, tuple(hello["host"] for hello in hellos)))
-            case Heard(node=node, message=message) if self.team is not None:
+            case MessageReceived(node=node, message=message) if self.team is not None:
                 return self._after_message(node, message)
             case WorkerExited():
                 return self._after_exit(event)
@@ -117,7 +117,7 @@ class Round:
             case MemberFailed():
                 after = replace(self, cut_off=event)
                 return after._at_least(Phase.STOPPING if self.is_started else Phase.SETTLED)
-            case RoundDrained():
+            case WorkersGone():
                 return self._at_least(Phase.OVER)
             case _:
                 return self

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Holder", "holders"]
+__all__ = ["GpuHolder", "find_gpu_holders"]
 
 _DEVICE = r"nvidia\d+"  # nvidiactl and nvidia-uvm are open also without any GPU's memory
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Holder:
+class GpuHolder:
     """A process that has a GPU's device file open."""
 
     pid: int
@@ -22,7 +22,7 @@ class Holder:
     device: str  # "/dev/nvidia0"
 
 
-def holders(root: Path = Path("/")) -> list[Holder]:
+def find_gpu_holders(root: Path = Path("/")) -> list[GpuHolder]:
     """The processes that hold GPUs, each with every GPU that it holds, by pid.
 
     Sees the processes of this user, or everybody's as root. Looks at no process on a machine without
@@ -34,7 +34,7 @@ def holders(root: Path = Path("/")) -> list[Holder]:
     for name in filter(str.isdigit, _names(root / "proc")):
         process = root / "proc" / name
         for device in _open_devices(process):
-            found.add(Holder(int(name), _command(process), device))
+            found.add(GpuHolder(int(name), _command(process), device))
     return sorted(found)
 
 

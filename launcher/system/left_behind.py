@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.system.process_state import look_at_what_is_left
-from launcher.system.processes import descendants
+from launcher.system.process_state import read_remaining_state
+from launcher.system.processes import descendant_pids
 
 __all__ = ["LeftBehind", "find_left_behind"]
 
@@ -45,7 +45,7 @@ def find_left_behind(zygote: int, workers: Mapping[int, int], patience: float) -
 
 
 def _look(zygote: int, workers: Mapping[int, int]) -> list[LeftBehind]:
-    living = filter(None, map(look_at_what_is_left, descendants([zygote])))
+    living = filter(None, map(read_remaining_state, descendant_pids([zygote])))
     return [
         LeftBehind(one.pid, _rank(one.pid, workers), " ".join(one.command.split())[:_LONGEST])
         for one in living

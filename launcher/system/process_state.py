@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Condition", "catches", "look_at", "look_at_what_is_left"]
+__all__ = ["ProcessState", "has_handler", "read_process_state", "read_remaining_state"]
 
 _DEAD = ("", "Z", "X")
 
 
 @dataclass(frozen=True)
-class Condition:
+class ProcessState:
     """What /proc tells about a process."""
 
     pid: int
@@ -30,7 +30,7 @@ class Condition:
         what = {"R": "running", "S": "asleep", "D": "in uninterruptible sleep"}.get(self.state)
         return f"{what} in {self.wchan}" if what and self.wchan else what
 
-    def halt(self, before: Condition) -> str | None:
+    def halt(self, before: ProcessState) -> str | None:
         """Why it cannot go on, whatever others do.
 
         `before` is a look at it some time ago: anybody may be in uninterruptible sleep for a moment.
@@ -42,17 +42,17 @@ class Condition:
         return self.kernel if self.state == before.state == "D" else None
 
 
-def look_at(pid: int) -> Condition:
+def read_process_state(pid: int) -> ProcessState:
     """How process `pid` is now."""
     return _read(pid, Path(f"/proc/{pid}"))
 
 
-def look_at_what_is_left(pid: int) -> Condition | None:
+def read_remaining_state(pid: int) -> ProcessState | None:
     """How process `pid` is now; None if it is dead.
 
     Where its first thread is dead, and another one is not, that one counts.
     """
-    process = look_at(pid)
+    process = read_process_state(pid)
     threads = [process]
     if process.state == "Z":
         threads = [_read(pid, path) for path in Path(f"/proc/{pid}/task").glob("*")]
@@ -60,7 +60,7 @@ def look_at_what_is_left(pid: int) -> Condition | None:
     return replace(living[0], command=process.command) if living else None
 
 
-def catches(pid: int, signum: int) -> bool:
+def has_handler(pid: int, signum: int) -> bool:
     """Whether process `pid` has a handler of its own for a signal."""
     try:
         status = Path(f"/proc/{pid}/status").read_bytes()
@@ -70,7 +70,7 @@ def catches(pid: int, signum: int) -> bool:
         return False
 
 
-def _read(pid: int, directory: Path) -> Condition:
+def _read(pid: int, directory: Path) -> ProcessState:
     def read(name: str) -> str:
         try:
             return (directory / name).read_bytes().decode(errors="replace")
@@ -82,4 +82,4 @@ def _read(pid: int, directory: Path) -> Condition:
     wchan = read("wchan").strip()
     # A process that is ending has no command line any more, only a name.
     command = read("cmdline").replace("\0", " ").strip() or stat.partition("(")[2].rpartition(")")[0]
-    return Condition(pid, state[0] if state else "", wchan if wchan != "0" else "", command)
+    return ProcessState(pid, state[0] if state else "", wchan if wchan != "0" else "", command)

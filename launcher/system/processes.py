@@ -14,13 +14,13 @@ __all__ = [
     "Subreaper",
     "adopt_orphans",
     "allow_tracing",
-    "children",
-    "descendants",
+    "child_pids",
+    "descendant_pids",
     "die_with_parent",
-    "kill_all",
     "outlive_parent",
     "raise_file_limit",
     "restore_file_limit",
+    "signal_all",
 ]
 
 _PR_SET_PDEATHSIG = 1
@@ -99,12 +99,12 @@ def _children_by_parent() -> dict[int, list[int]]:
     return by_parent
 
 
-def children(parent: int) -> set[int]:
+def child_pids(parent: int) -> set[int]:
     """The direct children of `parent`, also dead ones that it has not reaped yet."""
     return set(_children_by_parent().get(parent, ()))
 
 
-def descendants(roots: Iterable[int]) -> list[int]:
+def descendant_pids(roots: Iterable[int]) -> list[int]:
     """The processes below `roots`, parents first, also dead ones that nobody has reaped yet."""
     by_parent = _children_by_parent()
     found: list[int] = []
@@ -115,7 +115,7 @@ def descendants(roots: Iterable[int]) -> list[int]:
     return found
 
 
-def kill_all(pids: Iterable[int], signum: int) -> None:
+def signal_all(pids: Iterable[int], signum: int) -> None:
     """Send `signum` to each of `pids` that still exists."""
     for pid in pids:
         try:
@@ -134,7 +134,7 @@ class Subreaper:
     def __init__(self, files: int | None = None) -> None:
         self.files = files
         adopt_orphans()
-        self._spared = children(os.getpid())
+        self._spared = child_pids(os.getpid())
 
     def spare(self, pid: int) -> None:
         """Let the child `pid` live until it ends by itself."""
@@ -150,8 +150,8 @@ class Subreaper:
         Gives up after `patience` seconds, on processes that even SIGKILL does not end.
         """
         deadline = time.monotonic() + patience
-        while (doomed := children(os.getpid()) - self._spared) and time.monotonic() < deadline:
-            kill_all([*doomed, *descendants(doomed)], signal.SIGKILL)
+        while (doomed := child_pids(os.getpid()) - self._spared) and time.monotonic() < deadline:
+            signal_all([*doomed, *descendant_pids(doomed)], signal.SIGKILL)
             for pid in doomed:
                 try:
                     os.waitpid(pid, os.WNOHANG)

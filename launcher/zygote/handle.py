@@ -17,9 +17,9 @@ from launcher.config.job import Config
 from launcher.errors import InternalError
 from launcher.events import (
     Event,
-    RoundDrained,
     SpawnFailed,
     WorkerExited,
+    WorkersGone,
     WorkerStarted,
     ZygoteLost,
     ZygoteReady,
@@ -155,4 +155,4 @@ def _decode(line: bytes) -> Event:
     message: Mapping[str, object] = json.loads(line)
     fields = {key: value for key, value in message.items() if key != "event"}
     kind = str(message["event"])
-    return RoundDrained() if kind == "drained" else _EVENTS[kind](**fields)
+    return WorkersGone() if kind == "drained" else _EVENTS[kind](**fields)

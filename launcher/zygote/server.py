@@ -300,7 +300,7 @@ class _Zygote:
                 break
             os.waitpid(info.si_pid, 0)
         if self._is_killing:
-            processes.kill_all(processes.descendants([os.getpid()]), signal.SIGKILL)
+            processes.signal_all(processes.descendant_pids([os.getpid()]), signal.SIGKILL)
 
     def _tell_exit(self, pid: int, status: int) -> None:
         self.tell(
@@ -317,19 +317,19 @@ class _Zygote:
         if signum == signal.SIGTERM:
             # All at one instant: one that ended before its peers have heard would break their
             # connections, and they would report that as if something had gone wrong.
-            processes.kill_all(workers, signal.SIGSTOP)
-        processes.kill_all(workers, signum)
+            processes.signal_all(workers, signal.SIGSTOP)
+        processes.signal_all(workers, signum)
         if signum == signal.SIGTERM:
-            processes.kill_all(workers, signal.SIGCONT)
-        others = set(processes.descendants([os.getpid()])) - set(workers)
-        processes.kill_all(sorted(others), signum)
+            processes.signal_all(workers, signal.SIGCONT)
+        others = set(processes.descendant_pids([os.getpid()])) - set(workers)
+        processes.signal_all(sorted(others), signum)
         self._is_killing = signum == signal.SIGKILL
         self._reap_orphans()  # there may be nothing to signal, if no worker could be forked
 
     def end(self, code: int) -> NoReturn:
         """Kill everything below this process, and end."""
         while True:
-            processes.kill_all(processes.descendants([os.getpid()]), signal.SIGKILL)
+            processes.signal_all(processes.descendant_pids([os.getpid()]), signal.SIGKILL)
             try:
                 os.waitpid(-1, 0)
             except ChildProcessError:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.events import DeadlinePassed, Event, Heard, WorkerExited, ZygoteReady, describe
+from launcher.events import DeadlinePassed, Event, MessageReceived, WorkerExited, ZygoteReady, describe
 
 
 @pytest.mark.parametrize(
     ("event", "text"),
     [
         (WorkerExited(0, 4711, 1, 2.5), "worker exited: rank 0, pid 4711, code 1, at 2.5"),
-        (Heard(0, {"kind": "ready", "port": 7}), "heard: from node 0, kind ready, port 7"),
+        (
+            MessageReceived(0, {"kind": "ready", "port": 7}),
+            "message received: from node 0, kind ready, port 7",
+        ),
         (ZygoteReady(0.5), "zygote ready: seconds 0.5"),
         (DeadlinePassed(), "deadline passed"),
     ],

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from launcher.rendezvous.client import Rendezvous
+from launcher.rendezvous.client import RendezvousSettings
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ def main(fd: int) -> None:
     if settings is None:
         return
     del settings["order"]
-    member = Member(link, Rendezvous(**{**settings, "endpoint": tuple(settings["endpoint"])}))
+    member = Member(link, RendezvousSettings(**{**settings, "endpoint": tuple(settings["endpoint"])}))
     for order in orders:
         match order["order"]:
             case "join":

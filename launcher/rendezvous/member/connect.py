@@ -11,7 +11,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousParameters,
 )
 
-from launcher.rendezvous.client import Rendezvous
+from launcher.rendezvous.client import RendezvousSettings
 from launcher.rendezvous.member.endpoint import is_here, listening_address, reach, show
 from launcher.rendezvous.member.protocol import Tell
 from launcher.rendezvous.member.refused import Refused
@@ -75,7 +75,7 @@ def bounded(seconds: float, call: Callable[[], _Value]) -> _Value:
     return value  # type: ignore[return-value]
 
 
-def join_patience(settings: Rendezvous) -> float:
+def join_patience(settings: RendezvousSettings) -> float:
     """How many seconds to wait for the other nodes."""
     try:
         return seconds_of(settings_of(settings), "join_timeout")
@@ -83,14 +83,14 @@ def join_patience(settings: Rendezvous) -> float:
         raise Refused("usage", f"--rdzv-conf cannot be used: {error}") from None
 
 
-def settings_of(settings: Rendezvous) -> Mapping[str, str]:
+def settings_of(settings: RendezvousSettings) -> Mapping[str, str]:
     given = {key: value for key, value in settings.conf.items() if key != "secret"}
     if "timeout" in given:  # the one that the static and the old etcd rendezvous have
         given.setdefault("join_timeout", given["timeout"])
     return {**_DEFAULTS, **given}
 
 
-def parameters_of(settings: Rendezvous, conf: Mapping[str, str], addr: str) -> RendezvousParameters:
+def parameters_of(settings: RendezvousSettings, conf: Mapping[str, str], addr: str) -> RendezvousParameters:
     return RendezvousParameters(
         backend=settings.backend,
         endpoint=show(settings.endpoint),
@@ -108,7 +108,7 @@ def node_name(addr: str) -> str:
 
 
 def connect_store(
-    settings: Rendezvous, conf: Mapping[str, str], signer: Signer, tell: Tell
+    settings: RendezvousSettings, conf: Mapping[str, str], signer: Signer, tell: Tell
 ) -> tuple[TCPStore, Signer, bool]:
     """A connection to the store at the endpoint, and what signs for the job there.
 
@@ -140,7 +140,7 @@ def connect_store(
         raise not_a_store(settings) from None
 
 
-def reach_endpoint(settings: Rendezvous, conf: Mapping[str, str], tell: Tell) -> None:
+def reach_endpoint(settings: RendezvousSettings, conf: Mapping[str, str], tell: Tell) -> None:
     """Wait until somebody accepts connections at the endpoint; raises `Refused` if nobody does in time."""
     try:
         reach(settings.endpoint, _patience(conf), tell)
@@ -160,7 +160,7 @@ def seconds_of(conf: Mapping[str, str], key: str) -> float:
         raise ValueError(f"{key}: expected seconds, found {conf[key]}") from None
 
 
-def _unavailable(settings: Rendezvous, what: str, advice: str) -> Refused:
+def _unavailable(settings: RendezvousSettings, what: str, advice: str) -> Refused:
     """There is `what` instead of a rendezvous; `advice` is for a node that has not seen it there before."""
     if settings.has_met:
         again = "start the job again, it goes on from its checkpoints"
@@ -168,7 +168,7 @@ def _unavailable(settings: Rendezvous, what: str, advice: str) -> Refused:
     return Refused("unavailable", f"{what}: {advice}")
 
 
-def not_a_store(settings: Rendezvous) -> Refused:
+def not_a_store(settings: RendezvousSettings) -> Refused:
     return _unavailable(
         settings,
         f"what listens at {show(settings.endpoint)} does not answer as the store of a rendezvous would",
@@ -180,7 +180,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def too_few(settings: Rendezvous, came: int | None, seconds: float) -> Refused:
+def too_few(settings: RendezvousSettings, came: int | None, seconds: float) -> Refused:
     found = "fewer than" if came is None else f"{came} of at least"
     nodes = "node" if settings.min_nodes == 1 else "nodes"
     return Refused("quorum", f"{found} {settings.min_nodes} {nodes} came within {seconds:g} s")

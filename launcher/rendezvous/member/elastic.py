@@ -17,7 +17,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from launcher.rendezvous.client import Rendezvous
+from launcher.rendezvous.client import RendezvousSettings
 from launcher.rendezvous.member.connect import node_name, seconds_of, settings_of, too_few
 from launcher.rendezvous.member.endpoint import listening_address
 from launcher.rendezvous.member.gate import Gate, known_as
@@ -49,7 +49,7 @@ class Elastic:
 
     def __init__(
         self,
-        settings: Rendezvous,
+        settings: RendezvousSettings,
         addr: str,
         handler: RendezvousHandler,
         gate: Gate | None,

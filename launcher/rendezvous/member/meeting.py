@@ -17,7 +17,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import RendezvousBackend, create_handler
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launcher.rendezvous.client import Rendezvous
+from launcher.rendezvous.client import RendezvousSettings
 from launcher.rendezvous.member.connect import (
     connect_store,
     first_line,
@@ -47,7 +47,7 @@ __all__ = ["meet", "meet_through"]
 os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
-def meet(settings: Rendezvous, addr: str, tell: Tell, suspect: Tell) -> Meeting:
+def meet(settings: RendezvousSettings, addr: str, tell: Tell, suspect: Tell) -> Meeting:
     """Connect to the rendezvous, or begin to serve its store if the endpoint is this machine.
 
     Raises `Refused`. `tell` is called with lines for the user, meanwhile, and `suspect` at any time with what
@@ -59,7 +59,9 @@ def meet(settings: Rendezvous, addr: str, tell: Tell, suspect: Tell) -> Meeting:
         raise Refused("usage", f"--rdzv-conf cannot be used: {error}") from None
 
 
-def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str, tell: Tell, suspect: Tell) -> Meeting:
+def _meet(
+    settings: RendezvousSettings, conf: Mapping[str, str], addr: str, tell: Tell, suspect: Tell
+) -> Meeting:
     signer = Signer(settings.secret_key, settings.run_id, suspect=suspect)
     if settings.backend in ("c10d", "static"):
         store, signer, is_host = connect_store(settings, conf, signer, tell)
@@ -87,7 +89,7 @@ def _meet(settings: Rendezvous, conf: Mapping[str, str], addr: str, tell: Tell, 
 
 
 def meet_through(
-    settings: Rendezvous, addr: str, signer: Signer, backend: RendezvousBackend, store: Store
+    settings: RendezvousSettings, addr: str, signer: Signer, backend: RendezvousBackend, store: Store
 ) -> Meeting:
     """Meet where torch's state is in a `backend` whose `store` cannot compare and set, as etcd's."""
     gate = Gate(backend, signer)

@@ -17,7 +17,7 @@ from typing import Any
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from launcher.formatting import count
-from launcher.rendezvous.client import Rendezvous
+from launcher.rendezvous.client import RendezvousSettings
 from launcher.rendezvous.member.agent_link import Link
 from launcher.rendezvous.member.compatibility import Compatibility, check_hellos
 from launcher.rendezvous.member.connect import bounded, join_patience
@@ -46,7 +46,7 @@ _ASK = 1.0  # seconds between two looks at what the rendezvous knows
 class Member:
     """Speaks for one node, from the agent's settings to the end of what other nodes need of it."""
 
-    def __init__(self, link: Link, settings: Rendezvous) -> None:
+    def __init__(self, link: Link, settings: RendezvousSettings) -> None:
         self._link = link
         self._settings = settings
         self._meeting: Meeting | None = None

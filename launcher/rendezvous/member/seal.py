@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 
-from launcher.rendezvous.client import Rendezvous
+from launcher.rendezvous.client import RendezvousSettings
 from launcher.rendezvous.member.endpoint import show
 from launcher.rendezvous.member.refused import Refused
 from launcher.rendezvous.member.signing import ForgedError, Signer
@@ -20,7 +20,7 @@ _REMEDY = "give all nodes the same one: --rdzv-conf secret=FILE, or LAUNCH_SECRE
 
 
 def open_seal(
-    store: Store, settings: Rendezvous, signer: Signer, *, is_host: bool, is_first: bool
+    store: Store, settings: RendezvousSettings, signer: Signer, *, is_host: bool, is_first: bool
 ) -> Signer:
     """What signs all that a job puts into a store, which is sealed with `signer` if no node has done so yet.
 
@@ -43,7 +43,7 @@ def open_seal(
         raise Refused("usage", _explain(found, settings)) from None
 
 
-def _explain(stored: bytes, settings: Rendezvous) -> str:
+def _explain(stored: bytes, settings: RendezvousSettings) -> str:
     """What is wrong with the secret of a node that `stored` does not let in."""
     mine, where = settings.secret_source, show(settings.endpoint)
     if not Signer.is_signed(stored):

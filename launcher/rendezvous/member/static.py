@@ -9,7 +9,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
 )
 
-from launcher.rendezvous.client import Rendezvous
+from launcher.rendezvous.client import RendezvousSettings
 from launcher.rendezvous.member.connect import (
     too_few,
 )
@@ -32,7 +32,9 @@ class Fixed:
     of the generation; a ticket is good for one.
     """
 
-    def __init__(self, settings: Rendezvous, patience: float, store: SignedStore, is_host: bool) -> None:
+    def __init__(
+        self, settings: RendezvousSettings, patience: float, store: SignedStore, is_host: bool
+    ) -> None:
         if settings.node_rank is None or not 0 <= settings.node_rank < settings.max_nodes:
             raise Refused(
                 "usage",

@@ -21,9 +21,9 @@ from launcher.agent.control import Control
 from launcher.agent.control_record import RECORD
 from launcher.cli.ask import ask, is_running
 from launcher.errors import NotRunningError, RunDirError, UnreachableError, UsageError
-from launcher.events import Asked
+from launcher.events import RequestReceived
 
-Answer = Callable[[Control, Asked], None]
+Answer = Callable[[Control, RequestReceived], None]
 
 
 class Agent:
@@ -31,8 +31,8 @@ class Agent:
 
     def __init__(self, record: Path, answer: Answer) -> None:
         self.control = Control(record)
-        self.asked: list[Asked] = []
-        self._arrived: queue.SimpleQueue[Asked] = queue.SimpleQueue()
+        self.asked: list[RequestReceived] = []
+        self._arrived: queue.SimpleQueue[RequestReceived] = queue.SimpleQueue()
         self._answer = answer
         self._ending, self._end = os.pipe()
         self._thread = threading.Thread(target=self._run)
@@ -44,12 +44,12 @@ class Agent:
             if self._ending in ready:
                 return
             for event in self.control.receive():
-                assert isinstance(event, Asked)
+                assert isinstance(event, RequestReceived)
                 self.asked.append(event)
                 self._answer(self.control, event)
                 self._arrived.put(event)
 
-    def wait(self) -> Asked:
+    def wait(self) -> RequestReceived:
         """The next question that this was not called for yet."""
         return self._arrived.get(timeout=20)
 
@@ -65,11 +65,11 @@ class Agent:
         os.close(self._ending)
 
 
-def echo(control: Control, asked: Asked) -> None:
+def echo(control: Control, asked: RequestReceived) -> None:
     control.answer(asked.client, {"verb": asked.verb, "number": asked.number})
 
 
-def answer_never(_control: Control, _asked: Asked) -> None:
+def answer_never(_control: Control, _asked: RequestReceived) -> None:
     pass
 
 
@@ -143,7 +143,7 @@ def test_a_client_that_never_reads_is_let_go(
     monkeypatch.setattr("launcher.agent.control._UNSENT_BYTES", 1 << 20)
     answered = threading.Event()
 
-    def answer(control: Control, asked: Asked) -> None:
+    def answer(control: Control, asked: RequestReceived) -> None:
         for _ in range(4):
             control.answer(asked.client, {"text": "x" * (1 << 20)}, more=True)
         answered.set()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from launcher.agent.monitor import Monitor
-from launcher.events import DeadlinePassed, Event, RoundDrained, StopRequested, Tick, ZygoteReady
+from launcher.events import DeadlinePassed, Event, StopRequested, Tick, WorkersGone, ZygoteReady
 
 
 class Told:
@@ -38,7 +38,7 @@ def monitor() -> Iterator[Monitor]:
 
 @pytest.fixture
 def source() -> Iterator[Told]:
-    source = Told(ZygoteReady(0.1), RoundDrained())
+    source = Told(ZygoteReady(0.1), WorkersGone())
     yield source
     source.close()
 
@@ -50,7 +50,7 @@ def test_all_that_a_source_tells_is_handed_over_once(monitor: Monitor, source: T
     assert next(monitor.events()) == ZygoteReady(0.1)  # also by another call
     monitor.set_deadline(0.0)
     events = monitor.events()
-    assert {next(events), next(events)} == {RoundDrained(), DeadlinePassed()}
+    assert {next(events), next(events)} == {WorkersGone(), DeadlinePassed()}
 
 
 def test_a_deadline_passes_once(monitor: Monitor) -> None:
@@ -68,9 +68,9 @@ def test_another_deadline_replaces_one_that_has_passed(monitor: Monitor, instead
     events = monitor.events()
     monitor.push(Tick())
     assert next(events) == Tick()
-    monitor.push(DeadlinePassed(), RoundDrained())
+    monitor.push(DeadlinePassed(), WorkersGone())
     monitor.set_deadline(instead)
-    assert [next(events) for _ in range(3)] == [RoundDrained(), Tick(), Tick()]
+    assert [next(events) for _ in range(3)] == [WorkersGone(), Tick(), Tick()]
 
 
 def test_signals_are_told_in_their_order(monitor: Monitor) -> None:

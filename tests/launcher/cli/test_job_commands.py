@@ -19,7 +19,7 @@ from launcher.cli import main
 from launcher.cli.arguments import CONTROL_NAMES, asks_a_job, parse
 from launcher.cli.job_commands import CONTROLS
 from launcher.config.command import Command, Kind
-from launcher.events import Asked
+from launcher.events import RequestReceived
 from launcher.progress import Progress
 from launcher.reporting.journal import JOURNAL, Journal
 from launcher.reporting.status_board import StatusBoard
@@ -42,7 +42,7 @@ ANSWERS = {
 }
 
 
-def answer(control: Control, asked: Asked) -> None:
+def answer(control: Control, asked: RequestReceived) -> None:
     control.answer(asked.client, ANSWERS[asked.verb])
 
 

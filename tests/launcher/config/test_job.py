@@ -12,7 +12,7 @@ import pytest
 from launcher.cli import parse
 from launcher.config.command import Command, Kind
 from launcher.config.job import Config, settings_from_environ
-from launcher.config.options import OPTIONS, find
+from launcher.config.options import OPTIONS, find_option
 from launcher.errors import NotFoundError, UsageError
 from launcher.system.devices import count_cpus, count_gpus
 
@@ -400,7 +400,7 @@ def test_every_option_of_torchrun_is_known() -> None:
     names = re.findall(r'^\s+"--([a-z-]+)",$', source, re.MULTILINE)
     assert len(names) > 25
     for name in names:
-        assert find(name, "torchrun").torchrun or name in ("logs-specs", "numa-binding")
+        assert find_option(name, "torchrun").torchrun or name in ("logs-specs", "numa-binding")
 
 
 def test_environment_of_torchrun_is_read() -> None:

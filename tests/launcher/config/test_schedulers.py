@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from launcher.cli import parse
 from launcher.config.job import Config
-from launcher.config.schedulers import hosts, settings_from_scheduler, slurm_port
+from launcher.config.schedulers import expand_nodelist, settings_from_scheduler, slurm_port
 from launcher.errors import ExitCode, UsageError
 
 SLURM: Mapping[str, Mapping[str, str]] = json.loads(
@@ -258,7 +258,7 @@ def test_the_manifests_know_the_exit_codes(name: str) -> None:
     ],
 )
 def test_hosts(nodelist: str, expected: list[str]) -> None:
-    assert hosts(nodelist) == expected
+    assert expand_nodelist(nodelist) == expected
 
 
 spans = st.tuples(st.integers(0, 200), st.integers(0, 12), st.integers(1, 4))
@@ -282,7 +282,7 @@ def test_hosts_of_any_list(groups: list[tuple[str, list[tuple[int, int, int]]]])
                 for number in range(first, first + count + 1)
             ]
         folded.append(f"{prefix}[{','.join(texts)}]")
-    assert hosts(",".join(folded)) == names
+    assert expand_nodelist(",".join(folded)) == names
 
 
 @given(st.integers(1, 2**31), st.integers(0, 30))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.secret import Secret, find_secret, given_secret, made_secret
+from launcher.config.secret import Secret, configured_secret, find_secret, generated_secret
 from launcher.errors import UsageError
 
 TEXT = "0123456789abcdef"
@@ -21,10 +21,10 @@ def secret_file(path: Path, text: str = f"{TEXT}\n", mode: int = 0o600) -> Path:
 
 def test_a_file_beats_the_environment(tmp_path: Path) -> None:
     path = secret_file(tmp_path / "secret")
-    assert given_secret({"secret": str(path)}, "x" * 40) == Secret(TEXT, str(path))
-    assert given_secret({}, f" {TEXT}\n") == Secret(TEXT, "LAUNCH_SECRET")
-    assert given_secret({}, None) is None
-    assert TEXT not in repr(given_secret({}, TEXT))
+    assert configured_secret({"secret": str(path)}, "x" * 40) == Secret(TEXT, str(path))
+    assert configured_secret({}, f" {TEXT}\n") == Secret(TEXT, "LAUNCH_SECRET")
+    assert configured_secret({}, None) is None
+    assert TEXT not in repr(configured_secret({}, TEXT))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_a_file_beats_the_environment(tmp_path: Path) -> None:
 def test_a_file_that_is_no_secret(tmp_path: Path, text: str, mode: int, reason: str) -> None:
     path = secret_file(tmp_path / "secret", text, mode)
     with pytest.raises(UsageError, match=f"secret={path}.*{reason}"):
-        given_secret({"secret": str(path)}, None)
+        configured_secret({"secret": str(path)}, None)
 
 
 def test_no_file_at_all(tmp_path: Path) -> None:
@@ -52,25 +52,25 @@ def test_no_file_at_all(tmp_path: Path) -> None:
         (".", "expected a file|Is a directory"),
     ):
         with pytest.raises(UsageError, match=reason):
-            given_secret({"secret": str(tmp_path / name)}, None)
+            configured_secret({"secret": str(tmp_path / name)}, None)
 
 
 def test_a_secret_is_made_once(tmp_path: Path) -> None:
     """By whoever comes first, and only its user can read it."""
-    first = made_secret(tmp_path)
+    first = generated_secret(tmp_path)
     assert first is not None
-    assert first == made_secret(tmp_path)
+    assert first == generated_secret(tmp_path)
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
     assert len(first.text) == 64
     (tmp_path / "secret").chmod(0o644)
-    assert made_secret(tmp_path) is None
+    assert generated_secret(tmp_path) is None
     (tmp_path / "secret").unlink()
     (tmp_path / "secret").symlink_to(secret_file(tmp_path / "other"))
-    assert made_secret(tmp_path) is None
-    assert made_secret(tmp_path / "missing") is None
+    assert generated_secret(tmp_path) is None
+    assert generated_secret(tmp_path / "missing") is None
     (tmp_path / "secret").unlink()
     secret_file(tmp_path / "secret", "\n")
-    assert made_secret(tmp_path) is None  # an empty one protects nothing
+    assert generated_secret(tmp_path) is None  # an empty one protects nothing
 
 
 def test_where_a_secret_is_made(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_where_a_secret_is_made(tmp_path: Path) -> None:
     assert find_secret(given, "node1", tmp_path, "ext4") == given
     assert find_secret(None, "node1", tmp_path, "ext4") is None
     shared = find_secret(None, "node1", tmp_path, "nfs4")
-    assert shared == made_secret(tmp_path)
+    assert shared == generated_secret(tmp_path)
     here = find_secret(None, "127.0.0.1", tmp_path, "ext4", tmp_path)
     assert here is not None
     assert here == find_secret(None, "localhost", tmp_path / "other", "ext4", tmp_path)

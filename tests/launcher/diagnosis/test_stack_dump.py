@@ -344,7 +344,7 @@ class Hung:
 
     def end(self) -> None:
         for process in self._started:
-            for child in processes.descendants([process.pid]):
+            for child in processes.descendant_pids([process.pid]):
                 os.kill(child, signal.SIGKILL)
             process.kill()
             process.communicate()

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from launcher.events import Event, Heard, Joined, MemberFailed, MemberNews
-from launcher.rendezvous.client import Alone, Membership, Rendezvous, Together
+from launcher.events import Event, Joined, MemberFailed, MemberNews, MessageReceived
+from launcher.rendezvous.client import MemberHandle, RendezvousSettings, SingleNodeClient, TeamClient
 from launcher.rendezvous.member.endpoint import (
     is_here,
     listening_address,
@@ -74,7 +74,7 @@ class Spared(Subreaper):
 class Node:
     """One node's agent, as far as its team is concerned."""
 
-    def __init__(self, team: Team, member: Membership, **hello: Any) -> None:
+    def __init__(self, team: Team, member: TeamClient, **hello: Any) -> None:
         self.team = team
         self.member = member
         self.hello = hello
@@ -83,7 +83,7 @@ class Node:
 
     @property
     def pid(self) -> int:
-        assert isinstance(self.member, Together)
+        assert isinstance(self.member, MemberHandle)
         assert self.member.pid is not None
         return self.member.pid
 
@@ -92,7 +92,7 @@ class Node:
         self.member.join(self.hello)
 
     def say(self, **message: Any) -> None:
-        self.member.say(message)
+        self.member.broadcast(message)
 
     def kill_agent(self) -> None:
         """What the member sees when its agent is killed."""
@@ -117,7 +117,7 @@ class Node:
         return [
             event.message
             for event in self.events
-            if isinstance(event, Heard) and event.message["kind"] == kind
+            if isinstance(event, MessageReceived) and event.message["kind"] == kind
         ]
 
     def news(self) -> list[str]:
@@ -153,7 +153,7 @@ class Team:
     def add(self, node_rank: int | None = None, **hello: Any) -> Node:
         """A node whose member imports torch by now. The first one serves the store."""
         is_first = not self.pids
-        settings = Rendezvous(
+        settings = RendezvousSettings(
             backend=self.backend,
             endpoint=self.endpoint,
             run_id="job",
@@ -165,7 +165,7 @@ class Team:
             secret_source="the test",
         )
         number = len(self.pids)
-        member = Together(settings, self.path / f"member-{number}.log", self.reaper)
+        member = MemberHandle(settings, self.path / f"member-{number}.log", self.reaper)
         node = Node(self, member, **{"job": "train.py", "number": number, **hello})
         self.nodes.append(node)
         self.pids.add(node.pid)
@@ -184,7 +184,7 @@ class Team:
             poll.poll(100)
             for node in self.nodes:
                 node.receive()
-                if isinstance(node.member, Together) and node.member.pid is not None:
+                if isinstance(node.member, MemberHandle) and node.member.pid is not None:
                     self.pids.add(node.member.pid)
         return time.monotonic() - began
 
@@ -234,19 +234,19 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
 
 def test_alone_is_heard_at_once() -> None:
     """Without a process; what is heard has been through JSON, as between nodes."""
-    alone = Alone()
+    alone = SingleNodeClient()
     alone.join({"host": "here"})
-    alone.say({"kind": "report", "ranks": (1, 2)})
+    alone.broadcast({"kind": "report", "ranks": (1, 2)})
     poll = select.poll()
     poll.register(alone.descriptors[0], select.POLLIN)
     assert poll.poll(0)
     assert alone.receive() == [
         Joined(0, [{"host": "here"}]),
-        Heard(0, {"kind": "report", "ranks": [1, 2]}),
+        MessageReceived(0, {"kind": "report", "ranks": [1, 2]}),
     ]
     assert not poll.poll(0)
     assert alone.receive() == []
-    alone.say({"kind": "old"})
+    alone.broadcast({"kind": "old"})
     alone.join({})
     assert alone.receive() == [Joined(0, [{}])]
     alone.leave()
@@ -264,9 +264,9 @@ def test_every_node_hears_the_same_in_the_same_order(trio: Team) -> None:
         for node in trio.nodes:
             node.say(kind="count", rank=node.rank, number=number)
     trio.wait(lambda: all(len(node.heard("count")) == 120 for node in trio.nodes))
-    first = [event for event in trio.nodes[0].events if isinstance(event, Heard)]
+    first = [event for event in trio.nodes[0].events if isinstance(event, MessageReceived)]
     for node in trio.nodes:
-        assert [event for event in node.events if isinstance(event, Heard)] == first
+        assert [event for event in node.events if isinstance(event, MessageReceived)] == first
         own = [event.message["number"] for event in first if event.node == node.rank]
         assert own == list(range(40))
         assert all(event.message["rank"] == event.node for event in first)
@@ -370,7 +370,7 @@ def remove_node(team: Team, member: str) -> None:
     from launcher.rendezvous.member.signing import Signer
     from launcher.rendezvous.member.stores import connect
 
-    settings = Rendezvous("c10d", team.endpoint, "job", team.least, team.most)
+    settings = RendezvousSettings("c10d", team.endpoint, "job", team.least, team.most)
     STORES.append(store := connect(*team.endpoint, SLOW))
     signer = open_seal(store, settings, Signer(None, "job"), is_host=False, is_first=False)
     Gate(StoreBackend(store, "launch.job/state"), signer).remove_node(member)
@@ -531,7 +531,7 @@ def test_another_job_with_the_same_id_is_refused(team: Team) -> None:
     assert f"{socket.gethostname()} runs 'train.py', and this node 'other.py'" in stranger.failed().reason
     node.say(kind="alive")
     team.wait(lambda: bool(node.heard("alive")))
-    assert [type(event) for event in node.events] == [Joined, Heard]
+    assert [type(event) for event in node.events] == [Joined, MessageReceived]
 
 
 def test_static_ranks(team: Team) -> None:
@@ -640,7 +640,7 @@ def test_a_store_that_cannot_compare_and_set(tmp_path: Path) -> None:
     from launcher.rendezvous.member.meeting import meet_through
     from launcher.rendezvous.member.signing import Signer
 
-    settings = Rendezvous("etcd-v2", ("127.0.0.1", 1), "job", 2, 2)
+    settings = RendezvousSettings("etcd-v2", ("127.0.0.1", 1), "job", 2, 2)
     path = str(tmp_path / "store")
     heard: dict[int, queue.SimpleQueue[tuple[int, Any]]] = {0: queue.SimpleQueue(), 1: queue.SimpleQueue()}
 

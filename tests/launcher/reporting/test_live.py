@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config.job import Shown
+from launcher.config.job import ShownStreams
 from launcher.reporting.console import Console, Level, Sink
 from launcher.reporting.terminal import fit
 from launcher.run_dir import RankFiles
@@ -94,7 +94,7 @@ def rank_files(path: Path, rank: int = 0) -> RankFiles:
 def test_it_stays_below_what_is_printed_and_goes_at_the_end(terminal: Terminal, tmp_path: Path) -> None:
     files = rank_files(tmp_path)
     console = terminal.console()
-    console.follow([files], Shown())
+    console.follow([files], ShownStreams())
     console.live(["one", "two"])
     terminal.wait_for("one", "two")
     files.out.write_text("hello\n" * 3)
@@ -112,7 +112,7 @@ def test_workers_cannot_disturb_it(terminal: Terminal, tmp_path: Path) -> None:
     """Cursor movements, cleared screens, titles and bells of workers do not reach the terminal; colours do."""
     files = rank_files(tmp_path)
     console = terminal.console()
-    console.follow([files], Shown())
+    console.follow([files], ShownStreams())
     console.live(["view"])
     lines = [
         b"up\x1b[5A\x1b[2J\x1b[?1049h\x1b[H\x1b[10;10H.",
@@ -238,7 +238,7 @@ def test_a_held_terminal_holds_up_nobody(terminal: Terminal) -> None:
 def test_a_flood_of_lines_is_not_held_up_by_it(terminal: Terminal, tmp_path: Path) -> None:
     files = rank_files(tmp_path)
     console = terminal.console()
-    console.follow([files], Shown())
+    console.follow([files], ShownStreams())
     console.live(["view"])
     terminal.wait_for("view")
     lines = [f"line {number}" for number in range(5000)]

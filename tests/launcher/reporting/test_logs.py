@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config.job import Shown
+from launcher.config.job import ShownStreams
 from launcher.errors import BusyError, RunDirError
 from launcher.reporting.console import Console, Sink
 from launcher.reporting.logs import Lines, Tail
@@ -157,7 +157,7 @@ def test_console_keeps_lines_whole_and_in_order(run_dir: RunDir) -> None:
     files = run_dir.begin_round(1, range(11))
     out, err = Reader(), Reader()
     console = Console(Sink(out.write_end), Sink(err.write_end))
-    console.follow(files, Shown())
+    console.follow(files, ShownStreams())
     lines = [f"line {i} " + "x" * (i % 300) for i in range(2000)]
 
     def work(rank: int) -> None:
@@ -193,7 +193,7 @@ def test_a_progress_bar_that_stands_still_is_shown_once(run_dir: RunDir, end: st
     (files,) = run_dir.begin_round(1, [0])
     reader, writer = os.pipe()
     console = Console(Sink(1), Sink(writer))
-    console.follow([files], Shown())
+    console.follow([files], ShownStreams())
     with files.err.open("wb", buffering=0) as file:
         file.write(b"\r 10%\r 100%")
         assert os.read(reader, 100) == b"[0]  100%\n"
@@ -215,7 +215,7 @@ def test_console_without_inotify(run_dir: RunDir, monkeypatch: pytest.MonkeyPatc
     files = run_dir.begin_round(1, range(1))
     out = Reader()
     console = Console(Sink(out.write_end), Sink(out.write_end))
-    console.follow(files, Shown())
+    console.follow(files, ShownStreams())
     files[0].out.write_text("hello\n")
     console.close()
     assert out.text() == "[0] hello\n"
@@ -225,7 +225,7 @@ def test_console_shows_what_it_should(run_dir: RunDir) -> None:
     files = run_dir.begin_round(1, range(2))
     out = Reader()
     console = Console(Sink(out.write_end), Sink(out.write_end))
-    console.follow(files, Shown(redirects={None: 1}, ranks=frozenset([1])))
+    console.follow(files, ShownStreams(redirects={None: 1}, ranks=frozenset([1])))
     for of_rank in files:
         of_rank.out.write_text("out\n")
         of_rank.err.write_text("err\n")
@@ -240,7 +240,7 @@ def test_a_terminal_gets_colours_and_no_garbage(run_dir: RunDir, monkeypatch: py
     controller, terminal = os.openpty()
     files = run_dir.begin_round(1, range(1))
     console = Console(Sink(terminal), Sink(terminal))
-    console.follow(files, Shown())
+    console.follow(files, ShownStreams())
     files[0].out.write_bytes(b"a\x07\xff\x1b[31mred\n")
     console.unfollow()
     console.say("note", style=31)
@@ -273,10 +273,10 @@ def test_a_reader_that_goes_away_is_told_of_once(run_dir: RunDir) -> None:
     os.close(read_end)
     err = Reader()
     console = Console(Sink(gone), Sink(err.write_end))
-    console.follow(files, Shown())
+    console.follow(files, ShownStreams())
     files[0].out.write_text("a\nb\n")
     console.unfollow()
-    console.follow(files, Shown())
+    console.follow(files, ShownStreams())
     console.unfollow()
     console.close()
     assert err.text().count("stdout has no reader any more; the job goes on") == 1

@@ -17,14 +17,14 @@ from launcher.errors import ExitCode
 from launcher.events import (
     DeadlinePassed,
     Event,
-    Heard,
     Joined,
     MemberFailed,
-    RoundDrained,
+    MessageReceived,
     SpawnFailed,
     StacksTaken,
     StopRequested,
     WorkerExited,
+    WorkersGone,
     WorkerStarted,
     ZygoteLost,
     ZygoteReady,
@@ -37,16 +37,18 @@ from launcher.round.slots import Slots
 PREEMPTED = Finish(ExitCode.PREEMPTED, is_final=False)
 
 
-def ready(node: int, workers: int = 2, number: int = 1) -> Heard:
-    return Heard(node, Ready(tuple(range(workers)), f"host{node}", 1000 + node, number).to_json())
+def ready(node: int, workers: int = 2, number: int = 1) -> MessageReceived:
+    return MessageReceived(node, Ready(tuple(range(workers)), f"host{node}", 1000 + node, number).to_json())
 
 
-def wish(reason: str, node: int = 0, *, can_drain: bool = True, slots: int | None = None) -> Heard:
-    return Heard(node, RoundEndRequest(reason, node, can_drain, slots).to_json())
+def wish(
+    reason: str, node: int = 0, *, can_drain: bool = True, slots: int | None = None
+) -> MessageReceived:
+    return MessageReceived(node, RoundEndRequest(reason, node, can_drain, slots).to_json())
 
 
-def lost(node: int) -> Heard:
-    return Heard(0, {"kind": "lost", "node": node, "why": "no sign of life"})
+def lost(node: int) -> MessageReceived:
+    return MessageReceived(0, {"kind": "lost", "node": node, "why": "no sign of life"})
 
 
 def exited(rank: int, code: int = 0) -> WorkerExited:
@@ -57,9 +59,9 @@ def death(rank: int, code: int = 1, at: float = 1.0) -> Death:
     return Death(rank, "host0", 1000 + rank, code, at)
 
 
-def report(node: int = 0, **fields: object) -> Heard:
+def report(node: int = 0, **fields: object) -> MessageReceived:
     told = NodeReport(node, f"host{node}", 1, 1.0, **fields)  # type: ignore[arg-type]
-    return Heard(node, {"kind": "report", "report": told.to_json()})
+    return MessageReceived(node, {"kind": "report", "report": told.to_json()})
 
 
 def begin(nodes: int = 1, rank: int = 0) -> list[Event]:
@@ -94,7 +96,7 @@ def end(
 def test_a_round_in_which_all_finish() -> None:
     round_ = play(WorkerStarted(0, 1), exited(1), exited(0))
     assert round_.phase is Phase.STOPPING  # what they left running is stopped, too
-    round_ = round_.after(RoundDrained())
+    round_ = round_.after(WorkersGone())
     assert round_.phase is Phase.OVER
     assert round_.has_finished
     round_ = round_.after(report(has_finished=True, has_drained=True))
@@ -124,7 +126,7 @@ def test_what_is_ours() -> None:
     assert [round_.is_ours(exit_) for exit_ in round_.exits] == [False, True]
     assert round_.has_failed_here
     asked = [wish("restart", can_drain=False), exited(0, -15)]
-    killed = play(*asked, DeadlinePassed(), exited(1, -9), RoundDrained())
+    killed = play(*asked, DeadlinePassed(), exited(1, -9), WorkersGone())
     assert [killed.is_ours(exit_) for exit_ in killed.exits] == [True, True]
     assert not killed.has_failed_here
     assert play(*asked, exited(1, -9), DeadlinePassed()).has_failed_here
@@ -146,7 +148,7 @@ OURS = Death(1, "host0", 1001, -15, 2.0, is_ours=True)
     ],
 )
 def test_whether_a_round_has_failed(events: list[Event], has_failed: bool) -> None:
-    assert play(*events, RoundDrained(), nodes=2).has_failed is has_failed
+    assert play(*events, WorkersGone(), nodes=2).has_failed is has_failed
 
 
 def test_what_explains_that_workers_failed() -> None:
@@ -165,7 +167,7 @@ def test_who_wants_a_round_to_end() -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_wins_over_everything(signum: int) -> None:
     for events in ([exited(0, 1)], [exited(0), exited(1)], []):
-        assert end(*events, StopRequested(signum), RoundDrained(), report()) == Finish(128 + signum)
+        assert end(*events, StopRequested(signum), WorkersGone(), report()) == Finish(128 + signum)
 
 
 def test_insisting_kills() -> None:
@@ -181,19 +183,19 @@ def test_the_first_stop_during_a_restart_leaves_the_grace() -> None:
 
 
 def test_a_stop_while_other_nodes_are_not_done_waits_for_them() -> None:
-    round_ = play(exited(0, 1), RoundDrained(), StopRequested(signal.SIGINT), nodes=2)
+    round_ = play(exited(0, 1), WorkersGone(), StopRequested(signal.SIGINT), nodes=2)
     assert round_.phase is Phase.OVER
     assert round_.after(StopRequested(signal.SIGINT)).phase is Phase.SETTLED
 
 
 def test_a_stop_on_another_node() -> None:
-    said = Heard(1, {"kind": "stop", "signum": 2})
+    said = MessageReceived(1, {"kind": "stop", "signum": 2})
     assert play(said, nodes=2).phase is Phase.STOPPING
     gathering = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}])).after(said)
     assert gathering.phase is Phase.SETTLED
     assert decide(gathering, None, None, History(), Limits()) == Finish(130)
-    assert play(RoundDrained(), report(0), said, nodes=2).phase is Phase.OVER
-    assert play(RoundDrained(), report(0), said, report(1), nodes=2).phase is Phase.SETTLED
+    assert play(WorkersGone(), report(0), said, nodes=2).phase is Phase.OVER
+    assert play(WorkersGone(), report(0), said, report(1), nodes=2).phase is Phase.SETTLED
 
 
 def test_a_stop_between_rounds_ends_the_job() -> None:
@@ -203,7 +205,7 @@ def test_a_stop_between_rounds_ends_the_job() -> None:
     assert decide(alone, None, None, History(), Limits()) == Finish(130, is_final=False)
     joined = Round().after(Joined(0, [{"host": "a"}])).after(StopRequested(signal.SIGINT))
     assert decide(joined, None, None, History(), Limits()) == Finish(130)
-    cut_off = end(MemberFailed("lost", "x"), StopRequested(signal.SIGINT), RoundDrained(), nodes=2)
+    cut_off = end(MemberFailed("lost", "x"), StopRequested(signal.SIGINT), WorkersGone(), nodes=2)
     assert cut_off == Finish(130, is_final=False)
 
 
@@ -224,7 +226,7 @@ def test_trouble_of_our_own_is_a_failure(trouble: SpawnFailed | ZygoteLost, word
     assert re.match(words, round_.trouble_in_words or "")
     assert round_.has_failed_here
     assert round_.phase is (Phase.STOPPING if isinstance(trouble, SpawnFailed) else Phase.OVER)
-    ended = [trouble, RoundDrained(), report(trouble="it")]
+    ended = [trouble, WorkersGone(), report(trouble="it")]
     assert play(*ended).has_failed
     assert isinstance(end(*ended), Again)
     assert end(*ended, limits=Limits(max_restarts=0)) == GiveUp(ExitCode.INTERNAL, "no restarts allowed")
@@ -237,16 +239,14 @@ def test_restarts_and_their_end() -> None:
     history = History()
     pauses = []
     for _ in range(3):
-        decision = end(
-            exited(1, 3), RoundDrained(), report(deaths=(death(1, 3),)), history=history, mark=""
-        )
+        decision = end(exited(1, 3), WorkersGone(), report(deaths=(death(1, 3),)), history=history, mark="")
         assert isinstance(decision, Again)
         history = History(
             decision.history.restarts, None, tuple(Failure(None) for _ in decision.history.failures)
         )
         pauses.append(decision.pause)
     assert pauses == [0.0, 0.5, 1.0]
-    decision = end(exited(1, 3), RoundDrained(), report(deaths=(death(1, 3),)), history=history)
+    decision = end(exited(1, 3), WorkersGone(), report(deaths=(death(1, 3),)), history=history)
     assert decision == GiveUp(3, "3 restarts used up")
     decision = failing_at(30, History(4, 30, (Failure(30, "y"),)), limits=Limits(max_restarts=1))
     assert decision == GiveUp(1, "1 restart used up without getting beyond step 30")
@@ -255,7 +255,7 @@ def test_restarts_and_their_end() -> None:
 @pytest.mark.parametrize(("code", "ends_with"), [(3, 3), (-9, 137), (-11, 139)])
 def test_the_exit_code_is_the_culprits(code: int, ends_with: int) -> None:
     decision = end(
-        exited(1, code), RoundDrained(), report(deaths=(death(1, code),)), limits=Limits(max_restarts=0)
+        exited(1, code), WorkersGone(), report(deaths=(death(1, code),)), limits=Limits(max_restarts=0)
     )
     assert isinstance(decision, GiveUp)
     assert decision.exit_code == ends_with
@@ -265,7 +265,7 @@ def failing_at(
     step: int | None, history: History, mark: str = "x", limits: Limits | None = None
 ) -> Decision:
     told = report(deaths=(death(1),), step=step)
-    return end(exited(1, 1), RoundDrained(), told, history=history, mark=mark, limits=limits)
+    return end(exited(1, 1), WorkersGone(), told, history=history, mark=mark, limits=limits)
 
 
 def test_the_same_failure_at_the_same_step() -> None:
@@ -300,7 +300,7 @@ def test_progress_refills_the_budget() -> None:
 def test_failures_that_cannot_be_compared_are_no_loop() -> None:
     told = report(deaths=(death(1, -9),))
     history = History(5, None, tuple(Failure(None) for _ in range(5)))
-    round_ = play(exited(1, -9), RoundDrained(), told)
+    round_ = play(exited(1, -9), WorkersGone(), told)
     assert isinstance(decide(round_, death(1, -9), None, history, Limits(max_restarts=9)), Again)
 
 
@@ -311,7 +311,7 @@ def test_a_pause_has_a_limit() -> None:
 
 
 def test_the_same_hang_at_the_same_step() -> None:
-    hung = [Heard(0, {"kind": "hang"}), StacksTaken((), "stacks"), RoundDrained(), report(step=7)]
+    hung = [MessageReceived(0, {"kind": "hang"}), StacksTaken((), "stacks"), WorkersGone(), report(step=7)]
     history = History()
     for _ in range(2):
         decision = end(*hung, history=history, limits=Limits(max_restarts=100))
@@ -325,17 +325,17 @@ def test_the_same_hang_at_the_same_step() -> None:
 
 def test_a_failure_is_no_hang() -> None:
     """What is told of a round that ends already does not make it one, nor do stacks that a user asks for."""
-    assert not play(exited(0, 1), Heard(0, {"kind": "hang"})).is_hung
+    assert not play(exited(0, 1), MessageReceived(0, {"kind": "hang"})).is_hung
     assert play(StacksTaken(("where",), "stacks")).phase is Phase.RUNNING
 
 
 def test_a_hang_is_looked_at_before_anything_is_stopped() -> None:
-    round_ = play(Heard(0, {"kind": "hang"}))
+    round_ = play(MessageReceived(0, {"kind": "hang"}))
     assert round_.phase is Phase.DIAGNOSING
     round_ = round_.after(StacksTaken(("rank 1 is behind",), "stacks"))
     assert round_.phase is Phase.STOPPING
     assert round_.hang == ("rank 1 is behind",)
-    for event in (exited(0, -15), exited(1, -15), RoundDrained(), report(hang=round_.hang, step=7)):
+    for event in (exited(0, -15), exited(1, -15), WorkersGone(), report(hang=round_.hang, step=7)):
         round_ = round_.after(event)
     assert round_.has_failed
     decision = decide(round_, None, None, History(), Limits(max_restarts=0))
@@ -352,7 +352,7 @@ def test_a_drain_is_no_failure() -> None:
     assert round_.has_drained
     assert play(exited(0, 0), exited(1, 75)).has_drained
     assert not round_.has_failed_here
-    decision = end(wish("leave"), exited(0, 75), exited(1, 75), RoundDrained(), report(has_drained=True))
+    decision = end(wish("leave"), exited(0, 75), exited(1, 75), WorkersGone(), report(has_drained=True))
     assert decision == PREEMPTED
 
 
@@ -361,7 +361,7 @@ def test_a_drain_that_comes_too_late_is_stopped() -> None:
     assert round_.phase is Phase.DRAINING
     round_ = round_.after(DeadlinePassed())
     assert round_.phase is Phase.STOPPING
-    for event in (exited(0, -15), exited(1, -15), RoundDrained(), report(deaths=())):
+    for event in (exited(0, -15), exited(1, -15), WorkersGone(), report(deaths=())):
         round_ = round_.after(event)
     assert not round_.has_failed
     assert decide(round_, None, None, History(), Limits()) == PREEMPTED
@@ -381,17 +381,17 @@ def test_a_wish_outside_of_a_round() -> None:
     """Before its start there is nothing to end; after its end others are waited for all the same."""
     gathering = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}]))
     assert gathering.after(wish("leave")).phase is Phase.SETTLED
-    assert play(RoundDrained(), wish("restart"), nodes=2).phase is Phase.OVER
+    assert play(WorkersGone(), wish("restart"), nodes=2).phase is Phase.OVER
 
 
 def test_a_worker_may_hear_of_a_drain_before_its_launch() -> None:
     assert play(exited(0, 75)).phase is Phase.DRAINING
-    assert end(exited(0, 75), exited(1, 75), RoundDrained(), report(has_drained=True)) == PREEMPTED
+    assert end(exited(0, 75), exited(1, 75), WorkersGone(), report(has_drained=True)) == PREEMPTED
 
 
 def test_workers_that_leave_while_those_of_another_node_fail() -> None:
     told = [report(0, has_drained=True), report(1, deaths=(death(2),))]
-    decision = end(exited(0, 75), exited(1, 75), RoundDrained(), *told, nodes=2)
+    decision = end(exited(0, 75), exited(1, 75), WorkersGone(), *told, nodes=2)
     assert isinstance(decision, Again)
     assert decision.history.restarts == 1
 
@@ -408,7 +408,7 @@ def test_who_leaves_while_a_restart_is_saved_needs_it_durable() -> None:
 
 
 def test_a_restart_that_is_asked_for_again_does_not_wait() -> None:
-    stopped = (wish("restart", can_drain=False), exited(0, -15), exited(1, -15), RoundDrained())
+    stopped = (wish("restart", can_drain=False), exited(0, -15), exited(1, -15), WorkersGone())
     deaths = tuple(Death(rank, "host0", 1, -15, 1.0, is_ours=True) for rank in (0, 1))
     assert play(wish("restart"), *stopped).phase is Phase.OVER
     decision = end(wish("restart"), *stopped, report(deaths=deaths))
@@ -417,9 +417,9 @@ def test_a_restart_that_is_asked_for_again_does_not_wait() -> None:
 
 
 def test_a_drain_that_hangs_is_a_hang() -> None:
-    events = [wish("restart"), Heard(0, {"kind": "hang"}), StacksTaken(("where",), "stacks")]
+    events = [wish("restart"), MessageReceived(0, {"kind": "hang"}), StacksTaken(("where",), "stacks")]
     deaths = tuple(Death(rank, "host0", 1, -15, 1.0, is_ours=True) for rank in (0, 1))
-    events += [exited(0, -15), exited(1, -15), RoundDrained(), report(deaths=deaths, hang=("where",))]
+    events += [exited(0, -15), exited(1, -15), WorkersGone(), report(deaths=deaths, hang=("where",))]
     assert play(*events).has_failed
     assert end(*events, limits=Limits(max_restarts=0)) == GiveUp(ExitCode.HUNG, "no restarts allowed")
 
@@ -435,7 +435,7 @@ def test_told_to_leave_while_cut_off() -> None:
     assert decide(failed, None, None, History(), Limits()) == PREEMPTED
     round_ = play(MemberFailed("lost", "x"), nodes=2, rank=1).withdrawn()
     assert round_.phase is Phase.STOPPING
-    round_ = round_.after(RoundDrained())
+    round_ = round_.after(WorkersGone())
     assert decide(round_, None, None, History(), Limits()) == PREEMPTED
 
 
@@ -445,7 +445,7 @@ def test_what_was_said_in_a_team_before_is_not_heard() -> None:
 
 def test_a_zygote_that_launch_kills_is_no_trouble() -> None:
     """What failed is on another node, and here nothing was forked yet."""
-    round_ = play(Heard(1, {"kind": "ended"}), ZygoteLost(-9, 1.0, is_ours=True), nodes=2)
+    round_ = play(MessageReceived(1, {"kind": "ended"}), ZygoteLost(-9, 1.0, is_ours=True), nodes=2)
     assert (round_.phase, round_.trouble) == (Phase.OVER, None)
     assert not round_.has_failed_here
 
@@ -456,7 +456,7 @@ def test_what_a_user_asks_for_costs_no_restart(reason: str) -> None:
         wish(reason, slots=1),
         exited(0, 75),
         exited(1, 75),
-        RoundDrained(),
+        WorkersGone(),
         report(has_drained=True, step=5),
     )
     assert isinstance(decision, Again)
@@ -466,7 +466,7 @@ def test_what_a_user_asks_for_costs_no_restart(reason: str) -> None:
 
 def test_a_failure_while_draining_counts() -> None:
     told = report(deaths=(death(0, 1), Death(1, "host0", 1001, -15, 2.0, is_ours=True)))
-    failed = [wish("restart"), exited(0, 1), exited(1, -15), RoundDrained(), told]
+    failed = [wish("restart"), exited(0, 1), exited(1, -15), WorkersGone(), told]
     assert play(*failed).has_failed
     decision = end(*failed)
     assert isinstance(decision, Again)
@@ -475,7 +475,7 @@ def test_a_failure_while_draining_counts() -> None:
 
 def test_finishing_while_asked_to_drain_is_finishing() -> None:
     told = report(has_finished=True, has_drained=True)
-    assert end(wish("leave"), exited(0), exited(1), RoundDrained(), told) == Finish(0)
+    assert end(wish("leave"), exited(0), exited(1), WorkersGone(), told) == Finish(0)
 
 
 @pytest.mark.parametrize(
@@ -484,14 +484,17 @@ def test_finishing_while_asked_to_drain_is_finishing() -> None:
         ([wish("leave", can_drain=False)], PREEMPTED),
         ([wish("leave"), DeadlinePassed()], PREEMPTED),
         ([wish("restart", can_drain=False)], Again(History(), "as asked for")),
-        ([Heard(0, {"kind": "hang"}), StacksTaken(("where",), "stacks")], GiveUp(ExitCode.HUNG, "")),
+        (
+            [MessageReceived(0, {"kind": "hang"}), StacksTaken(("where",), "stacks")],
+            GiveUp(ExitCode.HUNG, ""),
+        ),
     ],
     ids=["told to leave", "too late", "a restart", "a hang"],
 )
 def test_workers_that_answer_sigterm_with_0_have_not_finished(why: list[Event], decision: Decision) -> None:
-    round_ = play(*why, exited(0), exited(1), RoundDrained())
+    round_ = play(*why, exited(0), exited(1), WorkersGone())
     assert not (round_.has_finished or round_.has_drained)
-    ended = end(*why, exited(0), exited(1), RoundDrained(), report(), limits=Limits(max_restarts=0))
+    ended = end(*why, exited(0), exited(1), WorkersGone(), report(), limits=Limits(max_restarts=0))
     match ended, decision:
         case (GiveUp(exit_code=code), GiveUp(exit_code=expected)):
             assert code == expected
@@ -505,7 +508,7 @@ def test_workers_that_answer_sigterm_with_0_have_not_finished(why: list[Event], 
 def test_a_device_that_fails_twice_at_the_start_is_left_out() -> None:
     slots = Slots(present=8, wanted=8, minimum=6)
     for _ in range(2):
-        round_ = play(exited(1, 1), RoundDrained(), report(deaths=(death(1),)))
+        round_ = play(exited(1, 1), WorkersGone(), report(deaths=(death(1),)))
         slots = round_.slots_after(slots, death(1))
     assert slots.left_out == (1,)
     assert slots.chosen == (0, 2, 3, 4, 5, 6, 7)
@@ -576,7 +579,7 @@ def test_giving_up_a_device() -> None:
 
 
 def test_a_failure_elsewhere_stops_this_node() -> None:
-    assert play(Heard(1, {"kind": "ended"}), nodes=2).phase is Phase.STOPPING
+    assert play(MessageReceived(1, {"kind": "ended"}), nodes=2).phase is Phase.STOPPING
     assert play(report(1, deaths=(death(3),)), nodes=2).phase is Phase.STOPPING
     assert play(report(1, has_drained=True), nodes=2).phase is Phase.RUNNING
 
@@ -584,16 +587,16 @@ def test_a_failure_elsewhere_stops_this_node() -> None:
 def test_all_must_have_finished() -> None:
     finished = report(0, has_finished=True, has_drained=True)
     for other in (lost(1), report(1, deaths=(death(2),))):
-        assert isinstance(end(exited(0), exited(1), RoundDrained(), finished, other, nodes=2), Again)
+        assert isinstance(end(exited(0), exited(1), WorkersGone(), finished, other, nodes=2), Again)
 
 
 def test_a_round_is_settled_when_all_have_reported() -> None:
     done = {"has_finished": True, "has_drained": True}
-    round_ = play(exited(0), exited(1), RoundDrained(), report(0, **done), nodes=2)
+    round_ = play(exited(0), exited(1), WorkersGone(), report(0, **done), nodes=2)
     assert round_.phase is Phase.OVER
     assert round_.after(report(1, **done)).phase is Phase.SETTLED
     assert round_.after(lost(1)).phase is Phase.SETTLED
-    round_ = play(RoundDrained(), lost(1), report(0), nodes=3)
+    round_ = play(WorkersGone(), lost(1), report(0), nodes=3)
     assert round_.phase is Phase.OVER
     assert round_.after(lost(2)).phase is Phase.SETTLED
 
@@ -602,7 +605,7 @@ def test_a_lost_node_costs_no_restart() -> None:
     assert play(lost(1), nodes=2).phase is Phase.STOPPING
     cut = report(0, deaths=(death(0, 1),))
     for least in (1, 2):  # if too few are left they wait for others
-        events = [lost(1), exited(0, 1), exited(1, -15), RoundDrained(), cut]
+        events = [lost(1), exited(0, 1), exited(1, -15), WorkersGone(), cut]
         decision = end(*events, nodes=2, limits=Limits(min_nodes=least))
         assert isinstance(decision, Again)
         assert (decision.same_team, decision.history.restarts) == (False, 0)
@@ -612,7 +615,7 @@ def test_a_node_that_is_lost_again_and_again() -> None:
     """Without progress, the others wait longer each time before they come together."""
     history, pauses = History(), []
     for step in (None, None, 5, 5, 5):
-        decision = end(lost(1), RoundDrained(), report(0, step=step), nodes=2, history=history)
+        decision = end(lost(1), WorkersGone(), report(0, step=step), nodes=2, history=history)
         assert isinstance(decision, Again)
         history = History.of_team([History.from_json(decision.history.to_json()), History()])
         pauses.append(decision.pause)
@@ -622,13 +625,13 @@ def test_a_node_that_is_lost_again_and_again() -> None:
 
 def test_a_node_with_processes_that_nothing_ends() -> None:
     """It gives up alone, if the others may go on without it."""
-    left = [exited(0, 1), RoundDrained(), report(0, deaths=(death(0),)), report(1, is_stuck=True)]
+    left = [exited(0, 1), WorkersGone(), report(0, deaths=(death(0),)), report(1, is_stuck=True)]
     others, both = end(*left, nodes=2), end(*left, nodes=2, limits=Limits(min_nodes=2))
     assert isinstance(others, Again)
     assert not others.same_team
     assert others.reason == "going on without the nodes that cannot get rid of their processes"
     assert both == GiveUp(ExitCode.INTERNAL, both.reason)
-    itself = end(RoundDrained(), report(0, is_stuck=True), report(1), nodes=2)
+    itself = end(WorkersGone(), report(0, is_stuck=True), report(1), nodes=2)
     assert itself == GiveUp(ExitCode.INTERNAL, both.reason, is_final=False)
     cut_off = end(MemberFailed("lost", "x"), DeadlinePassed(), DeadlinePassed(), nodes=2)
     assert cut_off == itself
@@ -639,11 +642,11 @@ def test_who_is_late() -> None:
     gathering = Round().after(Joined(0, [{"host": "a"}, {"host": "b"}, {"host": "c"}]))
     assert not gathering.is_late
     assert (gathering.after(ready(0)).is_late, gathering.after(ready(0)).silent) == (True, {1, 2})
-    done = [RoundDrained(), report(0, has_finished=True, has_drained=True)]
+    done = [WorkersGone(), report(0, has_finished=True, has_drained=True)]
     assert not play(nodes=2).is_late
     assert not play(*done, nodes=2).is_late
-    assert not play(Heard(1, {"kind": "ended"}), nodes=2).is_late
-    failed = play(exited(0, 1), RoundDrained(), report(0, deaths=(death(0),)), nodes=3)
+    assert not play(MessageReceived(1, {"kind": "ended"}), nodes=2).is_late
+    failed = play(exited(0, 1), WorkersGone(), report(0, deaths=(death(0),)), nodes=3)
     assert (failed.is_late, failed.silent) == (True, {1, 2})
     assert failed.after(report(2)).after(lost(1)).phase is Phase.SETTLED
 
@@ -658,7 +661,7 @@ def test_a_node_lost_before_the_start() -> None:
 
 def drained(*events: Event, nodes: int = 2) -> list[Event]:
     told = [report(node, has_drained=True) for node in range(nodes)]
-    return [*events, exited(0, 75), exited(1, 75), RoundDrained(), *told]
+    return [*events, exited(0, 75), exited(1, 75), WorkersGone(), *told]
 
 
 def test_a_node_that_leaves() -> None:
@@ -678,8 +681,8 @@ def test_too_few_stay() -> None:
 
 
 def test_nodes_that_wait_are_taken_in() -> None:
-    waiting = Heard(0, {"kind": "waiting", "count": 1})
-    failed = [waiting, exited(0, 1), RoundDrained(), report(0, deaths=(death(0),)), report(1)]
+    waiting = MessageReceived(0, {"kind": "waiting", "count": 1})
+    failed = [waiting, exited(0, 1), WorkersGone(), report(0, deaths=(death(0),)), report(1)]
     for events in (drained(waiting, wish("join")), drained(waiting, wish("restart")), failed):
         decision = end(*events, nodes=2)
         assert isinstance(decision, Again)
@@ -690,7 +693,7 @@ def test_this_node_is_cut_off() -> None:
     failed = MemberFailed("lost", "the store cannot be reached")
     assert play(failed, nodes=2).phase is Phase.STOPPING
     history = History(failed_joins=3)
-    decision = end(failed, exited(0, -15), exited(1, -15), RoundDrained(), nodes=2, history=history)
+    decision = end(failed, exited(0, -15), exited(1, -15), WorkersGone(), nodes=2, history=history)
     assert decision == Again(History(), "joining again", same_team=False)
 
 
@@ -737,12 +740,14 @@ def events_of(nodes: int, rank: int) -> st.SearchStrategy[Event]:
     others = [node for node in range(nodes) if node != rank]
     choices: list[st.SearchStrategy[Event]] = [
         st.builds(exited, st.integers(0, 1), codes),
-        st.sampled_from([DeadlinePassed(), RoundDrained(), ZygoteLost(-9, 1.0), ZygoteReady(0.1)]),
+        st.sampled_from([DeadlinePassed(), WorkersGone(), ZygoteLost(-9, 1.0), ZygoteReady(0.1)]),
         st.sampled_from([SpawnFailed(0, "no"), StacksTaken(("s",), "d"), MemberFailed("lost", "x")]),
         st.builds(StopRequested, st.sampled_from([signal.SIGINT, signal.SIGTERM])),
         st.builds(wish, st.sampled_from(["leave", "join", "restart"]), st.integers(0, nodes - 1)),
         st.builds(report, st.integers(0, nodes - 1), has_finished=st.booleans(), has_drained=st.booleans()),
-        st.sampled_from([Heard(0, {"kind": kind}) for kind in ("ended", "hang", "of a later version")]),
+        st.sampled_from(
+            [MessageReceived(0, {"kind": kind}) for kind in ("ended", "hang", "of a later version")]
+        ),
     ]
     if others:
         choices.append(st.builds(lost, st.sampled_from(others)))
@@ -765,8 +770,8 @@ SAID = [
     lost(2),
     wish("leave", 1),
     wish("restart", 0),
-    Heard(1, {"kind": "ended"}),
-    Heard(1, {"kind": "hang"}),
+    MessageReceived(1, {"kind": "ended"}),
+    MessageReceived(1, {"kind": "hang"}),
 ]
 
 
@@ -786,8 +791,8 @@ def test_all_nodes_decide_the_same(said: set[int], order: Sequence[int], random:
         for event in begin(3, rank):
             round_ = round_.after(event)
         for event in heard:
-            if isinstance(event, Heard) and event.node == rank and event in told:
-                round_ = round_.after(RoundDrained())
+            if isinstance(event, MessageReceived) and event.node == rank and event in told:
+                round_ = round_.after(WorkersGone())
             round_ = round_.after(event)
         assert round_.phase is Phase.SETTLED
         decisions.append(decide(round_, None, None, History(), Limits(min_nodes=3)))
@@ -799,11 +804,11 @@ def test_the_failure_that_explains_a_hang_gives_the_code() -> None:
     raised = Death(1, "host0", 1, -9, 1.0, error="ValueError: boom", has_traceback=True, is_ours=True)
     stopped = Death(0, "host0", 1, -15, 1.0, is_ours=True)
     round_ = play(
-        Heard(0, {"kind": "hang"}),
+        MessageReceived(0, {"kind": "hang"}),
         StacksTaken(("where",), "stacks"),
         exited(0, -15),
         exited(1, -9),
-        RoundDrained(),
+        WorkersGone(),
         report(deaths=(stopped, raised), hang=("where",)),
     )
     decision = decide(round_, raised, "boom", History(), Limits(max_restarts=0))

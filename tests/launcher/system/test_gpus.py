@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.system.gpus import Holder, holders
+from launcher.system.gpus import GpuHolder, find_gpu_holders
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def machine(tmp_path: Path) -> Path:
 
 
 def test_who_holds_what(machine: Path) -> None:
-    assert holders(machine) == [
-        Holder(9, "python train.py", "/dev/nvidia0"),
-        Holder(9, "python train.py", "/dev/nvidia1"),
-        Holder(10, "python train.py", "/dev/nvidia0"),
+    assert find_gpu_holders(machine) == [
+        GpuHolder(9, "python train.py", "/dev/nvidia0"),
+        GpuHolder(9, "python train.py", "/dev/nvidia1"),
+        GpuHolder(10, "python train.py", "/dev/nvidia0"),
     ]
 
 
@@ -43,6 +43,6 @@ def test_without_gpus_no_process_is_looked_at(machine: Path, monkeypatch: pytest
     looked: list[str] = []
     listed = os.listdir
     monkeypatch.setattr("os.listdir", lambda path: looked.append(str(path)) or listed(path))
-    assert holders(machine) == []
+    assert find_gpu_holders(machine) == []
     assert looked == [str(machine / "dev")]
-    assert holders(machine / "nowhere") == []
+    assert find_gpu_holders(machine / "nowhere") == []
