@@ -92,8 +92,8 @@ class Agent:
                     pass  # what is wrong with them is found before anything is changed
             self._run_dir = RunDir(config.directory, config.logs, is_shared=not config.is_alone)
             undo.callback(self._run_dir.close)
-            self._teller = Reporter(config, self._run_dir)
-            undo.callback(self._teller.close)
+            self._reporter = Reporter(config, self._run_dir)
+            undo.callback(self._reporter.close)
             self._control = Control(self._run_dir.own / RECORD)
             undo.callback(self._control.close)
             self._secret = _secret(config, self._run_dir)
@@ -131,10 +131,10 @@ class Agent:
         exc_traceback: TracebackType | None,
     ) -> None:
         if isinstance(exc, LaunchError):
-            self._teller.job_ended(exc.exit_code, str(exc))
+            self._reporter.job_ended(exc.exit_code, str(exc))
         with ExitStack() as closing:  # from the last to the first, whatever fails
             closing.callback(self._run_dir.close)
-            closing.callback(self._teller.close)
+            closing.callback(self._reporter.close)
             closing.push(self._monitor)
             closing.callback(self._meeting.close)
             closing.callback(self._stacks.close)
@@ -145,7 +145,7 @@ class Agent:
 
     def run(self) -> int:
         """Run the job to its end, and return the exit code of `launch`."""
-        self._teller.job_started()
+        self._reporter.job_started()
         self._monitor.set_ticks(_TICK)
         team = None
         decision: Decision = Again(self._history, "", same_team=False)
@@ -156,7 +156,7 @@ class Agent:
                 self._handle_event(event, round_)
                 if round_.phase is not before.phase:
                     self._enter_phase(round_)
-                elif round_.phase is Phase.DRAINING and round_.wishes != before.wishes:
+                elif round_.phase is Phase.DRAINING and round_.end_requests != before.end_requests:
                     self._request_drain(round_)
                 if round_.phase is Phase.SETTLED:
                     break
@@ -174,7 +174,7 @@ class Agent:
         return self._leave(round_) if self._is_leaving else round_
 
     def _join(self) -> None:
-        self._teller.gathering()
+        self._reporter.gathering()
         self._team_client.join(
             {
                 "host": os.uname().nodename,
@@ -205,7 +205,7 @@ class Agent:
                 return self._begin_to_leave(round_, event)
             if answer is Answer.KEEP:
                 self._kept = event
-                self._teller.kept(event.signum)
+                self._reporter.notice_kept(event.signum)
                 return round_
             self._team_client.broadcast({"kind": "stop", "signum": event.signum})
         after = round_.after(event)
@@ -222,7 +222,7 @@ class Agent:
         self._leave_by = by if self._leave_by is None else min(by, self._leave_by)
         self._left_for, self._kept = event, None
         if round_.is_started:
-            self._teller.told_to_leave(event, self.config.grace, can_save=self._workers.can_drain)
+            self._reporter.leaving(event, self.config.grace, can_save=self._workers.can_drain)
         if is_news:
             return self._leave(round_)
         if round_.phase is Phase.DRAINING:
@@ -245,10 +245,10 @@ class Agent:
         """Tell the other nodes that this one leaves; `round_` without them, if it is in no team."""
         if round_.team is None or round_.cut_off is not None:
             return round_.withdrawn()
-        self._wish(round_, "leave")
+        self._request_round_end(round_, "leave")
         return round_
 
-    def _wish(
+    def _request_round_end(
         self,
         round_: Round,
         reason: str,
@@ -259,29 +259,29 @@ class Agent:
     ) -> None:
         """Tell all nodes why the round should end, at its next step boundary or `at_once`."""
         assert round_.team is not None
-        wish = RoundEndRequest(
+        request = RoundEndRequest(
             reason, round_.team.rank, self._workers.can_drain and not at_once, slots, without
         )
-        self._team_client.broadcast(wish.to_json())
+        self._team_client.broadcast(request.to_json())
 
     def _handle_event(self, event: Event, round_: Round) -> None:
         """Do what an event asks for, and tell of it, where that does not change the round's phase."""
         if self._backlog is not None:
             self._backlog = self._backlog.after(event)
-        self._teller.take(event)
+        self._reporter.on_event(event)
         match event:
             case Joined(rank=rank, hellos=hellos):
                 self._history = History.of_team([History.from_json(hello["history"]) for hello in hellos])
                 if not self.config.is_alone:
                     self._addr = hellos[rank]["addr"]
-                    self._teller.joined(event, has_secret=self._secret is not None)
+                    self._reporter.joined(event, has_secret=self._secret is not None)
                 self._get_ready(round_)
             case DeadlinePassed() if round_.phase is Phase.GATHERING and round_.team is None:
                 self._join()
             case DeadlinePassed() if round_.phase is Phase.GATHERING:
                 self._get_ready(round_)
             case MessageReceived(node=node, message=message) if round_.team is not None:
-                self._teller.heard(node, message, round_)
+                self._reporter.heard(node, message, round_)
             case WorkerStarted(rank=rank, pid=pid):
                 self._workers.pids[rank] = pid
                 if self._recovery is not None and self._workers.have_all_started:
@@ -303,7 +303,7 @@ class Agent:
 
     def _enter_phase(self, round_: Round) -> None:
         """Do what the phase asks for that the round has just entered."""
-        self._teller.entered(round_.phase)
+        self._reporter.phase_entered(round_.phase)
         match round_.phase:
             case Phase.RUNNING:
                 self._start_workers(round_)
@@ -311,7 +311,7 @@ class Agent:
                 self._request_drain(round_)
             case Phase.DIAGNOSING:
                 self._hung_at = self._workers.places()
-                self._teller.hangs(self._workers.still, is_draining=self._workers.are_draining)
+                self._reporter.hang_found(self._workers.still, is_draining=self._workers.are_draining)
                 self._monitor.set_deadline(_DIAGNOSIS_PATIENCE)
                 self._take_stacks(round_)
             case Phase.STOPPING | Phase.KILLING:
@@ -338,7 +338,7 @@ class Agent:
         files = self._run_dir.begin_round(plan.number, plan.ranks)
         self._workers = Workers(files, self._workers.usual_start)
         self._oom.mark()
-        self._teller.round_started(round_, files, self._history)
+        self._reporter.round_started(round_, files, self._history)
         orders = worker_orders(
             self.config,
             plan,
@@ -357,13 +357,13 @@ class Agent:
         self._workers.ask_to_drain()
         if self._leave_by is not None:
             self._monitor.set_deadline(self._leave_by - time.monotonic() - (1 - _DRAIN_SHARE) * grace)
-        elif not round_.wishes and not self._workers.can_drain:
+        elif not round_.end_requests and not self._workers.can_drain:
             # One has left by itself, and the others may wait for it for ever.
             self._monitor.set_deadline(grace)
         try:
             self._run_dir.request_drain("preemption" if tiers == "durable" else "restart", tiers)
         except RunDirError as error:
-            self._teller.cannot_ask(str(error))
+            self._reporter.drain_refused(str(error))
             self._monitor.set_deadline(0.0)
 
     def _stop_workers(self, round_: Round) -> None:
@@ -372,7 +372,7 @@ class Agent:
         if self._leave_by is not None:  # workers that could not be asked may save by a handler of their own
             left = max(0.0, self._leave_by - time.monotonic())
             grace = grace * _STOP_SHARE if self._workers.are_draining else left
-        self._teller.stopping(round_, grace, self._find_left_behind(round_))
+        self._reporter.stopping(round_, grace, self._find_left_behind(round_))
         if round_.has_failed_here:
             self._team_client.broadcast({"kind": "ended"})
         if self._recovery is None and not (round_.is_asked_to_end or round_.has_drained):
@@ -397,7 +397,7 @@ class Agent:
 
     def _tell_end_of_workers(self, round_: Round) -> None:
         self._read_progress()
-        self._teller.workers_ended(self._workers.progress, round_)
+        self._reporter.workers_ended(self._workers.progress, round_)
 
     def _report(self, round_: Round) -> NodeReport:
         """What all nodes should know of the round, once nothing is left of it here."""
@@ -455,7 +455,7 @@ class Agent:
         decision = decide(round_, culprit, mark, self._history, self._limits)
         before, self._slots = self._slots, round_.slots_after(self._slots, culprit)
         if len(self._slots.left_out) > len(before.left_out):
-            self._teller.left_out(self._slots)
+            self._reporter.slots_left_out(self._slots)
         if isinstance(decision, Again) and not self._slots.chosen:
             decision = self._out_of_slots(round_, culprit)
         if round_.has_failed and round_.reports:
@@ -463,14 +463,14 @@ class Agent:
             verdict = judge(
                 list(round_.reports.values()),
                 lost,
-                self._teller.next_in_words(decision),
-                newest_saved=self._teller.newest_saved,
-                is_only_in_memory=self._teller.is_only_in_memory,
+                self._reporter.next_in_words(decision),
+                newest_saved=self._reporter.newest_saved,
+                is_only_in_memory=self._reporter.is_only_in_memory,
             )
-            self._teller.failed(verdict, round_)
+            self._reporter.round_failed(verdict, round_)
         else:
             has_saver = self._backlog is not None
-            self._teller.concluded(round_, decision, has_saver=has_saver)
+            self._reporter.round_ended(round_, decision, has_saver=has_saver)
             self._recovery = None
         if round_.is_stuck:
             self._tell_what_is_left()
@@ -483,11 +483,11 @@ class Agent:
     def _look(self, round_: Round) -> None:
         """Read how far the workers are, and see what follows from it."""
         self._read_progress()
-        self._teller.sampled(self._workers.progress, round_)
+        self._reporter.progress_read(self._workers.progress, round_)
         if self._recovery is not None and round_.phase is Phase.RUNNING:
             timeline = self._recovery.timeline(self._workers.files, self._workers.progress)
             if timeline is not None:
-                self._teller.recovered(timeline)
+                self._reporter.recovered(timeline)
                 self._recovery = None
         if self._kept is not None and round_.phase is Phase.RUNNING and self._workers.can_drain:
             self._begin_to_leave(round_, self._kept)
@@ -500,19 +500,19 @@ class Agent:
 
     def _look_at_saver(self) -> None:
         """Tell if the saver cannot go on. Workers go on without it, and nothing becomes durable."""
-        self._teller.saver_halts(self._saver.look(), self._saver.pid)
+        self._reporter.saver_halted(self._saver.look(), self._saver.pid)
 
     def _read_progress(self) -> None:
         for saved in self._workers.look():
             if self._backlog is not None:
                 self._backlog = self._backlog.after(saved)
-            self._teller.take(saved)
+            self._reporter.on_event(saved)
         self._can_resume = self._can_resume or self._workers.can_drain
 
     def _look_for_hang(self, round_: Round) -> None:
         timeout, still = self.config.hang_timeout, self._workers.still
         is_dumb = not self._workers.is_watched and self._workers.age > max(timeout or 0.0, _SILENCE)
-        if timeout and is_dumb and self._teller.reports_nothing():
+        if timeout and is_dumb and self._reporter.progress_missing():
             self._take_stacks(round_)
         if timeout and not round_.leavers and self._workers.hang(timeout):  # who leaves has --grace
             self._team_client.broadcast({"kind": "hang"})
@@ -525,10 +525,10 @@ class Agent:
     def _look_for_newcomers(self, round_: Round) -> None:
         """Have nodes taken in that wait, when the workers can save, or never will be able to."""
         assert round_.team is not None
-        if not round_.waiting or round_.wishes or round_.team.rank != 0:
+        if not round_.waiting or round_.end_requests or round_.team.rank != 0:
             return
         if self._workers.can_drain or self._workers.age > _JOIN_PATIENCE:
-            self._wish(round_, "join")
+            self._request_round_end(round_, "join")
 
     def _look_for_silence(self, round_: Round) -> None:
         """Wait no longer for nodes whose `launch` says nothing, though it exists: it may be stopped."""
@@ -551,35 +551,35 @@ class Agent:
             self._control.answer(client, {"summary": list(taken.summary), "directory": taken.directory})
         if round_.is_hung or not askers:
             still = self._workers.still if self._workers.is_watched else self._workers.age
-            self._teller.stacks(taken, still, is_in_verdict=round_.is_hung)
+            self._reporter.stacks_taken(taken, still, is_in_verdict=round_.is_hung)
 
     def _answer(self, asked: RequestReceived, round_: Round) -> None:
         """Do what `launch status`, `scale` and the others ask this job for."""
         answer: dict[str, object] = {}
         if asked.verb not in ("status", "stacks"):
-            self._teller.asked(asked)
+            self._reporter.request_received(asked)
         match asked.verb:
             case "status":
-                answer = self._teller.status()
+                answer = self._reporter.status()
             case "kill":
                 self._monitor.push(*[StopRequested(signal.SIGTERM, is_asked=True)] * 2)
             case "stop" if self._is_second_signal(round_):
-                answer = {"error": f"{self._teller.how_it_ends(self._leave_by)}: --now ends it at once"}
+                answer = {"error": f"{self._reporter.how_it_ends(self._leave_by)}: --now ends it at once"}
             case "stop":
                 answer = {"can_drain": self._workers.can_drain}
                 self._monitor.push(StopRequested(signal.SIGTERM, is_asked=True))
             case "restart" if round_.phase is Phase.DRAINING and not round_.leavers:
-                self._wish(round_, "restart", at_once=True)
+                self._request_round_end(round_, "restart", at_once=True)
                 answer = {"at_once": True}
             case "stacks" if round_.phase in (Phase.RUNNING, Phase.DRAINING):
                 self._stack_askers.append(asked.client)
                 self._take_stacks(round_)
                 return
             case _ if round_.phase is not Phase.RUNNING:
-                answer = {"error": f"the job is {self._teller.phase}: ask again later"}
+                answer = {"error": f"the job is {self._reporter.phase}: ask again later"}
             case "restart":
                 answer = {"can_drain": self._workers.can_drain}
-                self._wish(round_, "restart")
+                self._request_round_end(round_, "restart")
             case "scale":
                 answer = self._scale(asked.number or 0, asked.without, round_)
         self._control.answer(asked.client, answer)
@@ -593,7 +593,7 @@ class Agent:
         unknown = [slot for slot in without if slot >= slots.present]
         if unknown:
             return {"error": f"--without: expected slots from 0 to {slots.present - 1}, found {unknown[0]}"}
-        self._wish(round_, "scale", slots=workers, without=without)
+        self._request_round_end(round_, "scale", slots=workers, without=without)
         return {"from": len(round_.plan.slots), "to": workers, "can_drain": self._workers.can_drain}
 
     def _tell_what_is_left(self) -> None:
@@ -601,7 +601,9 @@ class Agent:
         left = map(read_remaining_state, descendant_pids([self._zygote.pid]))
         self._left = [process for process in left if process is not None]
         pids = {process.pid for process in self._left}
-        self._teller.stuck(self._left, [holder for holder in find_gpu_holders() if holder.pid in pids])
+        self._reporter.processes_stuck(
+            self._left, [holder for holder in find_gpu_holders() if holder.pid in pids]
+        )
 
     # -- zygote and saver
 
@@ -614,7 +616,7 @@ class Agent:
             return
         if self.config.preload:
             raise UsageError(f"--preload {','.join(self.config.preload)} failed:\n{ready.error}")
-        self._teller.starts_cold(ready.error.rstrip().rpartition("\n")[2])
+        self._reporter.cold_start(ready.error.rstrip().rpartition("\n")[2])
 
     def _replace_zygote(self) -> None:
         self._zygote.close()
@@ -626,12 +628,12 @@ class Agent:
             self._saver.start()
             self._backlog = Backlog()
         except InternalError as error:
-            self._teller.saver_refused(str(error))
+            self._reporter.saver_refused(str(error))
 
     def _on_saver_ended(self, ended: SaverEnded) -> None:
         """Tell what is lost. The workers go on, and the next to connect has another saver started."""
         backlog, self._backlog = self._backlog or Backlog(), None
-        self._teller.saver_lost(backlog, ended, is_closed=self._saver.is_closed)
+        self._reporter.saver_lost(backlog, ended, is_closed=self._saver.is_closed)
 
     # -- the end
 
@@ -646,15 +648,15 @@ class Agent:
 
     def _end(self, decision: Finish | GiveUp) -> int:
         self._team_client.leave(outcome=decision.exit_code if decision.is_final else None)
-        exit_code, reason = self._drain(decision)
+        exit_code, reason = self._flush_saver(decision)
         if exit_code == ExitCode.PREEMPTED:
-            self._teller.preempted()
+            self._reporter.preempted()
             if self._left_for is not None and self._left_for.is_asked and reason == decision.reason:
                 reason = "stopped by `launch stop`: the same command goes on from what is saved"
-        self._teller.job_ended(exit_code, reason)
+        self._reporter.job_ended(exit_code, reason)
         return exit_code
 
-    def _drain(self, decision: Finish | GiveUp) -> tuple[int, str]:
+    def _flush_saver(self, decision: Finish | GiveUp) -> tuple[int, str]:
         """Wait until the saver has made all that it holds durable; the workers are gone.
 
         Returns the exit code of `launch` after `decision`, and why it is that.
@@ -664,28 +666,28 @@ class Agent:
         timeout = self.config.drain_timeout
         is_halted = self._saver.look(at_last=True) is not None
         waited = min(self._workers.waited, timeout) if is_halted else 0.0  # by the workers, for it alone
-        drain = Flush(self._backlog, timeout - waited, waited=waited)
+        flush = Flush(self._backlog, timeout - waited, waited=waited)
         if (
             self._leave_by is not None
-            and (left := max(0.0, self._leave_by - time.monotonic())) < drain.timeout
+            and (left := max(0.0, self._leave_by - time.monotonic())) < flush.timeout
         ):
-            drain = replace(drain, timeout=left, limit="--grace")
-        self._saver.drain()
-        self._monitor.set_deadline(drain.timeout)
+            flush = replace(flush, timeout=left, limit="--grace")
+        self._saver.flush()
+        self._monitor.set_deadline(flush.timeout)
         for event in self._monitor.events():
             if isinstance(event, Tick):
                 self._look_at_saver()
             if isinstance(event, DeadlinePassed):
-                drain = replace(drain, halt=self._saver.look(at_last=True))
-            drain = drain.after(event)
-            self._teller.take(event)
+                flush = replace(flush, halt=self._saver.look(at_last=True))
+            flush = flush.after(event)
+            self._reporter.on_event(event)
             if isinstance(event, RequestReceived):
                 self._answer(event, Round(phase=Phase.SETTLED))
-            if drain.ending is not None:
+            if flush.ending is not None:
                 break
-            self._teller.draining(drain)
-        told = self._teller.drained(drain, self._saver.pid)
-        after = drain.exit_code(decision.exit_code)
+            self._reporter.flushing(flush)
+        told = self._reporter.flushed(flush, self._saver.pid)
+        after = flush.exit_code(decision.exit_code)
         return after, told if after != decision.exit_code else decision.reason
 
 

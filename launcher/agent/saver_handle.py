@@ -122,7 +122,7 @@ class SaverHandle:
             events.append(SaverEnded(code))
         return events
 
-    def drain(self) -> None:
+    def flush(self) -> None:
         """Ask the process to persist what it holds, and to end. No worker may be left."""
         if self._process is not None:
             self._process.end_input()

@@ -16,7 +16,7 @@ from launcher.config import parsers
 from launcher.errors import ExitCode, NotRunningError, UnreachableError, UsageError
 from launcher.formatting import count
 from launcher.reporting.journal import JOURNAL, read_journal
-from launcher.reporting.past_job import Past
+from launcher.reporting.past_job import PastJob
 from launcher.reporting.status import Status
 from launcher.reporting.terminal import LiveBlock, Sink
 
@@ -242,7 +242,7 @@ def _is_run(path: Path) -> bool:
 # -- status
 
 
-def _look(run: Path) -> Status | Past:
+def _look(run: Path) -> Status | PastJob:
     """How the job in `run` is, or how it ended. Raises `NotRunningError` if none was ever there."""
     try:
         answer = list(ask(run, "status"))[-1]
@@ -257,21 +257,21 @@ def _look(run: Path) -> Status | Past:
         raise UnreachableError(f"the job in {run} was started by another version of launch") from None
 
 
-def _past(run: Path) -> Past | None:
+def _past(run: Path) -> PastJob | None:
     """As the agent tells it that was there last, of one or of several nodes."""
     journals = [run / JOURNAL, *run.glob(f"nodes/*/{JOURNAL}")]
-    pasts = [past for journal in journals if (past := Past.of(read_journal(journal)))]
+    pasts = [past for journal in journals if (past := PastJob.of(read_journal(journal)))]
     return max(pasts, key=lambda past: (past.started, past.ended), default=None)
 
 
-def _tell(what: Status | Past, run: Path, *, as_json: bool) -> str:
+def _tell(what: Status | PastJob, run: Path, *, as_json: bool) -> str:
     if as_json:
         running: Mapping[str, Any] = {"running": isinstance(what, Status)}
         return json.dumps({**running, **what.to_json()})
     return "\n".join(_lines(what, run))
 
 
-def _lines(what: Status | Past, run: Path) -> list[str]:
+def _lines(what: Status | PastJob, run: Path) -> list[str]:
     paint = Sink(1).paint
     return what.render(paint) if isinstance(what, Status) else what.render(run.name, time.time(), paint)
 
@@ -287,7 +287,7 @@ def _watch(run: Path, *, as_json: bool) -> None:
             block.refresh()
 
 
-def _looks(run: Path) -> Iterator[Status | Past]:
+def _looks(run: Path) -> Iterator[Status | PastJob]:
     while isinstance(what := _look(run), Status):
         yield what
         time.sleep(_WATCH_SECONDS)

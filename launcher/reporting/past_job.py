@@ -10,7 +10,7 @@ from launcher.formatting import count, duration
 from launcher.reporting.journal import encodable
 from launcher.reporting.status import Paint
 
-__all__ = ["Past"]
+__all__ = ["PastJob"]
 
 
 _BOLD, _DIM, _ALARM = 1, 2, 31
@@ -18,7 +18,7 @@ _STEPS = ("progress", "failure", "drained")  # events that tell how far the job 
 
 
 @dataclass(frozen=True)
-class Past:
+class PastJob:
     """How the last job in a run directory went, as its journal tells."""
 
     started: float
@@ -31,9 +31,9 @@ class Past:
     saved: Mapping[str, int] = field(default_factory=dict)  # newest step, by tier
 
     @classmethod
-    def of(cls, events: Iterable[Mapping[str, Any]]) -> Past | None:
+    def of(cls, events: Iterable[Mapping[str, Any]]) -> PastJob | None:
         """None if no job was ever started."""
-        past: Past | None = None
+        past: PastJob | None = None
         for event in events:
             if event["event"] == "job_started":
                 past = cls(event["time"], event["time"])
@@ -41,7 +41,7 @@ class Past:
                 past = past._after(event)
         return past
 
-    def _after(self, event: Mapping[str, Any]) -> Past:
+    def _after(self, event: Mapping[str, Any]) -> PastJob:
         after = replace(self, ended=event["time"])
         if event["event"] in _STEPS and event.get("step") is not None:
             after = replace(after, step=event["step"])

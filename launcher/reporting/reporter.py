@@ -217,15 +217,15 @@ class Reporter:
             slots=plan.slots,
         )
 
-    def entered(self, phase: Phase) -> None:
+    def phase_entered(self, phase: Phase) -> None:
         self._board = self._board.in_phase(self._phases[phase])
 
-    def sampled(self, progress: Mapping[int, Progress], round_: Round) -> None:
+    def progress_read(self, progress: Mapping[int, Progress], round_: Round) -> None:
         """How far workers are, about once a second."""
         now = clock.now()
         seen = {rank: one for rank, one in progress.items() if one.step is not None}
         self._board = self._board.sampled(seen, now)
-        self.entered(round_.phase)
+        self.phase_entered(round_.phase)
         status = self._board.status(now)
         if self._console.has_live_view:
             self._console.live(status.render(self._console.paint))
@@ -249,7 +249,7 @@ class Reporter:
         self._console.say(f"recovered; seconds since the failure: {parts}", style=_DIM, level=Level.DEBUG)
         self._console.say(f"recovered in {timeline['first_step']:.1f} s", style=_DIM)
 
-    def told_to_leave(self, event: StopRequested, grace: float, *, can_save: bool) -> None:
+    def leaving(self, event: StopRequested, grace: float, *, can_save: bool) -> None:
         name = Signals(event.signum).name
         who, again = (
             (name, f"another {name}") if not event.is_asked else ("launch stop", "`launch stop --now`")
@@ -263,7 +263,7 @@ class Reporter:
             f"{who}: {what}, to end within {grace:g} s (--grace); {again} ends it at once", style=_BOLD
         )
 
-    def kept(self, signum: int) -> None:
+    def notice_kept(self, signum: int) -> None:
         """Nobody can answer a notice yet."""
         name = Signals(signum).name
         self._warn(
@@ -271,14 +271,14 @@ class Reporter:
             f"it goes on"
         )
 
-    def cannot_ask(self, reason: str) -> None:
+    def drain_refused(self, reason: str) -> None:
         self._warn(f"workers cannot be asked to save, and are stopped: {reason}")
 
-    def hangs(self, seconds: float, *, is_draining: bool) -> None:
+    def hang_found(self, seconds: float, *, is_draining: bool) -> None:
         what = "workers have not saved and ended" if is_draining else "no progress"
         self._warn(f"{what} for {seconds:.0f} s: looking where the workers are (--hang-timeout)")
 
-    def stacks(self, taken: StacksTaken, still: float, *, is_in_verdict: bool) -> None:
+    def stacks_taken(self, taken: StacksTaken, still: float, *, is_in_verdict: bool) -> None:
         """Where all workers of this node were that made no progress."""
         self._journal.record(
             "hang", round=self._board.round, summary=taken.summary, directory=taken.directory
@@ -321,12 +321,12 @@ class Reporter:
     def workers_ended(self, progress: Mapping[int, Progress], round_: Round) -> None:
         """The workers are dead: tell the rest of what they wrote."""
         self._console.unfollow()
-        self.sampled(progress, round_)
+        self.progress_read(progress, round_)
         self._record_progress(self._board.status(clock.now()))
 
-    def concluded(self, round_: Round, decision: Decision, *, has_saver: bool) -> None:
+    def round_ended(self, round_: Round, decision: Decision, *, has_saver: bool) -> None:
         """A round is over in which nothing went wrong."""
-        if round_.wishes and _have_all_drained(round_):
+        if round_.end_requests and _have_all_drained(round_):
             self._journal.record("drained", step=round_.step)
         if round_.stop_signal is not None:
             name = Signals(round_.stop_signal).name
@@ -343,7 +343,11 @@ class Reporter:
         elif isinstance(decision, GiveUp):
             self._alarm(decision.reason)
         elif isinstance(decision, Again):
-            at = "round ended at a step boundary: " if round_.wishes and _have_all_drained(round_) else ""
+            at = (
+                "round ended at a step boundary: "
+                if round_.end_requests and _have_all_drained(round_)
+                else ""
+            )
             self._console.say(f"{at}{decision.reason}", style=_DIM)
 
     def preempted(self) -> None:
@@ -372,7 +376,7 @@ class Reporter:
         left = max(0.0, leave_by - time.monotonic())
         return f"it is saving already, to end within {left:.0f} s"
 
-    def left_out(self, slots: Slots) -> None:
+    def slots_left_out(self, slots: Slots) -> None:
         """A device is not used any more."""
         out = ", ".join(map(str, slots.left_out))
         if slots.chosen:
@@ -381,7 +385,7 @@ class Reporter:
                 f"{len(slots.chosen)} of {slots.wanted}; `launch scale` tries it again"
             )
 
-    def reports_nothing(self) -> bool:
+    def progress_missing(self) -> bool:
         """Hangs are looked for, and no worker tells how far it is. False if that is told already."""
         is_news, self._has_told_silence = not self._has_told_silence, True
         if is_news:
@@ -391,7 +395,7 @@ class Reporter:
             )
         return is_news
 
-    def failed(self, verdict: Verdict, round_: Round) -> None:
+    def round_failed(self, verdict: Verdict, round_: Round) -> None:
         """A round is over in which something went wrong: the verdict, once in full for all nodes."""
         assert round_.team is not None
         me = round_.team.rank
@@ -407,13 +411,13 @@ class Reporter:
         except OSError as error:  # a full disk is no reason to end the job
             self._warn(f"verdict not recorded: {error}")
 
-    def starts_cold(self, reason: str) -> None:
+    def cold_start(self, reason: str) -> None:
         text = f"workers start as fresh interpreters, as in --cold: {reason}"
         self._warn(text)
 
     # -- saves
 
-    def take(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """What the agent hears; users are told of saves, and of what a node waits for."""
         if self._is_debugging and not isinstance(event, Tick):
             self._console.say(describe(event)[:_LONGEST_EVENT], style=_DIM, level=Level.DEBUG)
@@ -451,13 +455,13 @@ class Reporter:
             text += f"; it keeps ending: {_NO_MORE_SAVERS}"
         self._warn(text)
 
-    def draining(self, drain: Flush) -> None:
+    def flushing(self, drain: Flush) -> None:
         """The workers are gone, and the saver makes durable what is left."""
         self._board = self._board.in_phase("persisting")
         if drain.backlog.pending:
             self._console.show(f"persisting {drain.backlog}")
 
-    def saver_halts(self, halt: str | None, pid: int | None) -> None:
+    def saver_halted(self, halt: str | None, pid: int | None) -> None:
         """Why the saver cannot go on; None if it can."""
         was, self._saver_halt = self._saver_halt, halt
         if halt and not was:
@@ -466,7 +470,7 @@ class Reporter:
         elif was and not halt and pid is not None:
             self._console.say(f"the saver (pid {pid}) goes on", style=_DIM)
 
-    def drained(self, drain: Flush, pid: int | None) -> str:
+    def flushed(self, drain: Flush, pid: int | None) -> str:
         """Tell how the wait for the saver ended. Returns what was told."""
         told = drain.render(pid, str(as_typed(self._run_dir.saver_log)))
         if told:
@@ -475,7 +479,7 @@ class Reporter:
             self._console.say(told, style=_BOLD if good else _ALARM, level=level)
         return told
 
-    def stuck(self, left: Sequence[ProcessState], holders: Sequence[GpuHolder]) -> None:
+    def processes_stuck(self, left: Sequence[ProcessState], holders: Sequence[GpuHolder]) -> None:
         """Processes are left that nothing can end, and some of them may hold GPUs."""
         lines = []
         for process in left:
@@ -489,7 +493,7 @@ class Reporter:
 
     # -- for those who ask
 
-    def asked(self, asked: RequestReceived) -> None:
+    def request_received(self, asked: RequestReceived) -> None:
         """A user wants something of the job."""
         self._journal.record("control", verb=asked.verb, number=asked.number)
 

@@ -132,7 +132,7 @@ def decide(
         return Finish(ExitCode.OK)
     if round_.leavers or round_.stuck or round_.lost:
         return _without_some_nodes(round_, history.after_step(round_.step), limits)
-    is_asked = bool(round_.wishes) and culprit is None and not round_.is_hung
+    is_asked = bool(round_.end_requests) and culprit is None and not round_.is_hung
     if is_asked or all(report.has_drained for report in reports):
         return _after_drain(round_, history.after_step(round_.step))
     failure = Failure(round_.step, "a hang" if round_.is_hung and culprit is None else fingerprint)
@@ -179,9 +179,9 @@ def _without_some_nodes(round_: Round, history: History, limits: Limits) -> Deci
 
 
 def _after_drain(round_: Round, history: History) -> Decision:
-    if not round_.wishes:
+    if not round_.end_requests:
         return _PREEMPTED  # the workers wanted it so themselves
-    return Again(history, _REASONS[round_.wishes[0].reason], same_team=not round_.waiting)
+    return Again(history, _REASONS[round_.end_requests[0].reason], same_team=not round_.waiting)
 
 
 _REASONS = {

@@ -84,7 +84,7 @@ class Round:
     exits: tuple[WorkerExited, ...] = ()  # of this node, in order of death
     exits_before_stop: int | None = None  # how many had ended when the rest was first told to
     exits_before_kill: int | None = None  # ... when the rest was killed
-    wishes: tuple[RoundEndRequest, ...] = ()
+    end_requests: tuple[RoundEndRequest, ...] = ()
     trouble: SpawnFailed | ZygoteLost | DeadlinePassed | None = None
     cut_off: MemberFailed | None = None  # this node is in no team any more
     stop_signal: int | None = None  # someone wants the whole job to end, now
@@ -124,8 +124,8 @@ class Round:
 
     def withdrawn(self) -> Round:
         """The round of a node that leaves and is in no team that could be told."""
-        wish = RoundEndRequest("leave", 0 if self.team is None else self.team.rank, can_drain=False)
-        after = replace(self, wishes=(*self.wishes, wish))
+        request = RoundEndRequest("leave", 0 if self.team is None else self.team.rank, can_drain=False)
+        after = replace(self, end_requests=(*self.end_requests, request))
         return after if self.is_started else after._at_least(Phase.SETTLED)
 
     @property
@@ -183,7 +183,7 @@ class Round:
     @property
     def is_asked_to_end(self) -> bool:
         """Whether it ends, or will, because somebody wants it to."""
-        return self.stop_signal is not None or bool(self.wishes)
+        return self.stop_signal is not None or bool(self.end_requests)
 
     @property
     def is_explained(self) -> bool:
@@ -198,7 +198,7 @@ class Round:
             return False
         reports = self.reports.values()
         is_bad = any(report.trouble is not None or report.deaths for report in reports)
-        is_asked = bool(self.wishes) and all(death.is_ours for death in self.deaths)
+        is_asked = bool(self.end_requests) and all(death.is_ours for death in self.deaths)
         return bool(self.lost) or self.is_hung or (is_bad and not is_asked)
 
     @property
@@ -218,9 +218,9 @@ class Round:
         """This node's slots for the next round; `culprit` is the worker that failed first, wherever."""
         if self.team is None:
             return slots
-        for wish in reversed(self.wishes):
-            if wish.reason == "scale" and wish.node == self.team.rank and wish.slots is not None:
-                return slots.scaled(wish.slots, wish.without)
+        for request in reversed(self.end_requests):
+            if request.reason == "scale" and request.node == self.team.rank and request.slots is not None:
+                return slots.scaled(request.slots, request.without)
         if culprit is not None and culprit.rank in self.plan.ranks and culprit.step is None:
             return slots.after_failed_start(self.plan.slots[culprit.rank - self.plan.first_rank])
         return slots if self.step is None else slots.after_progress()
@@ -228,7 +228,7 @@ class Round:
     @property
     def drain_tiers(self) -> str:
         """Where the workers that are asked to end have to save: those who go on here find it in memory."""
-        return "memory" if self.wishes and not self.leavers else "durable"
+        return "memory" if self.end_requests and not self.leavers else "durable"
 
     @property
     def step(self) -> int | None:
@@ -258,7 +258,7 @@ class Round:
     @property
     def leavers(self) -> frozenset[int]:
         """The nodes that end with this round, because they were told to."""
-        return frozenset(wish.node for wish in self.wishes if wish.reason == "leave")
+        return frozenset(request.node for request in self.end_requests if request.reason == "leave")
 
     @property
     def stuck(self) -> frozenset[int]:
@@ -289,7 +289,7 @@ class Round:
             case "ended":
                 return self._at_least(Phase.STOPPING)
             case "wish":
-                return self._after_wish(RoundEndRequest.from_json(message))
+                return self._after_end_request(RoundEndRequest.from_json(message))
             case "hang" if self.phase.value < Phase.DIAGNOSING.value:
                 return replace(self, is_hung=True)._at_least(Phase.DIAGNOSING)
             case "stop":
@@ -310,10 +310,10 @@ class Round:
         assert self.team is not None
         return self if len(self.readies) < self.team.size else self._at_least(Phase.RUNNING)
 
-    def _after_wish(self, wish: RoundEndRequest) -> Round:
-        after = replace(self, wishes=(*self.wishes, wish))
+    def _after_end_request(self, request: RoundEndRequest) -> Round:
+        after = replace(self, end_requests=(*self.end_requests, request))
         if self.is_started:
-            return after._at_least(Phase.DRAINING if wish.can_drain else Phase.STOPPING)
+            return after._at_least(Phase.DRAINING if request.can_drain else Phase.STOPPING)
         return after._at_least(Phase.SETTLED) if self.phase is Phase.GATHERING else after
 
     def _after_exit(self, event: WorkerExited) -> Round:

@@ -587,5 +587,5 @@ def test_close_ends_what_is_under_way(hung: Hung, tmp_path: Path) -> None:
 
 def test_tracing_can_be_allowed_on_every_kernel() -> None:
     """With Yama it changes something; without, it does nothing."""
-    code = "from launcher import processes; processes.allow_tracing()"
+    code = "from launcher.system import processes; processes.allow_tracing()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

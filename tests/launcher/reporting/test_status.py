@@ -21,7 +21,7 @@ from launcher.events import (
     Tick,
 )
 from launcher.progress import Progress
-from launcher.reporting.past_job import Past
+from launcher.reporting.past_job import PastJob
 from launcher.reporting.status import Saved, Saving, Status
 from launcher.reporting.status_board import StatusBoard
 
@@ -227,7 +227,7 @@ HISTORY = [
 
 
 def test_how_a_job_ended() -> None:
-    past = Past.of([*HISTORY, event(161, "job_ended", exit_code=77, reason="3 times the same")])
+    past = PastJob.of([*HISTORY, event(161, "job_ended", exit_code=77, reason="3 times the same")])
     assert past is not None
     assert past.render("train", 281.0) == [
         "train: ended 2 min ago with exit code 77: 3 times the same",
@@ -240,7 +240,7 @@ def test_how_a_job_ended() -> None:
 
 
 def test_a_job_that_was_killed() -> None:
-    past = Past.of(HISTORY)
+    past = PastJob.of(HISTORY)
     assert past is not None
     assert past.exit_code is None
     assert past.render("train", 161.0)[0] == (
@@ -250,7 +250,7 @@ def test_a_job_that_was_killed() -> None:
 
 def test_a_step_that_was_saved_was_reached() -> None:
     for before in ([], [event(2, "progress", step=3)]):
-        past = Past.of([event(1, "job_started"), *before, event(3, "staged", step=20)])
+        past = PastJob.of([event(1, "job_started"), *before, event(3, "staged", step=20)])
         assert past is not None
         assert past.step == 20
 
@@ -264,5 +264,5 @@ def test_what_is_saved_where() -> None:
 
 
 def test_no_job_ever() -> None:
-    assert Past.of([]) is None
-    assert Past.of([event(1, "progress", step=3)]) is None
+    assert PastJob.of([]) is None
+    assert PastJob.of([event(1, "progress", step=3)]) is None
