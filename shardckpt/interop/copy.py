@@ -11,11 +11,10 @@ import msgspec
 import numpy as np
 
 from shardckpt.errors import CheckpointError, CheckpointExistsError, CorruptError
-from shardckpt.format.manifest import CRC_BYTES, MANIFEST, REFS, Manifest, Pack, chunk_bytes, pack_path
-from shardckpt.format.manifest_codec import encode_record
-from shardckpt.format.zarr_refs import encode_refs
+from shardckpt.format.manifest import CRC_BYTES, Manifest, Pack, chunk_bytes, pack_path
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import coalesced
+from shardckpt.run.commit import publish
 from shardckpt.run.places import Place, attempt_for, exact_place, find_place, read_manifest
 from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.work import cleanup
@@ -79,11 +78,7 @@ def copy(
     fetcher = Fetcher(place, manifest)
     fetcher.check_all_sizes()  # before there is anything of a size that may be forged
     _copy_packs(fetcher, copied, made, progress or (lambda _done, _total: None))
-    copied.storage.write(REFS, encode_refs(made, copied.url))
-    try:
-        copied.storage.create(MANIFEST, encode_record(made))
-    except FileExistsError as error:
-        raise CheckpointExistsError(f"{copied.url} was made by another writer meanwhile") from error
+    publish(copied, made)
     return copied.url
 
 

@@ -1,14 +1,14 @@
 """Commit: a checkpoint comes into being when every rank's part is in the storage.
 
-The committer and the writers meet in the storage alone, so that a commit needs no collective and no
-living trainer.
+The committer and the writers meet in the storage alone, so a commit needs neither a collective nor a living
+trainer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from shardckpt.errors import SaveError
+from shardckpt.errors import CheckpointExistsError, SaveError
 from shardckpt.format.manifest import MANIFEST, REFS, Manifest, Part, pack_path
 from shardckpt.format.manifest_codec import encode_record
 from shardckpt.format.zarr_refs import encode_refs
@@ -17,7 +17,7 @@ from shardckpt.run.places import Place
 from shardckpt.run.proposal import Proposal
 from shardckpt.storage import Storage
 
-__all__ = ["commit"]
+__all__ = ["commit", "publish"]
 
 
 def commit(
@@ -28,39 +28,49 @@ def commit(
     *,
     own_seconds: float = 0.0,
 ) -> Manifest:
-    """Wait for every rank's part, then make the checkpoint exist.
+    """Wait for every rank's part, then make the checkpoint exist. If this raises, there is no checkpoint.
 
-    Raises SaveError if a rank reports that it failed, if no further part appears for `timeout` seconds, or if
-    what the ranks wrote is not what was planned. Then there is no checkpoint.
+    Args:
+        place: where the checkpoint is to be.
+        proposal: what its manifest says beside the checksums.
+        timeout: seconds without a further part after which the save has failed.
+        is_given_up: asked while parts are missing; True ends the wait.
+        own_seconds: how long this process took to write its own parts, in seconds. Other writers get that much
+            time after a newer attempt of the run has a checkpoint, and a minute if it has only started.
 
-    Raises SupersededError while parts are lacking if `is_given_up` says so, or if a newer attempt of the run has
-    a checkpoint in this storage and no further part appears for `own_seconds`, the time that this process
-    took to write its own; or, where the newer attempt has only started, for a minute if that is longer.
+    Raises SaveError if a rank reports that it failed, if no further part appears in time, or if the parts are
+    not what was planned; SupersededError if the save is given up for a newer attempt; CheckpointExistsError if
+    another writer was faster.
     """
-    storage = place.storage
-    parts = wait_for_parts(storage, proposal, Patience(place, timeout, is_given_up, own_seconds))
+    parts = wait_for_parts(place.storage, proposal, Patience(place, timeout, is_given_up, own_seconds))
     manifest = _assemble(proposal, parts, place.url)
-    _check_packs(storage, parts)
-    storage.write(REFS, encode_refs(manifest, place.url))
-    try:
-        storage.create(MANIFEST, encode_record(manifest))  # from here on the checkpoint exists
-    except FileExistsError as error:
-        raise SaveError(
-            f"{place.url} already has a checkpoint, made by another writer while this save was "
-            "under way; it was left as it is"
-        ) from error
+    _check_packs(place.storage, parts)
+    publish(place, manifest)
     return manifest
 
 
+def publish(place: Place, manifest: Manifest) -> None:
+    """Make a checkpoint exist. Its packs are durable at `place` already. Every checkpoint comes into being here.
+
+    Raises CheckpointExistsError if another writer has made one there, which is left as it is.
+    """
+    place.storage.write(REFS, encode_refs(manifest, place.url))
+    try:
+        place.storage.create(MANIFEST, encode_record(manifest))  # from here on the checkpoint exists
+    except FileExistsError as error:
+        raise CheckpointExistsError(
+            f"{place.url} already has a checkpoint, made by another writer in the meantime; it was left as it is"
+        ) from error
+
+
 def _assemble(proposal: Proposal, parts: Sequence[Part], where: str) -> Manifest:
-    """The manifest, checked so far that every planned chunk was written where it was planned."""
+    """Build the manifest. Raises SaveError unless every planned chunk was written where it was planned."""
     plan = proposal.plan
     checksums: list[int | None] = [None] * len(plan.writer)
     for part in parts:
         if part.size != plan.pack_sizes[part.rank]:
             raise SaveError(
-                f"{where}: rank {part.rank} wrote {part.size} bytes, planned were "
-                f"{plan.pack_sizes[part.rank]}"
+                f"{where}: rank {part.rank} wrote {part.size} bytes, planned were {plan.pack_sizes[part.rank]}"
             )
         for row, offset, checksum in zip(part.chunk, part.offset, part.crc32c, strict=True):
             if row >= len(plan.writer) or (plan.writer[row], plan.offset[row]) != (part.rank, offset):
@@ -76,7 +86,7 @@ def _assemble(proposal: Proposal, parts: Sequence[Part], where: str) -> Manifest
 
 
 def _check_packs(storage: Storage, parts: Sequence[Part]) -> None:
-    """What the storage has of each pack is what its writer says."""
+    """Raise SaveError unless each pack in the storage is as large as its part says."""
     for part in parts:
         found = storage.size(pack_path(part.rank))
         if found != part.size:
