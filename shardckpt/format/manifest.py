@@ -21,7 +21,6 @@ from shardckpt.format.dtypes import itemsize
 from shardckpt.format.records import FORMAT
 
 __all__ = [
-    "CRC_BYTES",
     "FORMAT",
     "MANIFEST",
     "MAX_DIMENSIONS",
@@ -36,7 +35,6 @@ __all__ = [
     "TensorEntry",
     "Version",
     "attempt_and_step",
-    "chunk_bytes",
     "pack_path",
     "part_path",
     "shape_problem",
@@ -48,8 +46,6 @@ REFS = "refs.json"
 MAX_DIMENSIONS = 64
 """Of a tensor: NumPy has no more."""
 
-CRC_BYTES = 4
-"""Every chunk is followed by the little-endian CRC-32C of its bytes."""
 
 _RUN_CHECKPOINT = re.compile(r"(?:\A|/)attempt-([0-9]+)(?:-[0-9a-f]+)?/step-([0-9]+)\Z")
 
@@ -207,11 +203,6 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     offset: list[int]
     crc32c: list[int]
     values: dict[str, Any]
-
-
-def chunk_bytes(dtype: str, chunk: Sequence[int]) -> int:
-    """Bytes that a chunk takes in its pack, its checksum included."""
-    return math.prod(chunk) * itemsize(dtype) + CRC_BYTES
 
 
 def shape_problem(dtype: str, shape: Sequence[int]) -> str | None:

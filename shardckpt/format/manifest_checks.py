@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from shardckpt.errors import FormatError, UnknownVersionError
 from shardckpt.format.box import tiles
+from shardckpt.format.chunks import chunk_bytes
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import (
     MAX_DIMENSIONS,
@@ -23,7 +24,6 @@ from shardckpt.format.manifest import (
     TensorEntry,
     Version,
     attempt_and_step,
-    chunk_bytes,
     shape_problem,
     tied_names,
 )

@@ -19,8 +19,9 @@ import msgspec
 
 from shardckpt.errors import RankMismatchError
 from shardckpt.format.box import Box, tiles
+from shardckpt.format.chunks import CRC_BYTES, ChunkLocation, chunk_bytes, content_bytes
 from shardckpt.format.dtypes import itemsize
-from shardckpt.format.manifest import CRC_BYTES, ArrayEntry, TensorEntry, chunk_bytes
+from shardckpt.format.manifest import ArrayEntry, TensorEntry
 
 __all__ = [
     "MAX_CHUNK",
@@ -59,19 +60,21 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ChunkWrite(NamedTuple):
-    """One chunk that a rank writes: row of the chunk table, the tensor's part, its place in the pack."""
+    """One chunk that a rank writes.
 
-    row: int
+    Attributes:
+        location: where it goes in the rank's pack.
+        name: the tensor's name.
+        dtype: the name of the tensor's element type.
+        box: the part of the tensor that the chunk holds.
+        chunk: the chunk's shape; larger than the box where the chunk is padded.
+    """
+
+    location: ChunkLocation
     name: str
     dtype: str
     box: Box
     chunk: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the chunk's elements, padding included, checksum not."""
-        return math.prod(self.chunk) * itemsize(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,10 @@ class SavePlan:
     def writes(self, rank: int) -> tuple[ChunkWrite, ...]:
         """The chunks that `rank` writes, in the order of its pack."""
         return self._writes[rank]
+
+    def locations(self, rank: int) -> list[ChunkLocation]:
+        """Where these chunks lie in the rank's pack, in the same order."""
+        return [write.location for write in self._writes[rank]]
 
     @cached_property
     def fingerprint(self) -> int:
@@ -348,13 +355,12 @@ def _pack(
         if number in same_as:
             continue
         rank, tensor = writer[number], tensors[row.tensor]
-        nbytes = math.prod(row.array.chunk) * itemsize(tensor.dtype)
+        nbytes = content_bytes(tensor.dtype, row.array.chunk)
         align = _ALIGN_LARGE if nbytes >= _LARGE else _ALIGN
         offset[number] = -(-sizes[rank] // align) * align
         sizes[rank] = offset[number] + nbytes + CRC_BYTES
-        writes[rank].append(
-            ChunkWrite(number, tensor.name, tensor.dtype, row.cell, row.array.chunk, offset[number])
-        )
+        location = ChunkLocation(number, offset[number], nbytes)
+        writes[rank].append(ChunkWrite(location, tensor.name, tensor.dtype, row.cell, row.array.chunk))
     for number, source in same_as.items():
         offset[number] = offset[source]
     return offset, sizes, writes

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from shardckpt.format.chunks import chunk_bytes
 from shardckpt.format.dtypes import EXTENDED, fill_value, itemsize
-from shardckpt.format.manifest import Manifest, TensorEntry, chunk_bytes
+from shardckpt.format.manifest import Manifest, TensorEntry
 
 if TYPE_CHECKING:
     pass

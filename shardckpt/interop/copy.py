@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 
 from shardckpt.errors import CheckpointError, CheckpointExistsError, CorruptError
-from shardckpt.format.manifest import CRC_BYTES, Manifest, Pack, chunk_bytes, pack_path
+from shardckpt.format.chunks import CRC_BYTES, chunk_bytes
+from shardckpt.format.manifest import Manifest, Pack, pack_path
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import coalesced
 from shardckpt.run.commit import publish

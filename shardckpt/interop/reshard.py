@@ -157,17 +157,18 @@ def _persist(
     """Write every rank's pack and part to `storage`, some ranks at a time."""
     plan = proposal.plan
     ranks = range(proposal.world_size)
-    total = sum(write.nbytes for rank in ranks for write in plan.writes(rank))
+    total = sum(location.nbytes for rank in ranks for location in plan.locations(rank))
     done = 0
     for window in _windows(plan.pack_sizes, local=isinstance(storage, LocalStorage)):
         packs = _local_packs if isinstance(storage, LocalStorage) else _remote_packs
         checksums: dict[int, int] = {}
         with packs(storage, {rank: plan.pack_sizes[rank] for rank in window}) as put:
             for rank, write, content in _contents(place, manifest, plan, window):
-                checksums[write.row] = crc32c.crc32c(content)
-                put(rank, write.offset, content)
-                put(rank, write.offset + write.nbytes, memoryview(_CRC.pack(checksums[write.row])))
-                done += write.nbytes
+                row, offset, nbytes = write.location
+                checksums[row] = crc32c.crc32c(content)
+                put(rank, offset, content)
+                put(rank, offset + nbytes, memoryview(_CRC.pack(checksums[row])))
+                done += nbytes
                 if progress is not None:
                     progress(done, total)
                 del content  # before the next one is read
@@ -180,7 +181,7 @@ def _contents(
     place: Place, manifest: Manifest, plan: SavePlan, ranks: Sequence[int]
 ) -> Iterator[tuple[int, ChunkWrite, memoryview]]:
     """What these ranks write, tensor after tensor, so that chunks of the source are read about once."""
-    writes = sorted((write.row, rank, write) for rank in ranks for write in plan.writes(rank))
+    writes = sorted((write.location.row, rank, write) for rank in ranks for write in plan.writes(rank))
     arrays = iter_boxes(place, manifest, [(write.name, write.box) for _, _, write in writes])
     for _, rank, write in writes:
         array = next(arrays)
@@ -195,14 +196,14 @@ def _contents(
 
 
 def _part(proposal: Proposal, rank: int, checksums: Mapping[int, int], manifest: Manifest) -> Part:
-    writes = proposal.plan.writes(rank)
+    locations = proposal.plan.locations(rank)
     return Part(
         id=proposal.id,
         rank=rank,
         size=proposal.plan.pack_sizes[rank],
-        chunk=[write.row for write in writes],
-        offset=[write.offset for write in writes],
-        crc32c=[checksums[write.row] for write in writes],
+        chunk=[location.row for location in locations],
+        offset=[location.offset for location in locations],
+        crc32c=[checksums[location.row] for location in locations],
         values=manifest.per_rank[rank] if rank < manifest.world_size else {},
     )
 

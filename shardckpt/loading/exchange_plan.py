@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shardckpt.errors import CorruptError
-from shardckpt.format.manifest import CRC_BYTES, Manifest, chunk_bytes
+from shardckpt.format.chunks import CRC_BYTES, chunk_bytes
+from shardckpt.format.manifest import Manifest
 from shardckpt.loading.plan import REQUEST_GAP
 
 __all__ = ["Chunk", "ExchangePlanner", "SharedRead"]

@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from shardckpt.errors import LOAD_ANOTHER, CorruptError
 from shardckpt.format.box import Box
+from shardckpt.format.chunks import CRC_BYTES
 from shardckpt.format.dtypes import numpy_dtype
-from shardckpt.format.manifest import CRC_BYTES, Manifest
+from shardckpt.format.manifest import Manifest
 from shardckpt.loading.pack_reader import Source, open_packs
 from shardckpt.loading.plan import Read, Stored, coalesced, describe, plan_reads
 from shardckpt.progress import alive

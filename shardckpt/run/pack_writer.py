@@ -4,50 +4,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import crc32c
 
+from shardckpt.format.chunks import ChunkLocation
 from shardckpt.format.manifest import Part, pack_path, part_path
 from shardckpt.format.manifest_codec import encode_record
 from shardckpt.storage import Storage
 
-__all__ = ["ChunkPlace", "Placed", "persist"]
+__all__ = ["persist"]
 
 _CRC = struct.Struct("<I")
-
-
-class ChunkPlace(Protocol):
-    """Where a chunk lies in the pack of its writer: what there is to know to write it.
-
-    Attributes:
-        row: its row of the chunk table.
-        offset: of its first byte in the pack.
-        nbytes: of its elements. The 4 bytes of its checksum follow them.
-    """
-
-    @property
-    def row(self) -> int: ...
-
-    @property
-    def offset(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-class Placed(NamedTuple):
-    """A `ChunkPlace` that is nothing else, to be sent to the process that writes."""
-
-    row: int
-    offset: int
-    nbytes: int
 
 
 def persist(
     storage: Storage,
     content: memoryview,
-    writes: Sequence[ChunkPlace],
+    chunks: Sequence[ChunkLocation],
     *,
     save_id: str,
     rank: int,
@@ -58,14 +32,14 @@ def persist(
     """Write `content` as `rank`'s pack, its chunks checksummed, then the part that describes it.
 
     Both are durable when it returns, in this order: whoever sees the part can rely on the pack.
-    `writes` are the chunks in the order in which they lie in `content`. Their checksums are computed and
+    `chunks` says where they lie, in the order in which they lie in `content`. Their checksums are computed and
     put behind them as they are written. Where `content` has been written before, and so has them already,
     `checksums` are those of its part.
 
     `progress` is called with the number of bytes that the storage has taken so far, and at the end, when
     they are durable, with all of them; from any thread, one call at a time.
     """
-    pending = _Checksums(content, writes) if checksums is None else None
+    pending = _Checksums(content, chunks) if checksums is None else None
 
     def before(start: int, stop: int) -> None:
         if pending is not None:
@@ -78,8 +52,8 @@ def persist(
         id=save_id,
         rank=rank,
         size=len(content),
-        chunk=[write.row for write in writes],
-        offset=[write.offset for write in writes],
+        chunk=[chunk.row for chunk in chunks],
+        offset=[chunk.offset for chunk in chunks],
         crc32c=pending.done if pending is not None else list(checksums or []),
         values=per_rank,
     )
@@ -92,10 +66,10 @@ def persist(
 class _Checksums:
     """Checksums of the chunks of a buffer that is gone through once, from its beginning to its end."""
 
-    def __init__(self, content: memoryview, writes: Sequence[ChunkPlace]) -> None:
+    def __init__(self, content: memoryview, chunks: Sequence[ChunkLocation]) -> None:
         self.done: list[int] = []
         self._content = content
-        self._writes = writes
+        self._chunks = chunks
         self._position = 0
         self._running = 0
 
@@ -104,12 +78,12 @@ class _Checksums:
 
         Changes bytes from the earlier position on, those of the last checksum perhaps behind `stop`.
         """
-        while len(self.done) < len(self._writes):
-            write = self._writes[len(self.done)]
-            if write.offset >= stop:
+        while len(self.done) < len(self._chunks):
+            chunk = self._chunks[len(self.done)]
+            if chunk.offset >= stop:
                 break
-            end = write.offset + write.nbytes
-            piece = self._content[max(write.offset, self._position) : min(end, stop)]
+            end = chunk.offset + chunk.nbytes
+            piece = self._content[max(chunk.offset, self._position) : min(end, stop)]
             self._running = crc32c.crc32c(piece, self._running)
             if end > stop:
                 break

@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 from shardckpt.errors import CheckpointExistsError, OutOfReachError
+from shardckpt.format.chunks import ChunkLocation
 from shardckpt.format.manifest import Manifest
 from shardckpt.run.commit import commit
 from shardckpt.run.failure_reports import report_failure
-from shardckpt.run.pack_writer import Placed, persist
+from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import Place
 from shardckpt.run.proposal import Proposal
 from shardckpt.run.retention import prune
@@ -54,7 +55,7 @@ class StagedPack:
 
     rank: int
     content: memoryview
-    writes: Sequence[Placed]
+    writes: Sequence[ChunkLocation]
     values: dict[str, Any]
     checksums: list[int] | None = None
 

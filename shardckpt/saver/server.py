@@ -26,11 +26,11 @@ import msgspec
 
 from shardckpt.environment import LINGER
 from shardckpt.errors import OutOfReachError, SupersededError
+from shardckpt.format.chunks import ChunkLocation
 from shardckpt.run.attempt_keeper import Condition
 from shardckpt.run.commit_wait import wait_committed, was_committed
 from shardckpt.run.failure_reports import report_lost
 from shardckpt.run.lease import Terms
-from shardckpt.run.pack_writer import Placed
 from shardckpt.run.persist import StagedPack, persist_save
 from shardckpt.run.places import Place, checkpoint_order
 from shardckpt.run.proposal import Proposal
@@ -483,7 +483,7 @@ class SaverServer:
             case Start():
                 self._start_attempt(client, message)
             case ChunkTable():
-                writes = list(map(Placed, message.row, message.offset, message.nbytes))
+                writes = list(map(ChunkLocation, message.row, message.offset, message.nbytes))
                 client.plan = PackPlan(message.number, writes, message.size, message.whole)
                 client.requests.clear()
                 client.asked_back.clear()

@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from shardckpt.format.chunks import ChunkLocation
 from shardckpt.format.save_plan import SavePlan, decode_plan
-from shardckpt.run.pack_writer import Placed
 from shardckpt.run.places import checkpoint_order
 from shardckpt.saver.buffers import empty
 from shardckpt.saver.protocol import Stage
@@ -45,7 +45,7 @@ class PackPlan:
     """Where the chunks of a rank's packs lie; of rank 0 also the whole plan, which the commit needs."""
 
     number: int
-    writes: list[Placed]
+    writes: list[ChunkLocation]
     size: int
     encoded: bytes
 

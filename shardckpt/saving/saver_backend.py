@@ -170,12 +170,12 @@ class SaverBackend:
         self.last_staged = None
         self._plan, self._rank = plan, rank
         self._plans += 1
-        writes = plan.writes(rank)
+        chunks = plan.locations(rank)
         message = ChunkTable(
             self._plans,
-            [write.row for write in writes],
-            [write.offset for write in writes],
-            [write.nbytes for write in writes],
+            [chunk.row for chunk in chunks],
+            [chunk.offset for chunk in chunks],
+            [chunk.nbytes for chunk in chunks],
             plan.pack_sizes[rank],
             encode_plan(plan) if rank == 0 else b"",
         )

@@ -86,7 +86,7 @@ class StagingBuffer:
 
     def _target(self, write: ChunkWrite) -> torch.Tensor:
         """Where a chunk's elements go; what lies beyond its box is padding."""
-        chunk = chunk_view(self._bytes, write.offset, write.dtype, write.chunk)
+        chunk = chunk_view(self._bytes, write.location.offset, write.dtype, write.chunk)
         return chunk[tuple(slice(0, n) for n in write.box.shape)]
 
     def _clean(self) -> None:
@@ -99,9 +99,10 @@ class StagingBuffer:
         base, end = self._bytes.data_ptr(), 0
         for write in self._writes:
             is_padded = write.box.shape != write.chunk
-            stop = write.offset + (write.nbytes if is_padded else 0)
+            start, nbytes = write.location.offset, write.location.nbytes
+            stop = start + (nbytes if is_padded else 0)
             ctypes.memset(base + end, 0, stop - end)
-            end = write.offset + write.nbytes
+            end = start + nbytes
         ctypes.memset(base + end, 0, self.size - end)
 
     def _pin(self) -> None:
@@ -134,7 +135,7 @@ class Copies:
             tensor = by_name[write.name]
             source = tensor.data[local_slices(tensor, write.box)]
             if is_plain(source) and write.box.shape[1:] == write.chunk[1:]:
-                self.plain.append((write.offset, source.data_ptr(), source.nbytes))
+                self.plain.append((write.location.offset, source.data_ptr(), source.nbytes))
                 self._kept.append(source)
             else:
                 self.others.setdefault(source.device, []).append((write, source))

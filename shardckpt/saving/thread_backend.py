@@ -11,10 +11,10 @@ from shardckpt.errors import (
     OutOfReachError,
     SupersededError,
 )
+from shardckpt.format.chunks import ChunkLocation
 from shardckpt.format.save_plan import SavePlan
 from shardckpt.progress import committed
 from shardckpt.run.attempt_keeper import AttemptKeeper
-from shardckpt.run.pack_writer import Placed
 from shardckpt.run.persist import StagedPack, persist_save
 from shardckpt.run.places import Place, attempt_number
 from shardckpt.run.tiers import MEMORY, Destination
@@ -36,7 +36,7 @@ class ThreadBackend:
         self._timeout = commit_timeout
         self._thread: threading.Thread | None = None
         self._buffer: StagingBuffer | None = None
-        self._writes: list[Placed] = []
+        self._writes: list[ChunkLocation] = []
         self._keeper: AttemptKeeper | None = None
         self.last_staged: StagingBuffer | None = None
 
@@ -73,7 +73,7 @@ class ThreadBackend:
         self._join()
         self._buffer = self.last_staged = None  # free the old one first
         writes = plan.writes(rank)
-        self._writes = [Placed(write.row, write.offset, write.nbytes) for write in writes]
+        self._writes = plan.locations(rank)
         self._buffer = StagingBuffer(writes, plan.pack_sizes[rank])
         threading.Thread(target=self._buffer.touch, name="shardckpt-touch", daemon=True).start()
 

@@ -194,7 +194,7 @@ def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[S
     for rank, tensors in enumerate(world):
         buffer = StagingBuffer(plan.writes(rank), plan.pack_sizes[rank])
         buffer.fill(Copies(plan.writes(rank), tensors))
-        persist(root, buffer.content, plan.writes(rank), save_id="test", rank=rank, per_rank={})
+        persist(root, buffer.content, plan.locations(rank), save_id="test", rank=rank, per_rank={})
     values = {tensor.name: {"$tensor": tensor.name} for tensor in plan.tensors}
     return plan, commit(place, Proposal("test", 1, 0, {}, values, plan), LIMIT)
 

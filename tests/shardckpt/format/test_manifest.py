@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from shardckpt.errors import FormatError, UnknownVersionError
 from shardckpt.format import records
 from shardckpt.format.box import Box
+from shardckpt.format.chunks import chunk_bytes
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import (
     FORMAT,
@@ -24,7 +25,6 @@ from shardckpt.format.manifest import (
     Pack,
     Part,
     TensorEntry,
-    chunk_bytes,
     pack_path,
     part_path,
 )

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from shardckpt.errors import RankMismatchError
 from shardckpt.format import save_plan as plan_module
 from shardckpt.format.box import Box, pieces_of_runs, split_evenly, split_strided
+from shardckpt.format.chunks import CRC_BYTES, chunk_bytes
 from shardckpt.format.dtypes import DTYPES, itemsize
-from shardckpt.format.manifest import CRC_BYTES, Chunks, Manifest, Pack, chunk_bytes, pack_path
+from shardckpt.format.manifest import Chunks, Manifest, Pack, pack_path
 from shardckpt.format.manifest_codec import decode_manifest, encode_record
 from shardckpt.format.save_plan import MAX_CHUNK, Layout, SavePlan, plan_save
 from shardckpt.loading.plan import describe, plan_reads
@@ -154,16 +155,16 @@ def test_every_element_is_planned_exactly_once(world: list[list[Layout]]) -> Non
 def test_packs_are_aligned_and_without_overlap(world: list[list[Layout]]) -> None:
     """Chunks follow one another in the pack, aligned; the pack ends with the last checksum."""
     plan = plan_save(world)
-    rows = Counter(write.row for rank in range(len(world)) for write in plan.writes(rank))
+    rows = Counter(write.location.row for rank in range(len(world)) for write in plan.writes(rank))
     assert rows == Counter(range(len(plan.writer)))
     for rank in range(len(world)):
         end = 0
         for write in plan.writes(rank):
-            assert plan.writer[write.row] == rank
-            assert plan.offset[write.row] == write.offset
-            assert write.offset % (4096 if write.nbytes >= _MIB else 64) == 0
-            assert end <= write.offset < end + 4096
-            end = write.offset + write.nbytes + CRC_BYTES
+            assert plan.writer[write.location.row] == rank
+            assert plan.offset[write.location.row] == write.location.offset
+            assert write.location.offset % (4096 if write.location.nbytes >= _MIB else 64) == 0
+            assert end <= write.location.offset < end + 4096
+            end = write.location.offset + write.location.nbytes + CRC_BYTES
         assert plan.pack_sizes[rank] == end
 
 
@@ -254,8 +255,8 @@ def test_replicated_boxes_are_spread(world: int, hybrid: bool) -> None:
         tensors.append(layouts(f"t{number:02d}", "float32", shape, held))
     ranks = 2 * world if hybrid else world
     plan = plan_save(by_rank(*tensors))
-    written = [sum(w.nbytes for w in plan.writes(rank)) for rank in range(ranks)]
-    largest = max(w.nbytes for rank in range(ranks) for w in plan.writes(rank))
+    written = [sum(w.location.nbytes for w in plan.writes(rank)) for rank in range(ranks)]
+    largest = max(w.location.nbytes for rank in range(ranks) for w in plan.writes(rank))
     assert sum(written) == sum(t.nbytes for t in plan.tensors)
     groups = [[written[r], written[r + world]] for r in range(world)] if hybrid else [written]
     for group in groups:
@@ -266,7 +267,7 @@ def test_a_large_replicated_tensor_is_shared_out() -> None:
     """One tensor of several chunks is written by all its holders together."""
     shape = (256, _MIB)
     plan = plan_save(by_rank(layouts("t", "uint8", shape, replicated(shape, 4))))
-    assert [sum(w.nbytes for w in plan.writes(rank)) for rank in range(4)] == [64 * _MIB] * 4
+    assert [sum(w.location.nbytes for w in plan.writes(rank)) for rank in range(4)] == [64 * _MIB] * 4
 
 
 def test_the_lowest_holder_writes_what_may_differ() -> None:

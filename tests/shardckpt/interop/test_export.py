@@ -585,11 +585,12 @@ def write_checkpoint(
         for write in plan.writes(rank):
             chunk = np.zeros(write.chunk, numpy_dtype(write.dtype))
             chunk[tuple(slice(0, n) for n in write.box.shape)] = arrays[write.name][write.box.slices]
-            content[write.offset : write.offset + write.nbytes] = chunk.tobytes()
+            _, offset, nbytes = write.location
+            content[offset : offset + nbytes] = chunk.tobytes()
         persist(
             place.storage,
             content,
-            plan.writes(rank),
+            plan.locations(rank),
             save_id=proposal.id,
             rank=rank,
             per_rank=per_rank[rank] if per_rank else {},

@@ -92,7 +92,14 @@ class Waiting:
         writes, size = self._plan.writes(rank), self._plan.pack_sizes[rank]
         buffer = StagingBuffer(writes, size)
         buffer.fill(Copies(writes, self._flat[rank].tensors))
-        persist(self.place.storage, buffer.content, writes, save_id="x", rank=rank, per_rank={})
+        persist(
+            self.place.storage,
+            buffer.content,
+            self._plan.locations(rank),
+            save_id="x",
+            rank=rank,
+            per_rank={},
+        )
 
     def commit(self, timeout: float = FOR_EVER, **options: Any) -> Manifest:
         proposal = Proposal("x", 1, 1, {}, self._flat[0].values, self._plan)

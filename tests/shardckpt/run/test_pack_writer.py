@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardckpt.format.box import Box
+from shardckpt.format.chunks import ChunkLocation
 from shardckpt.format.manifest import Part, pack_path, part_path
 from shardckpt.format.manifest_codec import decode_part
-from shardckpt.format.save_plan import ChunkWrite
-from shardckpt.run.pack_writer import Placed, persist
+from shardckpt.run.pack_writer import persist
 from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.protocol import Before
 from tests.kit.faults import FaultyStorage
@@ -39,17 +38,17 @@ class Blockwise(FaultyStorage):
         super().write_pack(path, memoryview(pack))
 
 
-def laid_out(sizes: list[int], align: int) -> tuple[list[Placed], int]:
+def laid_out(sizes: list[int], align: int) -> tuple[list[ChunkLocation], int]:
     """Places of chunks of these sizes, one after another, and the bytes of their pack."""
     places, end = [], 0
     for row, nbytes in enumerate(sizes):
         offset = -(-end // align) * align
-        places.append(Placed(10 * row, offset, nbytes))
+        places.append(ChunkLocation(10 * row, offset, nbytes))
         end = offset + nbytes + 4
     return places, end
 
 
-def staged(places: list[Placed], size: int) -> memoryview:
+def staged(places: list[ChunkLocation], size: int) -> memoryview:
     """A pack as it is staged: elements, and no checksums."""
     memory = mmap.mmap(-1, max(size, 1))
     for place in places:
@@ -57,7 +56,7 @@ def staged(places: list[Placed], size: int) -> memoryview:
     return memoryview(memory)[:size]
 
 
-def assert_written(storage: Storage, places: list[Placed], part: Part) -> None:
+def assert_written(storage: Storage, places: list[ChunkLocation], part: Part) -> None:
     pack = storage.read(pack_path(3))
     assert part.size == len(pack)
     assert part.chunk == [place.row for place in places]
@@ -123,18 +122,6 @@ def test_a_second_tier_takes_the_checksums_of_the_first(tmp_path: Path) -> None:
     content[10] ^= 1
     again = persist(second, content, places, save_id=ID, rank=3, per_rank={}, checksums=first.crc32c)
     assert again == first
-
-
-def test_takes_the_chunks_of_a_plan(tmp_path: Path) -> None:
-    writes = [
-        ChunkWrite(0, "a", "float32", Box((0,), (3,)), (4,), 0),
-        ChunkWrite(7, "b", "uint8", Box((), ()), (), 64),
-    ]
-    content = memoryview(bytearray(64 + 1 + 4))
-    part = persist(open_storage(tmp_path), content, writes, save_id=ID, rank=3, per_rank={})
-    assert (part.chunk, part.offset) == ([0, 7], [0, 64])
-    assert part.crc32c == [crc32c.crc32c(bytes(16)), crc32c.crc32c(bytes(1))]
-    assert content[16:20] == part.crc32c[0].to_bytes(4, "little")
 
 
 def test_an_error_of_progress_ends_it(tmp_path: Path) -> None:
