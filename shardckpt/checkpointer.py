@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import msgspec
 
+from shardckpt import environment
 from shardckpt.drain import Drained, DrainWatch, Request, Scope
-from shardckpt.environment import is_first_on_node, linger_from_environment, snapshots_from_environment
 from shardckpt.errors import SaveError, SaverError, public_api
 from shardckpt.loading.load import Loaded
 from shardckpt.loading.restore import RestoreCandidates
@@ -126,7 +126,7 @@ class Checkpointer:
         Raises ValueError for an argument that makes no sense, and for the URL of a checkpoint in a run.
         """
         if url is None:
-            url = os.environ.get("LAUNCH_CKPT_URL")
+            url = environment.checkpoint_url()
             if not url:
                 raise ValueError(
                     "Checkpointer needs a url: no url was given, and LAUNCH_CKPT_URL is not set, as it is "
@@ -135,7 +135,7 @@ class Checkpointer:
         check_cadence(every_steps, url_every_steps, local_every_steps, keep_last)
         if local is None and local_every_steps is not None:
             raise ValueError("local_every_steps needs local, the folder that these saves go to")
-        held = snapshots_from_environment() if snapshots is None else snapshots
+        held = environment.snapshots() if snapshots is None else snapshots
         if isinstance(held, bool) or held not in (0, 1, 2):
             raise ValueError(f"snapshots must be 0, 1 or 2; it is {held!r}")
         self._root = open_storage(url, storage_options)
@@ -353,7 +353,7 @@ class Checkpointer:
                     self._save_last()
             finally:
                 self._unsaved.arguments = None
-                self._session.limit_silence(_launchers_patience())
+                self._session.limit_silence(environment.drain_timeout())
                 self._finish_saves()
             self._tell_failures()
         finally:
@@ -396,11 +396,11 @@ class Checkpointer:
     def _tell_failures(self) -> None:
         """Raise what has failed and is not made good, unless that is for the launcher to tell."""
         standing = self._failures.standing
-        is_launchers = "LAUNCH_SAVER" in os.environ and self._session.outlives_trainer
+        is_launchers = environment.saver_address() is not None and self._session.outlives_trainer
         for handle in standing:
             if not (is_launchers and handle.is_saver_answerable):
                 handle.wait()
-        if standing and is_first_on_node():
+        if standing and environment.is_first_on_node():
             _log.error(
                 "training is over, and not all that it saved is durable; launch tells what becomes of it"
             )
@@ -448,7 +448,7 @@ class Checkpointer:
         if handle is None or scope is Scope.DURABLE or not self._session.outlives_trainer:
             handle = self._save(Call.SAVE, step, state, metrics)
         # Other nodes may go on at once without this one, and find only what is durable.
-        is_alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        is_alone = environment.has_one_node()
         is_staging_enough = self._session.outlives_trainer and (is_alone or scope is Scope.MEMORY)
         error: SaveError | None = None
         try:
@@ -579,8 +579,10 @@ class Checkpointer:
                 error,
             )
             return None
-        linger = linger_from_environment()
-        return SaverBackend(self._root.url, tiers, snapshots, self._timeout, linger, _launchers_patience())
+        linger = environment.saver_linger()
+        return SaverBackend(
+            self._root.url, tiers, snapshots, self._timeout, linger, environment.drain_timeout()
+        )
 
     def _check_one_node(self) -> None:
         """What one node's disk has is no checkpoint if another's has the rest of it."""
@@ -613,15 +615,6 @@ def _are(steps: Sequence[int]) -> str:
         return f"steps {', '.join(map(str, steps[-_NAMED:]))} and {len(steps) - _NAMED} before them are"
     *others, last = map(str, steps)
     return f"steps {', '.join(others)} and {last} are" if others else f"step {last} is"
-
-
-def _launchers_patience() -> float:
-    """Seconds for which the launcher waits for the saver once the trainers have ended."""
-    text = os.environ.get("LAUNCH_DRAIN_TIMEOUT", "")
-    try:
-        return float(text)
-    except ValueError:
-        return float("inf")
 
 
 def _node() -> str:

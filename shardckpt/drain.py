@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 import msgspec
 
+from shardckpt.environment import drain_path
 from shardckpt.ranks.calls import Call, check, words
 from shardckpt.ranks.world import Ranks
 
@@ -162,7 +163,7 @@ class DrainWatch:
     @classmethod
     def of_worker(cls, ranks: Ranks) -> DrainWatch | None:
         """For the file of LAUNCH_DRAIN_FILE; None without a launcher, or if it is watched already."""
-        path = os.environ.get("LAUNCH_DRAIN_FILE")
+        path = drain_path()
         return cls(DrainFile(path), ranks) if path and path not in _watched else None
 
     def poll(self) -> Request | None:

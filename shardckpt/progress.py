@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardckpt.environment import clock_offset, progress_path
+
 __all__ = ["ProgressFile", "alive", "committed", "doing", "now"]
 
 _log = logging.getLogger("shardckpt")
@@ -41,7 +43,7 @@ class ProgressFile:
 
         The same for all who ask in this process.
         """
-        path = os.environ.get("LAUNCH_PROGRESS_FILE")
+        path = progress_path()
         return _files.setdefault(path, cls(path)) if path else None
 
     def tell(self, **facts: Any) -> None:
@@ -141,7 +143,8 @@ _files: dict[str, ProgressFile] = {}
 
 def now() -> float:
     """Seconds since the epoch, as the launcher has them: steps of the system's clock do not change them."""
-    return float(os.environ.get("LAUNCH_CLOCK", time.time() - time.monotonic())) + time.monotonic()
+    offset = clock_offset()
+    return time.time() if offset is None else offset + time.monotonic()
 
 
 def alive() -> None:

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "shardckpt": [
-        ["errors", "environment", "formatting", "memory", "progress", "version"],
-        ["format", "ranks", "storage"],
+        ["errors", "environment", "formatting", "memory", "version"],
+        ["format", "progress", "storage"],
+        ["ranks"],
         ["drain", "run", "state"],
         ["saver"],
         ["loading", "saving"],

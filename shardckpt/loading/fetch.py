@@ -18,6 +18,7 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
+from shardckpt.environment import local_world_size
 from shardckpt.errors import LOAD_ANOTHER, CorruptError
 from shardckpt.format.box import Box
 from shardckpt.format.chunks import CRC_BYTES
@@ -266,8 +267,7 @@ class Fetcher:
 
 def _near_threads() -> int:
     """Threads of a rank for what needs no waiting: more than there are processors hinder each other."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-    share = 2 * len(os.sched_getaffinity(0)) // max(1, int(ranks) if ranks.isdigit() else 1)
+    share = 2 * len(os.sched_getaffinity(0)) // local_world_size()
     return max(1, min(_THREADS, share))
 
 

@@ -12,12 +12,13 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from shardckpt.environment import JobEnvironment
 from shardckpt.errors import FormatError, RunInUseError
 from shardckpt.format import records
 from shardckpt.storage import Storage
@@ -171,18 +172,16 @@ def wait_free(
             )
 
 
-def job_names(environ: Mapping[str, str]) -> tuple[str, ...]:
+def job_names(job: JobEnvironment) -> tuple[str, ...]:
     """The names by which the processes of one job, in all its rounds and on all its nodes, know each other."""
-    names = [f"saver {environ['LAUNCH_SAVER']}"] if environ.get("LAUNCH_SAVER") else []
-    folder = environ.get("LAUNCH_RUN_DIR", "")
+    names = [f"saver {job.saver}"] if job.saver else []
+    folder = job.run_dir
     if folder:
         names += [f"run directory {key}"] if (key := _key_of(Path(folder))) else []
-    run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run_id not in ("", "none", Path(folder).name):  # else it is no one job's own
-        names.append(f"rendezvous {run_id} {folder}")
-    if job := environ.get("SLURM_JOB_ID"):
-        step = environ.get("SLURM_STEP_ID", "")
-        names.append(f"slurm {environ.get('SLURM_CLUSTER_NAME', '')} {job}.{step} {folder}")
+    if job.rendezvous_id not in ("", "none", Path(folder).name):  # else it is no one job's own
+        names.append(f"rendezvous {job.rendezvous_id} {folder}")
+    if job.slurm_job:
+        names.append(f"slurm {job.slurm_cluster} {job.slurm_job}.{job.slurm_step} {folder}")
     return tuple(names)
 
 

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 
-from shardckpt.environment import LINGER
+from shardckpt.environment import SAVER_LINGER
 from shardckpt.saver.channel import listen
 
 __all__ = ["main"]
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument(
         "--linger",
         type=float,
-        default=LINGER,
+        default=SAVER_LINGER,
         metavar="SECONDS",
         help="how long to wait for a restarted job where there is no --control (default %(default)g)",
     )

@@ -16,12 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from shardckpt.environment import is_first_on_node
+from shardckpt.environment import is_first_on_node, saver_address, subprocess_environment
 from shardckpt.errors import SaverError, SaverSilentError
 from shardckpt.progress import alive
 from shardckpt.saver.buffers import map_buffer
@@ -133,7 +132,7 @@ class SaverClient:
         self._sending = threading.Lock()
         self._claimed: dict[str, Claimed] = {}
         self._on_claimed: Callable[[Claimed], object] = lambda _claimed: None
-        named = os.environ.get("LAUNCH_SAVER")
+        named = saver_address()
         address = named or address_of(run)
         hello = Hello(run, list(tiers), snapshots, commit_timeout, outage_timeout)
         self._channel, welcome = _greeted(address, hello, linger, patience, may_start=named is None)
@@ -527,14 +526,12 @@ def _connected(
 
 def _start(address: str, linger: float) -> None:
     """Start a saver that outlives this process. Returns when it listens, or another one does."""
-    package = str(Path(__file__).parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", "shardckpt.saver", "--address", address, "--linger", str(linger)]
     try:
         # Not this process's streams: whoever waits for their end would wait for the saver.
         subprocess.run(
             command,
-            env={**os.environ, "PYTHONPATH": path},
+            env=subprocess_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.environment import LINGER
+from shardckpt.environment import SAVER_LINGER
 from shardckpt.errors import OutOfReachError, SupersededError
 from shardckpt.format.chunks import ChunkLocation
 from shardckpt.run.attempt_keeper import Condition
@@ -143,7 +143,7 @@ class SaverServer:
         listener: socket.socket,
         control: socket.socket | None = None,
         *,
-        linger: float = LINGER,
+        linger: float = SAVER_LINGER,
         opener: Callable[[str, dict[str, Any] | None], Storage] = open_storage,
         memory: SnapshotMemory | None = None,
         terms: Terms | None = None,

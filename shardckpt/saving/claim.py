@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 import weakref
 
 import msgspec
 
+from shardckpt.environment import JobEnvironment
 from shardckpt.errors import OutOfReachError, RunInUseError, StorageError
 from shardckpt.progress import alive
 from shardckpt.ranks.waiting import wait_together
@@ -49,7 +49,7 @@ class RunClaim:
         (base,) = ranks.maximum([newest])
         begun = b""
         if ranks.rank == 0:
-            holder = Holder.of_this_process(job_names(os.environ))
+            holder = Holder.of_this_process(job_names(JobEnvironment.read()))
             begun = msgspec.msgpack.encode(Attempt.begin(base, holder))
         self.attempt = msgspec.msgpack.decode(ranks.broadcast(begun), type=Attempt)
         self.newest_step = -1

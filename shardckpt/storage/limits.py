@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardckpt.environment import transfer_setting
 from shardckpt.errors import StorageError
 
 __all__ = ["Limits", "Patience", "at_most", "client_options", "remaining"]
 
 _DEADLINE, _LEAST_RATE = "transfer_deadline", "transfer_least_rate"
-_VARIABLES = {_DEADLINE: "SHARDCKPT_TRANSFER_DEADLINE", _LEAST_RATE: "SHARDCKPT_TRANSFER_LEAST_RATE"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Patience:
 
 def client_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options that are meant for the client's library: all but the limits."""
-    return {name: value for name, value in (options or {}).items() if name not in _VARIABLES}
+    return {name: value for name, value in (options or {}).items() if name not in (_DEADLINE, _LEAST_RATE)}
 
 
 _thread = threading.local()
@@ -94,8 +93,8 @@ def remaining() -> float | None:
 def _number(options: Mapping[str, Any], name: str, default: float) -> float:
     source, value = name, options.get(name)
     if value is None:
-        source = _VARIABLES[name]
-        value = os.environ.get(source) or default
+        source, text = transfer_setting(name)
+        value = text or default
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import shardckpt
+from shardckpt.environment import JobEnvironment
 from shardckpt.errors import NotACheckpointError, RunInUseError, SaveError, SupersededError
 from shardckpt.format import records
 from shardckpt.ranks.world import current_ranks
@@ -238,7 +239,8 @@ def test_who_is_of_one_job(tmp_path: Path) -> None:
     }
 
     def same(one: dict[str, str], other: dict[str, str]) -> bool:
-        return Holder(job_names(one)).is_same_job(Holder(job_names(other)))
+        names, others = (job_names(JobEnvironment.read(environ)) for environ in (one, other))
+        return Holder(names).is_same_job(Holder(others))
 
     assert same(a, again)
     assert not same(a, b)
