@@ -27,9 +27,8 @@ from shardckpt.progress import ProgressFile, now
 from shardckpt.ranks.calls import Call, meet
 from shardckpt.ranks.world import Ranks, agree, current_ranks
 from shardckpt.run.attempts import run_of
-from shardckpt.run.tiers import MEMORY, Destination, tier_of
+from shardckpt.run.tiers import LOCAL, MEMORY, REMOTE, Destination, Tier, tier_name
 from shardckpt.saver.client import SaverClient
-from shardckpt.saver.protocol import Tier
 from shardckpt.saving.backend import SaveBackend
 from shardckpt.saving.claim import RunClaim
 from shardckpt.saving.saver_backend import SaverBackend
@@ -55,9 +54,13 @@ URL_TIMEOUT = 1800.0
 class _DurableTier:
     """A tier of the run below memory."""
 
-    name: str
+    tier: Tier
     root: Storage
     every: int | None
+
+    @property
+    def name(self) -> str:
+        return self.tier.name
 
     def is_due(self, step: int) -> bool:
         return self.every is None or step % self.every == 0
@@ -144,21 +147,23 @@ class Checkpointer:
                 f"{self._root.url} is a checkpoint in a run, and not the run: give {run}, of which the newest "
                 "checkpoint is resumed; to begin with this one, load it with shardckpt.load(url, state)"
             )
-        name = tier_of(self._root) if local is None else "remote"
-        self._tiers = [_DurableTier(name, self._root, url_every_steps)]
+        name = tier_name(self._root) if local is None else REMOTE
+        last = Tier(name, self._root.url, dict(storage_options or {}), keep_last)
+        self._tiers = [_DurableTier(last, self._root, url_every_steps)]
         if local is not None:
-            self._tiers.insert(0, _DurableTier("local", open_storage(local), local_every_steps))
+            root = open_storage(local)
+            near = Tier(LOCAL, root.url, {}, keep_last)
+            self._tiers.insert(0, _DurableTier(near, root, local_every_steps))
             if self._tiers[0].root.url == self._root.url:
                 raise ValueError(f"local and url are the same folder, {self._root.url}: leave local out")
         self._ranks: Ranks = current_ranks()
         self._every = every_steps
-        self._keep = keep_last
         self._timeout = commit_timeout
         self._patience = url_timeout
         sink: SaveBackend = ThreadBackend(commit_timeout)
         self._saver: SaverBackend | None = None
         if held and isinstance(url, str | os.PathLike):
-            self._saver = self._saver_sink(held, dict(storage_options or {}))
+            self._saver = self._saver_sink(held)
             sink = self._saver or sink
         self._session = SaveSession(self._ranks, commit_timeout, sink)
         self._claim: RunClaim | None = None
@@ -500,7 +505,7 @@ class Checkpointer:
         self._tell_of_other(step)
         handle = self._session.start(
             claim.path(step),
-            [Destination(tier.name, claim.place(tier.root, step), self._keep) for tier in tiers],
+            [Destination(tier.tier, claim.place(tier.root, step)) for tier in tiers],
             state,
             step=step,
             attempt=claim.newest,
@@ -562,14 +567,11 @@ class Checkpointer:
         self._saves = left
         return not not_ready
 
-    def _saver_sink(self, snapshots: int, options: dict[str, Any]) -> SaverBackend | None:
+    def _saver_sink(self, snapshots: int) -> SaverBackend | None:
         """Saves by the node's saver, unless another process cannot open the storage as this one does."""
         if self._root.url.startswith("memory://"):
             return None
-        tiers = [
-            Tier(tier.name, tier.root.url, options if tier.root is self._root else {}, self._keep)
-            for tier in self._tiers
-        ]
+        tiers = [tier.tier for tier in self._tiers]
         try:
             msgspec.msgpack.encode(tiers)
         except TypeError as error:

@@ -34,6 +34,7 @@ from shardckpt.loading.stream import iter_boxes
 from shardckpt.run.commit import commit
 from shardckpt.run.places import Place, attempt_for, exact_place, find_place, read_manifest
 from shardckpt.run.proposal import Proposal
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.storage import LocalStorage, Storage
 from shardckpt.storage.work import cleanup
 
@@ -109,14 +110,9 @@ def reshard(
     target = exact_place(out, out_storage_options)
     _check_empty(target)
     plan = plan_save(_layouts(manifest, world_size))
-    proposal = Proposal(
-        id=secrets.token_hex(16),
-        step=manifest.step,
-        attempt=attempt_for(target.url, manifest.step) or 0,
-        metrics=manifest.metrics,
-        values=manifest.values,
-        plan=plan,
-    )
+    attempt = attempt_for(target.url, manifest.step) or 0
+    info = SaveInfo(secrets.token_hex(16), target.path, manifest.step, attempt, world_size)
+    proposal = Proposal(info, manifest.metrics, manifest.values, plan)
     try:
         _persist(place, manifest, target.storage, proposal, progress)
         commit(target, proposal, _COMMIT_TIMEOUT)
@@ -156,7 +152,7 @@ def _persist(
 ) -> None:
     """Write every rank's pack and part to `storage`, some ranks at a time."""
     plan = proposal.plan
-    ranks = range(proposal.world_size)
+    ranks = range(proposal.info.world_size)
     total = sum(location.nbytes for rank in ranks for location in plan.locations(rank))
     done = 0
     for window in _windows(plan.pack_sizes, local=isinstance(storage, LocalStorage)):
@@ -198,7 +194,7 @@ def _contents(
 def _part(proposal: Proposal, rank: int, checksums: Mapping[int, int], manifest: Manifest) -> Part:
     locations = proposal.plan.locations(rank)
     return Part(
-        id=proposal.id,
+        id=proposal.info.id,
         rank=rank,
         size=proposal.plan.pack_sizes[rank],
         chunk=[location.row for location in locations],

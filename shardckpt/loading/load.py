@@ -18,7 +18,7 @@ from shardckpt.memory import no_garbage_collection
 from shardckpt.progress import doing
 from shardckpt.ranks.world import Ranks, agree, current_ranks
 from shardckpt.run.places import Place, exact_place, find_place, read_decoded
-from shardckpt.run.tiers import tier_of
+from shardckpt.run.tiers import tier_name
 from shardckpt.state.load_targets import LoadTargets
 from shardckpt.state.tensors import CannotAllocateError
 from shardckpt.state.unflatten import bind_state
@@ -108,7 +108,7 @@ def load_place(
     `started` is when, by time.monotonic; `tier` what the place is called, if not by its storage.
     """
     manifest = _shared_manifest(place, ranks)
-    tier = tier_of(place.root) if tier is None else tier
+    tier = tier_name(place.root) if tier is None else tier
     return load_source(place, manifest, state, ranks, strict=strict, started=started, tier=tier)
 
 

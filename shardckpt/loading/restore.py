@@ -178,7 +178,7 @@ class RestoreCandidates:
 
     def _merged(self, snapshots: Sequence[Snapshot]) -> Iterator[_Candidate]:
         """As far as rank 0 can see: the newest of what each tier has next, the nearest tier first."""
-        sources = [iter([_Candidate(snapshot.path, snapshot=snapshot) for snapshot in snapshots])]
+        sources = [iter([_Candidate(snapshot.info.path, snapshot=snapshot) for snapshot in snapshots])]
         sources += [self._durable(number) for number in range(len(self._tiers))]
         heads: dict[int, _Candidate] = {}
         failure: CorruptError | StorageError | None = None

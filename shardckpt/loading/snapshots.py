@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import msgspec
 
@@ -12,7 +11,6 @@ from shardckpt.format.manifest import Manifest
 from shardckpt.format.save_plan import SavePlan, decode_plan
 from shardckpt.loading.pack_reader import MemoryPacks
 from shardckpt.ranks.world import Ranks
-from shardckpt.run.places import checkpoint_order
 from shardckpt.run.proposal import Proposal
 from shardckpt.saver.client import SaverClient
 from shardckpt.saver.protocol import Contents, Snapshot
@@ -33,14 +31,14 @@ def find_snapshots(client: SaverClient | None, ranks: Ranks) -> list[Snapshot]:
     packs: dict[str, set[int]] = {}
     for data in told:
         for snapshot in msgspec.msgpack.decode(data, type=list[Snapshot]):
-            known = found.setdefault(snapshot.id, snapshot)
-            if checkpoint_order(known.path) < checkpoint_order(
-                snapshot.path
+            info = snapshot.info
+            if (
+                found.setdefault(info.id, snapshot).info.order < info.order
             ):  # another node knows better where
-                found[snapshot.id] = snapshot
-            packs.setdefault(snapshot.id, set()).update(snapshot.ranks)
-    whole = [snapshot for snapshot in found.values() if len(packs[snapshot.id]) == snapshot.world_size]
-    return sorted(whole, key=lambda snapshot: checkpoint_order(snapshot.path), reverse=True)
+                found[info.id] = snapshot
+            packs.setdefault(info.id, set()).update(snapshot.ranks)
+    whole = [snapshot for key, snapshot in found.items() if len(packs[key]) == snapshot.info.world_size]
+    return sorted(whole, key=lambda snapshot: snapshot.info.order, reverse=True)
 
 
 def open_snapshot(
@@ -53,20 +51,20 @@ def open_snapshot(
     held = None
     if client is not None:
         try:
-            held = client.recall(snapshot.id)
+            held = client.recall(snapshot.info.id)
         except SaverError:
             held = None
     everywhere = _on_all_nodes(held.contents if held else Contents(), client, ranks)
     contents = _joined(everywhere)
-    lacks = [len(contents.values) < snapshot.world_size, len(contents.checksums) < snapshot.world_size]
+    size = snapshot.info.world_size
+    lacks = [len(contents.values) < size, len(contents.checksums) < size]
     is_gone, has_no_checksums = ranks.maximum([*lacks])
     if is_gone or not contents.proposal:
         return None
     plan = decode_plan(contents.plan)
-    proposal = Proposal.decode(contents.proposal, plan)
-    proposal = replace(proposal, attempt=checkpoint_order(snapshot.path)[0])
+    proposal = Proposal.decode(contents.proposal, plan).at(snapshot.info.path)
     checksums = _by_row(plan, contents) if not has_no_checksums else [0] * len(plan.writer)
-    values = [msgspec.json.decode(contents.values[rank]) for rank in range(snapshot.world_size)]
+    values = [msgspec.json.decode(contents.values[rank]) for rank in range(size)]
     packs = MemoryPacks(url, held.packs if held else {}, has_checksums=not has_no_checksums)
     return proposal.manifest(values, checksums), packs
 

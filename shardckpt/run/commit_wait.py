@@ -121,16 +121,16 @@ def wait_for_parts(storage: Storage, proposal: Proposal, patience: Patience) -> 
     pause, progressed = _FIRST_PAUSE, time.monotonic()
     while True:
         known = len(parts)
-        for rank in range(proposal.world_size):
+        for rank in range(proposal.info.world_size):
             if rank not in parts and (part := _read_part(storage, rank, proposal)) is not None:
                 parts[rank] = part
-        if len(parts) == proposal.world_size:
-            return [parts[rank] for rank in range(proposal.world_size)]
+        if len(parts) == proposal.info.world_size:
+            return [parts[rank] for rank in range(proposal.info.world_size)]
         if len(parts) > known:
             pause, progressed = _FIRST_PAUSE, time.monotonic()
-        missing = [str(rank) for rank in range(proposal.world_size) if rank not in parts]
+        missing = [str(rank) for rank in range(proposal.info.world_size) if rank not in parts]
         shown = f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"
-        who = f"rank {shown} of {proposal.world_size}"
+        who = f"rank {shown} of {proposal.info.world_size}"
         patience.check(
             time.monotonic() - progressed,
             f"{who} has not finished writing",
@@ -146,9 +146,9 @@ def _read_part(storage: Storage, rank: int, proposal: Proposal) -> Part | None:
         part = decode_part(storage.read(part_path(rank)), storage.url)
     except (FileNotFoundError, FormatError):  # not there, or what an earlier failed save left
         part = None
-    if part is not None and part.id == proposal.id and part.rank == rank:
+    if part is not None and part.id == proposal.info.id and part.rank == rank:
         return part
-    raise_failure(storage, f"rank-{rank:05d}/", proposal.id, f"rank {rank} of {storage.url}")
+    raise_failure(storage, f"rank-{rank:05d}/", proposal.info.id, f"rank {rank} of {storage.url}")
     return None
 
 

@@ -131,10 +131,10 @@ def persist_save(
 
 def _prune(destination: Destination) -> None:
     """Retention. A failure is logged only: the checkpoint is durable, and the next prune tries again."""
-    if destination.keep_last is None:
+    place, keep_last = destination.place, destination.tier.keep_last
+    if keep_last is None:
         return
-    place = destination.place
     try:
-        prune(place.root, destination.keep_last, place)
+        prune(place.root, keep_last, place)
     except OSError as error:
         _log.warning("old checkpoints of %s could not be deleted: %s", place.root.url, error)

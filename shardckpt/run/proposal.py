@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from shardckpt.format.manifest import (
     pack_path,
 )
 from shardckpt.format.save_plan import SavePlan
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.version import __version__
 
 __all__ = ["Proposal"]
@@ -23,47 +24,49 @@ __all__ = ["Proposal"]
 
 @dataclass(frozen=True)
 class Proposal:
-    """A save that is on its way to be a checkpoint: what its manifest will say beside the checksums."""
+    """A save that is to become a checkpoint: what its manifest says beside the checksums.
 
-    id: str
-    step: int
-    attempt: int
+    Attributes:
+        info: which save it is.
+        metrics: by name; what is not finite as text.
+        values: the plain values of the state, as the manifest has them.
+        plan: which rank writes which chunk where.
+    """
+
+    info: SaveInfo
     metrics: dict[str, float | str]
     values: Any
     plan: SavePlan
 
-    @property
-    def world_size(self) -> int:
-        """The number of ranks that write."""
-        return len(self.plan.pack_sizes)
+    def at(self, path: str) -> Proposal:
+        """The same for another path of the run, once the attempt has been claimed there."""
+        return replace(self, info=self.info.at(path))
 
     def encode(self) -> bytes:
-        """All but the plan, for a committer in another process."""
-        return msgspec.json.encode(
-            _Head(
-                self.id,
-                self.step,
-                self.attempt,
-                self.metrics,
-                msgspec.Raw(msgspec.json.encode(self.values)),
-            )
-        )
+        """Encode all but the plan, for a committer in another process."""
+        values = msgspec.Raw(msgspec.json.encode(self.values))
+        return msgspec.json.encode(_Head(self.info, self.metrics, values))
 
     @classmethod
     def decode(cls, data: bytes, plan: SavePlan) -> Proposal:
-        """What `encode` made, with its plan."""
+        """Decode what `encode` made; `plan` is the plan of that save."""
         head = msgspec.json.decode(data, type=_Head)
         values = msgspec.json.decode(head.values)
-        return cls(head.id, head.step, head.attempt, head.metrics, values, plan)
+        return cls(head.info, head.metrics, values, plan)
 
     def manifest(self, per_rank: Sequence[dict[str, Any]], checksums: Sequence[int]) -> Manifest:
-        """The manifest, given every rank's own values and the CRC-32C of each row of the chunk table."""
-        plan = self.plan
+        """Build the manifest.
+
+        Args:
+            per_rank: each rank's PerRank values by path.
+            checksums: the CRC-32C of each row of the chunk table.
+        """
+        plan, info = self.plan, self.info
         return Manifest(
-            id=self.id,
-            step=self.step,
-            attempt=self.attempt,
-            world_size=self.world_size,
+            id=info.id,
+            step=info.step,
+            attempt=info.attempt,
+            world_size=info.world_size,
             created=time.time(),
             writer=f"shardckpt {__version__}",
             metrics=self.metrics,
@@ -76,8 +79,6 @@ class Proposal:
 
 
 class _Head(msgspec.Struct, frozen=True):
-    id: str
-    step: int
-    attempt: int
+    info: SaveInfo
     metrics: dict[str, float | str]
     values: msgspec.Raw

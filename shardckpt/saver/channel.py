@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from shardckpt.saver.protocol import Answer, Request
+from shardckpt.saver.protocol import VERSION, Answer, Request
 
 __all__ = ["Channel", "address_of", "connect", "encode", "listen", "peer"]
 
@@ -149,7 +149,7 @@ class Channel:
 
 def address_of(run: str) -> str:
     """The name under which this user's saver of a run is found, where no launcher names one."""
-    key = hashlib.blake2b(f"{os.getuid()} {run}".encode(), digest_size=12).hexdigest()
+    key = hashlib.blake2b(f"{os.getuid()} {run} {VERSION}".encode(), digest_size=12).hexdigest()
     return f"shardckpt-saver-{key}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from shardckpt.run.places import attempt_number
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.saver.protocol import (
     Abandon,
     Attach,
@@ -65,15 +66,13 @@ def check(request: Request, tiers: Collection[str] | None) -> None:
             _check_plan(request)
         case Reserve(size=size):
             _within("size", size, 0, _MOST_BYTES)
-        case Begin(id=save_id, path=path, rank=rank, tiers=names):
-            _save(save_id, path, names, known)
-            _within("rank", rank, 0, _MOST_RANKS)
-        case Stage(id=save_id, path=path, tiers=names):
-            _save(save_id, path, names, known)
-            _within("world_size", request.world_size, 1, _MOST_RANKS)
-            _within("rank", request.rank, 0, request.world_size - 1)
-            _within("local_ranks", request.local_ranks, 1, request.world_size)
-            _within("step", request.step, 0, 1 << 62)
+        case Begin(info=info, rank=rank, tiers=names):
+            _check_save(info, names, known)
+            _within("rank", rank, 0, info.world_size - 1)
+        case Stage(info=info, tiers=names):
+            _check_save(info, names, known)
+            _within("rank", request.rank, 0, info.world_size - 1)
+            _within("local_ranks", request.local_ranks, 1, info.world_size)
         case Abandon(id=save_id) | Attach(id=save_id):
             _name(save_id, "id")
         case _:
@@ -100,11 +99,14 @@ def _check_plan(plan: ChunkTable) -> None:
         raise RequestError("a plan with a chunk beyond its pack")
 
 
-def _save(save_id: str, path: str, tiers: Collection[str], known: Collection[str]) -> None:
-    _name(save_id, "id")
-    _name(path, "path")
-    if any(part in ("", ".", "..") for part in path.split("/")):
-        raise RequestError(f"a save at {path!r}")
+def _check_save(info: SaveInfo, tiers: Collection[str], known: Collection[str]) -> None:
+    _name(info.id, "id")
+    _name(info.path, "path")
+    if any(part in ("", ".", "..") for part in info.path.split("/")):
+        raise RequestError(f"a save at {info.path!r}")
+    _within("world_size", info.world_size, 1, _MOST_RANKS)
+    _within("step", info.step, 0, 1 << 62)
+    _within("attempt", info.attempt, 0, 1 << 63)
     if len(set(tiers)) != len(tiers) or not set(tiers) <= set(known):
         raise RequestError(
             f"a save in tiers {', '.join(map(repr, tiers))}, of {', '.join(map(repr, known))}"

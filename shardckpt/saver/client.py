@@ -23,6 +23,7 @@ import msgspec
 from shardckpt.environment import is_first_on_node, saver_address, subprocess_environment
 from shardckpt.errors import SaverError, SaverSilentError
 from shardckpt.progress import alive
+from shardckpt.run.tiers import Tier
 from shardckpt.saver.buffers import map_buffer
 from shardckpt.saver.channel import Channel, address_of, connect
 from shardckpt.saver.protocol import (
@@ -51,7 +52,6 @@ from shardckpt.saver.protocol import (
     Snapshot,
     Stage,
     Start,
-    Tier,
     Welcome,
 )
 from shardckpt.saver.silence import Silence, describe_process
@@ -255,10 +255,10 @@ class SaverClient:
         with self._changed:
             is_lost, size = self._is_lost, self._plan.size
             if not is_lost:
-                self._waiting.update({(stage.id, tier): done for tier in tiers})
+                self._waiting.update({(stage.info.id, tier): done for tier in tiers})
         if is_lost:
             for tier in tiers:
-                done(Outcome(stage.id, tier, str(self.loss)))
+                done(Outcome(stage.info.id, tier, str(self.loss)))
             return
         with contextlib.suppress(SaverError):  # which is told to those that wait
             self._send(stage)  # the kernel keeps it for the saver, should this process end now

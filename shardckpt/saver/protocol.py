@@ -7,13 +7,15 @@ end must be of the same user. Memory travels as file descriptors.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import msgspec
 
 from shardckpt.run.attempts import Attempt
+from shardckpt.run.save_info import SaveInfo
+from shardckpt.run.tiers import Tier
 
 __all__ = [
+    "VERSION",
     "Abandon",
     "Attach",
     "Attached",
@@ -38,27 +40,18 @@ __all__ = [
     "Snapshot",
     "Stage",
     "Start",
-    "Tier",
     "Welcome",
 ]
 
 
-class Tier(msgspec.Struct, frozen=True, array_like=True):
-    """A durable tier of a run: its name ("local" or "remote"), the run's URL there, how to open it."""
-
-    name: str
-    url: str
-    options: dict[str, Any]
-    keep_last: int | None
+VERSION = 2
+"""Raised with each change of a message: a trainer finds no saver of another version that its run has left."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     """A save of which this saver holds the packs of `ranks`."""
 
-    id: str
-    path: str
-    step: int
-    world_size: int
+    info: SaveInfo
     ranks: list[int]
 
 
@@ -111,15 +104,14 @@ class Reserve(msgspec.Struct, tag=True, frozen=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """A part of save `id` is about to be written into the buffer: what it held is no more.
+    """A part of the save is about to be written into the buffer: what it held is no more.
 
     Others wait for the part in `tiers`, and are told there if it will not come. None where all ranks stage
     with this saver.
     """
 
     buffer: int
-    id: str
-    path: str
+    info: SaveInfo
     rank: int
     tiers: list[str]
 
@@ -132,11 +124,8 @@ class Stage(msgspec.Struct, tag=True, frozen=True):
     """
 
     buffer: int
-    id: str
-    path: str
-    step: int
+    info: SaveInfo
     rank: int
-    world_size: int
     local_ranks: int
     tiers: list[str]
     values: bytes

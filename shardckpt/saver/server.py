@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,9 +32,9 @@ from shardckpt.run.commit_wait import wait_committed, was_committed
 from shardckpt.run.failure_reports import report_lost
 from shardckpt.run.lease import Terms
 from shardckpt.run.persist import StagedPack, persist_save
-from shardckpt.run.places import Place, checkpoint_order
+from shardckpt.run.places import Place
 from shardckpt.run.proposal import Proposal
-from shardckpt.run.tiers import Destination
+from shardckpt.run.tiers import Destination, Tier
 from shardckpt.saver.attempts import KeptAttempts
 from shardckpt.saver.buffers import Pressure, SnapshotMemory, map_buffer, rounded
 from shardckpt.saver.channel import Channel, encode, peer
@@ -66,7 +66,6 @@ from shardckpt.saver.protocol import (
     Snapshot,
     Stage,
     Start,
-    Tier,
     Welcome,
 )
 from shardckpt.saver.snapshots import HeldSnapshot, PackPlan, Part, SnapshotStore, Trainer
@@ -495,7 +494,7 @@ class SaverServer:
                 client.wanted = rounded(message.size)
                 client.requests.append(client.wanted)
             case Begin():
-                self._shelf.begin(client, message.buffer, message.id)
+                self._shelf.begin(client, message.buffer, message.info.id)
                 client.asked_back.discard(message.buffer)
                 client.begun = message
             case Stage():
@@ -526,7 +525,7 @@ class SaverServer:
 
     def _newest_attempt(self, run: str) -> int:
         """The number of the newest attempt of a run that is known here."""
-        held = [checkpoint_order(held.path)[0] for held in self._shelf.whole(run)]
+        held = [held.order[0] for held in self._shelf.whole(run)]
         return max([self._attempts.newest(run), *held])
 
     def _start_attempt(self, client: _Client, start: Start) -> None:
@@ -703,10 +702,10 @@ class SaverServer:
         client.begun = None
         if held is None:
             for tier in ("memory", *stage.tiers):
-                self._send(client, Outcome(stage.id, tier, _LOST))
+                self._send(client, Outcome(stage.info.id, tier, _LOST))
         elif held.is_whole:
-            self._tell(event="staged", step=held.step)
-            self._tell_trainers(held, Outcome(held.id, "memory"))
+            self._tell(event="staged", step=held.info.step)
+            self._tell_trainers(held, Outcome(held.info.id, "memory"))
             self._persist(held, stage.tiers)
 
     def _persist(self, held: HeldSnapshot, tiers: Sequence[str]) -> None:
@@ -721,7 +720,7 @@ class SaverServer:
 
     def _task(self, held: HeldSnapshot, tiers: list[str], tier: Tier, packs: list[StagedPack]) -> Task:
         timeout = _client_of(held).commit_timeout
-        url = f"{tier.url.rstrip('/')}/{held.path}"
+        url = f"{tier.url.rstrip('/')}/{held.info.path}"
         path = ""  # in the run, once that is known
         started = time.monotonic()
         superseded = ""
@@ -736,20 +735,20 @@ class SaverServer:
         def persist(progress: Progress) -> None:
             nonlocal path, url
             own = "" if tier.name == tiers[-1] else tier.name
-            path = self._attempts.wait_path(held.run, held.path, own, timeout, is_replaced)
+            path = self._attempts.wait_path(held.run, held.info.path, own, timeout, is_replaced)
             place = Place(self._root(tier), path)
             task.url = url = place.url
-            if is_again and was_committed(place, held.id):
+            if is_again and was_committed(place, held.info.id):
                 return  # only the answer that said so was lost
             if not held.begin_reading():
                 raise SupersededError(f"a newer save has taken its place while {tier.url} took nothing")
-            destination = Destination(tier.name, place, tier.keep_last)
+            destination = Destination(tier, place)
             proposal = _proposal(held, path)
             begun = time.monotonic()
             try:
                 persist_save(
                     destination,
-                    held.id,
+                    held.info.id,
                     packs,
                     proposal,
                     timeout,
@@ -761,7 +760,7 @@ class SaverServer:
                 held.end_reading()
             if proposal is None:  # the commit is another node's affair, and without it nothing is safe
                 own_seconds = time.monotonic() - begun
-                wait_committed(place, held.id, timeout, is_given_up, own_seconds=own_seconds)
+                wait_committed(place, held.info.id, timeout, is_given_up, own_seconds=own_seconds)
 
         def may_wait(error: OutOfReachError) -> bool:
             nonlocal is_again
@@ -782,7 +781,7 @@ class SaverServer:
             except OutOfReachError as error:
                 if path:  # other nodes may wait for these parts, which are not tried again
                     ranks, reason = [pack.rank for pack in packs], f"{type(error).__name__}: {error}"
-                    report_lost(self._root(tier).at(path), ranks, held.id, reason)
+                    report_lost(self._root(tier).at(path), ranks, held.info.id, reason)
                 raise
 
         def note(error: str) -> None:
@@ -792,8 +791,8 @@ class SaverServer:
                 if pack.rank in held.parts:
                     held.parts[pack.rank].checksums = pack.checksums
             if superseded:
-                self._tell(event="superseded", step=held.step, tier=tier.name, url=url)
-                self._tell_trainers(held, Outcome(held.id, tier.name, superseded, path))
+                self._tell(event="superseded", step=held.info.step, tier=tier.name, url=url)
+                self._tell_trainers(held, Outcome(held.info.id, tier.name, superseded, path))
                 if held.is_replaced and self._has_flushed:  # by a trainer that never came to write
                     self._persist_newest(held.run, again=True)
             elif not error:
@@ -803,21 +802,26 @@ class SaverServer:
                     self._outages.remove((held.run, tier.name))
                     self._warn(held.run, f"{tier.url} answers again")
                 seconds = time.monotonic() - started
-                self._tell(event="persisted", step=held.step, tier=tier.name, url=url, seconds=seconds)
-                self._tell_trainers(held, Outcome(held.id, tier.name, path=path))
+                self._tell(event="persisted", step=held.info.step, tier=tier.name, url=url, seconds=seconds)
+                self._tell_trainers(held, Outcome(held.info.id, tier.name, path=path))
             else:
                 again = tier.name in held.failed
                 self._tell(
-                    event="failed", step=held.step, tier=tier.name, url=url, error=error, again=again
+                    event="failed", step=held.info.step, tier=tier.name, url=url, error=error, again=again
                 )
                 held.failed.add(tier.name)
                 self._outages.discard((held.run, tier.name))
                 self._note_end(held, tier.name, is_durable=False)
-                self._tell_trainers(held, Outcome(held.id, tier.name, error, path))
+                self._tell_trainers(held, Outcome(held.info.id, tier.name, error, path))
 
         total = sum(len(pack.content) for pack in packs)
         task = Task(
-            tier.name, held.step, url, work, lambda error: self._later(lambda: note(error)), Progress(total)
+            tier.name,
+            held.info.step,
+            url,
+            work,
+            lambda error: self._later(lambda: note(error)),
+            Progress(total),
         )
         return task
 
@@ -851,17 +855,19 @@ class SaverServer:
         """Tell the ranks that have staged their part; and, in the storage, whoever waits for it there."""
         tiers = [_client_of(lost).tiers[name] for name in next(iter(lost.parts.values())).stage.tiers]
         for name in ("memory", *(tier.name for tier in tiers)):
-            self._tell_trainers(lost, Outcome(lost.id, name, reason))
+            self._tell_trainers(lost, Outcome(lost.info.id, name, reason))
 
-        if lost.world_size > lost.local_ranks:
-            self._report_missing_part(_client_of(lost), tiers, lost.path, list(lost.parts), lost.id, reason)
+        if lost.info.world_size > lost.local_ranks:
+            self._report_missing_part(
+                _client_of(lost), tiers, lost.info.path, list(lost.parts), lost.info.id, reason
+            )
 
     def _report_unstaged(self, client: _Client, reason: str) -> None:
         """Tell whoever waits in the storage for the part that a trainer was writing."""
         begun, client.begun = client.begun, None
         if begun is not None:
             tiers = [tier for tier in client.tiers.values() if tier.name in begun.tiers]
-            self._report_missing_part(client, tiers, begun.path, [begun.rank], begun.id, reason)
+            self._report_missing_part(client, tiers, begun.info.path, [begun.rank], begun.info.id, reason)
 
     def _report_missing_part(
         self,
@@ -900,9 +906,7 @@ class SaverServer:
     def _usable(self, run: str) -> list[Snapshot]:
         """The run's whole snapshots that no trainer may write into."""
         return [
-            Snapshot(
-                held.id, self._attempts.path(run, held.path), held.step, held.world_size, sorted(held.parts)
-            )
+            Snapshot(held.info.at(self._attempts.path(run, held.info.path)), sorted(held.parts))
             for held in self._shelf.whole(run)
             if not held.is_at_risk
         ]
@@ -959,8 +963,7 @@ def _proposal(held: HeldSnapshot, path: str) -> Proposal | None:
     """What rank 0 has said of the save, if it staged here; `path` is where the save lies in its run."""
     if (part := held.parts.get(0)) is None:
         return None
-    proposal = Proposal.decode(part.stage.proposal, part.plan.whole)
-    return replace(proposal, attempt=checkpoint_order(path)[0])
+    return Proposal.decode(part.stage.proposal, part.plan.whole).at(path)
 
 
 def _contents(held: HeldSnapshot) -> Contents:

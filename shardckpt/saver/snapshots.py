@@ -30,7 +30,7 @@ from typing import Any
 
 from shardckpt.format.chunks import ChunkLocation
 from shardckpt.format.save_plan import SavePlan, decode_plan
-from shardckpt.run.places import checkpoint_order
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.saver.buffers import empty
 from shardckpt.saver.protocol import Stage
 
@@ -108,10 +108,7 @@ class HeldSnapshot:
     """A save, as far as this node has it."""
 
     run: str
-    id: str
-    path: str
-    step: int
-    world_size: int
+    info: SaveInfo
     local_ranks: int
     number: int
     """Of this node's saves, in the order in which they came."""
@@ -180,7 +177,7 @@ class HeldSnapshot:
     @cached_property
     def order(self) -> tuple[int, int, str, int]:
         """Sorts a run's saves by attempt, then step; of several saves of one step, the last is the newest."""
-        return (*checkpoint_order(self.path), self.number)
+        return (*self.info.order, self.number)
 
 
 class SnapshotStore:
@@ -355,36 +352,30 @@ class SnapshotStore:
         buffer was not granted, or the part is not one that the save lacks.
         """
         buffer = self._granted(trainer, stage.buffer)
-        held = self.snapshots.get(stage.id)
+        save_id = stage.info.id
+        held = self.snapshots.get(save_id)
         if held is not None and not _lacks(held, trainer, stage):
-            raise LookupError(f"save {stage.id} does not lack such a part of rank {stage.rank}")
+            raise LookupError(f"save {save_id} does not lack such a part of rank {stage.rank}")
         if plan.size > buffer.size:
             raise LookupError(f"a pack of {plan.size} bytes is not in a buffer of {buffer.size}")
         buffer.is_granted = False
-        if (trainer.run, stage.id) in self._lost:
+        if (trainer.run, save_id) in self._lost:
             return None
         if held is None:
             self._saves += 1
-            held = self.snapshots[stage.id] = HeldSnapshot(
-                trainer.run,
-                stage.id,
-                stage.path,
-                stage.step,
-                stage.world_size,
-                stage.local_ranks,
-                self._saves,
-            )
+            held = HeldSnapshot(trainer.run, stage.info, stage.local_ranks, self._saves)
+            self.snapshots[save_id] = held
         buffer.snapshot = held
         held.parts[stage.rank] = Part(trainer, stage, buffer, plan, values)
         if self._is_hopeless(held):
-            self.abandon(stage.id, trainer.run)
+            self.abandon(save_id, trainer.run)
             return None
         return held
 
     def note_persisted(self, held: HeldSnapshot, tier: str) -> None:
         """A save has become durable in a tier, and with it what else is held of its step."""
         for other in [held, *self._of(held.run)]:
-            if other.path == held.path:
+            if other.info.path == held.info.path:
                 other.durable.add(tier)
 
     def abandon(self, save_id: str, run: str) -> HeldSnapshot | None:
@@ -405,11 +396,11 @@ class SnapshotStore:
             self.abandon(trainer.writing, trainer.run)
         for held in self._of(trainer.run):
             held.readers.discard(trainer)
-            takes_part = held.id == trainer.writing or any(
+            takes_part = held.info.id == trainer.writing or any(
                 p.trainer is trainer for p in held.parts.values()
             )
             if not held.is_whole and (takes_part or self._is_hopeless(held)):
-                self.abandon(held.id, held.run)
+                self.abandon(held.info.id, held.run)
                 lost.append(held)
         self.take_back(trainer)
         return lost
@@ -499,7 +490,7 @@ class SnapshotStore:
         return buffer
 
     def _drop(self, held: HeldSnapshot) -> None:
-        self.snapshots.pop(held.id, None)
+        self.snapshots.pop(held.info.id, None)
         for part in held.parts.values():
             part.buffer.snapshot = None
 
@@ -514,8 +505,7 @@ def _lacks(held: HeldSnapshot, trainer: Trainer, stage: Stage) -> bool:
     return (
         held.run == trainer.run
         and stage.rank not in held.parts
-        and (stage.path, stage.step, stage.world_size, stage.local_ranks, stage.tiers)
-        == (first.path, first.step, first.world_size, first.local_ranks, first.tiers)
+        and (stage.info, stage.local_ranks, stage.tiers) == (first.info, first.local_ranks, first.tiers)
     )
 
 

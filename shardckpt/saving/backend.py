@@ -16,6 +16,7 @@ from shardckpt.run.attempt_keeper import AttemptKeeper, Condition
 from shardckpt.run.attempts import Attempt
 from shardckpt.run.failure_reports import report_lost
 from shardckpt.run.proposal import Proposal
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.run.tiers import Destination
 from shardckpt.saving.handle import SaveHandle
 from shardckpt.saving.staging import StagingBuffer
@@ -33,21 +34,16 @@ class Save:
     """A save that this rank stages its part of.
 
     Attributes:
-        id: unique among all saves.
-        path: the checkpoint's path below its run.
-        step: optimizer steps done.
-        rank, world_size: this rank's part in it.
+        info: which save it is.
+        rank: this rank's number.
         local_ranks: number of ranks that have the same sink.
         destinations: the durable tiers that it goes to.
         values: this rank's PerRank values by path.
         proposal: of rank 0, what the manifest says; else None.
     """
 
-    id: str
-    path: str
-    step: int
+    info: SaveInfo
     rank: int
-    world_size: int
     local_ranks: int
     destinations: Sequence[Destination]
     values: dict[str, Any]
@@ -56,12 +52,12 @@ class Save:
     @property
     def is_of_run(self) -> bool:
         """Whether it lies in an attempt of a run, rather than alone."""
-        return bool(self.path)
+        return bool(self.info.path)
 
     @property
     def is_shared(self) -> bool:
         """Whether other processes than this rank's sink wait in the storage for its part."""
-        return self.world_size > self.local_ranks
+        return self.info.world_size > self.local_ranks
 
 
 @dataclass(frozen=True)
@@ -164,15 +160,15 @@ def report_missing_part(
     reason = f"{type(error).__name__}: {error}"
 
     def report() -> None:
-        path = save.path
+        path = save.info.path
         try:
             if keeper is not None:
                 path = f"{keeper.wait(patience)}/{path.partition('/')[2]}"
         except ShardckptError as failure:
-            _log.debug("nobody is told that a part of %s will not come: %s", save.path, failure)
+            _log.debug("nobody is told that a part of %s will not come: %s", save.info.path, failure)
             return
         for destination in destinations:
-            report_lost(destination.place.root.at(path), [save.rank], save.id, reason)
+            report_lost(destination.place.root.at(path), [save.rank], save.info.id, reason)
 
     if save.is_shared and destinations:
         threading.Thread(target=report, name="shardckpt-report", daemon=True).start()

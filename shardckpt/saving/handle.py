@@ -66,9 +66,9 @@ class SaveHandle:
         failure_log: FailureLog,
     ) -> None:
         self.step = step
-        self.tiers = (MEMORY, *(destination.tier for destination in destinations))
+        self.tiers = (MEMORY, *(destination.tier.name for destination in destinations))
         self._id = save_id
-        self._places = {destination.tier: destination.place for destination in destinations}
+        self._places = {destination.tier.name: destination.place for destination in destinations}
         self._timeout = commit_timeout
         self._failure_log = failure_log
         self._states = {tier: _State() for tier in self.tiers}

@@ -20,9 +20,9 @@ from shardckpt.format.save_plan import SavePlan, encode_plan
 from shardckpt.run.attempt_keeper import AttemptKeeper, Condition
 from shardckpt.run.commit_wait import was_committed
 from shardckpt.run.places import Place
-from shardckpt.run.tiers import Destination
+from shardckpt.run.tiers import Destination, Tier
 from shardckpt.saver.client import Memory, SaverClient
-from shardckpt.saver.protocol import Begin, ChunkTable, Claimed, Outcome, Stage, Start, Tier
+from shardckpt.saver.protocol import Begin, ChunkTable, Claimed, Outcome, Stage, Start
 from shardckpt.saving.backend import JobAttempt, Save, report_missing_part
 from shardckpt.saving.handle import SaveHandle
 from shardckpt.saving.staging import StagingBuffer
@@ -198,8 +198,8 @@ class SaverBackend:
             self._staging[memory.number] = StagingBuffer(
                 plan.writes(rank), plan.pack_sizes[rank], memory.content
             )
-        waited_for = [destination.tier for destination in save.destinations if save.is_shared]
-        client.begin(Begin(memory.number, save.id, save.path, save.rank, waited_for))
+        waited_for = [destination.tier.name for destination in save.destinations if save.is_shared]
+        client.begin(Begin(memory.number, save.info, save.rank, waited_for))
         self._taken = memory
         self.last_staged = self._staging[memory.number]
         return self.last_staged
@@ -212,13 +212,10 @@ class SaverBackend:
         proposal = save.proposal.encode() if save.proposal is not None else b""
         stage = Stage(
             self._taken.number,
-            save.id,
-            save.path,
-            save.step,
+            save.info,
             save.rank,
-            save.world_size,
             save.local_ranks,
-            [destination.tier for destination in save.destinations],
+            [destination.tier.name for destination in save.destinations],
             msgspec.json.encode(save.values),
             proposal,
         )
@@ -226,13 +223,17 @@ class SaverBackend:
         def done(outcome: Outcome) -> None:
             kind = type(client.loss) if client.is_lost else SaveError
             error = kind(outcome.error) if outcome.error else None
-            goals = [goal for goal in save.destinations if goal.tier == outcome.tier]
+            goals = [goal for goal in save.destinations if goal.tier.name == outcome.tier]
             if outcome.path:
                 goals = [replace(goal, place=Place(goal.place.root, outcome.path)) for goal in goals]
                 handle.moved(outcome.tier, goals[0].place)
             # A saver that has died may have committed it, and not told. One that lives knows, and its next
             # messages are not to wait for a storage.
-            if client.is_lost and error is not None and any(was_committed(g.place, save.id) for g in goals):
+            if (
+                client.is_lost
+                and error is not None
+                and any(was_committed(g.place, save.info.id) for g in goals)
+            ):
                 error = None
             handle.note(outcome.tier, error, committed=True)
             if isinstance(error, SaverError):  # which cannot tell it itself any more
@@ -245,7 +246,7 @@ class SaverBackend:
     def abandon(self, save: Save, error: BaseException, /) -> None:
         """See Sink."""
         if self._client is not None:
-            self._client.abandon(save.id, error)
+            self._client.abandon(save.info.id, error)
         self.report_missing_part(save, save.destinations, error)
 
     def report_missing_part(

@@ -25,7 +25,8 @@ from shardckpt.ranks.world import Ranks, agree, current_ranks
 from shardckpt.run.persist import check_free
 from shardckpt.run.places import Place, attempt_for
 from shardckpt.run.proposal import Proposal
-from shardckpt.run.tiers import Destination, tier_of
+from shardckpt.run.save_info import SaveInfo
+from shardckpt.run.tiers import Destination, Tier, tier_name
 from shardckpt.saving.backend import JobAttempt, Save, SaveBackend
 from shardckpt.saving.handle import FailureLog, SaveHandle
 from shardckpt.saving.replica_check import ReplicaCheck
@@ -168,13 +169,11 @@ class SaveSession:
             save_id = f"{self._secret}-{self._count}"
             handle = SaveHandle(save_id, step, destinations, self._timeout, self._failures)
             rank, plan = self._ranks.rank, prepared.plan
-            proposal = Proposal(save_id, step, attempt, numbers, flat.values, plan) if rank == 0 else None
+            info = SaveInfo(save_id, path, step, attempt, self._ranks.size)
+            proposal = Proposal(info, numbers, flat.values, plan) if rank == 0 else None
             save = Save(
-                save_id,
-                path,
-                step,
+                info,
                 rank,
-                self._ranks.size,
                 prepared.local_ranks,
                 destinations,
                 flat.per_rank,
@@ -348,7 +347,7 @@ def save(
 def _start(
     storage: Storage, ranks: Ranks, state: dict[str, Any], step: int, metrics: Mapping[str, float] | None
 ) -> SaveHandle:
-    destination = Destination(tier_of(storage), Place(storage))
+    destination = Destination(Tier(tier_name(storage), storage.url), Place(storage))
     attempt = attempt_for(storage.url, step) or 0
     return SaveSession(ranks, COMMIT_TIMEOUT).start(
         "", [destination], state, step=step, attempt=attempt, metrics=metrics

@@ -16,7 +16,7 @@ from shardckpt.format.save_plan import SavePlan
 from shardckpt.progress import committed
 from shardckpt.run.attempt_keeper import AttemptKeeper
 from shardckpt.run.persist import StagedPack, persist_save
-from shardckpt.run.places import Place, attempt_number
+from shardckpt.run.places import Place
 from shardckpt.run.tiers import MEMORY, Destination
 from shardckpt.saving.backend import END_TIMEOUT, JobAttempt, Save, report_missing_part
 from shardckpt.saving.handle import SaveHandle
@@ -95,23 +95,23 @@ class ThreadBackend:
             proposal = save.proposal
             if keeper is not None:
                 name = keeper.wait(self._timeout)
-                place = Place(destination.place.root, f"{name}/{save.path.partition('/')[2]}")
-                handle.moved(destination.tier, place)
+                place = Place(destination.place.root, f"{name}/{save.info.path.partition('/')[2]}")
+                handle.moved(destination.tier.name, place)
                 destination = replace(destination, place=place)
                 if proposal is not None:
-                    proposal = replace(proposal, attempt=attempt_number(name))
-            persist_save(destination, save.id, [pack], proposal, self._timeout)
+                    proposal = proposal.at(place.path)
+            persist_save(destination, save.info.id, [pack], proposal, self._timeout)
 
         def work() -> None:
             for destination in save.destinations:
                 try:
                     persist(destination)
                 except BaseException as error:
-                    handle.note(destination.tier, error)
+                    handle.note(destination.tier.name, error)
                 else:
                     if save.proposal is not None:
-                        committed(destination.tier, save.step)
-                    handle.note(destination.tier, committed=save.proposal is not None)
+                        committed(destination.tier.name, save.info.step)
+                    handle.note(destination.tier.name, committed=save.proposal is not None)
 
         self._thread = threading.Thread(target=work, name="shardckpt-save")
         self._thread.start()

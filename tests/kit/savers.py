@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from shardckpt.run.places import step_path
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.saver.channel import listen
 from shardckpt.saver.client import SaverClient
 
-__all__ = ["LIMIT", "SaverProcess", "connected", "wait_until"]
+__all__ = ["LIMIT", "SaverProcess", "connected", "save_info", "wait_until"]
 
 LIMIT = 60.0
 """Seconds that nothing takes longer than, unless it hangs."""
@@ -108,6 +110,11 @@ class SaverProcess:
 def connected(saver: SaverProcess, monkeypatch: pytest.MonkeyPatch, run: str = "run") -> SaverClient:
     monkeypatch.setenv("LAUNCH_SAVER", saver.address)
     return SaverClient(run, [], 2, LIMIT, linger=0)
+
+
+def save_info(step: int, world_size: int = 1) -> SaveInfo:
+    """A save of attempt 1."""
+    return SaveInfo(f"save-{step}", step_path("attempt-0001", step), step, 1, world_size)
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

@@ -27,7 +27,8 @@ from shardckpt.run.commit import commit
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import Place, read_manifest
 from shardckpt.run.proposal import Proposal
-from shardckpt.run.tiers import Destination
+from shardckpt.run.save_info import SaveInfo
+from shardckpt.run.tiers import LOCAL, Destination, Tier
 from shardckpt.saving.session import SaveHandle, SaveSession
 from shardckpt.saving.staging import Copies, StagingBuffer
 from shardckpt.state.flatten import FlatState
@@ -181,7 +182,7 @@ class Checkpoints(Checkpointer):
 def start_save(session: SaveSession, storage: Storage, state: dict[str, Any], **options: Any) -> SaveHandle:
     """Start one save right at a storage."""
     options = {"step": 1, "attempt": 0, **options}
-    return session.start("", [Destination("local", Place(storage))], state, **options)
+    return session.start("", [Destination(Tier(LOCAL, storage.url), Place(storage))], state, **options)
 
 
 def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[SavePlan, Manifest]:
@@ -196,7 +197,7 @@ def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[S
         buffer.fill(Copies(plan.writes(rank), tensors))
         persist(root, buffer.content, plan.locations(rank), save_id="test", rank=rank, per_rank={})
     values = {tensor.name: {"$tensor": tensor.name} for tensor in plan.tensors}
-    return plan, commit(place, Proposal("test", 1, 0, {}, values, plan), LIMIT)
+    return plan, commit(place, Proposal(SaveInfo("test", "", 1, 0, len(world)), {}, values, plan), LIMIT)
 
 
 def load_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> None:

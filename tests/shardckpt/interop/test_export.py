@@ -43,6 +43,7 @@ from shardckpt.run.commit import commit
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import Place
 from shardckpt.run.proposal import Proposal
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.storage import open_storage
 from tests.kit.faults import FaultyStorage
 from tests.kit.mounts import Mount
@@ -579,7 +580,7 @@ def write_checkpoint(
     plan = plan_save(layouts)
     place = Place(open_storage(url))
     tree = {name: {"$tensor": name} for name in arrays} if values is None else values
-    proposal = Proposal(uuid.uuid4().hex, 1, 0, {}, tree, plan)
+    proposal = Proposal(SaveInfo(uuid.uuid4().hex, "", 1, 0, len(plan.pack_sizes)), {}, tree, plan)
     for rank, nbytes in enumerate(plan.pack_sizes):
         content = memoryview(bytearray(nbytes))
         for write in plan.writes(rank):
@@ -591,7 +592,7 @@ def write_checkpoint(
             place.storage,
             content,
             plan.locations(rank),
-            save_id=proposal.id,
+            save_id=proposal.info.id,
             rank=rank,
             per_rank=per_rank[rank] if per_rank else {},
         )

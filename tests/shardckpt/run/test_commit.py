@@ -27,6 +27,7 @@ from shardckpt.run.failure_reports import report_failure
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import BAD, FAILED, Place, Succession, iter_places, step_path, succession
 from shardckpt.run.proposal import Proposal
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.saving.backend import Save
 from shardckpt.saving.staging import Copies, StagingBuffer
 from shardckpt.state.flatten import FlatState, flatten
@@ -102,7 +103,7 @@ class Waiting:
         )
 
     def commit(self, timeout: float = FOR_EVER, **options: Any) -> Manifest:
-        proposal = Proposal("x", 1, 1, {}, self._flat[0].values, self._plan)
+        proposal = Proposal(SaveInfo("x", self.place.path, 1, 1, 2), {}, self._flat[0].values, self._plan)
         return commit(self.place, proposal, timeout, **options)
 
     @contextmanager

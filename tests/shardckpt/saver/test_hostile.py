@@ -19,21 +19,22 @@ import pytest
 
 from shardckpt.run.attempts import Attempt
 from shardckpt.run.lease import Holder
+from shardckpt.run.tiers import Tier
 from shardckpt.saver import protocol
 from shardckpt.saver.channel import Channel, connect, encode
 from shardckpt.saver.checks import RequestError, check, decode_values
 from shardckpt.saver.client import SaverClient
 from shardckpt.saver.outbox import Outbox
-from tests.kit.savers import LIMIT, SaverProcess, connected, wait_until
+from tests.kit.savers import LIMIT, SaverProcess, connected, save_info, wait_until
 
-PATH = "attempt-0001/step-00000001"
-LOCAL = protocol.Tier("local", "/nowhere", {}, None)
+INFO = save_info(1)
+LOCAL = Tier("local", "/nowhere")
 HELLO = protocol.Hello("another run", [LOCAL], 2, 1.0)
 ATTEMPT = Attempt("x", "attempt-0001-00000001", 0, Holder.of_this_process(()))
 START = protocol.Start(ATTEMPT, claims=False)
 PLAN = protocol.ChunkTable(1, [0], [0], [4], 64, b"")
-BEGIN = protocol.Begin(0, "x", PATH, 0, [])
-STAGE = protocol.Stage(0, "x", PATH, 1, 0, 1, 1, [], b"{}", b"")
+BEGIN = protocol.Begin(0, INFO, 0, [])
+STAGE = protocol.Stage(0, INFO, 0, 1, [], b"{}", b"")
 
 
 @contextlib.contextmanager
@@ -50,17 +51,22 @@ def raw(saver: SaverProcess) -> Iterator[Channel]:
 def save(client: SaverClient, step: int) -> None:
     """A save in memory, as a well-behaved trainer makes it."""
     memory = client.take()
-    path = f"attempt-0001/step-{step:08d}"
-    client.begin(protocol.Begin(memory.number, f"save-{step}", path, 0, []))
+    client.begin(protocol.Begin(memory.number, save_info(step), 0, []))
     outcomes: list[protocol.Outcome] = []
     staged = threading.Event()
-    stage = protocol.Stage(memory.number, f"save-{step}", path, step, 0, 1, 1, [], b"{}", b"")
+    stage = protocol.Stage(memory.number, save_info(step), 0, 1, [], b"{}", b"")
     client.stage(stage, lambda outcome: (outcomes.append(outcome), staged.set()))
     assert staged.wait(LIMIT)
     assert outcomes[0].error == ""
 
 
 # -- messages that make no sense
+
+
+def staged(**changes: Any) -> protocol.Stage:
+    """STAGE with something else in the save's description."""
+    return msgspec.structs.replace(STAGE, info=msgspec.structs.replace(INFO, **changes))
+
 
 NONSENSE: dict[str, tuple[protocol.Request, ...]] = {
     "values that are no JSON": (msgspec.structs.replace(STAGE, values=b"no json"),),
@@ -69,15 +75,15 @@ NONSENSE: dict[str, tuple[protocol.Request, ...]] = {
     "values without an end": (msgspec.structs.replace(STAGE, values=b"[" * 100_000),),
     "unknown tier": (msgspec.structs.replace(STAGE, tiers=["moon"]),),
     "tier twice": (msgspec.structs.replace(STAGE, tiers=["local", "local"]),),
-    "path that leaves the run": (msgspec.structs.replace(STAGE, path="../other/step-1"),),
-    "absolute path": (msgspec.structs.replace(STAGE, path="/etc/passwd"),),
-    "step with 5000 digits": (msgspec.structs.replace(STAGE, path=f"attempt-0001/step-{'9' * 5000}"),),
-    "NUL": (msgspec.structs.replace(STAGE, id="a\0b"),),
+    "path that leaves the run": (staged(path="../other/step-1"),),
+    "absolute path": (staged(path="/etc/passwd"),),
+    "step with 5000 digits": (staged(path=f"attempt-0001/step-{'9' * 5000}"),),
+    "NUL": (staged(id="a\0b"),),
     "no rank of the world": (msgspec.structs.replace(STAGE, rank=1),),
     "negative rank": (msgspec.structs.replace(STAGE, rank=-1),),
-    "no world": (msgspec.structs.replace(STAGE, world_size=0),),
+    "no world": (staged(world_size=0),),
     "more local ranks than ranks": (msgspec.structs.replace(STAGE, local_ranks=2),),
-    "negative step": (msgspec.structs.replace(STAGE, step=-1),),
+    "negative step": (staged(step=-1),),
     "unknown tier at begin": (msgspec.structs.replace(BEGIN, tiers=["moon"]),),
     "columns that differ": (protocol.ChunkTable(1, [0], [0, 1], [4], 64, b""),),
     "negative offset": (protocol.ChunkTable(1, [0], [-1], [4], 64, b""),),
@@ -127,7 +133,7 @@ def test_nonsense_costs_its_own_connection_only(
             for descriptor in received[1]:
                 os.close(descriptor)
     save(client, 2)
-    assert [snapshot.step for snapshot in client.snapshots()] == [2]
+    assert [snapshot.info.step for snapshot in client.snapshots()] == [2]
 
 
 def test_nothing_comes_before_hello(saver: SaverProcess, client: SaverClient) -> None:
@@ -152,11 +158,12 @@ def test_a_run_has_no_part_in_another_runs_saves(
     other = connected(saver, monkeypatch)
     client.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
     memory = client.take()
-    client.begin(protocol.Begin(memory.number, "save-1", PATH, 0, []))
+    info = save_info(1, world_size=2)
+    client.begin(protocol.Begin(memory.number, info, 0, []))
     outcomes: list[protocol.Outcome] = []
     staged = threading.Event()
     client.stage(
-        protocol.Stage(memory.number, "save-1", PATH, 1, 0, 2, 2, [], b"{}", b""),
+        protocol.Stage(memory.number, info, 0, 2, [], b"{}", b""),
         lambda outcome: (outcomes.append(outcome), staged.set()),
     )
     with raw(saver) as channel:
@@ -169,13 +176,13 @@ def test_a_run_has_no_part_in_another_runs_saves(
         channel.send(protocol.Reserve(64))
         reserved, descriptors = channel.receive() or (None, [])
         os.close(descriptors[0])
-        channel.send(protocol.Begin(reserved.buffer, "save-1", PATH, 1, []))
-        channel.send(protocol.Stage(reserved.buffer, "save-1", PATH, 1, 1, 2, 2, [], b"{}", b""))
+        channel.send(protocol.Begin(reserved.buffer, info, 1, []))
+        channel.send(protocol.Stage(reserved.buffer, info, 1, 2, [], b"{}", b""))
         assert channel.receive() is None
     other.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 1)
     memory = other.take()
-    other.begin(protocol.Begin(memory.number, "save-1", PATH, 1, []))
-    other.stage(protocol.Stage(memory.number, "save-1", PATH, 1, 1, 2, 2, [], b"{}", b""), lambda _: None)
+    other.begin(protocol.Begin(memory.number, info, 1, []))
+    other.stage(protocol.Stage(memory.number, info, 1, 2, [], b"{}", b""), lambda _: None)
     assert staged.wait(LIMIT)
     assert outcomes == [protocol.Outcome("save-1", "memory")]
     other.close()
@@ -263,7 +270,7 @@ def test_noise_in_every_shape(saver: SaverProcess, client: SaverClient) -> None:
     wait_until(
         lambda: saver.descriptors <= before + 60
     )  # the other run may have got buffers, of which each has two
-    assert [snapshot.step for snapshot in client.snapshots()] == [12]
+    assert [snapshot.info.step for snapshot in client.snapshots()] == [12]
 
 
 def test_descriptors_that_nobody_asked_for_are_closed(saver: SaverProcess, client: SaverClient) -> None:

@@ -28,6 +28,7 @@ import shardckpt
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.errors import SaveError, SaverError, SaverSilentError
 from shardckpt.ranks.world import current_ranks
+from shardckpt.run.tiers import Tier
 from shardckpt.saver import channel as channel_module
 from shardckpt.saver import client as saver_client
 from shardckpt.saver import protocol
@@ -39,7 +40,7 @@ from shardckpt.saver.silence import Silence
 from shardckpt.saving.saver_backend import SaverBackend
 from shardckpt.saving.session import SaveHandle
 from tests.kit.parallel import Training
-from tests.kit.savers import LIMIT, SaverProcess, connected, wait_until
+from tests.kit.savers import LIMIT, SaverProcess, connected, save_info, wait_until
 from tests.kit.worlds import context
 
 
@@ -620,17 +621,15 @@ def test_a_saver_that_is_stopped_is_given_up(
 ) -> None:
     """Whoever waits for it is told what it is, and a save that it has becomes durable once it goes on."""
     connected(saver, monkeypatch).close()  # so that it has started
-    tier = protocol.Tier("local", str(tmp_path), {}, None)
+    tier = Tier("local", str(tmp_path))
     client = SaverClient("run", [tier], 2, LIMIT, linger=0, patience=0.3, interval=0.1)
     client.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
     memory = client.take()
     saver.send(signal.SIGSTOP)
     outcomes: queue.SimpleQueue[protocol.Outcome] = queue.SimpleQueue()
-    path = "attempt-0001/step-00000001"
-    client.begin(protocol.Begin(memory.number, "save-1", path, 1, ["local"]))
-    client.stage(
-        protocol.Stage(memory.number, "save-1", path, 1, 1, 2, 1, ["local"], b"{}", b""), outcomes.put
-    )
+    info = save_info(1, world_size=2)
+    client.begin(protocol.Begin(memory.number, info, 1, ["local"]))
+    client.stage(protocol.Stage(memory.number, info, 1, 1, ["local"], b"{}", b""), outcomes.put)
     found = {outcomes.get(timeout=LIMIT).tier for _ in range(2)}
     assert found == {"memory", "local"}
     assert isinstance(client.loss, SaverSilentError)
@@ -727,8 +726,8 @@ def test_garbage_ends_its_own_connection_only(
 @pytest.mark.parametrize(
     "message",
     [
-        protocol.Begin(7, "x", "attempt-0001/step-00000001", 0, []),
-        protocol.Stage(7, "x", "attempt-0001/step-00000001", 1, 0, 1, 1, [], b"{}", b""),
+        protocol.Begin(7, save_info(1), 0, []),
+        protocol.Stage(7, save_info(1), 0, 1, [], b"{}", b""),
         protocol.Welcome("me"),
         protocol.ChunkTable(1, [], [], [], -5, b""),
         protocol.Reserve((1 << 63) - 1),
@@ -862,10 +861,10 @@ class ScarceMemory(Memory):
 def save_in_memory(client: SaverClient, step: int, rank: int = 0, world: int = 1) -> threading.Event:
     """Stage a part of a save that goes to no tier; set once the whole is staged."""
     memory = client.take()
-    path = f"attempt-0001/step-{step:08d}"
-    client.begin(protocol.Begin(memory.number, f"save-{step}", path, rank, []))
+    info = save_info(step, world)
+    client.begin(protocol.Begin(memory.number, info, rank, []))
     staged = threading.Event()
-    stage = protocol.Stage(memory.number, f"save-{step}", path, step, rank, world, world, [], b"{}", b"")
+    stage = protocol.Stage(memory.number, info, rank, world, [], b"{}", b"")
     client.stage(stage, lambda _: staged.set())
     return staged
 
@@ -939,7 +938,7 @@ def test_when_memory_gets_short_spare_snapshots_are_given_back(
         assert before - _shared_memory(os.getpid()) > 0
         for step in range(2, 5):
             assert save_in_memory(client, step).wait(LIMIT)
-        assert [snapshot.step for snapshot in client.snapshots()] in ([4], [])
+        assert [snapshot.info.step for snapshot in client.snapshots()] in ([4], [])
         assert len(saver._shelf.buffers) == 1
         client.close()
     assert [r.getMessage() for r in caplog.records if r.name == "shardckpt"] == [
@@ -957,14 +956,12 @@ def test_a_buffer_that_is_being_written_is_not_given_back(monkeypatch: pytest.Mo
         taken = client.take()
         memory.pressures.append(Pressure.SHORT)
         wait_until(lambda: not memory.pressures)
-        client.begin(protocol.Begin(taken.number, "save-2", "attempt-0001/step-00000002", 0, []))
+        client.begin(protocol.Begin(taken.number, save_info(2), 0, []))
         taken.content[:4] = b"data"
         client.snapshots()
         assert taken.content[:4] == b"data"
         staged = threading.Event()
-        stage = protocol.Stage(
-            taken.number, "save-2", "attempt-0001/step-00000002", 2, 0, 1, 1, [], b"{}", b""
-        )
+        stage = protocol.Stage(taken.number, save_info(2), 0, 1, [], b"{}", b"")
         client.stage(stage, lambda _: staged.set())
         assert staged.wait(LIMIT)
         wait_until(lambda: len(saver._shelf.buffers) == 1)
@@ -988,7 +985,7 @@ def test_after_the_kernel_has_killed_a_new_round_finds_one_snapshot(
         client._channel.shut()  # it dies
         wait_until(lambda: len(saver._shelf.buffers) == 1)
         again = SaverClient("run", [], 2, LIMIT, linger=0)
-        assert [snapshot.step for snapshot in again.snapshots()] == [2]
+        assert [snapshot.info.step for snapshot in again.snapshots()] == [2]
         again.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
         for step in (3, 4):
             assert save_in_memory(again, step).wait(LIMIT)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from shardckpt.run.places import step_path
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.saver.protocol import Stage
 from shardckpt.saver.snapshots import Buffer, HeldSnapshot, PackPlan, SnapshotStore, Trainer
 
@@ -87,7 +88,8 @@ class Node:
         self, trainer: Trainer, buffer: Buffer, rank: int, world: int, step: int, attempt: int = 1
     ) -> HeldSnapshot | None:
         path = step_path(f"attempt-{attempt:04d}", step)
-        message = Stage(buffer.number, trainer.writing, path, step, rank, world, world, [], b"", b"")
+        info = SaveInfo(trainer.writing, path, step, attempt, world)
+        message = Stage(buffer.number, info, rank, world, [], b"", b"")
         held = self.shelf.stage(trainer, message, plan(trainer.wanted), {})
         self.requests[trainer].append(trainer.wanted)
         return held
@@ -117,7 +119,7 @@ class Node:
     @property
     def steps(self) -> list[int]:
         """Steps of the whole snapshots that nobody may write into."""
-        return sorted(held.step for held in self.shelf.whole("run") if not held.is_at_risk)
+        return sorted(held.info.step for held in self.shelf.whole("run") if not held.is_at_risk)
 
 
 # -- saves of one world
@@ -162,7 +164,7 @@ def test_while_one_is_written_the_newest_whole_one_stays() -> None:
     for trainer in world:
         node.begin(trainer, "1-4")
     assert node.steps == [3]
-    assert [held.step for held in node.shelf.whole("run")] == [3]
+    assert [held.info.step for held in node.shelf.whole("run")] == [3]
 
 
 def test_a_snapshot_that_is_persisted_or_read_is_not_granted() -> None:

@@ -28,6 +28,7 @@ from shardckpt.checkpointer import Checkpointer
 from shardckpt.errors import CheckpointError, SaveError, StorageError, StorageFullError
 from shardckpt.loading.load import Loaded
 from shardckpt.run.places import BAD, iter_places
+from shardckpt.run.save_info import SaveInfo
 from shardckpt.saving.backend import Save
 from shardckpt.storage import Storage, open_storage
 from tests.kit.faults import FailingOnce, HookedStorage, SaverThread, saver_thread
@@ -535,7 +536,9 @@ def test_a_snapshot_whose_second_save_never_came_is_persisted(tiers: Tiers) -> N
         assert checkpointer._saver is not None
         assert checkpointer._saver._client is not None
         # In the copy of another save of the step the trainer dies.
-        checkpointer._saver.begin(Save("another", "attempt-0001/step-00000001", 1, 0, 1, 1, [], {}, None))
+        checkpointer._saver.begin(
+            Save(SaveInfo("another", "attempt-0001/step-00000001", 1, 1, 1), 0, 1, [], {}, None)
+        )
         checkpointer._saver._client._channel.shut()
         assert saver.drain() == 0
     assert (committed(tiers.local), committed(tiers.remote)) == ([1], [1])
