@@ -1,1 +1,1 @@
-"""The commands of `shardckpt`, one module a verb."""
+"""The verbs of the command, one module a verb. `table` names them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import math
 import re
@@ -11,19 +12,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from shardckpt.cli.output import Column, print_fields, print_json, print_table
+from shardckpt.cli.storage_options import storage_options
 from shardckpt.errors import MissingKeysError
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.format.values import PerRankRef, TensorRef, children, decode, join_shown
 from shardckpt.formatting import age, count, size
 from shardckpt.run.places import find_place, read_manifest
 
-__all__ = ["show"]
+__all__ = ["DETAILS", "JSON_FIELDS", "SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "show what is in a checkpoint: tensors and values"
+DETAILS = """\
+Tensors of one shape and type whose names differ in numbers only share a row:
+model/layers.{0..31}.weight."""
+JSON_FIELDS = """\
+  url            the checkpoint
+  format, id     version of the format; unique id of this checkpoint
+  step, attempt  training step; number of the attempt, 0 outside a run
+  world_size     number of ranks that saved it
+  created        seconds since 1970
+  writer         the program that wrote it
+  metrics        name -> number
+  bytes          size of all tensors
+  stored_bytes   size of all packs
+  chunks         number of chunks
+  packs          path and bytes of each
+  tensors        name, shape, dtype, bytes and chunks of each
+  values         the plain values of the state, as the manifest has them
+  per_rank       the PerRank values of each rank. Both are left out if there is
+                 a --select
+"""
 
 _COLUMNS = (
     Column("TENSOR", wrap=True),
     Column("SHAPE"),
     Column("DTYPE"),
-    Column("TENSORS", number=True),
+    Column("TENSORS", number=True, optional=True),
     Column("SIZE", number=True),
     Column("CHUNKS", number=True),
 )
@@ -33,52 +57,61 @@ _LONG_VALUE = 70
 _NUMBER = re.compile(r"\d+")
 
 
-def show(
-    url: str,
-    storage_options: Mapping[str, Any] | None,
-    *,
-    select: Sequence[str],
-    every: bool,
-    as_json: bool,
-) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint, and what of it is shown."""
+    add = parser.add_argument
+    add("url", metavar="CKPT", help="a checkpoint or a run")
+    add(
+        "--select",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="only tensors and values with names like GLOB: '*.weight'; can be given several times",
+    )
+    add("--all", action="store_true", help="one row for each tensor, and every value")
+
+
+def run(options: argparse.Namespace) -> int:
     """Print what is in the checkpoint. Raises MissingKeysError if a pattern matches nothing."""
-    place = find_place(url, storage_options)
+    (storage,) = storage_options(options, options.url)
+    select: Sequence[str] = options.select
+    place = find_place(options.url, storage)
     manifest = read_manifest(place)
     chunks = _chunk_counts(manifest)
     tensors = [t for t in manifest.tensors if _matches(t.name, select)]
     values = [(path, text) for path, text in _values(decode(manifest.values)) if _matches(path, select)]
     _check_patterns(select, [t.name for t in tensors] + [path for path, _ in values], place.url, manifest)
-    if as_json:
+    if options.json:
         print_json(_document(place.url, manifest, tensors, chunks, whole=not select))
         return 0
-    metrics = ", ".join(f"{name} {value:.6g}" for name, value in manifest.metric_values.items())
-    fields = [
-        ("checkpoint", place.url),
-        ("step", str(manifest.step)),
-        ("attempt", str(manifest.attempt) if manifest.attempt else ""),
-        ("ranks", str(manifest.world_size)),
-        ("written", f"{age(time.time() - manifest.created)} ago by {manifest.writer}"),
-        ("metrics", metrics),
-        ("tensors", f"{count(len(manifest.tensors), 'tensor')}, {size(manifest.nbytes)}"),
-        (
-            "stored",
-            f"{size(manifest.stored_bytes)} in {count(len(manifest.packs), 'pack')}, "
-            f"{count(sum(chunks.values()), 'chunk')}",
-        ),
-    ]
-    print_fields([(name, text) for name, text in fields if text])
+    every = options.all or bool(select)
+    print_fields(_fields(place.url, manifest, chunks))
     if tensors:
         print()
-        print_table(
-            _COLUMNS, [_cells(group, chunks) for group in _groups(tensors, every=every or bool(select))]
-        )
+        print_table(_COLUMNS, [_cells(group, chunks) for group in _groups(tensors, every=every)])
     if values:
-        shown = values if every or select else values[:_FEW_VALUES]
+        shown = values if every else values[:_FEW_VALUES]
         print()
         print_table((Column("VALUE", wrap=True), Column("", wrap=True)), shown)
         if len(shown) < len(values):
             print(f"... and {len(values) - len(shown):,} more; --all shows them")
     return 0
+
+
+def _fields(url: str, manifest: Manifest, chunks: Mapping[str, int]) -> list[tuple[str, str]]:
+    """What is known of the checkpoint as a whole."""
+    packs, stored = count(len(manifest.packs), "pack"), count(sum(chunks.values()), "chunk")
+    fields = [
+        ("checkpoint", url),
+        ("step", str(manifest.step)),
+        ("attempt", str(manifest.attempt) if manifest.attempt else ""),
+        ("ranks", str(manifest.world_size)),
+        ("written", f"{age(time.time() - manifest.created)} ago by {manifest.writer}"),
+        ("metrics", ", ".join(f"{name} {value:.6g}" for name, value in manifest.metric_values.items())),
+        ("tensors", f"{count(len(manifest.tensors), 'tensor')}, {size(manifest.nbytes)}"),
+        ("stored", f"{size(manifest.stored_bytes)} in {packs}, {stored}"),
+    ]
+    return [(name, text) for name, text in fields if text]
 
 
 def _groups(tensors: Sequence[TensorEntry], *, every: bool) -> list[list[TensorEntry]]:
