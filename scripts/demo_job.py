@@ -1,8 +1,8 @@
 """What scripts/demo shows: 8 ranks, a kill -9, a restart, a resume on 6 ranks, a push to S3."""
 
-import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,12 +30,13 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # more ranks than a machine has GPUs, for a small model
     with tempfile.TemporaryDirectory(prefix="shardckpt-demo-") as folder:
         os.chdir(folder)
-        run = Path("run")
+        shutil.copy(ROOT / "scripts/train.py", folder)
+        run = Path("runs/train")
         victim, at_step = random.randrange(8), random.randrange(33, 39)
 
-        say(f"launch --nproc 8 scripts/train.py      and kill -9 rank {victim} after step {at_step}")
+        say(f"rank {victim} gets a kill -9 after step {at_step}, and launch a Ctrl-C after step 50")
         started = time.perf_counter()
-        with launched(8, run, steps=200) as job:
+        with launched(8, steps=200) as job:
             wait_until(lambda: progress(run) >= 1, job)
             times.append(("start to first step, 8 ranks", time.perf_counter() - started))
             wait_until(lambda: progress(run) >= at_step, job)
@@ -50,10 +51,10 @@ def main() -> None:
             job.wait(LIMIT)
             times.append(("Ctrl-C to nothing left running", time.perf_counter() - stopped))
 
-        say("launch --nproc 6 scripts/train.py      resumes on another number of ranks")
-        started = time.perf_counter()
-        with launched(6, run, steps=60) as job:
-            wait_until(lambda: reported(run) > wall and world(run) == 6, job)
+        say("the same job goes on with 6 ranks")
+        started, wall = time.perf_counter(), time.time()
+        with launched(6, steps=60) as job:
+            wait_until(lambda: reported(run) > wall, job)
             times.append(("start to first step, 6 ranks", time.perf_counter() - started))
             if job.wait(LIMIT) != 0:
                 raise SystemExit(f"the run on 6 ranks ended with {job.returncode}")
@@ -63,23 +64,24 @@ def main() -> None:
                 AWS_ENDPOINT_URL=endpoint, AWS_ACCESS_KEY_ID="demo", AWS_SECRET_ACCESS_KEY="demo"
             )
             s3fs.S3FileSystem().mkdir("bucket")
+            say("its newest checkpoint goes to an S3 server on this machine")
             pushed = time.perf_counter()
             shell("shardckpt", "copy", f"{run}/checkpoints", "s3://bucket/run")
             times.append(("push to S3", time.perf_counter() - pushed))
             shell("shardckpt", "ls", "s3://bucket/run")
             show_zarr(endpoint)
 
-    say("What happened")
+    say("what happened; the loss went on where it was, after the kill and on 6 ranks")
     for what, seconds in times:
         print(f"  {what:<34}{seconds:7.2f} s")
-    print("  The loss went on where it was: after the kill, and on 6 ranks.")
 
 
 @contextmanager
-def launched(ranks: int, run: Path, steps: int) -> Iterator[subprocess.Popen[bytes]]:
+def launched(ranks: int, steps: int) -> Iterator[subprocess.Popen[bytes]]:
     """A running `launch` of the train script; whatever happens, nothing of it is left behind."""
-    command = [BIN / "launch", "--nproc", str(ranks), "--run-dir", run, ROOT / "scripts/train.py"]
-    job = subprocess.Popen([*command, "--steps", str(steps), "--every", "10", "--trace", run / "trace"])
+    command = ["launch", "--nproc", str(ranks), "train.py", "--steps", str(steps), "--every", "10"]
+    show(command)
+    job = subprocess.Popen([BIN / command[0], *command[1:]])
     try:
         yield job
     finally:
@@ -106,7 +108,7 @@ def progress(run: Path) -> int:
 
 
 def reported(run: Path) -> float:
-    """When it told so, in seconds since the epoch."""
+    """When rank 0 reported its last step, in seconds since the epoch."""
     return _progress(run)[1]
 
 
@@ -116,12 +118,6 @@ def _progress(run: Path) -> tuple[float, float]:
     except (FileNotFoundError, ValueError):
         return 0, 0.0
     return (int(step), float(when)) if int(step) >= 0 else (0, 0.0)
-
-
-def world(run: Path) -> int:
-    """On how many ranks the last step was done."""
-    lines = (run / "trace/rank-00000.jsonl").read_text().splitlines()
-    return int(json.loads(lines[-1])["world"])
 
 
 def wait_until(condition: Callable[[], bool], job: subprocess.Popen[bytes]) -> None:
@@ -159,7 +155,7 @@ def answers(url: str) -> bool:
 
 def shell(*command: str) -> None:
     """Run a command as a user would, and show it."""
-    say(" ".join(str(part) for part in command))
+    show(command)
     subprocess.run([BIN / command[0], *command[1:]], check=True)
 
 
@@ -167,7 +163,7 @@ def show_zarr(endpoint: str) -> None:
     """Read the pushed checkpoint with plain zarr: no code of this project is used here."""
     options = {"key": "demo", "secret": "demo", "endpoint_url": endpoint}
     (manifest,) = s3fs.S3FileSystem(**options).glob("bucket/run/attempt-*/step-*/refs.json")
-    say(f"zarr.open_group('reference://', fo='s3://{manifest}')['model/norm.weight'][:4]")
+    say(f"model/norm.weight[:4], read by Zarr alone through s3://{manifest}")
     group = zarr.open_group(
         "reference://",
         mode="r",
@@ -182,7 +178,14 @@ def show_zarr(endpoint: str) -> None:
 
 
 def say(text: str) -> None:
-    print(f"\n\033[1m$ {text}\033[0m" if sys.stdout.isatty() else f"\n$ {text}", flush=True)
+    """What comes next, as a comment in a shell."""
+    print(f"\n# {text}", flush=True)
+
+
+def show(command: Sequence[str]) -> None:
+    """The command, as at a prompt."""
+    text = f"$ {' '.join(command)}"
+    print(f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text, flush=True)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,9 @@ class Samples:
 
 
 def read_text(folder: Path, limit: int) -> torch.Tensor:
-    """The folder's text and Python files in a fixed order, up to `limit` bytes."""
+    """The text and Python files right in the folder, in a fixed order, up to `limit` bytes."""
     data = bytearray()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".txt", ".md")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".py", ".txt", ".md")):
         data += path.read_bytes()
         if len(data) >= limit:
             break
@@ -133,10 +133,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps in all")
     parser.add_argument("--every", type=int, default=50, help="steps between two checkpoints")
     parser.add_argument("--keep", type=int, default=3, help="checkpoints to keep")
-    parser.add_argument("--ckpt", help="URL of the run's checkpoints [what launch says]")
+    parser.add_argument("--ckpt", help="URL of the run's checkpoints [that of `launch`]")
     parser.add_argument("--parallel", choices=("fsdp", "ddp", "tp"), default="fsdp")
     parser.add_argument(
-        "--data", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of text"
+        "--data",
+        type=Path,
+        default=Path(sysconfig.get_path("stdlib")),
+        help="folder with .py, .txt or .md files [Python's own library]",
     )
     parser.add_argument("--batch", type=int, default=48, help="samples in a step, over all ranks")
     parser.add_argument("--context", type=int, default=64)
@@ -166,13 +169,13 @@ def main() -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-    samples = Samples(read_text(args.data, limit=4 << 20), args.context, args.seed)
+    samples = Samples(read_text(args.data, limit=1 << 20), args.context, args.seed)
     trace = None
     if args.trace:
         args.trace.mkdir(parents=True, exist_ok=True)
         trace = open(args.trace / f"rank-{rank:05d}.jsonl", "a", buffering=1)  # noqa: SIM115
 
-    # The resume recipe: name what must survive, restore it, and tell of every step that is done.
+    # The resume recipe: name what must survive, restore it, and report every step that is done.
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "samples": samples}
     with shardckpt.Checkpointer(args.ckpt, every_steps=args.every, keep_last=args.keep) as checkpoints:
         at = checkpoints.restore(state)
@@ -182,7 +185,6 @@ def main() -> None:
                 f"resumed at step {step} from {at.tier}: {at.url}, saved by {at.world_size} ranks, "
                 f"{at.seconds:.2f} s"
             )
-        saved = at
         while step < args.steps:
             started = time.perf_counter()
             numbers, window = samples.take(args.batch, data_rank, data_world)
@@ -210,8 +212,7 @@ def main() -> None:
                     f"step {step:5d}  loss {loss.item():.4f}  {ms:4.0f} ms{'  saved' if saved else ''}",
                     flush=True,
                 )
-        if not saved:
-            checkpoints.save(step, state)
+    # The end of `with` has saved the last step, if it was not saved yet.
     dist.destroy_process_group()
 
 
