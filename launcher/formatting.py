@@ -1,11 +1,23 @@
-"""How ranks, amounts and times are written wherever something is told about them."""
+"""How ranks, amounts, times and exits are written, for people and in JSON."""
 
 from __future__ import annotations
 
+import math
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-__all__ = ["amount", "count", "describe_exit", "duration", "name_ranks", "part", "signal_name", "spans"]
+__all__ = [
+    "amount",
+    "count",
+    "describe_exit",
+    "duration",
+    "json_values",
+    "name_ranks",
+    "part",
+    "signal_name",
+    "spans",
+]
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -90,3 +102,14 @@ def describe_exit(code: int) -> str:
         "SIGILL": ", an instruction that this processor does not have, or a trap in native code",
     }.get(name, "")
     return f"killed by {name} (signal {-code}{hint})"
+
+
+def json_values(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that JSON lacks become "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): json_values(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [json_values(item) for item in value]
+    return value

@@ -44,6 +44,7 @@ from launcher.events import (
 from launcher.rendezvous.client import MemberHandle, RendezvousSettings, SingleNodeClient, TeamClient
 from launcher.rendezvous.master_port import reserve_master_port
 from launcher.rendezvous.team import Ready
+from launcher.reporting.messages import how_it_ends, next_step
 from launcher.reporting.reporter import Reporter
 from launcher.round.preemption import Answer, answer_signal
 from launcher.round.recovery import Recovery
@@ -281,7 +282,7 @@ class Agent:
             case DeadlinePassed() if round_.phase is Phase.GATHERING:
                 self._get_ready(round_)
             case MessageReceived(node=node, message=message) if round_.team is not None:
-                self._reporter.heard(node, message, round_)
+                self._reporter.message_received(node, message, round_)
             case WorkerStarted(rank=rank, pid=pid):
                 self._workers.pids[rank] = pid
                 if self._recovery is not None and self._workers.have_all_started:
@@ -463,7 +464,7 @@ class Agent:
             verdict = judge(
                 list(round_.reports.values()),
                 lost,
-                self._reporter.next_in_words(decision),
+                next_step(decision),
                 newest_saved=self._reporter.newest_saved,
                 is_only_in_memory=self._reporter.is_only_in_memory,
             )
@@ -564,7 +565,8 @@ class Agent:
             case "kill":
                 self._monitor.push(*[StopRequested(signal.SIGTERM, is_asked=True)] * 2)
             case "stop" if self._is_second_signal(round_):
-                answer = {"error": f"{self._reporter.how_it_ends(self._leave_by)}: --now ends it at once"}
+                left = None if self._leave_by is None else self._leave_by - time.monotonic()
+                answer = {"error": f"{how_it_ends(left)}: --now ends it at once"}
             case "stop":
                 answer = {"can_drain": self._workers.can_drain}
                 self._monitor.push(StopRequested(signal.SIGTERM, is_asked=True))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher.formatting import count, name_ranks
 from launcher.run_dir import as_typed
@@ -76,8 +76,22 @@ class Verdict:
             return None
         return max(0, self.step - self.newest_saved)
 
-    def to_json(self) -> str:
-        return json.dumps({**asdict(self), "steps_lost": self.steps_lost})
+    @property
+    def kind(self) -> str:
+        """What kind of failure it was, in a word: crash, signal, oom, hang, node or launcher."""
+        if self.hang:
+            return "hang"
+        if self.kill is not None:
+            return "oom"
+        if self.rank is None:
+            if self.finished or self.drained:
+                return "crash"
+            return "node" if self.lost else "launcher"
+        return "crash" if self.code is not None and self.code >= 0 else "signal"
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as plain values, with what follows from them: `kind` and `steps_lost`."""
+        return {**asdict(self), "kind": self.kind, "steps_lost": self.steps_lost}
 
     def render(self) -> list[str]:
         """The block for the terminal."""

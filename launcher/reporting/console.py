@@ -12,18 +12,20 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from enum import Enum, IntEnum, auto
+from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
 from launcher.config.job import ShownStreams
 from launcher.reporting.logs import DirectoryWatch, Tail
+from launcher.reporting.message import Level, Message, warning
 from launcher.reporting.repeats import Repeats
 from launcher.reporting.terminal import LiveBlock, Sink
 from launcher.run_dir import RankFiles
 
-__all__ = ["Console", "Level", "Sink"]
+__all__ = ["Console", "Sink"]
 
 _REDRAW_SECONDS = 1.0
 _POLL_SECONDS = 0.1  # only where inotify is not available
@@ -32,25 +34,10 @@ _STATUS_SECONDS = 5.0  # between lines that say how far something is
 _BREATH_SECONDS = 0.03  # between two times that a live view is moved down by workers' lines
 
 
-class Level(IntEnum):
-    """How much a message of the launcher matters. Verdicts are errors."""
-
-    DEBUG = 10
-    INFO = 20
-    WARNING = 30
-    ERROR = 40
-
-
 @dataclass(frozen=True, slots=True)
 class _Follow:
     files: Sequence[RankFiles]
     shown: ShownStreams
-
-
-@dataclass(frozen=True, slots=True)
-class _Say:
-    lines: Sequence[str]
-    style: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +56,7 @@ class _Order(Enum):
     CLOSE = auto()
 
 
-_AnyOrder = _Follow | _Mute | _Say | _Show | _Order
+_AnyOrder = _Follow | _Mute | Message | _Show | _Order
 
 
 @dataclass(slots=True)
@@ -98,7 +85,14 @@ class Console:
     that is printed of the launcher's own messages; workers' lines always are.
     """
 
-    def __init__(self, out: Sink, err: Sink, level: Level = Level.INFO) -> None:
+    def __init__(
+        self,
+        out: Sink,
+        err: Sink,
+        level: Level = Level.INFO,
+        *,
+        watch: Callable[[Path], DirectoryWatch] = DirectoryWatch,
+    ) -> None:
         self._out = out
         self._err = err
         self._level = level
@@ -109,6 +103,7 @@ class Console:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._streams: list[_Stream] = []
         self._repeats = Repeats()  # of the present round
+        self._watch_directory = watch
         self._watch: DirectoryWatch | None = None
         self._logs = ""
         self._shown_at = float("-inf")  # when a status was printed last
@@ -131,10 +126,10 @@ class Console:
         """Print the rest of the present round; its workers are dead."""
         self._put(_Order.UNFOLLOW)
 
-    def say(self, *lines: str, style: int = 0, level: Level = Level.INFO) -> None:
-        """Print the launcher's own message on stderr, its first line in an ANSI `style`."""
-        if level >= self._level:
-            self._put(_Say(lines, style))
+    def say(self, message: Message) -> None:
+        """Print a message of the launcher's own on stderr."""
+        if message.level >= self._level:
+            self._put(message)
 
     @property
     def has_live_view(self) -> bool:
@@ -194,7 +189,7 @@ class Console:
                 case _Follow():
                     self._open(order)
                     self._print_new()  # what was written before they were watched
-                case _Say():
+                case Message():
                     self._print_message(order)
                 case _Show():
                     self._print_status(order.text)
@@ -236,7 +231,7 @@ class Console:
                     self._streams.append(_Stream(files.rank, Tail(path), sink, prefix))
         self._logs = str(order.files[0].out.parent)
         try:
-            self._watch = DirectoryWatch(order.files[0].out.parent)
+            self._watch = self._watch_directory(order.files[0].out.parent)
         except OSError:
             self._watch = None
 
@@ -262,7 +257,7 @@ class Console:
         if stream.sink.is_gone and not was_gone:
             name = "stderr" if stream.sink is self._err else "stdout"
             text = f"{name} has no reader any more; the job goes on, and its output to {self._logs}"
-            self._print_message(_Say([text], 33))
+            self._print_message(warning(text))
 
     def _mute(self, order: _Mute) -> None:
         kept = [s for s in self._streams if s.sink is self._out or s.rank in order.spared]
@@ -282,7 +277,7 @@ class Console:
             self._watch.close()
             self._watch = None
 
-    def _print_message(self, message: _Say) -> None:
+    def _print_message(self, message: Message) -> None:
         first, *rest = message.lines
         lines = [self._err.paint(f"launch: {first}", message.style), *rest]
         self._block.erase()
@@ -291,4 +286,4 @@ class Console:
     def _print_status(self, text: str) -> None:
         if time.monotonic() - self._shown_at >= _STATUS_SECONDS:
             self._shown_at = time.monotonic()
-            self._print_message(_Say([text], 0))
+            self._print_message(Message((text,)))

@@ -1,4 +1,4 @@
-"""A job that has ended, read from its journal."""
+"""How the last job in a run directory went, read from its journal. Pure."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from launcher.formatting import count, duration
-from launcher.reporting.journal import encodable
-from launcher.reporting.status import Paint
+from launcher.formatting import count, duration, json_values
+from launcher.reporting.message import Style
+from launcher.reporting.status import Paint, Saved
 
 __all__ = ["PastJob"]
 
-
-_BOLD, _DIM, _ALARM = 1, 2, 31
-_STEPS = ("progress", "failure", "drained")  # events that tell how far the job was
+_STEPS = ("progress", "failure", "drained")  # events that say how far the job was
 
 
 @dataclass(frozen=True)
 class PastJob:
-    """How the last job in a run directory went, as its journal tells."""
+    """A job that has ended. Where `Status` has a field of the same name, it has the same type and meaning."""
 
-    started: float
-    ended: float  # the last that is known of it, if it did not get to say how it ended
+    started: float  # seconds since the epoch
+    ended: float  # the last that is known of it, if it could not record its end
     exit_code: int | None = None  # None: its launch was killed
     reason: str | None = None
     rounds: int = 0
     step: int | None = None
-    failures: tuple[str, ...] = ()  # their causes, the oldest first
-    saved: Mapping[str, int] = field(default_factory=dict)  # newest step, by tier
+    failures: Mapping[str, int] = field(default_factory=dict)  # rounds that failed, by kind
+    last_failure: str | None = None  # its cause
+    saved: Mapping[str, Saved] = field(default_factory=dict)  # newest checkpoint, by tier
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> PastJob | None:
-        """None if no job was ever started."""
+        """The last job in a journal's events, the oldest first; None if no job was ever started."""
         past: PastJob | None = None
         for event in events:
             if event["event"] == "job_started":
@@ -48,38 +47,46 @@ class PastJob:
         match event["event"]:
             case "round_started":
                 return replace(after, rounds=self.rounds + 1)
-            case "staged":  # a step is saved when it is done, and progress is told only now and then
+            case "staged":  # a step is saved when it is done, and progress is recorded only now and then
                 return replace(after, step=max(self.step or 0, event["step"]))
             case "failure":
-                return replace(after, failures=(*self.failures, str(event.get("cause", "unknown"))))
+                kind = str(event.get("kind", "unknown"))  # journals of older versions have none
+                failures = {**self.failures, kind: self.failures.get(kind, 0) + 1}
+                return replace(after, failures=failures, last_failure=str(event.get("cause", "unknown")))
             case "persisted":
-                return replace(after, saved={**self.saved, event["tier"]: event["step"]})
+                saved = Saved(event["step"], event["time"])
+                return replace(after, saved={**self.saved, event["tier"]: saved})
             case "job_ended":
                 return replace(after, exit_code=event["exit_code"], reason=event.get("reason"))
             case _:
                 return after
 
     def to_json(self) -> dict[str, Any]:
-        plain: dict[str, Any] = encodable(asdict(self))
+        """As plain values."""
+        plain: dict[str, Any] = json_values(asdict(self))
         return plain
 
     def render(self, run: str, now: float, paint: Paint = lambda text, _: text) -> list[str]:
-        """A few lines; `now` is in seconds since the epoch."""
+        """A few lines about the job in the run directory `run`; `now` is in seconds since the epoch."""
+        return [
+            paint(f"{run}: {self._end(now)}", Style.RED if self.exit_code else Style.BOLD),
+            *self._rows(paint),
+        ]
+
+    def _end(self, now: float) -> str:
         ago = f"{duration(now - self.ended)} ago"
-        how = (
-            f"did not end by itself: its launch was killed, {duration(now - self.ended)} ago or less"
-            if self.exit_code is None
-            else f"ended {ago} with exit code {self.exit_code}"
-            + (f": {self.reason}" if self.reason else "")
-        )
+        if self.exit_code is None:
+            return f"did not end by itself: its launch was killed, {ago} or less"
+        return f"ended {ago} with exit code {self.exit_code}" + (f": {self.reason}" if self.reason else "")
+
+    def _rows(self, paint: Paint) -> list[str]:
+        saved = ", ".join(f"{one.step} {tier}" for tier, one in self.saved.items())
+        failed = count(sum(self.failures.values()), "time")
         rows = {
             "ran": f"{duration(self.ended - self.started)}, {count(self.rounds, 'round')}",
             "step": "" if self.step is None else str(self.step),
-            "saved": ", ".join(f"{step} {tier}" for tier, step in self.saved.items()),
-            "failed": f"{count(len(self.failures), 'time')}, last: {self.failures[-1]}"
-            if self.failures
-            else "",
+            "saved": "nothing" if self.step is not None and not saved else saved,
+            "failed": f"{failed}, last: {self.last_failure}" if self.failures else "",
         }
         left = max(map(len, rows)) + 4
-        body = [f"{paint(f'  {name}'.ljust(left), _DIM)}{text}" for name, text in rows.items() if text]
-        return [paint(f"{run}: {how}", _ALARM if self.exit_code else _BOLD), *body]
+        return [f"{paint(f'  {name}'.ljust(left), Style.DIM)}{text}" for name, text in rows.items() if text]

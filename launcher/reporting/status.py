@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launcher.formatting import count, duration, spans
-from launcher.reporting.journal import encodable
+from launcher.formatting import count, duration, json_values, spans
+from launcher.reporting.message import Style
 
 __all__ = ["Paint", "RankStatus", "Saved", "Saving", "Status", "by_progress", "patience"]
 
@@ -22,7 +22,6 @@ _LATE = 3  # times what a step takes, after which the next is overdue
 _GROUPS = 3  # of ranks at the same step that are told one by one
 _SLOWEST = 3  # ranks that are named otherwise
 _SPANS = 4  # of ranks, as 0-3, that are told one by one
-_BOLD, _DIM, _ALARM = 1, 2, 31
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class Status:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values; `from_json` makes the same of them."""
-        plain: dict[str, Any] = encodable(asdict(self))
+        plain: dict[str, Any] = json_values(asdict(self))
         return plain
 
     @classmethod
@@ -100,8 +99,8 @@ class Status:
             "saving": self._saving_row(),
         }
         left = max(map(len, rows)) + 4
-        body = [f"{paint(f'  {name}'.ljust(left), _DIM)}{text}" for name, text in rows.items() if text]
-        return [paint(self._headline(), _BOLD), *body]
+        body = [f"{paint(f'  {name}'.ljust(left), Style.DIM)}{text}" for name, text in rows.items() if text]
+        return [paint(self._headline(), Style.BOLD), *body]
 
     def _headline(self) -> str:
         parts = [

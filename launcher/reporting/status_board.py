@@ -15,32 +15,13 @@ from launcher.events import (
     SaveStaged,
     SaveSuperseded,
 )
-from launcher.formatting import count, duration
 from launcher.progress import Progress
 from launcher.reporting.status import RankStatus, Saved, Saving, Status, by_progress, patience
 
-__all__ = ["StatusBoard", "finished_in_words"]
+__all__ = ["StatusBoard"]
 
 
 _RATE_SECONDS = 10.0  # over which the rate of steps is measured
-
-
-def finished_in_words(board: StatusBoard, seconds: float, lost: float) -> str:
-    """One line about a job that has succeeded: how long it took, how far it got, what is saved, what was lost.
-
-    `lost` is the seconds from failures to the next step.
-    """
-    durable = {tier: saved.step for tier, saved in board.saved.items() if tier != "memory"}
-    parts = ["" if board.step is None else f"step {board.step}"]
-    if durable:
-        newest = max(durable.values())
-        where = " and ".join(tier for tier, step in durable.items() if step == newest)
-        parts.append(f"last checkpoint step {newest} ({where})")
-    if board.restarts:
-        cost = f", {lost:.1f} s lost" if lost else ""
-        parts.append(f"{count(board.restarts, 'restart')}{cost}")
-    told = "; ".join(filter(None, parts))
-    return f"finished in {duration(seconds)}" + (f": {told}" if told else "")
 
 
 @dataclass(frozen=True)

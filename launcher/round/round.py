@@ -149,6 +149,12 @@ class Round:
         """Whether every worker of this node returned 0 so, or saved and left."""
         return self._have_all_ended_with(0, ExitCode.PREEMPTED)
 
+    @property
+    def was_drained(self) -> bool:
+        """Whether nodes have reported, and every worker of theirs had saved and left, or finished."""
+        reports = self.reports.values()
+        return bool(reports) and all(report.has_drained for report in reports)
+
     def _have_all_ended_with(self, *codes: int) -> bool:
         """A handler of the worker's own may answer SIGTERM with 0: that is no end of its training."""
         ended = [exit_ for exit_ in self.exits if exit_.code or exit_ in self.unasked_exits]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 
 import pytest
 
-from launcher.formatting import amount, count, duration, name_ranks, part, spans
+from launcher.formatting import amount, count, describe_exit, duration, json_values, name_ranks, part, spans
 
 
 @pytest.mark.parametrize(
@@ -62,3 +64,16 @@ def test_counts_of_what_has_another_plural() -> None:
         "1 process",
         "2 processes",
     ]
+
+
+def test_every_number_is_json() -> None:
+    values = json_values({"a": [math.inf, {"b": -math.inf}], 3: (math.nan, 1.5), "text": "nan"})
+    assert values == {"a": ["inf", {"b": "-inf"}], "3": ["nan", 1.5], "text": "nan"}
+    assert json.dumps(values, allow_nan=False)
+
+
+def test_exits_are_described() -> None:
+    assert describe_exit(3) == "exit code 3"
+    assert "SIGSEGV (signal 11" in describe_exit(-11)
+    assert "memory" in describe_exit(-9)
+    assert describe_exit(-40).startswith("killed by ")

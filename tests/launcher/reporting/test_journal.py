@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 import multiprocessing
 import os
@@ -15,7 +14,16 @@ from pathlib import Path
 import pytest
 
 import launcher.reporting.journal
-from launcher.reporting.journal import Journal, encodable, read_journal
+from launcher.events import (
+    SavedByWorkers,
+    SaveFailed,
+    SavePersisted,
+    SavePersisting,
+    SaveStaged,
+    Tick,
+)
+from launcher.reporting.journal import JobJournal, Journal, read_journal
+from launcher.reporting.status import Status
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -43,12 +51,6 @@ def test_what_is_recorded_is_read(tmp_path: Path) -> None:
     }
     Journal(path, no_complaints).record("job_ended", exit_code=0)
     assert [event["event"] for event in read_journal(path)] == ["round_started", "progress", "job_ended"]
-
-
-def test_every_number_is_json() -> None:
-    values = encodable({"a": [math.inf, {"b": -math.inf}], 3: (math.nan, 1.5), "text": "nan"})
-    assert values == {"a": ["inf", {"b": "-inf"}], "3": ["nan", 1.5], "text": "nan"}
-    assert json.dumps(values, allow_nan=False)
 
 
 @pytest.mark.parametrize("torn", [b'{"time": 1, "ev', b"\xff\xfe\n", b"17\n[]\n{}\nnull\n", b"\n\n"])
@@ -89,6 +91,60 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     journal.close()
     assert len(complaints) == 1
     assert [event["event"] for event in read_journal(tmp_path / "no/events.jsonl")] == ["kept"]
+
+
+def test_progress_is_recorded_now_and_then(tmp_path: Path) -> None:
+    """At most every 5 s, and at the end, if there is any."""
+    journal = JobJournal(tmp_path / "events.jsonl", no_complaints)
+    for time, step in (
+        (100.0, None),
+        (101.0, 3),
+        (105.9, 7),
+        (106.0, 8),
+        (120.0, 8),
+        (121.0, 9),
+        (122.0, 10),
+    ):
+        journal.progress(Status("train", time, "running", 2, 99.0, step=step, rate=1.5))
+    journal.progress(Status("train", 122.5, "ended", 2, 99.0, step=10), at_last=True)
+    journal.progress(Status("train", 122.6, "ended", 2, 99.0, step=10), at_last=True)
+    first, *others = read_journal(journal.path)
+    assert {key: first[key] for key in ("event", "round", "step", "rate", "loss")} == {
+        "event": "progress",
+        "round": 2,
+        "step": 3,
+        "rate": 1.5,
+        "loss": None,
+    }
+    assert [event["step"] for event in others] == [8, 9, 10]
+
+
+def test_what_becomes_of_a_save_is_recorded(tmp_path: Path) -> None:
+    """By the saver, or by workers without it; not each try that fails."""
+    journal = JobJournal(tmp_path / "events.jsonl", no_complaints)
+    for event in (
+        SaveStaged(7),
+        SavePersisting(7, "local", 1, 2),
+        SavePersisted(7, "local", "/x", 1.5),
+        SaveFailed(7, "remote", "s3://b", "no bucket"),
+        SaveFailed(7, "remote", "s3://b", "no bucket", again=True),
+        SavedByWorkers(8, "remote"),
+        Tick(),
+    ):
+        journal.on_save(event)
+    assert [{**event, "time": 0} for event in read_journal(journal.path)] == [
+        {"time": 0, "event": "staged", "step": 7},
+        {"time": 0, "event": "persisted", "step": 7, "tier": "local", "url": "/x", "seconds": 1.5},
+        {
+            "time": 0,
+            "event": "save_failed",
+            "step": 7,
+            "tier": "remote",
+            "url": "s3://b",
+            "error": "no bucket",
+        },
+        {"time": 0, "event": "persisted", "step": 8, "tier": "remote"},
+    ]
 
 
 def _write_many(path: Path, name: str) -> None:

@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config.job import ShownStreams
-from launcher.reporting.console import Console, Level, Sink
+from launcher.reporting.console import Console, Sink
+from launcher.reporting.message import Level, Message, error, headline, warning
 from launcher.reporting.terminal import fit
 from launcher.run_dir import RankFiles
 from tests.kit.job import PATIENCE, Job
@@ -100,7 +101,7 @@ def test_it_stays_below_what_is_printed_and_goes_at_the_end(terminal: Terminal, 
     files.out.write_text("hello\n" * 3)
     hello = ["[0] hello"] * 3
     terminal.wait_for(*hello, "one", "two")
-    console.say("message", "its second line")
+    console.say(Message(("message", "its second line")))
     terminal.wait_for(*hello, "launch: message", "its second line", "one", "two")
     console.live(["three"])
     terminal.wait_for(*hello, "launch: message", "its second line", "three")
@@ -127,7 +128,7 @@ def test_workers_cannot_disturb_it(terminal: Terminal, tmp_path: Path) -> None:
     ]
     files.out.write_bytes(b"\n".join(lines) + b"\n")
     console.unfollow()
-    console.say("end")
+    console.say(headline("end"))
     console.close()
     assert terminal.read()[: len(lines)] == [
         "[0] up.",
@@ -149,7 +150,7 @@ def test_it_is_cut_to_the_terminal(terminal: Terminal) -> None:
     console.live(["x" * 100, "\x1b[31m" + "漢" * 50 + "\x1b[0m", *[str(i) for i in range(50)]])
     terminal.wait_for("x" * 39, "漢" * 19, *map(str, range(6)))
     assert ("漢" * 19 + "\x1b[0m\r\n").encode() in terminal.raw
-    console.say("said")
+    console.say(headline("said"))
     console.live(["y"])
     terminal.wait_for("launch: said", "y")
     console.close()
@@ -159,7 +160,7 @@ def test_it_is_cut_to_the_terminal(terminal: Terminal) -> None:
 def test_it_survives_another_size(columns: int) -> None:
     terminal = Terminal(columns=40, rows=30)
     console = terminal.console()
-    console.say("above")
+    console.say(headline("above"))
     console.live(["x" * 60, "short", "y" * 30])
     terminal.wait_for("launch: above", "x" * 39, "short", "y" * 30)
     terminal.resize(columns)
@@ -186,7 +187,7 @@ def test_where_there_is_none(terminal: Terminal, reason: str, monkeypatch: pytes
     console = Console(out, Sink(terminal.fd), Level.WARNING if reason == "quiet" else Level.INFO)
     assert not console.has_live_view
     console.live(["view"])
-    console.say("warning", level=Level.WARNING)
+    console.say(warning("warning"))
     console.close()
     assert terminal.read() == ["launch: warning", ""]
     os.close(read_end)
@@ -197,7 +198,7 @@ def test_no_colour(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     console = terminal.console()
     console.live([console.paint("view", 31)])
-    console.say("red", style=31)
+    console.say(error("red"))
     console.close()
     assert terminal.read() == ["launch: red", ""]
     assert b"31m" not in terminal.raw
@@ -207,7 +208,7 @@ def test_show_is_a_line_of_it(terminal: Terminal) -> None:
     console = terminal.console()
     console.show("1 of 2")
     terminal.wait_for("launch: 1 of 2")
-    console.say("said")
+    console.say(headline("said"))
     console.show("2 of 2")
     terminal.wait_for("launch: said", "launch: 2 of 2")
     console.close()
@@ -218,7 +219,7 @@ def test_show_is_a_line_of_it(terminal: Terminal) -> None:
 def test_levels(level: Level, terminal: Terminal) -> None:
     console = terminal.console(level)
     for one in Level:
-        console.say(one.name, level=one)
+        console.say(Message((one.name,), level=one))
     console.close()
     assert terminal.read()[:-1] == [f"launch: {one.name}" for one in Level if one >= level]
 
@@ -257,6 +258,7 @@ def test_a_flood_of_lines_is_not_held_up_by_it(terminal: Terminal, tmp_path: Pat
 VIEWER = """
     import fcntl, os, signal, subprocess, sys, termios, threading
     from launcher.reporting.console import Console, Sink
+    from launcher.reporting.message import headline
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
@@ -264,7 +266,7 @@ VIEWER = """
     if "background" in sys.argv:
         other = subprocess.Popen(["sleep", "60"], process_group=0)
         os.tcsetpgrp(0, other.pid)
-        console.say("begun")
+        console.say(headline("begun"))
     else:
         resumed, handler = threading.Event(), signal.getsignal(signal.SIGCONT)
         signal.signal(signal.SIGCONT, lambda *given: (handler(*given), resumed.set()))
@@ -273,7 +275,7 @@ VIEWER = """
     if "background" not in sys.argv:
         resumed.wait()
     console.live(["second view"])
-    console.say("said")
+    console.say(headline("said"))
     signal.pause()
     """
 

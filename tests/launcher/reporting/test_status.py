@@ -21,7 +21,6 @@ from launcher.events import (
     Tick,
 )
 from launcher.progress import Progress
-from launcher.reporting.past_job import PastJob
 from launcher.reporting.status import Saved, Saving, Status
 from launcher.reporting.status_board import StatusBoard
 
@@ -208,61 +207,9 @@ def test_json_and_back() -> None:
     assert status.saving == (Saving(5, "local", 1, 2),)
 
 
-def event(time: float, name: str, **fields: object) -> dict[str, object]:
-    return {"time": time, "event": name, **fields}
-
-
-HISTORY = [
-    event(0, "job_started"),
-    event(1, "job_ended", exit_code=0),
-    event(100, "job_started"),
-    event(101, "round_started", round=2),
-    event(110, "progress", step=30),
-    event(111, "persisted", step=20, tier="local"),
-    event(112, "failure", cause="killed by SIGKILL"),
-    event(113, "round_started", round=3),
-    event(150, "progress", step=60),
-    event(160, "failure", cause="ValueError: boom", step=62),
-]
-
-
-def test_how_a_job_ended() -> None:
-    past = PastJob.of([*HISTORY, event(161, "job_ended", exit_code=77, reason="3 times the same")])
-    assert past is not None
-    assert past.render("train", 281.0) == [
-        "train: ended 2 min ago with exit code 77: 3 times the same",
-        "  ran     1 min 1 s, 2 rounds",
-        "  step    62",
-        "  saved   20 local",
-        "  failed  2 times, last: ValueError: boom",
-    ]
-    assert past.to_json()["failures"] == ["killed by SIGKILL", "ValueError: boom"]
-
-
-def test_a_job_that_was_killed() -> None:
-    past = PastJob.of(HISTORY)
-    assert past is not None
-    assert past.exit_code is None
-    assert past.render("train", 161.0)[0] == (
-        "train: did not end by itself: its launch was killed, 1 s ago or less"
-    )
-
-
-def test_a_step_that_was_saved_was_reached() -> None:
-    for before in ([], [event(2, "progress", step=3)]):
-        past = PastJob.of([event(1, "job_started"), *before, event(3, "staged", step=20)])
-        assert past is not None
-        assert past.step == 20
-
-
 def test_what_is_saved_where() -> None:
     now = board().after(SaveStaged(5), 1.0)
     assert (now.newest_saved, now.is_only_in_memory) == (5, True)
     now = now.after(SavePersisted(5, "remote", "s3://b", 1.0), 2.0)
     assert (now.newest_saved, now.is_only_in_memory) == (5, False)
     assert (board().newest_saved, board().is_only_in_memory) == (None, False)
-
-
-def test_no_job_ever() -> None:
-    assert PastJob.of([]) is None
-    assert PastJob.of([event(1, "progress", step=3)]) is None
