@@ -129,7 +129,6 @@ def test_why_a_round_ends(request_: RoundEndRequest, said: str) -> None:
 def test_what_another_node_says() -> None:
     """Nothing where this node has said it itself, or users need not know it."""
     round_ = played(nodes=2)
-    at_boundary = "saving at the next step boundary"
     for node, message, said in (
         (1, {"kind": "stop", "signum": 2}, "SIGINT on host1: the job stops"),
         (0, {"kind": "stop", "signum": 2}, ""),
