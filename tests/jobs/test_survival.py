@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.ask import ask
+from launcher.cli import ask as client
 from launcher.errors import UsageError
 from tests.kit.job import LAUNCH, PATIENCE, Ended, Job, read_until, until
 
@@ -210,7 +210,7 @@ def test_a_dead_device_is_left_out(job: Job) -> None:
     with pytest.raises(
         UsageError, match=r"nproc: 501 workers need 1066 open files, and 1064 .* at most 500"
     ):
-        list(ask(job.path / "runs/train", "scale", 501))
+        list(client.ask(job.path / "runs/train", "scale", 501))
     assert ask(job, "scale", "train", "3").code == 0
     assert has_started(job, 4, 3) == ["4 0 3 0 2", "4 1 3 1 2", "4 2 3 2 2"]
     wait_for_steps(job)
