@@ -20,15 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _peers
 import torch
 import torch.distributed as dist
-from _save_candidates import Candidate
-from _save_limits import Limits, touch_free_memory
-from _save_peers import CANDIDATES
-from _save_profile import Profile
-from _save_state import State, build_state
-from _save_training import measure_stalls, measure_training
+from _kit.environments import use
+from _kit.limits import Limits, touch_free_memory
+from _kit.state import State, build_state
+from _peers.base import Candidate
+from _peers.candidates import CANDIDATES
+from _save.profile import Profile
+from _save.training import measure_stalls, measure_training
 from torch.distributed.checkpoint.api import CheckpointException
 
 __all__ = ["Bench", "World"]
@@ -127,11 +127,12 @@ class Bench:
 
     def _use(self, kind: type[Candidate]) -> None:
         if kind.needs:
-            _peers.use(Path(self.world.peers), kind.needs)
+            use(Path(self.world.peers), kind.needs)
 
     def _remote(self, number: int, word: str) -> dict[str, float]:
         """To object storage, and back."""
-        from _save_s3 import REMOTE, BareClient, remove
+        from _kit.bare_s3_client import BareClient
+        from _peers.remote import REMOTE, remove
 
         if word == "s3:limits":
             share = -(-self.state.stored // self.world.ranks)

@@ -30,7 +30,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardckpt-bench"
 
-_CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"
+_CONSTRAINTS = Path(__file__).resolve().parents[3] / "constraints.txt"
 _FAILURE = "failure.txt"
 
 

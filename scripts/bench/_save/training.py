@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from _save_candidates import Candidate
+from _peers.base import Candidate
 
 __all__ = ["ALONE_SECONDS", "Ranks", "measure_stalls", "measure_training"]
 

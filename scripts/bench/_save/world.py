@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _processes import MARK, kill_marked, marked
+from _kit.processes import MARK, kill_marked, marked
 
 from launcher.zygote.orders import LARGE_COPIES
 
@@ -23,7 +23,7 @@ Job = tuple[int, str]
 Results = dict[Job, dict[str, float | str]]
 """By round and candidate: seconds and bytes by name, or the reason of a failure as "error"."""
 
-_RANK = Path(__file__).with_name("_save_rank.py")
+_RANK = Path(__file__).parents[1] / "_save_rank.py"
 _SILENCE = 240.0
 _FAREWELL = 10.0
 _LOG_LINES = 40

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _save_peers import CANDIDATES
+from _peers.candidates import CANDIDATES
 
 __all__ = ["plot"]
 

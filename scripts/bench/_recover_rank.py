@@ -23,7 +23,7 @@ begun = time.monotonic()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from _save_state import build_objects, fill, local_tensors, make_optimizer_state  # noqa: E402
+from _kit.state import build_objects, fill, local_tensors, make_optimizer_state  # noqa: E402
 
 __all__ = ["SAVE_STEP", "Job"]
 
@@ -61,7 +61,7 @@ class Peer:
     """DCP, asynchronous in the mode with the shorter stall, to the local disk."""
 
     def __init__(self, folder: Path, objects: dict[str, Any]) -> None:
-        from _save_candidates import DcpThread
+        from _peers.base import DcpThread
 
         state: Any = SimpleNamespace(**objects)
         self._folder = folder

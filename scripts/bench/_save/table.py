@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from _save_limits import LIMITS
-from _save_peers import CANDIDATES
-from _save_world import Results
+from _kit.limits import LIMITS
+from _peers.candidates import CANDIDATES
+
+from _save.world import Results
 
 __all__ = ["medians", "remote_tables", "tables"]
 
@@ -149,7 +150,7 @@ def _stalls(times: Values) -> str:
 
 def remote_tables(results: Results, stored: int) -> str:
     """What object storage costs, with failures."""
-    from _save_s3 import REMOTE
+    from _peers.remote import REMOTE
 
     times = medians(results)
     bare = times.pop("s3:limits", {})

@@ -1,0 +1,1 @@
+"""What the benchmarks compare with, one module a peer. `candidates.py` has them all."""

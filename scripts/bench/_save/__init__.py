@@ -1,0 +1,1 @@
+"""The parts of scripts/bench/save: the world of ranks, what they measure, tables, plot and profile."""
