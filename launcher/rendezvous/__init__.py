@@ -1,4 +1,4 @@
-"""Who takes part in the job and where they meet.
+"""Who takes part in a job and where the nodes meet: the agent's client of its team, and the member process.
 
 Torch is imported in `member/` only. Imports `system` and below.
 """

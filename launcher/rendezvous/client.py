@@ -26,25 +26,30 @@ from launcher.system.processes import Subreaper
 __all__ = ["MemberHandle", "RendezvousSettings", "SingleNodeClient", "TeamClient"]
 
 _COMMAND = module_command("launcher.rendezvous.member")
-_FAREWELL = 2.0  # seconds
+_LEAVE_TIMEOUT = 2.0  # seconds that `close` waits for the process after `leave`
 
 
 @dataclass(frozen=True)
 class RendezvousSettings:
     """Where and how the nodes of a job meet.
 
-    `backend` is "c10d", "static", "etcd-v2", "etcd" or another one that torch's registry knows. `endpoint` is
-    host and port. `node_rank` is this node's number with "static", where all `max_nodes` nodes must come.
-    `local_addr` is the address at which other nodes reach this one; None: found by the way to the endpoint.
-    `conf` is what torchrun takes as --rdzv-conf; unless given, `join_timeout` is 600 s, `last_call_timeout` 2
-    s, `read_timeout` (for somebody to answer at the endpoint; never longer than `join_timeout`) 60 s,
-    `keep_alive_interval` 1 s and `keep_alive_max_attempt` 30; `is_host` says whether to serve the store of
-    "c10d" and "static", which is otherwise done by the first process on the endpoint's machine. `has_met`:
-    this node has been in a generation of the job before. `secret` is what all nodes of the job share, by
-    which they know each other, and `secret_source` where it comes from, in words; None: anybody can take
-    part.
+    Beyond `max_nodes`, a node waits without a limit until another one is lost or the job has ended.
 
-    A node beyond `max_nodes` waits, without a limit, until another one is lost or the job has ended.
+    Args:
+        backend: "c10d", "static", "etcd-v2", "etcd" or another one that torch's registry knows.
+        endpoint: host and port at which the nodes meet.
+        run_id: the job's name there.
+        min_nodes: the fewest nodes of a generation.
+        max_nodes: the most nodes of a generation.
+        node_rank: this node's number with "static", where all `max_nodes` nodes must come.
+        local_addr: the address at which other nodes reach this one; None: that of the route to the endpoint.
+        conf: torchrun's --rdzv-conf. Defaults: `join_timeout` 600 s; `last_call_timeout` 2 s; `read_timeout`,
+            the time for a server to answer at the endpoint, 60 s and never more than `join_timeout`;
+            `keep_alive_interval` 1 s; `keep_alive_max_attempt` 30; `is_host`, whether to serve the store of
+            "c10d" and "static": true for the first process on the endpoint's machine.
+        has_met: true if this node has been in a generation of the job before.
+        secret: what all nodes of the job share to authenticate each other's messages; None: anyone can join.
+        secret_source: where the secret comes from, in words, for messages.
     """
 
     backend: str
@@ -65,51 +70,53 @@ class RendezvousSettings:
 
     @property
     def server(self) -> str:
-        """Who is at the endpoint, in words."""
+        """What serves the endpoint, in words."""
         is_node = self.backend in ("c10d", "static")
         return "the node that serves the store" if is_node else "the rendezvous"
 
 
 class TeamClient(Protocol):
-    """A node's place in its team. A source of the monitor's: `descriptors` and `receive`."""
+    """An agent's connection to its team. A source of the monitor's: `descriptors` and `receive`."""
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """File descriptors that become readable when `receive` has something to tell; none: never again."""
+        """File descriptors that become readable when `receive` has events; none: no more events ever."""
 
     def receive(self) -> list[Event]:
-        """What has happened since the last call; does not wait.
+        """The events since the last call; does not wait.
 
-        `Joined`, `MessageReceived` and `MemberFailed`; `MemberNews` while it joins.
+        `Joined`, `MessageReceived` and `MemberFailed`; `MemberNews` while the node joins.
         """
 
     def join(self, hello: Mapping[str, Any]) -> None:
-        """Leave the generation that this node is in, and take part in the next one.
+        """Leave the current generation and take part in the next one.
 
-        `Joined` comes when that has formed, or `MemberFailed`; nothing that was said before is heard
-        after this call. May be called again at any time, also after `MemberFailed`.
+        `Joined` follows when that has formed, or `MemberFailed`. Messages of earlier generations are not
+        received after this call. It may be called again at any time, also after `MemberFailed`.
 
-        `hello` is what this node tells the others of itself. "host", "addr" and "version" are added unless
-        it has them, and "member", which is not the agent's. A node whose "version" or "job" (what tells this
-        job from others) differs from the others' is refused: `MemberFailed` of kind "usage".
+        Args:
+            hello: what this node sends the others about itself. "host", "addr" and "version" are added unless
+                present; "member" is reserved. A node whose "version" or "job" (which identifies the job)
+                differs from the others' is refused: `MemberFailed` of kind "usage".
         """
 
     def broadcast(self, message: Mapping[str, Any]) -> None:
-        """Have every node of the generation hear `message`, a JSON object; lost if there is none."""
+        """Send a JSON object to every node of the generation, this one included; lost if there is none."""
 
     def leave(self, outcome: int | None = None) -> None:
-        """Leave for good and in peace: nobody is told that this node is lost. Then `close`.
+        """Leave for good, without the others reporting this node as lost. `close` follows.
 
-        `outcome` is the exit code with which the whole job has ended, if it has: nodes that wait, and those
-        that come now, are told so.
+        Args:
+            outcome: the exit code with which the whole job has ended, if it has. Nodes that wait now, or come
+                later, receive it.
         """
 
     def close(self) -> None:
-        """Let go. Without `leave` before, the other nodes hear that this one is lost."""
+        """Release the connection. Without `leave` before, the other nodes learn that this one is lost."""
 
 
 class SingleNodeClient:
-    """A team of one node: no process and no torch; what it says it hears at once."""
+    """A team of one node: needs no process and no torch, and receives its own messages at once."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -118,11 +125,11 @@ class SingleNodeClient:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """File descriptors that become readable when `receive` has something to tell."""
+        """File descriptors that become readable when `receive` has events."""
         return () if self._is_closed else (self._wake,)
 
     def receive(self) -> list[Event]:
-        """What was said since the last call; does not wait."""
+        """The messages since the last call; does not wait."""
         events, self._events = self._events, []
         if events:
             os.eventfd_read(self._wake)
@@ -131,32 +138,37 @@ class SingleNodeClient:
     def join(self, hello: Mapping[str, Any]) -> None:
         """Begin a generation, with this node as number 0."""
         self._events = []
-        self._tell(Joined(0, [_through_json(hello)]))
+        self._add(Joined(0, [_through_json(hello)]))
 
     def broadcast(self, message: Mapping[str, Any]) -> None:
-        """Hear `message` at the next `receive`."""
-        self._tell(MessageReceived(0, _through_json(message)))
+        """Have the next `receive` return `message`."""
+        self._add(MessageReceived(0, _through_json(message)))
 
     def leave(self, outcome: int | None = None) -> None:
-        """Nothing: there is nobody to be told."""
+        """Nothing: there are no other nodes."""
 
     def close(self) -> None:
-        """Let go of the descriptor; there are no more events."""
+        """Close the descriptor; there are no more events."""
         self._is_closed = True
         self._events = []
         os.close(self._wake)
 
-    def _tell(self, event: Event) -> None:
+    def _add(self, event: Event) -> None:
         self._events.append(event)
         os.eventfd_write(self._wake, 1)
 
 
 class MemberHandle:
-    """A team of several nodes, which a process of its own speaks to.
+    """A team of several nodes, reached through this node's member process.
 
-    The process starts at once and imports torch meanwhile. It outlives this one as long as other nodes
-    depend on it (because it serves the store of the rendezvous), and writes to `log` what torch has to say.
-    Raises `InternalError` if it cannot be started, here and in `join`.
+    The process starts at once and imports torch meanwhile. It outlives this one while other nodes depend on it,
+    because it may serve the store of the rendezvous. `InternalError` is raised if it cannot be started, here
+    and in `join`.
+
+    Args:
+        settings: how the nodes meet.
+        log: the file to which the output of the process, torch's warnings included, is appended.
+        reaper: told to leave the process alone.
     """
 
     def __init__(self, settings: RendezvousSettings, log: Path, reaper: Subreaper) -> None:
@@ -164,29 +176,29 @@ class MemberHandle:
         self._log = log
         self._reaper = reaper
         self._has_left = False
-        self._joins = 0  # what is told of an earlier one is out of date
+        self._joins = 0  # events of an earlier join are out of date
         self._process: ChildProcess | None = self._start()
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """File descriptors that become readable when `receive` has something to tell."""
+        """File descriptors that become readable when `receive` has events."""
         return () if self._process is None else self._process.descriptors
 
     @property
     def pid(self) -> int | None:
-        """The process that speaks for this node; None if none does."""
+        """The member process of this node; None if there is none."""
         return None if self._process is None else self._process.pid
 
     def receive(self) -> list[Event]:
-        """What has happened since the last call; does not wait.
+        """The events since the last call; does not wait.
 
         `MemberFailed` is the last event until `join` is called again.
         """
         if self._process is None:
             return []
-        code = self._process.poll()  # before its last words are read, so that none can be missed
-        told = map(_decode, self._process.read())
-        events = [event for number, event in told if number == self._joins]
+        code = self._process.poll()  # before its last lines are read, so that none can be missed
+        decoded = map(_decode, self._process.read())
+        events = [event for number, event in decoded if number == self._joins]
         if any(isinstance(event, Joined) for event in events):
             self._settings = replace(self._settings, has_met=True)
         failed = next((i for i, event in enumerate(events) if isinstance(event, MemberFailed)), None)
@@ -194,36 +206,37 @@ class MemberHandle:
             events = events[: failed + 1]
             self._disconnect()
         elif code is not None:
-            events.append(MemberFailed("lost", f"{_ending(code)}: see {self._log}"))
+            events.append(MemberFailed("lost", f"{_describe_end(code)}: see {self._log}"))
             self._disconnect()
         return events
 
     def join(self, hello: Mapping[str, Any]) -> None:
-        """Leave the generation that this node is in, and take part in the next one."""
+        """Leave the current generation and take part in the next one."""
         self._joins += 1
         if self._process is None:
             self._process = self._start()
-        _order(self._process, order="join", number=self._joins, hello=hello)
+        _send_order(self._process, order="join", number=self._joins, hello=hello)
 
     def broadcast(self, message: Mapping[str, Any]) -> None:
-        """Have every node of the generation hear `message`; lost if this node is in none."""
+        """Send `message` to every node of the generation; lost if this node is in none."""
         if self._process is not None:
-            _order(self._process, order="say", number=self._joins, message=message)
+            _send_order(self._process, order="say", number=self._joins, message=message)
 
     def leave(self, outcome: int | None = None) -> None:
-        """Leave for good and in peace: nobody is told that this node is lost."""
+        """Leave for good, without the others reporting this node as lost."""
         self._has_left = True
         if self._process is not None:
-            _order(self._process, order="leave", outcome=outcome)
+            _send_order(self._process, order="leave", outcome=outcome)
 
     def close(self) -> None:
-        """Let go of the process, which ends by itself, soon. There are no more events.
+        """Close the connection to the process, which then ends by itself. There are no more events.
 
-        After `leave`, waits for that end, for two seconds at most: only one that serves the store takes longer.
+        After `leave`, wait for that end for at most two seconds: only a process that serves the store takes
+        longer.
         """
         if self._process is not None:
             if self._has_left:
-                self._process.wait(_FAREWELL)
+                self._process.wait(_LEAVE_TIMEOUT)
             self._disconnect()
 
     def _start(self) -> ChildProcess:
@@ -234,7 +247,7 @@ class MemberHandle:
                 f"the process for the rendezvous cannot be started: {error.strerror}: {error.filename}"
             ) from None
         self._reaper.spare(process.pid)
-        _order(process, order="settings", **asdict(self._settings))
+        _send_order(process, order="settings", **asdict(self._settings))
         return process
 
     def _disconnect(self) -> None:
@@ -245,7 +258,7 @@ class MemberHandle:
         self._process = None
 
 
-def _order(member: ChildProcess, **order: Any) -> None:
+def _send_order(member: ChildProcess, **order: Any) -> None:
     member.send(json.dumps(order).encode())
 
 
@@ -258,15 +271,16 @@ _EVENTS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
 
 
 def _decode(line: bytes) -> tuple[int, Event]:
+    """The join that a line from the member belongs to, and its event."""
     message = json.loads(line)
     return message["number"], _EVENTS[message["event"]](message)
 
 
-def _ending(code: int) -> str:
+def _describe_end(code: int) -> str:
     how = f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
     return f"this node's process for the rendezvous {how}"
 
 
 def _through_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """`value` as another node would get it."""
+    """`value` as another node would receive it."""
     return json.loads(json.dumps(value))  # type: ignore[no-any-return]

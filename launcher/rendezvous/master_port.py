@@ -1,7 +1,7 @@
-"""Where the workers of a round meet.
+"""The address and port at which the workers of a round meet.
 
-On one node membership needs no agreement: all that workers need is an address and a port at which
-rank 0 serves the store. Each round gets another port, so that no key of a dead round is ever read.
+The workers of one node need no rendezvous of nodes: an address and a port at which rank 0 serves their store is
+enough. Each round gets another port, so that no key of an earlier round is ever read.
 """
 
 from __future__ import annotations
@@ -27,11 +27,16 @@ class MasterAddress:
 
 @contextmanager
 def reserve_master_port(addr: str, port: int) -> Iterator[MasterAddress]:
-    """Reserve `port`, or any free one if it is 0, for rank 0 of a round.
+    """Reserve a port for rank 0 of a round, within the `with` block.
 
-    The port is bound, not listened on, until the round is over. Linux lets rank 0 bind it too
-    (both sockets have SO_REUSEADDR, and torch's store sets it), but gives it to nobody who asks for
-    any free port, so that nothing can slip in between this choice and rank 0's start.
+    The port is bound, not listened on, until the round is over. Linux lets rank 0 bind it too (both sockets have
+    SO_REUSEADDR; torch's store sets it), but gives it to no process that asks for any free port: so no other
+    process can take it between this choice and rank 0's start.
+
+    Args:
+        addr: host name or address of this node; raises `UsageError` if it cannot be resolved.
+        port: the port, or 0 for any free one. Raises `BusyError` if it is in use, `UsageError` if it needs
+            privileges.
     """
     try:
         socket.getaddrinfo(addr, None)

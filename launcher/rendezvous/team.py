@@ -1,4 +1,4 @@
-"""Who takes part in a job: the nodes of a team, and what they tell each other before a round. Pure."""
+"""The nodes of a team and the ranks that each of them gets in a round. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ __all__ = ["RankAssignment", "Ready", "Team"]
 
 @dataclass(frozen=True)
 class Team:
-    """The nodes that one rendezvous brought together. This one is number `rank`."""
+    """The nodes of one generation.
+
+    Args:
+        rank: this node's number.
+        hosts: host names, by node.
+    """
 
     rank: int
     hosts: tuple[str, ...]
@@ -23,12 +28,19 @@ class Team:
 
 @dataclass(frozen=True)
 class Ready:
-    """What a node brings to the next round."""
+    """What a node contributes to the next round.
 
-    slots: tuple[int, ...]  # of the devices that it has workers for; as many workers as slots
-    addr: str  # at which the other nodes reach it
-    port: int  # at which the round's store can listen there
-    number: int  # the lowest that the round can have, by this node's run directory
+    Args:
+        slots: device slots of its workers; one worker a slot.
+        addr: the address at which the other nodes reach it.
+        port: a port at which it can serve the round's store.
+        number: the lowest number that the round can have, by this node's run directory.
+    """
+
+    slots: tuple[int, ...]
+    addr: str
+    port: int
+    number: int
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "ready", **asdict(self)}
@@ -41,17 +53,27 @@ class Ready:
 
 @dataclass(frozen=True)
 class RankAssignment:
-    """A round as every node works it out from all `Ready`: who has which ranks, and where they meet."""
+    """A round as every node computes it from all `Ready` messages: which node has which ranks.
+
+    Args:
+        number: the round.
+        node: this node.
+        workers: how many workers each node has, by node.
+        slots: device slots of this node's workers, by local rank.
+        addr: MASTER_ADDR, that of node 0.
+        port: MASTER_PORT.
+    """
 
     number: int
-    node: int  # this one
-    workers: tuple[int, ...]  # by node
-    slots: tuple[int, ...]  # of this node's workers, by local rank
+    node: int
+    workers: tuple[int, ...]
+    slots: tuple[int, ...]
     addr: str
     port: int
 
     @classmethod
     def of(cls, node: int, readies: Mapping[int, Ready]) -> RankAssignment:
+        """The assignment that follows from what every node, by number, has sent."""
         host = readies[0]
         return cls(
             number=max(ready.number for ready in readies.values()),
@@ -76,5 +98,5 @@ class RankAssignment:
 
     @property
     def ranks(self) -> range:
-        """This node's, in the order of its local ranks."""
+        """This node's ranks, in the order of its local ranks."""
         return range(self.first_rank, self.first_rank + len(self.slots))

@@ -10,21 +10,21 @@ from launcher.rendezvous.client import RendezvousSettings
 
 __all__ = ["main"]
 
-_AGENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_AGENT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(fd: int) -> None:
-    """Obey the agent at the other end of `fd`, and end this process when nobody needs it any more."""
-    for signum in _AGENTS:  # are the agent's business
+    """Carry out the orders of the agent at the other end of `fd`, and return when no node needs this process."""
+    for signum in _AGENT_SIGNALS:  # the agent handles them
         signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _AGENTS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _AGENT_SIGNALS)
 
-    # It warns whenever a wait takes long, and waiting is what this process does.
+    # torch warns whenever a wait takes long, and this process waits most of its time.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from launcher.rendezvous.member.agent_link import Link
+    from launcher.rendezvous.member.agent_link import AgentLink
     from launcher.rendezvous.member.member import Member
 
-    link = Link(fd)
+    link = AgentLink(fd)
     orders = link.orders()
     settings = next(orders, None)
     if settings is None:
@@ -36,7 +36,7 @@ def main(fd: int) -> None:
             case "join":
                 member.join(order["number"], order["hello"])
             case "say":
-                member.say(order["number"], order["message"])
+                member.broadcast(order["number"], order["message"])
             case "leave":
                 member.leave(order["outcome"])
                 return
@@ -47,4 +47,4 @@ if __name__ == "__main__":
     main(int(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # threads may wait for a store for ever
+    os._exit(0)  # threads may wait for a store forever

@@ -8,25 +8,29 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Link"]
+__all__ = ["AgentLink"]
 
 
-class Link:
-    """Orders come in, events go out; `tell` is safe to call from any thread."""
+class AgentLink:
+    """Receives orders and sends events; `send` may be called from any thread.
+
+    Args:
+        fd: this process's end of the socket pair; owned by the link from now on.
+    """
 
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
         self._lock = threading.Lock()
 
     def orders(self) -> Iterator[dict[str, Any]]:
-        """What the agent wants, until it hangs up or is dead."""
+        """Yield the agent's orders until it closes the connection or dies."""
         unread = b""
         while received := self._receive():
             *lines, unread = (unread + received).split(b"\n")
             yield from map(json.loads, lines)
 
-    def tell(self, **event: Any) -> None:
-        """Send an event; nothing happens if nobody is there to read it."""
+    def send(self, **event: Any) -> None:
+        """Send an event; has no effect if the agent is gone."""
         with self._lock:
             try:
                 self._socket.sendall(json.dumps(event).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Whether nodes belong together: the same job, and the same version of this program."""
+"""Checks that nodes belong together: the same job, and the same version of this program."""
 
 from __future__ import annotations
 
@@ -11,31 +11,33 @@ from launcher.rendezvous.member.stores import SignedStore
 
 __all__ = ["Compatibility", "check_hellos"]
 
+_KEY = "charter"
+
 
 def check_hellos(hellos: Sequence[Mapping[str, Any]], rank: int) -> None:
-    """Raise `Refused` unless all nodes of a generation belong together; this one is number `rank`."""
+    """Raise `Refused` unless all nodes of a generation belong together with node `rank`, this one."""
     for hello in hellos:
         _compare(hello, hellos[rank])
 
 
 class Compatibility:
-    """What the last generation was of. `store` is what the job keeps beside its generations.
+    """Job and version of the last generation, as recorded in the job's store.
 
-    A node that does not fit to a running job finds out before it takes part, and disturbs it no more.
+    A node that does not belong to a running job is refused before it takes part, and does not disturb it.
     """
 
     def __init__(self, store: SignedStore) -> None:
         self._store = store
 
     def check(self, hello: Mapping[str, Any]) -> None:
-        """Raise `Refused` unless a node that says `hello` belongs to the job, as far as there is one."""
-        text = self._store.get("charter")
+        """Raise `Refused` unless a node with this hello belongs to the job, if one is recorded."""
+        text = self._store.get(_KEY)
         if text is not None:
             _compare(json.loads(text), hello)
 
-    def write(self, hello: Mapping[str, Any]) -> None:
-        """A generation of nodes like the one that says `hello` begins."""
-        self._store.set("charter", json.dumps({key: hello.get(key) for key in ("host", "version", "job")}))
+    def record(self, hello: Mapping[str, Any]) -> None:
+        """Record the job and version of the generation that begins."""
+        self._store.set(_KEY, json.dumps({key: hello.get(key) for key in ("host", "version", "job")}))
 
 
 def _compare(other: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The endpoint of a rendezvous: whether it is this machine, whether somebody answers there."""
+"""The endpoint of a rendezvous: is it this machine, and does a server answer there?"""
 
 from __future__ import annotations
 
@@ -10,55 +10,62 @@ from ipaddress import ip_address
 from launcher.rendezvous.member.refused import Refused
 
 __all__ = [
-    "is_here",
-    "is_served",
+    "accepts_connections",
+    "format_endpoint",
+    "is_this_machine",
     "listening_address",
     "local_address",
-    "reach",
-    "resolve",
-    "show",
-    "wait_for_name",
+    "resolve_endpoint",
+    "wait_until_reachable",
+    "wait_until_resolvable",
 ]
 
-_PAUSE = 0.3  # seconds between two attempts to connect
-_NAME_PAUSE = 0.5  # ... to resolve a name
-_QUIET = 3.0  # seconds without an answer, after which the user is told
+_CONNECT_PAUSE = 0.3  # seconds between two attempts to connect
+_RESOLVE_PAUSE = 0.5  # seconds between two attempts to resolve a name
+_NOTIFY_AFTER = 3.0  # seconds without an answer, after which the user is notified
 
 
-def show(endpoint: tuple[str, int]) -> str:
-    """`endpoint` as a user writes it."""
+def format_endpoint(endpoint: tuple[str, int]) -> str:
+    """`endpoint` as a user writes it: `host:29400`, `[::1]:29400`."""
     host, port = endpoint
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def resolve(endpoint: tuple[str, int]) -> list[tuple[int, str]]:
-    """Address families and addresses of the endpoint's host; raises `Refused` if it has none."""
+def resolve_endpoint(endpoint: tuple[str, int]) -> list[tuple[int, str]]:
+    """Address families and addresses of the endpoint's host. Raises `Refused` if it has none."""
     try:
         found = socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM)
     except UnicodeError as error:
-        raise Refused("usage", f"--rdzv-endpoint {show(endpoint)} is no name of a host: {error}") from None
+        raise Refused(
+            "usage", f"--rdzv-endpoint {format_endpoint(endpoint)} is no name of a host: {error}"
+        ) from None
     except OSError as error:
         unknown = f"the host of --rdzv-endpoint, {endpoint[0]}, cannot be resolved ({error.strerror})"
         raise Refused("unavailable", unknown) from None
     return [(family, str(address[0])) for family, _, _, _, address in found]
 
 
-def wait_for_name(
+def wait_until_resolvable(
     endpoint: tuple[str, int],
     seconds: float,
-    tell: Callable[[str], None],
-    look_up: Callable[[tuple[str, int]], object] = resolve,
+    notify: Callable[[str], None],
+    resolve: Callable[[tuple[str, int]], object] = resolve_endpoint,
 ) -> None:
-    """Wait until the endpoint's host is known, as `look_up` has it; raises `Refused` after `seconds`.
+    """Wait until the endpoint's host has an address.
 
-    A pod's name, for one, is known once it runs, and other pods may run before. If that takes long, `tell` is
-    called once with a line for the user.
+    A pod's name, for example, has one once the pod runs, and other pods may run before.
+
+    Args:
+        endpoint: host and port.
+        seconds: time limit, after which `Refused` is raised.
+        notify: called once with a line for the user if this takes long.
+        resolve: raises `Refused` of kind "unavailable" as long as there is no address.
     """
     began, since = time.monotonic(), time.strftime("%H:%M:%S")
-    has_told = False
+    has_notified = False
     while True:
         try:
-            look_up(endpoint)
+            resolve(endpoint)
         except Refused as refused:
             if refused.kind != "unavailable":
                 raise
@@ -66,30 +73,29 @@ def wait_for_name(
         else:
             return
         waited = time.monotonic() - began
-        if waited + _NAME_PAUSE > seconds:
+        if waited + _RESOLVE_PAUSE > seconds:
             advice = "start the node of that name, or correct --rdzv-endpoint"
             raise Refused("unavailable", f"{reason}; tried since {since}, for {seconds:g} s: {advice}")
-        if not has_told and waited >= _QUIET:
-            tell(f"{reason}; trying since {since}, for {seconds:g} s (join_timeout)")
-            has_told = True
-        time.sleep(_NAME_PAUSE)
+        if not has_notified and waited >= _NOTIFY_AFTER:
+            notify(f"{reason}; trying since {since}, for {seconds:g} s (join_timeout)")
+            has_notified = True
+        time.sleep(_RESOLVE_PAUSE)
 
 
 def listening_address(endpoint: tuple[str, int], local_addr: str | None) -> str:
-    """The address of this machine that a store at `endpoint` listens at, and no other one; empty: all of them.
+    """The only address of this machine at which a store for `endpoint` listens; empty: all addresses.
 
-    That is the endpoint's, where this machine has it. Others reach a machine whose own name leads to its
-    loopback address, as Debian sets it, at another one, and one behind a translated address too: by
-    `local_addr` if that is given, else by any.
+    It is the endpoint's, where this machine has that. Where this machine's own name resolves to a loopback
+    address, as Debian sets it up, or addresses are translated on the way, other nodes reach it at another
+    address: `local_addr` if given, else any.
     """
     for host in filter(None, (endpoint[0], local_addr)):
-        found = [address for _, address in resolve((host, endpoint[1])) if _can_bind(address)]
-        is_meant = host == "localhost" or _is_address(host)
-        reached = [address for address in found if is_meant or not ip_address(address).is_loopback]
-        if reached:
-            return min(
-                reached, key=lambda address: ":" in address
-            )  # IPv4 first: all reach that where there is one
+        found = [address for _, address in resolve_endpoint((host, endpoint[1])) if _can_bind(address)]
+        is_literal = host == "localhost" or _is_address(host)
+        reachable = [address for address in found if is_literal or not ip_address(address).is_loopback]
+        if reachable:
+            # IPv4 first: where it exists, every node reaches it.
+            return min(reachable, key=lambda address: ":" in address)
     return ""
 
 
@@ -110,27 +116,27 @@ def _can_bind(address: str) -> bool:
         return True
 
 
-def is_here(endpoint: tuple[str, int]) -> bool:
-    """Whether the endpoint's host is this machine: only its own addresses can be bound to."""
-    return any(_can_bind(address) for _, address in resolve(endpoint))
+def is_this_machine(endpoint: tuple[str, int]) -> bool:
+    """True if the endpoint's host is this machine: a process can only bind to its own machine's addresses."""
+    return any(_can_bind(address) for _, address in resolve_endpoint(endpoint))
 
 
 def local_address(endpoint: tuple[str, int]) -> str:
     """The address at which the nodes that know `endpoint` reach this one."""
-    if is_here(endpoint):
+    if is_this_machine(endpoint):
         return endpoint[0]
-    for family, address in resolve(endpoint):
+    for family, address in resolve_endpoint(endpoint):
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             try:
-                probe.connect((address, endpoint[1]))  # sends nothing: chooses the way there
+                probe.connect((address, endpoint[1]))  # sends nothing: selects the route
             except OSError:
                 continue
             return str(probe.getsockname()[0])
     return socket.gethostname()
 
 
-def is_served(endpoint: tuple[str, int], seconds: float) -> bool:
-    """Whether somebody accepts connections at `endpoint`, within so many seconds."""
+def accepts_connections(endpoint: tuple[str, int], seconds: float) -> bool:
+    """True if `endpoint` accepts a connection within `seconds`."""
     try:
         socket.create_connection(endpoint, timeout=seconds).close()
     except OSError:
@@ -138,24 +144,27 @@ def is_served(endpoint: tuple[str, int], seconds: float) -> bool:
     return True
 
 
-def reach(endpoint: tuple[str, int], seconds: float, tell: Callable[[str], None]) -> None:
-    """Wait until somebody accepts connections at `endpoint`; raises TimeoutError after `seconds`.
+def wait_until_reachable(endpoint: tuple[str, int], seconds: float, notify: Callable[[str], None]) -> None:
+    """Wait until `endpoint` accepts connections. Raises TimeoutError after `seconds`.
 
-    If that takes long, `tell` is called once with a line for the user.
+    If this takes long, `notify` is called once with a line for the user.
     """
     began = time.monotonic()
-    has_told = False
+    has_notified = False
     while True:
         left = began + seconds - time.monotonic()
         try:
-            socket.create_connection(endpoint, timeout=min(max(left, _PAUSE), _QUIET)).close()
+            socket.create_connection(
+                endpoint, timeout=min(max(left, _CONNECT_PAUSE), _NOTIFY_AFTER)
+            ).close()
         except OSError as error:
             why = error.strerror or str(error)
         else:
             return
-        if left <= _PAUSE:
-            raise TimeoutError(f"nobody answers at {show(endpoint)} within {seconds:g} s ({why})")
-        if not has_told and time.monotonic() >= began + _QUIET:
-            tell(f"nobody answers at {show(endpoint)} yet ({why}); trying for {seconds:g} s")
-            has_told = True
-        time.sleep(_PAUSE)
+        where = format_endpoint(endpoint)
+        if left <= _CONNECT_PAUSE:
+            raise TimeoutError(f"nobody answers at {where} within {seconds:g} s ({why})")
+        if not has_notified and time.monotonic() >= began + _NOTIFY_AFTER:
+            notify(f"nobody answers at {where} yet ({why}); trying for {seconds:g} s")
+            has_notified = True
+        time.sleep(_CONNECT_PAUSE)

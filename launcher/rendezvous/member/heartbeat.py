@@ -1,69 +1,77 @@
-"""Who gives no sign of life any more: a decision over what is read, without a clock of its own."""
+"""Which nodes have stopped sending heartbeats: decided from the values read, without a clock of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["GONE", "PERIOD", "Arrivals", "Watch"]
+__all__ = ["GONE", "PERIOD", "HeartbeatWatch", "WaitingNodes"]
 
 PERIOD = 0.5
-"""Seconds between two signs of life, and between two looks at them."""
+"""Seconds between two heartbeats of a node, and between two looks at those of others."""
 
 GONE = "gone"
-"""The last sign of a node that leaves in peace."""
+"""The last heartbeat of a node that leaves by itself."""
 
-_SILENCE = 4.0  # seconds without a sign after which a node is lost
+_TIMEOUT = 4.0  # seconds without a heartbeat, after which a node is lost
 _LONGEST_LOOK = 2 * PERIOD
 
 
-class Watch:
-    """Knows for how long each sign has not grown, by this node's monotonic clock.
+class HeartbeatWatch:
+    """Measures for how long the heartbeat of each node has not increased.
 
-    Signs are whole numbers, or `GONE`; one that is smaller than the last, or none at all (None), is no sign
-    of life.
+    Heartbeats are whole numbers, or `GONE`. A number below the last one, or a missing one (None), does not count.
 
-    Time in which nobody looked does not count beyond one period or so: if this process or the store stood
-    still, the others must first get the chance to give a sign again.
+    Between two looks at most two periods count: if this process or the store was suspended, the others must
+    first get a chance to send a heartbeat.
     """
 
     def __init__(self) -> None:
-        self._signs: dict[int, str] = {}
+        self._heartbeats: dict[int, str] = {}
         self._silent: dict[int, float] = {}
         self._looked: float | None = None
 
-    def look(self, signs: Mapping[int, str | None], now: float) -> dict[int, float]:
-        """The nodes that are silent for too long, and for how many seconds."""
+    def silent_nodes(self, heartbeats: Mapping[int, str | None], now: float) -> dict[int, float]:
+        """Compare with the last look; return the nodes that are silent for too long, with seconds of silence.
+
+        Args:
+            heartbeats: by node.
+            now: this node's monotonic clock, seconds.
+        """
         passed = 0.0 if self._looked is None else min(now - self._looked, _LONGEST_LOOK)
         self._looked = now
-        for node, sign in signs.items():
-            if sign is not None and _is_newer(sign, self._signs.get(node)):
-                self._signs[node] = sign
+        for node, heartbeat in heartbeats.items():
+            if heartbeat is not None and _is_newer(heartbeat, self._heartbeats.get(node)):
+                self._heartbeats[node] = heartbeat
                 self._silent[node] = 0.0
             else:
                 self._silent[node] = self._silent.get(node, 0.0) + passed
-        return {node: self._silent[node] for node in signs if self._silent[node] >= _SILENCE}
+        return {node: self._silent[node] for node in heartbeats if self._silent[node] >= _TIMEOUT}
 
 
-def _is_newer(sign: str, last: str | None) -> bool:
-    return sign == GONE or last is None or (last != GONE and int(sign) > int(last))
+def _is_newer(heartbeat: str, last: str | None) -> bool:
+    return heartbeat == GONE or last is None or (last != GONE and int(heartbeat) > int(last))
 
 
-class Arrivals:
-    """Knows who waits and lives: whose sign has changed since this watch began, and of late.
+class WaitingNodes:
+    """Counts the waiting nodes whose heartbeat has changed since this object was made, and recently.
 
-    One that announced itself and then stands still is not waited for. `patience` is how many seconds a sign
-    may stay the same.
+    A node that announces itself and is then suspended does not count.
+
+    Args:
+        timeout: seconds for which a heartbeat may stay the same.
     """
 
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
-        self._signs: dict[str, str] = {}
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._heartbeats: dict[str, str] = {}
         self._changed: dict[str, float] = {}
 
-    def look(self, signs: Mapping[str, str], now: float) -> int:
-        """How many of those that `signs` has wait and live, by this node's monotonic clock."""
-        for name, sign in signs.items():
-            if self._signs.setdefault(name, sign) != sign:
+    def count_alive(self, heartbeats: Mapping[str, str], now: float) -> int:
+        """How many of the nodes in `heartbeats` are alive; `now` is this node's monotonic clock, seconds."""
+        for name, heartbeat in heartbeats.items():
+            if self._heartbeats.setdefault(name, heartbeat) != heartbeat:
                 self._changed[name] = now
-        self._signs.update(signs)
-        return sum(name in self._changed and now - self._changed[name] <= self._patience for name in signs)
+        self._heartbeats.update(heartbeats)
+        return sum(
+            name in self._changed and now - self._changed[name] <= self._timeout for name in heartbeats
+        )

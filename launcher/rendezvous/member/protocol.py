@@ -1,4 +1,4 @@
-"""What a node asks of a rendezvous: a seat in each generation, and word of nodes that come and go."""
+"""What a member needs of a rendezvous, whatever the backend: generations, and which nodes wait or are lost."""
 
 from __future__ import annotations
 
@@ -6,64 +6,66 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from launcher.rendezvous.member.stores import (
-    SignedStore,
-)
+from launcher.rendezvous.member.stores import SignedStore
 
-__all__ = ["Meeting", "Seat"]
+__all__ = ["GenerationInfo", "Notify", "Rendezvous"]
+
+Notify = Callable[[str], None]
+"""Called with lines for the user."""
 
 
 @dataclass(frozen=True)
-class Seat:
-    """This node's place in a generation, and a store whose keys no other generation reads."""
+class GenerationInfo:
+    """A generation that has formed, as one of its nodes sees it.
+
+    Args:
+        rank: this node's number.
+        size: how many nodes there are.
+        store: a store whose keys no other generation reads.
+        is_host: true if this process serves `store`.
+    """
 
     rank: int
     size: int
     store: SignedStore
     is_host: bool
-    """Whether this process serves `store`."""
 
 
-class Meeting(Protocol):
-    """Where generations are formed."""
+class Rendezvous(Protocol):
+    """Forms generations, one after the other."""
 
-    name: str
-    """What this node, in this process, is known by."""
+    node_id: str
+    """Identifies this node, in this process, to the other nodes."""
 
     store: SignedStore | None
-    """What the job keeps beside its generations; None: each generation has a store of its own."""
+    """The job's store for what outlives a generation; None: each generation has a store of its own."""
 
     is_host: bool
-    """Whether this process serves `store`."""
+    """True if this process serves `store`."""
 
-    def next(self) -> Seat:
-        """Leave the generation before, and wait for the next one with this node in it.
+    def next_generation(self) -> GenerationInfo:
+        """Leave the current generation, and wait for the next one with this node in it.
 
-        Raises `Refused`, or RuntimeError or RendezvousConnectionError if the store is gone.
+        Raises `Refused`; RuntimeError or RendezvousConnectionError if the store is gone.
         """
 
     def running_without(self) -> int:
-        """How many nodes the job runs on, to be asked when this is none of them; 0: it does not, or nobody
-        knows."""
+        """How many nodes the job runs on while this one waits; 0: it does not run, or that is not known."""
 
     def is_in(self) -> bool:
-        """Whether the rendezvous has this node in its generation, as far as can be known.
+        """True if this node is in the current generation, as far as is known.
 
-        Not so from when `next` leaves one generation until the next one has formed.
+        False from the moment `next_generation` leaves one until the next one has formed.
         """
 
     def waiting(self) -> int:
-        """How many nodes wait to be taken in, and have given signs of life since the last generation formed."""
+        """How many nodes wait to be taken in, and have sent heartbeats since the last generation formed."""
 
     def end_job(self, exit_code: int) -> None:
-        """Have every node that waits, or comes from now on, refused: the job has ended with `exit_code`."""
+        """Refuse all nodes that wait or come from now on: the job has ended with `exit_code`."""
 
-    def remove_node(self, node: str) -> None:
-        """Let nobody wait for a node that is lost; `node` is the `name` of its meeting."""
+    def remove_node(self, node_id: str) -> None:
+        """Take a lost node out, so that no other node waits for it."""
 
     def withdraw(self) -> None:
-        """Be no part of the rendezvous any more, and let nobody wait for this node."""
-
-
-Tell = Callable[[str], None]
-"""To be called with lines for the user."""
+        """Take this node out for good, so that no other node waits for it."""

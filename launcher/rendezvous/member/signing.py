@@ -1,7 +1,7 @@
-"""Signatures of what the nodes of a job put into a store, which others may be able to write to as well.
+"""Signatures of the values in a store, to which processes outside the job may be able to write as well.
 
-A value counts only if a node of this job has written it, for the very key that it is read from: the code that
-authenticates it (HMAC-SHA256) covers the job's id, the life of the store that it was written to, and the key.
+A value counts only if a node of this job has written it, for the very key under which it is read: the code that
+authenticates it (HMAC-SHA256) covers the job's id, the store's nonce, and the key.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 __all__ = ["ForgedError", "Signer"]
 
-_SIGNED, _OPEN = b"hmac-sha256:", b"unsigned:"
-_CODE_BYTES = 64  # in hexadecimal
+_SIGNED, _UNSIGNED = b"hmac-sha256:", b"unsigned:"
+_CODE_CHARACTERS = 64  # hexadecimal
 
 
 class ForgedError(Exception):
@@ -21,50 +21,53 @@ class ForgedError(Exception):
 
 
 class Signer:
-    """Signs for a job, and checks.
+    """Signs and checks the values of a job.
 
-    `secret` is what all nodes of the job have, and nobody else; without one nothing is protected, and signed
-    values are refused as unsigned ones are where there is one. `scope` is what else must agree, such as the
-    job's id. `suspect` is called with the keys of values that `read` refuses.
+    Args:
+        secret: known to the nodes of the job alone. None: nothing is protected, and signed values are refused,
+            as unsigned ones are where there is a secret.
+        scope: texts that must agree too, such as the job's id.
+        on_forged: called with the key of each value that `read` refuses.
     """
 
     def __init__(
-        self, secret: bytes | None, *scope: str, suspect: Callable[[str], None] = lambda _: None
+        self, secret: bytes | None, *scope: str, on_forged: Callable[[str], None] = lambda _: None
     ) -> None:
         self._secret = secret
         self._scope = scope
-        self._suspect = suspect
+        self._on_forged = on_forged
         self._key = None if secret is None else _code(secret, *(part.encode() for part in scope))
 
     def within(self, *scope: str) -> Signer:
-        """One whose values only those accept that are within the same."""
-        return Signer(self._secret, *self._scope, *scope, suspect=self._suspect)
+        """A signer of a narrower scope: neither accepts the other's values."""
+        return Signer(self._secret, *self._scope, *scope, on_forged=self._on_forged)
 
     @staticmethod
     def is_signed(stored: bytes) -> bool:
-        """Whether something with a secret has written it, whichever."""
+        """True if a signer with a secret, whichever, has written `stored`."""
         return stored.startswith(_SIGNED)
 
     @staticmethod
     def is_unsigned(stored: bytes) -> bool:
-        """Whether something without a secret has."""
-        return stored.startswith(_OPEN)
+        """True if a signer without a secret has written `stored`."""
+        return stored.startswith(_UNSIGNED)
 
     def sign(self, key: str, value: bytes) -> bytes:
         """`value` as it is stored under `key`."""
         if self._key is None:
-            return _OPEN + value
+            return _UNSIGNED + value
         return _SIGNED + _code(self._key, key.encode(), value).hex().encode() + value
 
     def check(self, key: str, stored: bytes) -> bytes:
         """The value that was stored under `key`. Raises `ForgedError`."""
         if self._key is None:
-            if not stored.startswith(_OPEN):
+            if not stored.startswith(_UNSIGNED):
                 raise ForgedError("it is signed, or of another program")
-            return stored.removeprefix(_OPEN)
+            return stored.removeprefix(_UNSIGNED)
         if not stored.startswith(_SIGNED):
             raise ForgedError("it is not signed")
-        code, value = stored[len(_SIGNED) :][:_CODE_BYTES], stored[len(_SIGNED) + _CODE_BYTES :]
+        signed = stored.removeprefix(_SIGNED)
+        code, value = signed[:_CODE_CHARACTERS], signed[_CODE_CHARACTERS:]
         if not hmac.compare_digest(code, _code(self._key, key.encode(), value).hex().encode()):
             raise ForgedError("it is signed with another secret, or for another key")
         return value
@@ -74,12 +77,12 @@ class Signer:
         try:
             return self.check(key, stored).decode()
         except (ForgedError, UnicodeDecodeError):
-            self._suspect(key)
+            self._on_forged(key)
             return None
 
 
 def _code(key: bytes, *parts: bytes) -> bytes:
-    """The authentication code of `parts`, in which nothing can move from one part to another."""
+    """The authentication code of `parts`, which covers the length of each part as well."""
     code = hmac.new(key, digestmod=hashlib.sha256)
     for part in parts:
         code.update(len(part).to_bytes(8, "little"))

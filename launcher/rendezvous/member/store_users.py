@@ -1,41 +1,44 @@
-"""Who depends on the store of a job: how the process that serves it knows when it may end."""
+"""Counts the processes that use a job's store, so that the one that serves it knows when it can end."""
 
 from __future__ import annotations
 
 import time
 
-from launcher.rendezvous.member.heartbeat import PERIOD, Watch
+from launcher.rendezvous.member.heartbeat import PERIOD, HeartbeatWatch
 from launcher.rendezvous.member.stores import Store
 
 __all__ = ["StoreUsers"]
 
-_PAUSE = 0.05  # seconds between two looks
+_POLL = 0.05  # seconds between two looks
 
 
 class StoreUsers:
-    """One process's presence at a store. Its methods raise RuntimeError if the store is gone."""
+    """The users of a store, this process among them after `register`.
+
+    Methods raise RuntimeError if the store is gone.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def enter(self) -> None:
-        """Be counted."""
+    def register(self) -> None:
+        """Count this process as a user."""
         self._store.add("present", 1)
 
-    def exit(self) -> None:
-        """Be counted no more."""
+    def unregister(self) -> None:
+        """Count this process no longer."""
         self._store.add("present", -1)
 
     def beat(self) -> None:
-        """Give a sign of life; to be called every `PERIOD`."""
+        """Send a heartbeat; call it every `PERIOD` seconds."""
         self._store.add("pulse", 1)
 
-    def outlast_others(self, seconds: float) -> None:
-        """Return when all have gone, or nobody gives a sign of life any more, or after `seconds`."""
-        watch = Watch()
+    def wait_until_unused(self, seconds: float) -> None:
+        """Return when there are no users, when none of them sends heartbeats, or after `seconds`."""
+        watch = HeartbeatWatch()
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self._store.add("present", 0) > 0:
-            pulse = {0: str(self._store.add("pulse", 0))}
-            if watch.look(pulse, time.monotonic()):
+            heartbeats = {0: str(self._store.add("pulse", 0))}
+            if watch.silent_nodes(heartbeats, time.monotonic()):
                 return
-            time.sleep(min(_PAUSE, PERIOD))
+            time.sleep(min(_POLL, PERIOD))

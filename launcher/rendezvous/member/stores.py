@@ -1,4 +1,4 @@
-"""torch's stores as the nodes of a job use them: served at one address only, every value signed."""
+"""torch's stores as the nodes of a job use them: served at one address only, with every value signed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from launcher.rendezvous.member.signing import ForgedError, Signer
 
 __all__ = ["PortTakenError", "SignedStore", "Store", "TCPStore", "connect", "connect_again", "serve"]
 
-_ANSWER = timedelta(seconds=5)
-"""How long an operation of a store may take."""
-
-_REPLACEMENTS = 20  # of a forged value, one after the other, before that is given up
-_PAUSE = 0.1  # seconds before a forged value is looked at again
+_OPERATION_TIMEOUT = timedelta(seconds=5)
+_MAX_REPLACEMENTS = 20  # of a forged value that is written again and again
+_RECHECK_PAUSE = 0.1  # seconds before a forged value is read again
 
 
 class PortTakenError(Exception):
@@ -26,9 +24,12 @@ class PortTakenError(Exception):
 
 
 def serve(host: str, address: str, port: int) -> TCPStore:
-    """A store that this process serves, at `address` alone; empty: at all that this machine has.
+    """Serve a store from this process. Raises `PortTakenError`.
 
-    It is reached as `host`; `port` 0 is any free one. Raises `PortTakenError`.
+    Args:
+        host: the name or address by which this process reaches it.
+        address: the only address at which it listens; empty: all addresses of this machine.
+        port: 0: any free one.
     """
     try:
         listener = _listen(address, port)
@@ -42,8 +43,8 @@ def serve(host: str, address: str, port: int) -> TCPStore:
         port,
         is_master=True,
         wait_for_workers=False,
-        timeout=_ANSWER,
-        master_listen_fd=listener.detach(),  # which it owns from now on
+        timeout=_OPERATION_TIMEOUT,
+        master_listen_fd=listener.detach(),  # owned by the store from now on
     )
 
 
@@ -57,23 +58,28 @@ def _listen(address: str, port: int) -> socket.socket:
 
 
 def connect(host: str, port: int, seconds: float) -> TCPStore:
-    """A store that another process serves. Raises RuntimeError if it does not answer in time."""
-    patience = timedelta(seconds=seconds)
-    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
-    store.set_timeout(_ANSWER)
+    """Connect to a store that another process serves. Raises RuntimeError if it does not answer in time."""
+    timeout = timedelta(seconds=seconds)
+    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    store.set_timeout(_OPERATION_TIMEOUT)
     return store
 
 
 def connect_again(store: Store) -> Store:
-    """A connection of its own to the same store: operations on one connection wait for each other."""
+    """Another connection to the same store: operations on one connection wait for each other."""
     return store.clone()  # type: ignore[attr-defined,no-any-return]
 
 
 class SignedStore:
-    """Signed texts in a part of a store.
+    """Signed texts under one path of a store.
 
-    A value that no node of this job has written is as good as none. Methods raise RuntimeError if the store
-    is gone.
+    A value that no node of this job has written counts as missing. Methods raise RuntimeError if the store is
+    gone.
+
+    Args:
+        store: torch's.
+        signer: signs for the job in this store.
+        path: prefix of all keys, with a slash at its end.
     """
 
     def __init__(self, store: Store, signer: Signer, path: str = "") -> None:
@@ -82,28 +88,29 @@ class SignedStore:
         self._path = path
 
     def connect_again(self) -> SignedStore:
-        """The same part, on a connection of its own."""
+        """The same path, on another connection."""
         return SignedStore(connect_again(self._store), self._signer, self._path)
 
     def part(self, name: str) -> SignedStore:
-        """A part of this part, on the same connection."""
+        """A path below this one, on the same connection."""
         return SignedStore(self._store, self._signer, f"{self._path}{name}/")
 
     @property
     def counters(self) -> Store:
-        """The same keys for numbers that are added to: these are not signed, and nothing may depend on them."""
+        """The same path for counters. These are not signed: no decision that matters may depend on them."""
         return PrefixStore(self._path.rstrip("/"), self._store)
 
     def set(self, key: str, text: str) -> None:
+        """Write `text` under `key`."""
         self._store.set(self._path + key, self._signed(key, text))  # type: ignore[arg-type]
 
     def get(self, key: str) -> str | None:
-        """The text under `key`; None if nobody of this job has written any."""
+        """The text under `key`; None if no node of this job has written any."""
         path = self._path + key
         return self._checked(key, self._store.get(path)) if self._store.check([path]) else None
 
     def wait(self, *keys: str, seconds: float) -> list[str] | None:
-        """The texts under `keys` as soon as there is one under each; None after so many seconds."""
+        """Wait until each of `keys` has a text, and return the texts; None after `seconds`."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             try:
@@ -114,22 +121,25 @@ class SignedStore:
             texts = [text for text in found if text is not None]
             if len(texts) == len(keys):
                 return texts
-            time.sleep(_PAUSE)  # until it is put right
+            time.sleep(_RECHECK_PAUSE)  # until a node replaces the forged value
         return None
 
     def get_all(self, keys: Sequence[str]) -> list[str | None]:
-        """What `get` returns for each of `keys`, of which all exist."""
+        """What `get` returns for each of `keys`, all of which exist."""
         stored = self._store.multi_get([self._path + key for key in keys])
         return [self._checked(key, value) for key, value in zip(keys, stored, strict=True)]
 
     def exist(self, keys: Iterable[str]) -> bool:
-        """Whether there is something under each of `keys`."""
+        """True if each of `keys` has a value, forged ones included."""
         return self._store.check([self._path + key for key in keys])
 
     def create(self, key: str, text: str) -> str:
-        """Write `text` under `key` unless there is one already; returns the text that is there then."""
+        """Write `text` under `key` unless it has a text already; return the one that it has then.
+
+        Raises `ForgedError` if another process overwrites it again and again.
+        """
         wanted, before = self._signed(key, text), b""
-        for _ in range(_REPLACEMENTS):
+        for _ in range(_MAX_REPLACEMENTS):
             found = self._store.compare_set(self._path + key, before, wanted)  # type: ignore[arg-type]
             known = self._checked(key, found)
             if known is not None:

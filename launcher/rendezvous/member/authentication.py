@@ -1,4 +1,8 @@
-"""The seal of a store: whose it is, and whether a node that comes has the same secret as the others."""
+"""Checks that a node has the same secret as the other users of a store, before it takes part.
+
+The first node of a job at a store writes a signed random number there, the nonce. Values of the job count only if
+they are signed for this nonce: nothing signed for an earlier life of the store can be replayed.
+"""
 
 from __future__ import annotations
 
@@ -7,45 +11,53 @@ import secrets
 import time
 
 from launcher.rendezvous.client import RendezvousSettings
-from launcher.rendezvous.member.endpoint import show
+from launcher.rendezvous.member.endpoint import format_endpoint
 from launcher.rendezvous.member.refused import Refused
 from launcher.rendezvous.member.signing import ForgedError, Signer
 from launcher.rendezvous.member.stores import Store
 
-__all__ = ["open_seal"]
+__all__ = ["authenticate_store"]
 
-_PAUSE = 0.05  # seconds between two looks for it
-_PATIENCE = 5.0  # seconds that whoever serves a store, or is the first of its job there, takes to seal it
+_POLL = 0.05  # seconds between two looks for the nonce
+_NONCE_TIMEOUT = 5.0  # seconds for the store's server, or the job's first node there, to write the nonce
 _REMEDY = "give all nodes the same one: --rdzv-conf secret=FILE, or LAUNCH_SECRET in the environment"
 
 
-def open_seal(
+def authenticate_store(
     store: Store, settings: RendezvousSettings, signer: Signer, *, is_host: bool, is_first: bool
 ) -> Signer:
-    """What signs all that a job puts into a store, which is sealed with `signer` if no node has done so yet.
+    """Read the job's nonce from a store, or write it if no node has done so yet.
 
-    `is_host`: this process serves the store, so that whatever is there already counts for nothing.
-    `is_first`: this node need not wait for another one to seal it. Raises `Refused` if the others have
-    another secret, or this node has none and they do. The seal has a number that is drawn anew for each:
-    nothing that was signed under another one counts here.
+    Args:
+        store: the store at the endpoint.
+        settings: this node's rendezvous.
+        signer: signs for the job, in any store.
+        is_host: true if this process serves the store: a nonce that is there already does not count.
+        is_first: true if this node need not wait for another one to write the nonce.
+
+    Returns:
+        a signer for the job in this store.
+
+    Raises:
+        Refused: the others have another secret, or only one side has any.
     """
     key = f"launch.{settings.run_id}/seal"
     own = signer.sign(key, json.dumps({"nonce": secrets.token_hex(16)}).encode())
     if is_host:
         store.set(key, own)  # type: ignore[arg-type]
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _NONCE_TIMEOUT
     while not is_first and not store.check([key]) and time.monotonic() < deadline:
-        time.sleep(_PAUSE)
+        time.sleep(_POLL)
     found = store.compare_set(key, b"", own)  # type: ignore[arg-type]
     try:
         return signer.within(str(json.loads(signer.check(key, found))["nonce"]))
     except (ForgedError, ValueError, LookupError, TypeError):
-        raise Refused("usage", _explain(found, settings)) from None
+        raise Refused("usage", _describe_mismatch(found, settings)) from None
 
 
-def _explain(stored: bytes, settings: RendezvousSettings) -> str:
-    """What is wrong with the secret of a node that `stored` does not let in."""
-    mine, where = settings.secret_source, show(settings.endpoint)
+def _describe_mismatch(stored: bytes, settings: RendezvousSettings) -> str:
+    """Why this node's secret does not match the nonce as it is stored."""
+    mine, where = settings.secret_source, format_endpoint(settings.endpoint)
     if not Signer.is_signed(stored):
         if settings.secret_key is None or not Signer.is_unsigned(stored):
             return f"what is at {where} is not of launch: choose another port for --rdzv-endpoint"

@@ -1,7 +1,7 @@
-"""The state of torch's elastic rendezvous as plain JSON: what comes from other nodes is never unpickled.
+"""The state of torch's elastic rendezvous as plain JSON: nothing that other nodes send is ever unpickled.
 
-torch hands its state to a backend as a pickle, and unpickles what it gets back. Here it gets back a pickle
-that was made in this process, of values whose types were looked at one by one.
+torch passes its state to a backend as a pickle, and unpickles what the backend returns. Here the backend returns
+a pickle made in this process, from values whose types were checked one by one.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ State = _RendezvousState
 
 
 class StateError(ValueError):
-    """A text that is no state of a rendezvous."""
+    """A text that does not encode a rendezvous state."""
 
 
 def from_torch(bits: bytes) -> State:
-    """The state that torch, in this process, has made `bits` of."""
+    """The state that torch, in this process, has pickled as `bits`."""
     state = pickle.loads(bits)
     assert isinstance(state, State)
     return state
 
 
 def to_torch(state: State) -> bytes:
-    """`state` as torch wants to get it."""
+    """`state` pickled, as torch expects it."""
     return pickle.dumps(state)
 
 
 def encode_state(state: State) -> str:
-    """`state` as JSON: equal texts for equal states."""
+    """`state` as JSON; equal states give equal texts."""
     return json.dumps(
         {name: _FIELDS[name][0](value) for name, value in vars(state).items()}, sort_keys=True
     )
 
 
 def decode_state(text: str) -> State:
-    """The state that `text` was made of. Raises `StateError` for anything else."""
+    """The state that `encode_state` has encoded as `text`. Raises `StateError` for any other text."""
     state = State()
     try:
         plain = json.loads(text)
@@ -114,4 +114,4 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "redundancy_list": (_plain_nodes, _nodes),
     "last_heartbeats": (_plain_table(datetime.isoformat), _table(_time)),
 }
-"""Each of the state's attributes: how it is written, and how read."""
+"""Encoder and decoder of each attribute of the state."""
