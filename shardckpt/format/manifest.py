@@ -161,18 +161,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Bytes of all packs."""
         return sum(pack.size for pack in self.packs)
 
-    def first_chunks(self) -> npt.NDArray[np.int64]:
-        """For each array of each tensor, the number of its first row in the chunk table. Not to be changed."""
-        return self._first_chunks
-
     @cached_property
-    def _first_chunks(self) -> npt.NDArray[np.int64]:
+    def first_rows(self) -> npt.NDArray[np.int64]:
+        """The first row of each array in the chunk table, in the order of `arrays`, then the number of all rows.
+
+        Read-only.
+        """
         counts = [math.prod(a.grid) for tensor in self.tensors for a in tensor.arrays]
         return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     @cached_property
     def arrays(self) -> list[tuple[TensorEntry, ArrayEntry]]:
-        """Every array of every tensor, with its tensor: as many as `first_chunks` tells of."""
+        """Every array of every tensor, with its tensor, in the order of the chunk table."""
         return [(tensor, array) for tensor in self.tensors for array in tensor.arrays]
 
 
@@ -216,7 +216,7 @@ def shape_problem(dtype: str, shape: Sequence[int]) -> str | None:
 
 def tied_names(manifest: Manifest) -> dict[str, str]:
     """Tensors that are stored as another one's chunks, by name: the first of those with the same ones."""
-    first = manifest.first_chunks().tolist()
+    first = manifest.first_rows.tolist()
     rows = manifest.chunks
     seen: dict[object, str] = {}
     tied: dict[str, str] = {}

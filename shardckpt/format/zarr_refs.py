@@ -131,7 +131,7 @@ class _StoredArray(NamedTuple):
 
 
 def _arrays(manifest: Manifest) -> Iterator[_StoredArray]:
-    first = manifest.first_chunks().tolist()
+    first = manifest.first_rows.tolist()
     number = 0
     for tensor in manifest.tensors:
         for path, array in zip(_array_paths(tensor), tensor.arrays, strict=True):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from shardckpt.errors import CheckpointError, CheckpointExistsError, CorruptError
-from shardckpt.format.chunks import CRC_BYTES, chunk_bytes
+from shardckpt.format.chunks import StoredChunk, content_bytes
 from shardckpt.format.manifest import Manifest, Pack, pack_path
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import coalesced
@@ -27,16 +27,6 @@ _ZEROS = memoryview(bytes(1 << 20))
 
 Progress = Callable[[int, int], object]
 """Called with the bytes done so far, and the bytes in all."""
-
-
-class _Chunk(NamedTuple):
-    """A stored chunk. Is `Stored`."""
-
-    row: int
-    pack: int
-    offset: int
-    nbytes: int
-    crc32c: int
 
 
 def copy(
@@ -123,7 +113,7 @@ def _copy_packs(source: Fetcher, copied: Place, made: Manifest, progress: Progre
 
 
 def _pieces(
-    source: Fetcher, chunks: Sequence[_Chunk], size: int, advance: Callable[[int], object]
+    source: Fetcher, chunks: Sequence[StoredChunk], size: int, advance: Callable[[int], object]
 ) -> Generator[memoryview]:
     """The bytes of a pack, from its first to its last: verified chunks, and zeros between them."""
     groups = list(coalesced(chunks, _PIECE))
@@ -143,7 +133,7 @@ def _zeros(count: int) -> Iterator[memoryview]:
         yield _ZEROS[: count - start]
 
 
-def _is_right(target: Fetcher, chunks: Sequence[_Chunk], advance: Callable[[int], object]) -> bool:
+def _is_right(target: Fetcher, chunks: Sequence[StoredChunk], advance: Callable[[int], object]) -> bool:
     """Whether a pack is at the target already, whole and right."""
     groups = list(coalesced(chunks, _PIECE))
     try:
@@ -156,15 +146,15 @@ def _is_right(target: Fetcher, chunks: Sequence[_Chunk], advance: Callable[[int]
     return bool(groups)
 
 
-def _chunks_by_pack(manifest: Manifest) -> list[list[_Chunk]]:
+def _chunks_by_pack(manifest: Manifest) -> list[list[StoredChunk]]:
     """The chunks of each pack, in order, each once: tied tensors have rows of their own for the same bytes."""
     nbytes = np.repeat(
-        [chunk_bytes(t.dtype, a.chunk) - CRC_BYTES for t in manifest.tensors for a in t.arrays],
-        np.diff(manifest.first_chunks()),
+        [content_bytes(t.dtype, a.chunk) for t in manifest.tensors for a in t.arrays],
+        np.diff(manifest.first_rows),
     )
     table = manifest.chunks
     columns = zip(table.pack, table.offset, nbytes.tolist(), table.crc32c, strict=True)
-    found: list[dict[int, _Chunk]] = [{} for _ in manifest.packs]
+    found: list[dict[int, StoredChunk]] = [{} for _ in manifest.packs]
     for row, (pack, offset, length, checksum) in enumerate(columns):
-        found[pack].setdefault(offset, _Chunk(row, pack, offset, length, checksum))
-    return [sorted(chunks.values(), key=lambda chunk: chunk.offset) for chunks in found]
+        found[pack].setdefault(offset, StoredChunk(pack, offset, row, length, checksum))
+    return [sorted(chunks.values()) for chunks in found]

@@ -17,7 +17,7 @@ from shardckpt.format.dtypes import numpy_dtype
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.format.values import decode
 from shardckpt.loading.fetch import Fetcher
-from shardckpt.loading.plan import ChunkIndex, Read, index_chunks, plan_reads
+from shardckpt.loading.plan import ChunkIndex, ChunkRead, index_chunks, plan_reads
 from shardckpt.loading.zarr_group import open_group
 from shardckpt.run.places import Place, find_place, read_manifest
 from shardckpt.storage import LocalStorage, Storage
@@ -94,10 +94,10 @@ class Checkpoint:
         box, rest = _bounds(index, tensor.shape)
         fetcher = Fetcher(self._place, self.manifest)
         reads = plan_reads(self.manifest, [(name, box)], self._index)
-        fetcher.check_sizes(reads)
+        fetcher.check_sizes(read.stored for read in reads)
         result = np.zeros(box.shape, dtype=numpy_dtype(tensor.dtype))
 
-        def take(read: Read) -> None:
+        def take(read: ChunkRead) -> None:
             chunk = fetcher.chunk(read)
             for copy in read.copies:
                 result[copy.target] = chunk[copy.source]
@@ -133,7 +133,7 @@ class Checkpoint:
         boxes = [(tensor.name, Box.whole(tensor.shape)) for tensor in self.manifest.tensors]
         reads = plan_reads(self.manifest, [b for b in boxes if b[1].volume])
         Fetcher(self._place, self.manifest).verify(reads, take=lambda _: None, progress=progress)
-        return sum(read.nbytes for read in reads)
+        return sum(read.stored.nbytes for read in reads)
 
 
 @public_api

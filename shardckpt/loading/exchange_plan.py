@@ -1,7 +1,6 @@
-"""Who fetches for whom: what several ranks need is fetched by one, and what a rank cannot reach by another.
+"""Plan an exchange: which rank fetches a chunk that several ranks need, or that a rank cannot reach.
 
-A pure function of what every rank needs and can reach, so that all ranks come to the same plan. No I/O, no
-torch.
+Pure: every rank computes the same plan from what all ranks need and can reach. No I/O, no torch.
 """
 
 from __future__ import annotations
@@ -14,106 +13,103 @@ import numpy as np
 import numpy.typing as npt
 
 from shardckpt.errors import CorruptError
-from shardckpt.format.chunks import CRC_BYTES, chunk_bytes
+from shardckpt.format.chunks import StoredChunk, content_bytes
 from shardckpt.format.manifest import Manifest
+from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.loading.plan import REQUEST_GAP
 
-__all__ = ["Chunk", "ExchangePlanner", "SharedRead"]
-
-_UNIT = 8 << 20
-_BATCH = 16 << 20
-
-
-class Chunk(NamedTuple):
-    """A stored chunk. Is `Stored`."""
-
-    row: int
-    pack: int
-    offset: int
-    nbytes: int
-    crc32c: int
+__all__ = ["ExchangePlanner", "SharedRead"]
 
 
 class SharedRead(NamedTuple):
-    """Neighbouring chunks of one pack that the same ranks need: one request, then one message to each.
+    """Neighbouring chunks of one pack that the same ranks need: one request, then one message to each rank.
 
     Attributes:
         fetcher: the rank that reads and verifies them.
-        needers: the ranks that need them, by number.
-        chunks: in the order of places.
+        needers: the ranks that need them, in ascending order.
+        chunks: in the order of offsets.
     """
 
     fetcher: int
     needers: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[StoredChunk, ...]
 
     @property
     def nbytes(self) -> int:
-        """From the first byte of the first chunk to the last one's checksum."""
-        first, last = self.chunks[0], self.chunks[-1]
-        return last.offset + last.nbytes + CRC_BYTES - first.offset
+        """Bytes from the start of the first chunk to the end of the last one's checksum."""
+        return self.chunks[-1].stop - self.chunks[0].offset
 
     @property
-    def others(self) -> tuple[int, ...]:
+    def receivers(self) -> tuple[int, ...]:
         """The ranks that it is sent to."""
         return tuple(rank for rank in self.needers if rank != self.fetcher)
 
 
 class ExchangePlanner:
-    """The chunk table of a manifest, and what ranks want of it, as compact messages."""
+    """Plans the exchange for one manifest.
 
-    def __init__(self, manifest: Manifest) -> None:
-        counts = np.diff(manifest.first_chunks())
-        lengths = [chunk_bytes(t.dtype, a.chunk) - CRC_BYTES for t in manifest.tensors for a in t.arrays]
+    Each rank gathers the messages that `encode` makes on all ranks, and passes them to `plan`. In them a stored
+    chunk has one number, although tied tensors have rows of their own in the chunk table for the same bytes.
+    """
+
+    def __init__(self, manifest: Manifest, limits: LoadLimits = DEFAULT_LIMITS) -> None:
+        counts = np.diff(manifest.first_rows)
+        lengths = [content_bytes(t.dtype, a.chunk) for t in manifest.tensors for a in t.arrays]
         self._manifest = manifest
+        self._limits = limits
         self._pack = np.array(manifest.chunks.pack, dtype=np.int64)
         self._offset = np.array(manifest.chunks.offset, dtype=np.int64)
         self._nbytes = np.repeat(np.array(lengths, dtype=np.int64), counts)
         self._crc32c = np.array(manifest.chunks.crc32c, dtype=np.int64)
         order = np.lexsort((self._offset, self._pack))
-        new = np.ones(len(order), dtype=bool)
+        is_new = np.ones(len(order), dtype=bool)
         pack, offset = self._pack[order], self._offset[order]
-        new[1:] = (pack[1:] != pack[:-1]) | (offset[1:] != offset[:-1])
-        self._ordered = order[new]
-        """The first row of each stored chunk: tied tensors have rows of their own for the same bytes."""
-        self._number = np.empty(len(order), dtype=np.int64)
-        self._number[order] = np.cumsum(new) - 1
+        is_new[1:] = (pack[1:] != pack[:-1]) | (offset[1:] != offset[:-1])
+        self._rows = order[is_new]  # by chunk number, the first row of each stored chunk
+        self._number = np.empty(len(order), dtype=np.int64)  # by row
+        self._number[order] = np.cumsum(is_new) - 1
 
     def first_row(self, row: int) -> int:
-        """The row that stands for all rows of the same stored bytes."""
-        return int(self._ordered[self._number[row]])
+        """The row that stands for all rows of the same stored chunk."""
+        return int(self._rows[self._number[row]])
 
     def encode(self, rows: Iterable[int], packs: Iterable[int]) -> bytes:
-        """What a rank tells the others: the rows that it needs, and the packs that it can reach."""
-        return _bits(self._number[list(rows)], len(self._ordered)) + _bits(
+        """This rank's message: the rows of the chunk table that it needs, and the packs that it can read."""
+        return _bits(self._number[list(rows)], len(self._rows)) + _bits(
             list(packs), len(self._manifest.packs)
         )
 
-    def plan(self, told: Sequence[bytes], url: str) -> list[list[SharedRead]]:
-        """What is passed on between ranks, by what each of them told, in batches to be done one by one.
+    def plan(self, messages: Sequence[bytes], url: str) -> list[list[SharedRead]]:
+        """What ranks fetch for each other, in batches that are exchanged one after another.
 
-        A chunk that only one rank needs, which can reach it, is not in the plan. The others are each
-        fetched once: by one that needs it if such a rank can, all fetching about as much. A batch is no
-        more than 16 MiB for any rank, or one unit. Raises CorruptError if no rank can reach a pack.
+        Args:
+            messages: of all ranks, by rank.
+            url: the checkpoint's name in messages.
+
+        A chunk that only one rank needs, and can read, is not in the plan. Every other chunk is fetched once, by
+        a rank that needs it if one of these can read it; all ranks fetch about as many bytes. In one batch a rank
+        sends and receives up to `LoadLimits.batch` bytes, or one SharedRead. Raises CorruptError if no rank can
+        read a pack.
         """
-        number, pack_number = len(self._ordered), len(self._manifest.packs)
-        bits = np.frombuffer(b"".join(told), dtype=np.uint8).reshape(len(told), -1)
-        needs = np.unpackbits(bits[:, : -(-number // 8)], axis=1, count=number).view(bool)
-        reaches = np.unpackbits(bits[:, -(-number // 8) :], axis=1, count=pack_number).view(bool)
-        size = self._nbytes[self._ordered]
-        alone = (needs.sum(axis=0) == 1) & (needs & reaches[:, self._pack[self._ordered]]).any(axis=0)
-        loads = (needs & alone).astype(np.int64) @ size
-        shared = np.flatnonzero(needs.any(axis=0) & ~alone)
-        parts = self._split(shared, needs)
-        return _batches(self._assign(parts, needs, reaches, loads.tolist(), url), len(told))
+        chunks, packs = len(self._rows), len(self._manifest.packs)
+        bits = np.frombuffer(b"".join(messages), dtype=np.uint8).reshape(len(messages), -1)
+        needs = np.unpackbits(bits[:, : -(-chunks // 8)], axis=1, count=chunks).view(bool)
+        reaches = np.unpackbits(bits[:, -(-chunks // 8) :], axis=1, count=packs).view(bool)
+        size = self._nbytes[self._rows]
+        is_alone = (needs.sum(axis=0) == 1) & (needs & reaches[:, self._pack[self._rows]]).any(axis=0)
+        loads = (needs & is_alone).astype(np.int64) @ size
+        shared = np.flatnonzero(needs.any(axis=0) & ~is_alone)
+        groups = self._split(shared, needs)
+        reads = self._assign(groups, needs, reaches, loads.tolist(), url)
+        return _batches(reads, len(messages), self._limits.batch)
 
     def _split(
         self, chunks: npt.NDArray[np.int64], needs: npt.NDArray[np.bool_]
     ) -> list[npt.NDArray[np.int64]]:
-        """Chunks cut into neighbours of one pack that the same ranks need, of about 8 MiB."""
+        """Chunk numbers in groups: neighbours in one pack that the same ranks need, up to `shared_read` bytes."""
         if not len(chunks):
             return []
-        rows = self._ordered[chunks]
+        rows = self._rows[chunks]
         pack, offset, end = self._pack[rows], self._offset[rows], self._offset[rows] + self._nbytes[rows]
         needers = np.packbits(needs[:, chunks], axis=0)
         cut = np.ones(len(rows), dtype=bool)
@@ -122,25 +118,26 @@ class ExchangePlanner:
             | (offset[1:] - end[:-1] > REQUEST_GAP)
             | (needers[:, 1:] != needers[:, :-1]).any(axis=0)
         )
-        window = (offset - offset[cut][np.cumsum(cut) - 1]) // _UNIT
+        window = (offset - offset[cut][np.cumsum(cut) - 1]) // self._limits.shared_read
         cut[1:] |= window[1:] != window[:-1]
         return np.split(chunks, np.flatnonzero(cut)[1:])
 
     def _assign(
         self,
-        parts: Sequence[npt.NDArray[np.int64]],
+        groups: Sequence[npt.NDArray[np.int64]],
         needs: npt.NDArray[np.bool_],
         reaches: npt.NDArray[np.bool_],
         loads: list[int],
         url: str,
     ) -> list[SharedRead]:
-        units = []
-        for part in parts:
-            rows = self._ordered[part]
-            columns = (rows, *(c[rows] for c in (self._pack, self._offset, self._nbytes, self._crc32c)))
-            chunks = tuple(map(Chunk, *(column.tolist() for column in columns)))
+        """Give each group to the rank that can read it and has the least to fetch; `loads` counts its bytes."""
+        reads = []
+        for group in groups:
+            rows = self._rows[group]
+            columns = self._pack[rows], self._offset[rows], rows, self._nbytes[rows], self._crc32c[rows]
+            chunks = tuple(map(StoredChunk, *(column.tolist() for column in columns)))
             pack = chunks[0].pack
-            needers = tuple(np.flatnonzero(needs[:, part[0]]).tolist())
+            needers = tuple(np.flatnonzero(needs[:, group[0]]).tolist())
             able = [r for r in needers if reaches[r, pack]] or np.flatnonzero(reaches[:, pack]).tolist()
             if not able:
                 raise CorruptError(
@@ -148,32 +145,33 @@ class ExchangePlanner:
                     "held it is gone. Load a checkpoint from storage."
                 )
             fetcher = min(able, key=lambda rank: (loads[rank], rank))
-            units.append(SharedRead(fetcher, needers, chunks))
-            loads[fetcher] += units[-1].nbytes
-        return units
+            reads.append(SharedRead(fetcher, needers, chunks))
+            loads[fetcher] += reads[-1].nbytes
+        return reads
 
 
 def _bits(numbers: Sequence[int] | npt.NDArray[np.int64], count: int) -> bytes:
+    """`count` bits, of which those with these numbers are set."""
     flags = np.zeros(count, dtype=bool)
     flags[numbers] = True
     return np.packbits(flags).tobytes()
 
 
-def _batches(units: Sequence[SharedRead], ranks: int) -> list[list[SharedRead]]:
-    """Units in turns, so that in each batch all ranks have something to fetch."""
+def _batches(reads: Sequence[SharedRead], ranks: int, most: int) -> list[list[SharedRead]]:
+    """The reads in batches in which no rank moves more than `most` bytes, and all ranks have one to fetch."""
     turns: Counter[int] = Counter()
     ordered = []
-    for unit in units:
-        ordered.append((turns[unit.fetcher], unit.fetcher, unit))
-        turns[unit.fetcher] += 1
+    for read in reads:
+        ordered.append((turns[read.fetcher], read.fetcher, read))
+        turns[read.fetcher] += 1
     batches: list[list[SharedRead]] = []
     moved = [0] * ranks
-    for _, _, unit in sorted(ordered, key=lambda item: item[:2]):
-        at = {unit.fetcher, *unit.needers}
-        if not batches or any(moved[rank] and moved[rank] + unit.nbytes > _BATCH for rank in at):
+    for _, _, read in sorted(ordered, key=lambda item: item[:2]):
+        involved = {read.fetcher, *read.needers}
+        if not batches or any(moved[rank] and moved[rank] + read.nbytes > most for rank in involved):
             batches.append([])
             moved = [0] * ranks
-        batches[-1].append(unit)
-        for rank in at:
-            moved[rank] += unit.nbytes
+        batches[-1].append(read)
+        for rank in involved:
+            moved[rank] += read.nbytes
     return batches

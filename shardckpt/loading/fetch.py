@@ -1,18 +1,19 @@
 """Fetch and verify chunks. Free of torch.
 
-What goes into memory that is not yet a part of the user's state is handed over as it is verified. What
-goes into live tensors is verified first and applied later: chunks that are near (mapped files, memory) are
-looked at twice for that, so that no second copy of the state is held; remote ones are fetched once and held.
+Chunks for memory that is not yet a part of the user's state are handed over as they are verified. Chunks for live
+tensors are all verified first and applied later. Near ones (mapped files, memory) are read a second time for
+that, which saves a second copy of the state; far ones are fetched once and held.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -21,108 +22,112 @@ import numpy.typing as npt
 from shardckpt.environment import local_world_size
 from shardckpt.errors import LOAD_ANOTHER, CorruptError
 from shardckpt.format.box import Box
-from shardckpt.format.chunks import CRC_BYTES
+from shardckpt.format.chunks import StoredChunk
 from shardckpt.format.dtypes import numpy_dtype
 from shardckpt.format.manifest import Manifest
+from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.loading.pack_reader import Source, open_packs
-from shardckpt.loading.plan import Read, Stored, coalesced, describe, plan_reads
+from shardckpt.loading.parallel import THREADS, in_parallel
+from shardckpt.loading.plan import ChunkRead, coalesced, describe, plan_reads
 from shardckpt.progress import alive
 from shardckpt.storage.rereading import warn_misread
 from shardckpt.storage.work import Interruption
 
-__all__ = ["Fetcher", "in_parallel"]
+__all__ = ["Fetcher"]
 
-_THREADS = 4
 _THREADS_AHEAD = 6
-_AHEAD = 48 << 20
-"""Bytes that are fetched ahead of those in use."""
 
-S = TypeVar("S", bound=Stored)
-T = TypeVar("T")
+Take = Callable[[ChunkRead], object]
+"""Called with a verified chunk, which can be read with `Fetcher.chunk` or `Fetcher.content` during the call."""
 
 
 class Fetcher:
-    """Reads the chunks of one checkpoint. Safe to use from several threads.
+    """Reads and verifies the chunks of one checkpoint. Safe to use from several threads.
 
     Attributes:
-        url: what messages call the checkpoint.
-        is_near: whether verified chunks are read again rather than held.
+        url: the checkpoint's name in messages.
+        is_near: True if verified chunks are read again instead of held.
     """
 
-    def __init__(self, source: Source, manifest: Manifest) -> None:
-        self._packs = open_packs(source, manifest)
+    def __init__(self, source: Source, manifest: Manifest, limits: LoadLimits = DEFAULT_LIMITS) -> None:
+        self._packs = open_packs(source, manifest, limits)
         self._manifest = manifest
+        self._ahead = limits.ahead
         self._held: dict[int, memoryview] = {}
         self._sized: set[int] = set()
         self.url = self._packs.url
         self.is_near = self._packs.is_near
-        self._threads = _near_threads() if self.is_near else _THREADS
+        self._threads = _near_threads() if self.is_near else THREADS
 
     def __contains__(self, pack: int) -> bool:
-        """Whether this process can read the pack of this number."""
+        """True if this process can read the pack of this number."""
         return pack in self._packs
 
     def verify(
         self,
-        reads: Iterable[Read],
-        take: Callable[[Read], object] | None = None,
+        reads: Iterable[ChunkRead],
+        take: Take | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Check the bytes of these chunks, in the order of packs and places, against their checksums.
+        """Compare these chunks with their checksums.
 
-        Each verified chunk is handed to `take`, if there is one, which may use `chunk`, and released.
-        Without it the chunks can be used until they are released. Both `take` and `progress`, which is
-        called with the bytes done, are called from several threads. Raises CorruptError, which names the
-        first bad chunk and its pack; a missing pack is corruption, too. Raises StorageError.
+        Args:
+            reads: in the order of packs and offsets.
+            take: called with each verified chunk, which is released afterwards; from several threads. Without it
+                the chunks can be read until they are released.
+            progress: called with the bytes of each finished request; from several threads.
+
+        Raises CorruptError, which names the first bad chunk and its pack, or a pack that is missing or has
+        another size; StorageError.
         """
 
-        def verify(group: list[Read]) -> None:
+        def verify(group: list[ChunkRead]) -> None:
             self._verify(group)
             if take is not None:
                 self._hand_over(take, group)
             if progress is not None:
-                progress(sum(read.nbytes for read in group))
+                progress(sum(read.stored.nbytes for read in group))
 
-        groups = list(coalesced(reads, self._packs.request))
-        self.check_sizes(read for group in groups for read in group)
+        groups = list(self._requests(reads))
+        self.check_sizes(read.stored for group in groups for read in group)
         in_parallel(verify, groups, self._threads)
 
     def check_all_sizes(self) -> None:
         """Compare the size of every pack with the manifest's. Raises CorruptError, StorageError."""
         reads = plan_reads(self._manifest, [(t.name, Box.whole(t.shape)) for t in self._manifest.tensors])
-        self.check_sizes(reads)
+        self.check_sizes(read.stored for read in reads)
 
-    def check_sizes(self, chunks: Iterable[Stored]) -> None:
-        """Compare the sizes of the chunks' packs with the manifest's, which is quicker than to come upon an end.
+    def check_sizes(self, chunks: Iterable[StoredChunk]) -> None:
+        """Compare the sizes of the packs that have these chunks with the manifest's, each pack once.
 
-        Each is asked for once. Raises CorruptError, StorageError.
+        A pack that is cut short is so found before anything is read from it. Raises CorruptError, StorageError.
         """
-        of_packs: dict[int, list[Stored]] = {}
+        of_packs: dict[int, list[StoredChunk]] = {}
         for chunk in chunks:
             if chunk.pack not in self._sized:
                 of_packs.setdefault(chunk.pack, []).append(chunk)
         in_parallel(self._check_size, list(of_packs.values()), self._threads)
 
-    def hand_over(self, reads: Iterable[Read], take: Callable[[Read], object]) -> None:
-        """Hand verified chunks to `take`, and release them, as `verify` does."""
-        groups = list(coalesced(reads, self._packs.request))
-        in_parallel(partial(self._hand_over, take), groups, self._threads)
+    def hand_over(self, reads: Iterable[ChunkRead], take: Take) -> None:
+        """Call `take` with each of these chunks, which `verify` has verified, and release them."""
+        in_parallel(partial(self._hand_over, take), list(self._requests(reads)), self._threads)
 
-    def fetch(self, chunks: Sequence[Stored]) -> memoryview:
-        """The bytes from the first to the last of these neighbours in a pack, verified. Raises as `verify`."""
+    def fetch(self, chunks: Sequence[StoredChunk]) -> memoryview:
+        """The bytes from the first to the last of these neighbours in one pack, verified. Raises as `verify`."""
         self.check_sizes(chunks)
         return self._read_right(chunks)[0]
 
-    def fetch_ahead(self, groups: Iterable[Sequence[Stored]]) -> Generator[memoryview]:
-        """What `fetch` returns for each group of neighbours, in order; the next ones are fetched meanwhile.
+    def fetch_ahead(self, groups: Iterable[Sequence[StoredChunk]]) -> Generator[memoryview]:
+        """What `fetch` returns for each group of neighbours, in order, while the next ones are being fetched.
 
-        What is fetched ahead is 48 MiB, or one group. Close the generator when it is not needed to its end.
+        Up to `LoadLimits.ahead` bytes, or one group, are fetched ahead. Close the generator if you leave it
+        early.
         """
         waiting = deque((group, group[-1].offset + group[-1].nbytes - group[0].offset) for group in groups)
         running: deque[tuple[int, Future[memoryview]]] = deque()
         interruption = Interruption()
 
-        def fetch(group: Sequence[Stored]) -> memoryview:
+        def fetch(group: Sequence[StoredChunk]) -> memoryview:
             with interruption.joined():
                 return self.fetch(group)
 
@@ -130,7 +135,7 @@ class Fetcher:
             try:
                 while waiting or running:
                     ahead = sum(nbytes for nbytes, _ in running)
-                    while waiting and (not running or ahead + waiting[0][1] <= _AHEAD):
+                    while waiting and (not running or ahead + waiting[0][1] <= self._ahead):
                         group, nbytes = waiting.popleft()
                         running.append((nbytes, pool.submit(fetch, group)))
                         ahead += nbytes
@@ -139,49 +144,55 @@ class Fetcher:
                 interruption.set()
                 pool.shutdown(cancel_futures=True)
 
-    def drop(self, chunks: Sequence[Stored]) -> None:
-        """Tell that these neighbours, which `fetch` has returned, are not needed any more."""
-        self._packs.drop(
-            chunks[0].pack, chunks[0].offset, chunks[-1].offset + chunks[-1].nbytes + CRC_BYTES
-        )
+    def drop(self, chunks: Sequence[StoredChunk]) -> None:
+        """Release the memory of these neighbours, which `fetch` has returned: they are not needed again."""
+        self._packs.drop(chunks[0].pack, chunks[0].offset, chunks[-1].stop)
 
-    def hold(self, read: Read, content: memoryview) -> None:
-        """Take the bytes of a chunk, verified elsewhere, as they are."""
-        self._held[read.row] = content
+    def hold(self, row: int, content: memoryview) -> None:
+        """Take the bytes of the chunk of this row, verified by another rank, without a check."""
+        self._held[row] = content
 
-    def chunk(self, read: Read) -> npt.NDArray[Any]:
-        """The verified chunk as an array of its full, padded shape, not to be written to."""
+    def chunk(self, read: ChunkRead) -> npt.NDArray[Any]:
+        """A verified chunk as a read-only array of the chunk's full, padded shape."""
         return self.content(read).view(numpy_dtype(read.tensor.dtype)).reshape(read.chunk)
 
-    def content(self, read: Read) -> npt.NDArray[np.uint8]:
-        """The bytes of the verified chunk, not to be written to."""
-        held = self._held.get(read.row)
+    def content(self, read: ChunkRead) -> npt.NDArray[np.uint8]:
+        """The bytes of a verified chunk, read-only."""
+        pack, offset, row, nbytes, _ = read.stored
+        held = self._held.get(row)
         if held is None:
-            held = self._packs.read(read.pack, read.offset, read.offset + read.nbytes)
+            held = self._packs.read(pack, offset, offset + nbytes)
         return np.frombuffer(held, dtype=np.uint8)
 
-    def release(self, read: Read) -> None:
-        """Forget what is held of the chunk."""
-        self._held.pop(read.row, None)
+    def release(self, row: int) -> None:
+        """Free what is held of the chunk of this row."""
+        self._held.pop(row, None)
 
-    def _hand_over(self, take: Callable[[Read], object], group: Sequence[Read]) -> None:
+    def _requests(self, reads: Iterable[ChunkRead]) -> Iterator[list[ChunkRead]]:
+        reads = list(reads)
+        ordered = iter(reads)
+        for group in coalesced((read.stored for read in reads), self._packs.request):
+            yield list(islice(ordered, len(group)))
+
+    def _hand_over(self, take: Take, group: Sequence[ChunkRead]) -> None:
         alive()
         for read in group:
             take(read)
-            self.release(read)
-        self.drop(group)
+            self.release(read.stored.row)
+        self.drop([group[0].stored, group[-1].stored])
 
-    def _verify(self, group: list[Read]) -> None:
-        """One request for neighbouring chunks; held are those that are far, or were not right at first."""
-        content, repaired = self._read_right(group)
-        for read in repaired if self.is_near else group:
-            start = read.offset - group[0].offset
-            self.hold(read, content[start : start + read.nbytes])
+    def _verify(self, group: list[ChunkRead]) -> None:
+        """Read and verify neighbouring chunks in one request. Far ones are held, and those that were misread."""
+        chunks = [read.stored for read in group]
+        content, repaired = self._read_right(chunks)
+        for chunk in repaired if self.is_near else chunks:
+            start = chunk.offset - chunks[0].offset
+            self.hold(chunk.row, content[start : start + chunk.nbytes])
 
-    def _read_right(self, chunks: Sequence[S]) -> tuple[memoryview, list[S]]:
+    def _read_right(self, chunks: Sequence[StoredChunk]) -> tuple[memoryview, list[StoredChunk]]:
         """The bytes of neighbouring chunks, verified, and those of the chunks that were wrong at first.
 
-        A chunk that is wrong is read again, past caches: what is wrong twice is corrupt.
+        A chunk that is wrong is read again, past caches. One that is wrong twice is corrupt.
         """
         alive()
         content = self._read(chunks)
@@ -202,26 +213,25 @@ class Fetcher:
             )
         return content, wrong
 
-    def _read(self, chunks: Sequence[Stored]) -> memoryview:
-        first, last = chunks[0], chunks[-1]
-        span = first.pack, first.offset, last.offset + last.nbytes + CRC_BYTES
+    def _read(self, chunks: Sequence[StoredChunk]) -> memoryview:
+        span = chunks[0].pack, chunks[0].offset, chunks[-1].stop
         try:
             return self._packs.read(*span)
-        except (FileNotFoundError, CorruptError):  # it ends too early, or seems to
+        except (FileNotFoundError, CorruptError):  # the pack ends too early, or seems to
             pass
         try:
             return self._packs.read_again(*span)
         except FileNotFoundError as error:
-            raise self._missing(first.pack) from error
+            raise self._missing(chunks[0].pack) from error
 
-    def _read_again(self, chunk: Stored) -> memoryview:
+    def _read_again(self, chunk: StoredChunk) -> memoryview:
         try:
-            return self._packs.read_again(chunk.pack, chunk.offset, chunk.offset + chunk.nbytes + CRC_BYTES)
+            return self._packs.read_again(chunk.pack, chunk.offset, chunk.stop)
         except FileNotFoundError as error:
             raise self._missing(chunk.pack) from error
 
-    def _difference(self, chunk: Stored, content: memoryview) -> str:
-        """How the chunk's bytes, with the checksum behind them, differ from what was written; empty if not."""
+    def _difference(self, chunk: StoredChunk, content: memoryview) -> str:
+        """How a chunk and its checksum differ from what was written; an empty string if they do not."""
         if not self._packs.has_checksums:
             return ""
         found = crc32c.crc32c(content[: chunk.nbytes])
@@ -233,17 +243,17 @@ class Fetcher:
             f"{chunk.crc32c:08x}"
         )
 
-    def _check_size(self, chunks: Sequence[Stored]) -> None:
-        """Compare the size of the one pack that these chunks are in."""
+    def _check_size(self, chunks: Sequence[StoredChunk]) -> None:
+        """Compare the size of the pack that has these chunks."""
         number = chunks[0].pack
         pack = self._manifest.packs[number]
-        found = self._size(number, self._packs.size)
+        found = _size(number, self._packs.size)
         if found != pack.size:
-            found = self._size(number, self._packs.size_again)
+            found = _size(number, self._packs.size_again)
         if found is None:
             raise self._missing(number)
         if found != pack.size:
-            lost = next((c for c in chunks if c.offset + c.nbytes + CRC_BYTES > found), None)
+            lost = next((chunk for chunk in chunks if chunk.stop > found), None)
             names = describe(self._manifest, lost.row) if lost else ""
             raise CorruptError(
                 f"{self._packs.url}: the pack {pack.path} has {found} bytes and should have "
@@ -251,12 +261,6 @@ class Fetcher:
                 + (f"; the first chunk that is lost is {names}" if lost else "")
             )
         self._sized.add(number)
-
-    def _size(self, number: int, ask: Callable[[int], int]) -> int | None:
-        try:
-            return ask(number)
-        except FileNotFoundError:
-            return None
 
     def _missing(self, number: int) -> CorruptError:
         pack = self._manifest.packs[number]
@@ -266,37 +270,19 @@ class Fetcher:
 
 
 def _near_threads() -> int:
-    """Threads of a rank for what needs no waiting: more than there are processors hinder each other."""
+    """Threads of a rank for work that only computes: more than its share of processors slow each other down."""
     share = 2 * len(os.sched_getaffinity(0)) // local_world_size()
-    return max(1, min(_THREADS, share))
+    return max(1, min(THREADS, share))
 
 
-def in_parallel(function: Callable[[Any], T], work: Sequence[Any], threads: int = _THREADS) -> list[T]:
-    """The function's results in order. The first error is raised once everything under way has ended.
-
-    What is under way by then is not waited for in storages: such waits end at once.
-    """
-    if len(work) < 2 or threads == 1:
-        return [function(item) for item in work]
-    interruption = Interruption()
-
-    def run(item: Any) -> T:
-        with interruption.joined():
-            return function(item)
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="shardckpt") as pool:
-        try:
-            futures = [pool.submit(run, item) for item in work]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            ended = [future for future in futures if future.done()]
-            return [future.result() for future in ended]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            interruption.set()
-            raise
+def _size(number: int, ask: Callable[[int], int]) -> int | None:
+    """The size that `ask` finds; None if the pack is missing."""
+    try:
+        return ask(number)
+    except FileNotFoundError:
+        return None
 
 
-def _part(content: memoryview, first: Stored, chunk: Stored) -> memoryview:
-    """The bytes of a chunk and its checksum, in those that begin with the first one's."""
-    start = chunk.offset - first.offset
-    return content[start : start + chunk.nbytes + CRC_BYTES]
+def _part(content: memoryview, first: StoredChunk, chunk: StoredChunk) -> memoryview:
+    """The bytes of a chunk and its checksum, in content that begins with the chunk `first`."""
+    return content[chunk.offset - first.offset : chunk.stop - first.offset]

@@ -1,10 +1,11 @@
-"""Load: from a manifest to filled tensors, on every rank or on none."""
+"""Fill: from a manifest to filled tensors, on every rank or on none."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 
 from shardckpt.format.manifest import Manifest
 from shardckpt.loading.exchange_plan import ExchangePlanner, SharedRead
-from shardckpt.loading.fetch import Fetcher, in_parallel
+from shardckpt.loading.fetch import Fetcher
+from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.loading.pack_reader import Source
-from shardckpt.loading.plan import Read, plan_reads
+from shardckpt.loading.parallel import in_parallel
+from shardckpt.loading.plan import ChunkRead, plan_reads
 from shardckpt.memory import provide, writable
 from shardckpt.progress import alive
-from shardckpt.ranks.world import Ranks, agree
+from shardckpt.ranks.world import Ranks, agree, agreement
 from shardckpt.state.tensors import LocalTensor, as_array, torch_dtype
 
 __all__ = ["fill"]
@@ -29,10 +32,20 @@ _WORDS: Mapping[int, type[np.generic]] = {
     8: np.int64,
     16: np.complex128,
 }
-"""Types that NumPy has, by their bytes: a copy does not care what the bits mean."""
+"""Bytes of an element -> a type that NumPy has: a copy does not interpret the bits."""
 
-Passed = Mapping[int, Sequence[Read]]
-"""What this rank gets in exchanges: the reads of each stored chunk, by the row that stands for it."""
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What ranks fetch for each other.
+
+    Attributes:
+        batches: the same on every rank.
+        received: what this rank needs of it: the row that stands for a stored chunk -> its reads.
+    """
+
+    batches: Sequence[Sequence[SharedRead]]
+    received: Mapping[int, Sequence[ChunkRead]]
 
 
 def fill(
@@ -41,120 +54,132 @@ def fill(
     targets: Sequence[LocalTensor],
     ranks: Ranks,
     prepare: Callable[[], object] = lambda: None,
+    *,
+    limits: LoadLimits = DEFAULT_LIMITS,
 ) -> int:
-    """Fill this rank's memory of `targets` from a checkpoint, whatever layout it was saved in.
+    """Fill this rank's memory of `targets` from a checkpoint, whatever layout it was saved in. Collective.
 
-    Every rank calls it, with a source of the same kind. What several ranks need from remote storage is
-    fetched by one and passed on, as is what only other nodes have in memory. Nothing is written to a tensor
-    of the state before all ranks have verified every chunk that they need: CorruptError is raised on all
-    ranks, and the state is as it was. Until then what is remote is held for such tensors; beside that, about
-    64 MiB are under way. A storage that fails later leaves the targets partly filled, and raises StorageError
-    on all ranks. Returns the bytes that this rank loaded.
+    Args:
+        source: where the packs are; of the same kind on every rank.
+        manifest: of the checkpoint; the same on every rank.
+        targets: this rank's memory to fill.
+        ranks: of the job.
+        prepare: called once every rank has verified its chunks, and before anything of the state changes; if it
+            raises on any rank, nothing is applied.
+        limits: how much is read, sent and held at a time.
+
+    Chunks that several ranks need from remote storage, or that only another node has in memory, are fetched by
+    one rank and sent to the others. No tensor of the state is written to before all ranks have verified every
+    chunk that they need: on CorruptError, which is raised on all ranks, the state is unchanged. Until then remote
+    chunks of such tensors are held in memory; beside them about 64 MiB are in use. A storage that fails later
+    leaves the targets partly filled, and raises StorageError on all ranks.
+
+    Returns the bytes of the chunks that this rank needed.
     """
     pieces = [(target, piece) for target in targets for piece in target.pieces if piece.box.volume]
     views = [target.data[piece.local_slices] for target, piece in pieces]
     reads = plan_reads(manifest, [(target.name, piece.box) for target, piece in pieces])
-    live = {read.row for read in reads if any(not pieces[copy.wanted][0].is_new for copy in read.copies)}
-    fetcher = Fetcher(source, manifest)
+    live = {
+        read.stored.row for read in reads if any(not pieces[copy.wanted][0].is_new for copy in read.copies)
+    }
+    fetcher = Fetcher(source, manifest, limits)
     apply = partial(_apply, fetcher, views)
-    batches, passed = _plan_exchange(fetcher, manifest, reads, ranks)
-    gets = {read.row for same in passed.values() for read in same}
-    own = [read for read in reads if read.row not in gets]
+    exchange = _plan_exchange(fetcher, manifest, reads, ranks, limits)
+    received = {read.stored.row for same in exchange.received.values() for read in same}
+    own = [read for read in reads if read.stored.row not in received]
     error: Exception | None = None
     try:
-        fetcher.verify(read for read in own if read.row in live)
-        fetcher.verify((read for read in own if read.row not in live), take=apply)
+        fetcher.verify(read for read in own if read.stored.row in live)
+        fetcher.verify((read for read in own if read.stored.row not in live), take=apply)
     except Exception as failure:
         error = failure
 
-    def receive(read: Read, content: memoryview) -> None:
-        fetcher.hold(read, content)
-        if read.row not in live:
+    def receive(read: ChunkRead, content: memoryview) -> None:
+        fetcher.hold(read.stored.row, content)
+        if read.stored.row not in live:
             apply(read)
-            fetcher.release(read)
+            fetcher.release(read.stored.row)
 
-    error = _exchange(fetcher, batches, passed, receive, ranks, error)
-    agree(ranks, error)
-    try:
+    agree(ranks, _run_exchange(fetcher, exchange, receive, ranks, error))
+    with agreement(ranks):
         prepare()
-    except Exception as failure:
-        error = failure
-    agree(ranks, error)
-    try:
-        fetcher.hand_over((read for read in reads if read.row in live), apply)
-    except Exception as failure:
-        error = failure
-    agree(ranks, error)
-    return sum(read.nbytes for read in reads)
+    with agreement(ranks):
+        fetcher.hand_over((read for read in reads if read.stored.row in live), apply)
+    return sum(read.stored.nbytes for read in reads)
 
 
 def _plan_exchange(
-    fetcher: Fetcher, manifest: Manifest, reads: Sequence[Read], ranks: Ranks
-) -> tuple[list[list[SharedRead]], Passed]:
-    """What is passed on among all ranks, in batches, and what of it this rank gets."""
-    far = [read for read in reads if not fetcher.is_near or read.pack not in fetcher]
+    fetcher: Fetcher,
+    manifest: Manifest,
+    reads: Sequence[ChunkRead],
+    ranks: Ranks,
+    limits: LoadLimits,
+) -> _Exchange:
+    """Plan what ranks fetch for each other. Collective."""
+    far = [read for read in reads if not fetcher.is_near or read.stored.pack not in fetcher]
     if not any(ranks.maximum([bool(far)])):
-        return [], {}
-    wants = ExchangePlanner(manifest)
+        return _Exchange([], {})
+    planner = ExchangePlanner(manifest, limits)
     packs = (number for number in range(len(manifest.packs)) if number in fetcher)
-    batches = wants.plan(ranks.gather(wants.encode((read.row for read in far), packs)), fetcher.url)
+    messages = ranks.gather(planner.encode((read.stored.row for read in far), packs))
+    batches = planner.plan(messages, fetcher.url)
     rows = {
         chunk.row
         for batch in batches
-        for unit in batch
-        if ranks.rank in unit.needers
-        for chunk in unit.chunks
+        for shared in batch
+        if ranks.rank in shared.needers
+        for chunk in shared.chunks
     }
-    passed: defaultdict[int, list[Read]] = defaultdict(list)
+    received: defaultdict[int, list[ChunkRead]] = defaultdict(list)
     for read in far:
-        if (row := wants.first_row(read.row)) in rows:
-            passed[row].append(read)
-    return batches, passed
+        if (row := planner.first_row(read.stored.row)) in rows:
+            received[row].append(read)
+    return _Exchange(batches, received)
 
 
-def _exchange(
+def _run_exchange(
     fetcher: Fetcher,
-    batches: Sequence[Sequence[SharedRead]],
-    passed: Passed,
-    receive: Callable[[Read, memoryview], object],
+    exchange: _Exchange,
+    receive: Callable[[ChunkRead, memoryview], object],
     ranks: Ranks,
     error: Exception | None,
 ) -> Exception | None:
-    """Fetch this rank's units, send them to who needs them, and receive what others fetch for this rank.
+    """Fetch this rank's shared reads, send them to the ranks that need them, and receive the others'. Collective.
 
-    `error` is what this rank has met with so far. All ranks agree before each batch, since none may wait for
-    one that has failed; raises as `agree` does. Returns this rank's error in handling the last batch.
+    `error` is this rank's error so far. All ranks agree before each batch, since a rank must not wait for one
+    that has failed; raises as `agree` does. Returns this rank's error in handling the last batch.
     """
 
     def unpack(item: tuple[SharedRead, memoryview]) -> None:
-        unit, content = item
-        for chunk in unit.chunks:
-            start = chunk.offset - unit.chunks[0].offset
-            for read in passed[chunk.row]:
+        shared, content = item
+        for chunk in shared.chunks:
+            start = chunk.offset - shared.chunks[0].offset
+            for read in exchange.received[chunk.row]:
                 receive(read, content[start : start + chunk.nbytes])
 
-    own = [unit for batch in batches for unit in batch if unit.fetcher == ranks.rank]
-    with closing(fetcher.fetch_ahead([unit.chunks for unit in own] if error is None else [])) as fetched:
-        for batch in batches:
-            mine = [unit for unit in batch if unit.fetcher == ranks.rank]
-            ready: list[tuple[SharedRead, memoryview]] = []
+    own = [shared for batch in exchange.batches for shared in batch if shared.fetcher == ranks.rank]
+    with closing(
+        fetcher.fetch_ahead([shared.chunks for shared in own] if error is None else [])
+    ) as fetched:
+        for batch in exchange.batches:
+            sent: list[tuple[SharedRead, memoryview]] = []
             try:
                 if error is None:
-                    ready = [(unit, next(fetched)) for unit in mine]
+                    sent = [(shared, next(fetched)) for shared in batch if shared.fetcher == ranks.rank]
             except Exception as failure:
                 error = failure
             agree(ranks, error)
-            alive()  # so are those that wait for others here
+            alive()  # a rank that waits here for others is alive, too
             arriving = [
-                (unit, np.empty(unit.nbytes, dtype=np.uint8).data)
-                for unit in batch
-                if ranks.rank in unit.others
+                (shared, np.empty(shared.nbytes, dtype=np.uint8).data)
+                for shared in batch
+                if ranks.rank in shared.receivers
             ]
             ranks.exchange(
-                [(other, content) for unit, content in ready for other in unit.others],
-                [(unit.fetcher, content) for unit, content in arriving],
+                [(receiver, content) for shared, content in sent for receiver in shared.receivers],
+                [(shared.fetcher, content) for shared, content in arriving],
             )
-            kept = [(unit, content) for unit, content in ready if ranks.rank in unit.needers]
+            kept = [(shared, content) for shared, content in sent if ranks.rank in shared.needers]
             try:
                 in_parallel(unpack, kept + arriving)
             except Exception as failure:
@@ -162,8 +187,8 @@ def _exchange(
     return error
 
 
-def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: Read) -> None:
-    """Put one verified chunk where it belongs."""
+def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: ChunkRead) -> None:
+    """Copy one verified chunk into the tensors that want it."""
     dtype = torch_dtype(read.tensor.dtype)
     word = _WORDS[dtype.itemsize]
     content = fetcher.content(read).view(word).reshape(read.chunk)

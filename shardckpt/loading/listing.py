@@ -10,7 +10,7 @@ from typing import Any
 from shardckpt.errors import CheckpointError, FormatError, NotACheckpointError, UnknownVersionError
 from shardckpt.format.manifest import MANIFEST, Pack
 from shardckpt.format.manifest_codec import decode_head
-from shardckpt.loading.fetch import in_parallel
+from shardckpt.loading.parallel import in_parallel
 from shardckpt.run.foreign import describe_other
 from shardckpt.run.places import (
     BAD,

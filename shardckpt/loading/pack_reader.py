@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from shardckpt.format.manifest import Manifest
+from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.memory import drop, populate
 from shardckpt.run.places import Place
 from shardckpt.storage import LocalStorage, Storage
 
-__all__ = ["MemoryPacks", "Packs", "Source", "open_packs"]
-
-_MAPPED = 64  # packs at a time: each takes a file descriptor
+__all__ = ["MemoryPacks", "PackReader", "Source", "open_packs"]
 
 
 @dataclass(frozen=True)
 class MemoryPacks:
-    """A snapshot in the memory of this node, and perhaps of others.
+    """The packs of a snapshot, as far as this rank can read them.
 
     Attributes:
-        url: what messages call it.
-        packs: by its number in the manifest, the content of each pack that this rank can read; those that
-            are held on other nodes are absent. They must not change while they are read.
-        has_checksums: whether the manifest's checksums are known. If not, nothing is verified.
+        url: the snapshot's name in messages.
+        packs: pack number in the manifest -> the pack's content, which must not change while it is read. Packs
+            that only other nodes hold are absent.
+        has_checksums: True if the manifest has the chunks' checksums. Without them nothing is verified.
     """
 
     url: str
@@ -44,13 +41,13 @@ Source = Place | MemoryPacks
 """What a checkpoint is loaded from."""
 
 
-class Packs(Protocol):
-    """The packs of one checkpoint, by their number in the manifest. Safe to use from several threads.
+class PackReader(Protocol):
+    """Reads the packs of one checkpoint, by their number in the manifest. Safe to use from several threads.
 
     Attributes:
-        url: what messages call the checkpoint.
-        has_checksums: whether what is read can be verified.
-        is_near: whether reading twice is cheaper than holding what was read.
+        url: the checkpoint's name in messages.
+        has_checksums: True if what is read can be verified.
+        is_near: True if reading twice is cheaper than holding what was read.
         request: bytes that are best asked for together.
     """
 
@@ -60,45 +57,45 @@ class Packs(Protocol):
     request: int
 
     def __contains__(self, number: int) -> bool:
-        """Whether this process can read the pack."""
+        """True if this process can read the pack."""
 
     def size(self, number: int) -> int:
         """Bytes of the pack as it is found. Raises FileNotFoundError, StorageError."""
 
     def read(self, number: int, start: int, stop: int) -> memoryview:
-        """The bytes [start, stop) of the pack: not to be written to, and not to be kept for long.
+        """The bytes [start, stop) of the pack: read-only, and to be released soon.
 
         Raises CorruptError if the pack ends earlier, FileNotFoundError, StorageError.
         """
 
     def read_again(self, number: int, start: int, stop: int) -> memoryview:
-        """As `read`, past caches: from the disk itself, over another connection. For what seems to be wrong."""
+        """As `read`, past caches: from the disk itself, over another connection. For bytes that seem wrong."""
 
     def size_again(self, number: int) -> int:
         """As `size`, past caches."""
 
     def drop(self, number: int, start: int, stop: int) -> None:
-        """Tell that what was read there is not needed any more."""
+        """Release what was read there: it is not needed again."""
 
 
-def open_packs(source: Source, manifest: Manifest) -> Packs:
-    """The packs of the checkpoint at `source`. Touches nothing yet."""
+def open_packs(source: Source, manifest: Manifest, limits: LoadLimits = DEFAULT_LIMITS) -> PackReader:
+    """A reader of the packs of the checkpoint at `source`. Reads nothing yet."""
     if isinstance(source, MemoryPacks):
-        return _Memory(source, manifest)
+        return _MemoryReader(source, manifest, limits)
     if isinstance(source.root, LocalStorage):
-        return _MappedFiles(source.root, source, manifest)
-    return _Files(source, manifest)
+        return _MappedReader(source.root, source, manifest, limits)
+    return _RequestReader(source, manifest, limits)
 
 
-class _Memory:
-    """Snapshots: memory that is mapped already."""
+class _MemoryReader:
+    """Snapshots, whose memory is mapped already."""
 
     is_near = True
-    request = 8 << 20
 
-    def __init__(self, source: MemoryPacks, manifest: Manifest) -> None:
+    def __init__(self, source: MemoryPacks, manifest: Manifest, limits: LoadLimits) -> None:
         self.url = source.url
         self.has_checksums = source.has_checksums
+        self.request = limits.near_request
         self._packs = source.packs
         self._manifest = manifest
 
@@ -106,30 +103,30 @@ class _Memory:
         return number in self._packs
 
     def size(self, number: int) -> int:
-        # The memory may be larger than what is in it.
+        # The buffer may be larger than the pack in it.
         return min(self._packs[number].nbytes, self._manifest.packs[number].size)
 
     def read(self, number: int, start: int, stop: int) -> memoryview:
         content = np.frombuffer(self._packs[number], dtype=np.uint8)[start:stop]
-        populate(content)  # at once, and not page by page
+        populate(content)  # in one call instead of page by page
         return content.data
 
     read_again = read
     size_again = size
 
     def drop(self, number: int, start: int, stop: int) -> None:
-        pass  # the memory is another's
+        pass  # the memory belongs to the saver
 
 
-class _Files:
+class _RequestReader:
     """Files or objects that are read by requests."""
 
     is_near = False
-    request = 16 << 20
     has_checksums = True
 
-    def __init__(self, place: Place, manifest: Manifest) -> None:
+    def __init__(self, place: Place, manifest: Manifest, limits: LoadLimits) -> None:
         self.url = place.url
+        self.request = limits.far_request
         self._root = place.root
         self._paths = [place.pack(pack) for pack in manifest.packs]
 
@@ -158,18 +155,19 @@ class _Files:
         return content
 
     def drop(self, number: int, start: int, stop: int) -> None:
-        pass  # what was read is gone with its last reference
+        pass  # freed with the last reference to it
 
 
-class _MappedFiles(_Files):
-    """Local files. What the kernel does not map is read: that also says what is wrong with it."""
+class _MappedReader(_RequestReader):
+    """Local files. Where the kernel refuses to map one, it is read, which also tells what is wrong with it."""
 
     is_near = True
-    request = 8 << 20
 
-    def __init__(self, root: LocalStorage, place: Place, manifest: Manifest) -> None:
-        super().__init__(place, manifest)
+    def __init__(self, root: LocalStorage, place: Place, manifest: Manifest, limits: LoadLimits) -> None:
+        super().__init__(place, manifest, limits)
+        self.request = limits.near_request
         self._local = root
+        self._most = limits.mapped_packs
         self._sizes = [pack.size for pack in manifest.packs]
         self._mapped: OrderedDict[int, npt.NDArray[np.uint8] | None] = OrderedDict()
         self._lock = threading.Lock()
@@ -181,7 +179,7 @@ class _MappedFiles(_Files):
         return super().read(number, start, stop)
 
     def read_again(self, number: int, start: int, stop: int) -> memoryview:
-        self.drop(number, start, stop)  # what is mapped stays in the page cache
+        self.drop(number, start, stop)  # mapped pages stay in the page cache
         return super().read_again(number, start, stop)
 
     def drop(self, number: int, start: int, stop: int) -> None:
@@ -190,23 +188,12 @@ class _MappedFiles(_Files):
             drop(mapped[start:stop])
 
     def _map(self, number: int) -> npt.NDArray[np.uint8] | None:
-        """The mapped pack, or None where that is refused. It is unmapped when nobody refers to it."""
+        """The mapped pack, or None where mapping is refused. It is unmapped with the last reference to it."""
         with self._lock:
             if number not in self._mapped:
-                self._mapped[number] = _map_file(
-                    partial(self._local.opened, self._paths[number]), self._sizes[number]
-                )
+                mapped = self._local.map(self._paths[number], self._sizes[number])
+                self._mapped[number] = None if mapped is None else np.frombuffer(mapped, dtype=np.uint8)
             self._mapped.move_to_end(number)
-            if len(self._mapped) > _MAPPED:
+            if len(self._mapped) > self._most:
                 self._mapped.popitem(last=False)
             return self._mapped[number]
-
-
-def _map_file(
-    opened: Callable[[], AbstractContextManager[tuple[int, str]]], size: int
-) -> npt.NDArray[np.uint8] | None:
-    try:
-        with opened() as (fd, _):
-            return np.frombuffer(mmap.mmap(fd, size, prot=mmap.PROT_READ), dtype=np.uint8)
-    except (OSError, ValueError):  # a file that has become too short is a ValueError
-        return None

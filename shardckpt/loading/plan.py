@@ -1,29 +1,28 @@
-"""Who reads what: a pure function from the boxes that are wanted to the chunks that cover them.
+"""Plan a load: from the boxes that are wanted to the chunks that cover them.
 
-No I/O, no clock, no torch.
+Pure: no I/O, no clock, no torch.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol, TypeVar
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
 from shardckpt.format.box import Box
-from shardckpt.format.dtypes import itemsize
+from shardckpt.format.chunks import StoredChunk, content_bytes
 from shardckpt.format.manifest import ArrayEntry, Manifest, TensorEntry
 
 __all__ = [
     "REQUEST_GAP",
     "ChunkIndex",
+    "ChunkRead",
     "Copy",
-    "Read",
-    "Stored",
     "coalesced",
     "describe",
     "index_chunks",
@@ -31,68 +30,48 @@ __all__ = [
 ]
 
 REQUEST_GAP = 64 << 10
-"""Bytes that are read for nothing rather than to begin another request."""
-
-
-class Stored(Protocol):
-    """Where the bytes of a chunk are.
-
-    Attributes:
-        row: its row in the chunk table.
-        pack: number of its pack.
-        offset: its first byte there.
-        nbytes: bytes of its elements, padding included; its checksum follows them.
-        crc32c: the checksum by the manifest.
-    """
-
-    @property
-    def row(self) -> int: ...
-    @property
-    def pack(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def crc32c(self) -> int: ...
-
-
-S = TypeVar("S", bound=Stored)
+"""Bytes between two chunks up to which both are read in one request, which costs less than a second request."""
 
 
 class Copy(NamedTuple):
-    """A part of a chunk, and the part of a wanted box that it fills; slices in their own coordinates."""
+    """A part of a chunk and the part of a wanted box that it fills.
+
+    Attributes:
+        wanted: number of the box in the list of wanted boxes.
+        source: selects the part from the chunk.
+        target: selects it from the box.
+    """
 
     wanted: int
     source: tuple[slice, ...]
     target: tuple[slice, ...]
 
 
-class Read(NamedTuple):
-    """One chunk to fetch and verify, and where its content goes. Is `Stored`."""
+class ChunkRead(NamedTuple):
+    """One chunk to fetch and verify, and where its content goes.
 
-    row: int
+    Attributes:
+        stored: where the chunk lies.
+        tensor: the entry of its tensor.
+        cell: the part of the tensor that it holds.
+        chunk: the chunk's shape; larger than the cell where the chunk is padded.
+        copies: what of it is wanted.
+    """
+
+    stored: StoredChunk
     tensor: TensorEntry
     cell: Box
     chunk: tuple[int, ...]
-    pack: int
-    offset: int
-    crc32c: int
     copies: tuple[Copy, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the chunk's elements, padding included; its checksum follows them."""
-        return math.prod(self.chunk) * itemsize(self.tensor.dtype)
 
 
 ChunkIndex = Mapping[str, tuple[TensorEntry, Sequence[int]]]
-"""Tensor name -> the tensor, and for each of its arrays the number of its first chunk."""
+"""Tensor name -> the tensor's entry, and the first row of each of its arrays in the chunk table."""
 
 
 def index_chunks(manifest: Manifest) -> ChunkIndex:
-    """Where each tensor's chunks are in the chunk table. For many small reads, make it once."""
-    first = manifest.first_chunks().tolist()
+    """Find each tensor's rows in the chunk table. Make it once where many small reads are planned."""
+    first = manifest.first_rows.tolist()
     index: dict[str, tuple[TensorEntry, Sequence[int]]] = {}
     arrays = 0
     for tensor in manifest.tensors:
@@ -103,10 +82,15 @@ def index_chunks(manifest: Manifest) -> ChunkIndex:
 
 def plan_reads(
     manifest: Manifest, wanted: Sequence[tuple[str, Box]], index: ChunkIndex | None = None
-) -> list[Read]:
-    """The chunks that cover the wanted boxes, each once, in the order of packs and places.
+) -> list[ChunkRead]:
+    """The chunks that cover the wanted boxes, each row once, in the order of packs and offsets.
 
-    Raises KeyError for a name that the checkpoint does not have; boxes must lie inside their tensors.
+    Args:
+        manifest: of the checkpoint.
+        wanted: (tensor name, box) pairs; a box is in the tensor's coordinates and lies inside the tensor.
+        index: what `index_chunks` returns for this manifest; None: it is made.
+
+    Raises KeyError for a name that the checkpoint does not have.
     """
     index = index_chunks(manifest) if index is None else index
     copies: dict[int, list[Copy]] = defaultdict(list)
@@ -119,11 +103,12 @@ def plan_reads(
                 chunks[row] = (tensor, cell, array.chunk)
                 copies[row].append(Copy(number, source, target))
     table = manifest.chunks
-    reads = [
-        Read(row, *chunks[row], table.pack[row], table.offset[row], table.crc32c[row], tuple(copies[row]))
-        for row in chunks
-    ]
-    return sorted(reads, key=lambda read: (read.pack, read.offset, read.row))
+    reads = []
+    for row, (tensor, cell, chunk) in chunks.items():
+        nbytes = content_bytes(tensor.dtype, chunk)
+        stored = StoredChunk(table.pack[row], table.offset[row], row, nbytes, table.crc32c[row])
+        reads.append(ChunkRead(stored, tensor, cell, chunk, tuple(copies[row])))
+    return sorted(reads, key=attrgetter("stored"))
 
 
 Slices = tuple[slice, ...]
@@ -131,9 +116,9 @@ Slices = tuple[slice, ...]
 
 @lru_cache(maxsize=1 << 14)
 def _covering(array: ArrayEntry, box: Box) -> tuple[tuple[int, Box, Slices, Slices], ...]:
-    """The array's cells that a box needs: number, cell, and the slices of the cell and of the box that meet.
+    """The array's cells that a box needs: (number, cell, slices of the cell, slices of the box).
 
-    The layers of a model are alike, so most of a load's questions have been asked before.
+    Cached, since the layers of a model are alike: most calls of a load repeat an earlier one.
     """
     if (part := box.intersect(array.box)) is None:
         return ()
@@ -147,7 +132,7 @@ def _covering(array: ArrayEntry, box: Box) -> tuple[tuple[int, Box, Slices, Slic
 
 
 def _cells_over(array: ArrayEntry, part: Box) -> Iterable[tuple[int, Box]]:
-    """The array's cells that intersect `part`, with their numbers in C order."""
+    """The array's cells that intersect `part`, each with its number in C order."""
     axes = [
         range((o - z) // c, (o - z + n - 1) // c + 1)
         for o, n, z, c in zip(part.offsets, part.shape, array.offset, array.chunk, strict=True)
@@ -165,12 +150,13 @@ def _cells_over(array: ArrayEntry, part: Box) -> Iterable[tuple[int, Box]]:
         yield number, Box(offsets, shape)
 
 
-def coalesced(chunks: Iterable[S], limit: int) -> Iterator[list[S]]:
-    """Chunks, in the order of packs and places, grouped into requests of about `limit` bytes.
+def coalesced(chunks: Iterable[StoredChunk], limit: int) -> Iterator[list[StoredChunk]]:
+    """Group chunks into requests of up to `limit` bytes each.
 
-    Neighbours of one pack are read together; a chunk that is larger than the limit is on its own.
+    `chunks` come in the order of packs and offsets. Chunks of one pack with at most REQUEST_GAP bytes between
+    them are read together; a chunk of more than `limit` bytes is a group of its own.
     """
-    group: list[S] = []
+    group: list[StoredChunk] = []
     for chunk in chunks:
         end = chunk.offset + chunk.nbytes
         if group and not (
@@ -186,8 +172,8 @@ def coalesced(chunks: Iterable[S], limit: int) -> Iterator[list[S]]:
 
 
 def describe(manifest: Manifest, row: int) -> str:
-    """The chunk of this row in words: tensor, box, pack and place."""
-    first = manifest.first_chunks()
+    """The chunk of this row of the chunk table in words: its tensor, box, pack and offset."""
+    first = manifest.first_rows
     number = int(np.searchsorted(first, row, side="right")) - 1
     tensor, array = manifest.arrays[number]
     cell = array.cell(row - int(first[number]))

@@ -12,7 +12,7 @@ from shardckpt.format.box import Box
 from shardckpt.format.dtypes import itemsize, numpy_dtype
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.loading.fetch import Fetcher
-from shardckpt.loading.plan import Read, plan_reads
+from shardckpt.loading.plan import ChunkRead, plan_reads
 from shardckpt.run.places import Place
 
 __all__ = ["iter_boxes", "slabs"]
@@ -34,10 +34,12 @@ def iter_boxes(
     dtypes = {tensor.name: tensor.dtype for tensor in manifest.tensors}
     fetcher = Fetcher(place, manifest)
     for wanted, reads in _groups(boxes, plan_reads(manifest, boxes), dtypes):
-        fetcher.check_sizes(reads)
+        fetcher.check_sizes(read.stored for read in reads)
         arrays = [np.empty(boxes[i][1].shape, numpy_dtype(dtypes[boxes[i][0]])) for i in wanted]
 
-        def take(read: Read, arrays: list[npt.NDArray[Any]] = arrays, first: int = wanted.start) -> None:
+        def take(
+            read: ChunkRead, arrays: list[npt.NDArray[Any]] = arrays, first: int = wanted.start
+        ) -> None:
             chunk = fetcher.chunk(read)
             for part in read.copies:
                 arrays[part.wanted - first][part.target] = chunk[part.source]
@@ -84,14 +86,14 @@ def _rows(tensor: TensorEntry, start: int, stop: int) -> Box:
 
 
 def _groups(
-    boxes: Sequence[tuple[str, Box]], reads: Sequence[Read], dtypes: dict[str, str]
-) -> Iterator[tuple[range, list[Read]]]:
+    boxes: Sequence[tuple[str, Box]], reads: Sequence[ChunkRead], dtypes: dict[str, str]
+) -> Iterator[tuple[range, list[ChunkRead]]]:
     """Boxes that are read together, and what is read for them: none shares a chunk with a later one."""
-    by_first: dict[int, list[Read]] = {}
+    by_first: dict[int, list[ChunkRead]] = {}
     for read in reads:
         by_first.setdefault(min(part.wanted for part in read.copies), []).append(read)
     start = reach = size = 0
-    group: list[Read] = []
+    group: list[ChunkRead] = []
     for number, (name, box) in enumerate(boxes):
         nbytes = box.volume * itemsize(dtypes[name])
         if number > start and number > reach and size + nbytes > _BATCH:
@@ -105,5 +107,5 @@ def _groups(
         yield range(start, len(boxes)), sorted(group, key=_place)
 
 
-def _place(read: Read) -> tuple[int, int]:
-    return read.pack, read.offset
+def _place(read: ChunkRead) -> tuple[int, int]:
+    return read.stored.pack, read.stored.offset

@@ -15,7 +15,7 @@ from shardckpt.format.manifest import REFS, Manifest
 from shardckpt.format.zarr_refs import TEMPLATES, encode_refs
 from shardckpt.formatting import count
 from shardckpt.loading.fetch import Fetcher
-from shardckpt.loading.plan import Read, plan_reads
+from shardckpt.loading.plan import ChunkRead, plan_reads
 from shardckpt.run.places import Place, exact_place, read_manifest
 
 __all__ = ["Report", "check"]
@@ -39,20 +39,20 @@ def check(place: Place, manifest: Manifest, progress: Callable[[int, int], objec
     report = Report()
     boxes = [(t.name, box) for t in manifest.tensors if (box := Box.whole(t.shape)).volume]
     reads = [
-        next(same) for _, same in groupby(plan_reads(manifest, boxes), key=lambda r: (r.pack, r.offset))
+        next(same) for _, same in groupby(plan_reads(manifest, boxes), key=lambda read: read.stored[:2])
     ]
-    total = sum(read.nbytes for read in reads)
-    for pack, group in groupby(reads, key=lambda read: read.pack):
+    total = sum(read.stored.nbytes for read in reads)
+    for pack, group in groupby(reads, key=lambda read: read.stored.pack):
         of_pack = list(group)
         if not _is_whole(place, manifest, pack) and (damage := _damage(place, manifest, of_pack)):
             report.problems.append(damage)
-            report.nbytes += sum(read.nbytes for read in of_pack)
+            report.nbytes += sum(read.stored.nbytes for read in of_pack)
             progress(report.nbytes, total)
             continue
         for batch in _batches(of_pack):
             if _damage(place, manifest, batch):
                 report.problems += filter(None, (_damage(place, manifest, [read]) for read in batch))
-            report.nbytes += sum(read.nbytes for read in batch)
+            report.nbytes += sum(read.stored.nbytes for read in batch)
             progress(report.nbytes, total)
     report.chunks = len(reads)
     _check_refs(place, manifest, report)
@@ -67,7 +67,7 @@ def _is_whole(place: Place, manifest: Manifest, pack: int) -> bool:
         return False
 
 
-def _damage(place: Place, manifest: Manifest, reads: list[Read]) -> str:
+def _damage(place: Place, manifest: Manifest, reads: list[ChunkRead]) -> str:
     """What is wrong with these chunks; the empty string if nothing is."""
     try:
         Fetcher(place, manifest).verify(reads)
@@ -76,15 +76,15 @@ def _damage(place: Place, manifest: Manifest, reads: list[Read]) -> str:
     return ""
 
 
-def _batches(reads: list[Read]) -> Iterator[list[Read]]:
-    batch: list[Read] = []
+def _batches(reads: list[ChunkRead]) -> Iterator[list[ChunkRead]]:
+    batch: list[ChunkRead] = []
     nbytes = 0
     for read in reads:
-        if batch and nbytes + read.nbytes > _BATCH:
+        if batch and nbytes + read.stored.nbytes > _BATCH:
             yield batch
             batch, nbytes = [], 0
         batch.append(read)
-        nbytes += read.nbytes
+        nbytes += read.stored.nbytes
     if batch:
         yield batch
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from shardckpt import errors
 from shardckpt.errors import RankMismatchError
 from shardckpt.memory import writable
 
-__all__ = ["Alone", "Ranks", "TorchRanks", "agree", "current_ranks"]
+__all__ = ["Alone", "Ranks", "TorchRanks", "agree", "agreement", "current_ranks"]
 
 _log = logging.getLogger("shardckpt")
 
@@ -243,6 +244,17 @@ def agree(ranks: Ranks, error: Exception | None) -> None:
         raise error
     name, _, message = report.partition(":")
     raise getattr(errors, name)(f"rank {rank}: {message}") from error
+
+
+@contextmanager
+def agreement(ranks: Ranks) -> Iterator[None]:
+    """Run a block on all ranks; at its end, raise on every rank if the block raised on any, as `agree` does."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+    agree(ranks, error)
 
 
 def _kind(error: Exception) -> str:

@@ -320,7 +320,7 @@ class TargetBuilder:
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         """Where each tensor of the checkpoint has its first chunk; tied ones have it in the same place."""
-        firsts = self._manifest.first_chunks().tolist()
+        firsts = self._manifest.first_rows.tolist()
         chunks = self._manifest.chunks
         places = {}
         row = 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 import threading
@@ -89,7 +90,7 @@ class LocalStorage:
         return again
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        with self.opened(path) as (fd, full):
+        with self._opened(path) as (fd, full):
             end = os.fstat(fd).st_size
             stop = check_whole(full, end) if stop is None else min(stop, end)
             if self._past_caches:
@@ -106,7 +107,7 @@ class LocalStorage:
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         found, wanted, view = 0, buffer.nbytes, as_bytes(buffer)
-        with self.opened(path) as (fd, full), _explained("read", full):
+        with self._opened(path) as (fd, full), _explained("read", full):
             if self._past_caches:
                 found = direct.read_file(fd, offset, view)
             else:
@@ -118,8 +119,19 @@ class LocalStorage:
             )
 
     def size(self, path: str) -> int:
-        with self.opened(path) as (fd, _):
+        with self._opened(path) as (fd, _):
             return os.fstat(fd).st_size
+
+    def map(self, path: str, size: int) -> mmap.mmap | None:
+        """Map the file's first `size` bytes, read-only; None if it is shorter, or cannot be mapped.
+
+        A mapped page that cannot be read ends the process (SIGBUS): see `shardckpt.memory.populate`.
+        """
+        try:
+            with self._opened(path) as (fd, _):
+                return mmap.mmap(fd, size, prot=mmap.PROT_READ)
+        except (OSError, ValueError):  # ValueError: a file that has become too short
+            return None
 
     def write(self, path: str, data: bytes | memoryview) -> None:
         full = join(self._path, path, self._path)
@@ -225,7 +237,7 @@ class LocalStorage:
         return True
 
     @contextlib.contextmanager
-    def opened(self, path: str) -> Iterator[tuple[int, str]]:
+    def _opened(self, path: str) -> Iterator[tuple[int, str]]:
         """A descriptor of a regular file for reading, and the file's full name.
 
         Raises FileNotFoundError; FormatError for what is no file, which might never end or never begin, and

@@ -115,8 +115,8 @@ def test_round_trip(manifest: Manifest, where: str) -> None:
     """Any manifest comes back as it was."""
     back = decode_manifest(encode_record(manifest), where)
     assert back == manifest
-    assert len(back.first_chunks()) == 1 + sum(len(tensor.arrays) for tensor in back.tensors)
-    assert back.first_chunks()[-1] == len(back.chunks.pack)
+    assert len(back.first_rows) == 1 + sum(len(tensor.arrays) for tensor in back.tensors)
+    assert back.first_rows[-1] == len(back.chunks.pack)
     assert set(back.metric_values) == set(manifest.metrics)
     assert all(isinstance(value, float) for value in back.metric_values.values())
 

@@ -434,17 +434,19 @@ def test_reads_cover_every_wanted_box_exactly_once(data: st.DataObject) -> None:
     results = [np.zeros(box.shape, dtype=np.int64) for _, box in wanted]
     touched = [np.zeros(box.shape, dtype=np.int64) for _, box in wanted]
     reads = plan_reads(manifest, wanted)
-    assert len({read.row for read in reads}) == len(reads)
+    assert len({read.stored.row for read in reads}) == len(reads)
     for read in reads:
-        assert (read.pack, read.offset) == (plan.writer[read.row], plan.offset[read.row])
-        assert read.nbytes + CRC_BYTES == chunk_bytes(read.tensor.dtype, read.chunk)
+        chunk = read.stored
+        assert (chunk.pack, chunk.offset) == (plan.writer[chunk.row], plan.offset[chunk.row])
+        assert chunk.stop - chunk.offset == chunk_bytes(read.tensor.dtype, read.chunk)
         for copy in read.copies:
-            results[copy.wanted][copy.target] = stored[read.row][copy.source]
+            results[copy.wanted][copy.target] = stored[chunk.row][copy.source]
             touched[copy.wanted][copy.target] += 1
     for (name, box), result, times in zip(wanted, results, touched, strict=True):
         assert np.array_equal(result, truth[name][box.slices])
         assert np.all(times == 1)
-    assert [(r.pack, r.offset) for r in reads] == sorted((r.pack, r.offset) for r in reads)
+    places = [(read.stored.pack, read.stored.offset) for read in reads]
+    assert places == sorted(places)
 
 
 def test_reads_touch_only_what_is_wanted() -> None:
@@ -454,7 +456,7 @@ def test_reads_touch_only_what_is_wanted() -> None:
     (read,) = plan_reads(manifest, [("t", Box((5, 0), (1, 3)))])
     assert read.cell == Box((4, 0), (2, 3))
     assert read.copies[0].source == (slice(1, 2), slice(0, 3))
-    told = describe(manifest, read.row)
+    told = describe(manifest, read.stored.row)
     assert all(part in told for part in ("'t'", "[4, 0]", "[2, 3]", "rank-00002/data.pack", "byte 0"))
     with pytest.raises(KeyError):
         plan_reads(manifest, [("u", Box((0,), (1,)))])

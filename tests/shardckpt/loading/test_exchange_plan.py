@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from shardckpt.errors import CorruptError
 from shardckpt.format.manifest import ArrayEntry, Chunks, Manifest, Pack, TensorEntry
-from shardckpt.loading import exchange_plan as sharing
 from shardckpt.loading.exchange_plan import ExchangePlanner, SharedRead
+from shardckpt.loading.limits import DEFAULT_LIMITS
 
 CHUNK = 64 << 10
 PACKS = 4
@@ -44,9 +44,9 @@ def manifest_of(rows: list[tuple[int, int]]) -> Manifest:
 
 
 def plan(manifest: Manifest, needs: list[set[int]], reaches: list[set[int]]) -> list[list[SharedRead]]:
-    wants = ExchangePlanner(manifest)
-    told = [wants.encode(need, reach) for need, reach in zip(needs, reaches, strict=True)]
-    return wants.plan(told, "here")
+    planner = ExchangePlanner(manifest)
+    messages = [planner.encode(need, reach) for need, reach in zip(needs, reaches, strict=True)]
+    return planner.plan(messages, "here")
 
 
 worlds = st.integers(1, 5).flatmap(
@@ -98,7 +98,7 @@ def test_all_fetch_as_much() -> None:
     everything, everywhere = set(range(1024)), [{0}] * 4
     units = [unit for batch in plan(manifest, [everything] * 4, everywhere) for unit in batch]
     assert sorted(Counter(unit.fetcher for unit in units).values()) == [2, 2, 2, 3]
-    assert max(unit.nbytes for unit in units) > sharing._UNIT * 0.9
+    assert max(unit.nbytes for unit in units) > DEFAULT_LIMITS.shared_read * 0.9
     alone = set(range(512))
     batches = plan(manifest, [everything, everything - alone], [{0}, {0}])
     assert {unit.fetcher for batch in batches for unit in batch} == {1}
@@ -110,5 +110,5 @@ def test_batches_are_bounded() -> None:
     batches = plan(manifest, [set(range(4096))] * 2, [{0, 1, 2, 3}] * 2)
     assert len(batches) > 10
     for batch in batches:
-        assert sum(unit.nbytes for unit in batch) <= sharing._BATCH
+        assert sum(unit.nbytes for unit in batch) <= DEFAULT_LIMITS.batch
     assert all({unit.fetcher for unit in batch} == {0, 1} for batch in batches[:-2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import tracemalloc
@@ -18,10 +19,8 @@ import torch
 from shardckpt.errors import CorruptError, StorageError
 from shardckpt.format.box import Box, Piece
 from shardckpt.format.manifest import Manifest
-from shardckpt.loading import exchange_plan as sharing
-from shardckpt.loading import fetch
-from shardckpt.loading import pack_reader as packs
 from shardckpt.loading.fill import fill
+from shardckpt.loading.limits import LoadLimits
 from shardckpt.loading.pack_reader import MemoryPacks, Source
 from shardckpt.ranks.world import Alone, Ranks, TorchRanks, current_ranks
 from shardckpt.run.places import Place, read_manifest
@@ -49,16 +48,29 @@ class Remote(FaultyStorage):
 
 
 class Watched(LocalStorage):
-    """A local folder. `fetched` has the paths that were read by requests; `spoil` is called after each check."""
+    """A local folder.
 
-    def __init__(self, path: str) -> None:
+    Attributes:
+        fetched: the paths that were read by requests.
+        mapped: the arrays that were mapped.
+        is_mappable: whether files can be mapped.
+        spoil: called after each check of a size.
+    """
+
+    def __init__(self, path: str, *, is_mappable: bool = True) -> None:
         super().__init__(path)
         self.fetched: list[str] = []
+        self.mapped: list[mmap.mmap | None] = []
+        self.is_mappable = is_mappable
         self.spoil: Callable[[Path], object] = lambda _: None
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         self.fetched.append(path)
         super().read_into(path, offset, buffer)
+
+    def map(self, path: str, size: int) -> mmap.mmap | None:
+        self.mapped.append(super().map(path, size) if self.is_mappable else None)
+        return self.mapped[-1]
 
     def size(self, path: str) -> int:
         found = super().size(path)
@@ -133,48 +145,38 @@ def test_local_packs_are_mapped(is_new: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_new", [False, True])
-def test_where_mapping_is_refused(is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read instead."""
+def test_packs_that_cannot_be_mapped_are_read(is_new: bool, tmp_path: Path) -> None:
     manifest = save(tmp_path)
-    monkeypatch.setattr(packs, "_map_file", lambda *_: None)
-    storage = Watched(str(tmp_path))
+    storage = Watched(str(tmp_path), is_mappable=False)
     state = shards(1, 0, is_new=is_new)
     fill(Place(storage), manifest, state, Alone())
     assert_loaded(state, 1, 0)
     assert set(storage.fetched) == {pack.path for pack in manifest.packs}
 
 
-def test_more_packs_than_are_mapped_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_packs_than_are_mapped_at_a_time(tmp_path: Path) -> None:
     """A mapping that was given up is made again."""
     manifest = save(tmp_path)
-    monkeypatch.setattr(packs, "_MAPPED", 1)
+    storage = Watched(str(tmp_path))
     state = shards(1, 0)
-    fill(Place(open_storage(tmp_path)), manifest, state, Alone())
+    fill(Place(storage), manifest, state, Alone(), limits=LoadLimits(mapped_packs=1))
     assert_loaded(state, 1, 0)
+    assert len(storage.mapped) > len(manifest.packs)
 
 
 @pytest.mark.parametrize("is_new", [False, True])
-def test_mapped_packs_are_not_this_process_s_memory(
-    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What has been applied is unmapped."""
+def test_mapped_packs_do_not_count_as_this_process_s_memory(is_new: bool, tmp_path: Path) -> None:
+    """Pages are released once their content has been applied."""
     wanted = torch.arange(1 << 20).view(64, -1)
-    root = open_storage(tmp_path)
+    root = Watched(str(tmp_path))
     _, manifest = save_local(root, [[local_tensor(wanted[i], f"t{i}") for i in range(64)]])
-    mapped: list[np.ndarray[Any, Any]] = []
-    map_file = packs._map_file
-
-    def keep(path: str, size: int) -> np.ndarray[Any, Any] | None:
-        mapped.append(np.asarray(map_file(path, size)))
-        return mapped[-1]
-
-    monkeypatch.setattr(packs, "_map_file", keep)
     made = torch.zeros_like(wanted)
     targets = [replace(local_tensor(made[i], f"t{i}"), is_new=is_new) for i in range(64)]
     fill(Place(root), manifest, targets, Alone())
     assert torch.equal(made, wanted)
-    (pack,) = mapped
-    start = pack.__array_interface__["data"][0]
+    (pack,) = root.mapped
+    assert pack is not None
+    start = np.frombuffer(pack, dtype=np.uint8).__array_interface__["data"][0]
     smaps = Path("/proc/self/smaps").read_text().partition(f"{start:x}-")[2]
     resident = int(smaps.partition("Rss:")[2].split()[0]) << 10
     assert resident < wanted.nbytes / 100
@@ -242,23 +244,16 @@ def test_new_memory_asks_for_huge_pages() -> None:
 
 @pytest.mark.parametrize("is_new", [False, True])
 @pytest.mark.parametrize(("ranks", "parts"), [(3, 1), (3, 3), (5, 5), (4, 2), (1, 1)])
-def test_a_job_fetches_each_byte_once(
-    ranks: int, parts: int, is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_fetches_each_byte_once(ranks: int, parts: int, is_new: bool, tmp_path: Path) -> None:
     """Replicated, resharded, or both: 1.05 times the checkpoint's bytes at most; in one batch or many."""
     manifest = save(tmp_path)
     # Small enough for many batches and requests, large enough for several chunks in each
-    for module, name, value in (
-        (sharing, "_UNIT", 8 << 10),
-        (sharing, "_BATCH", 20 << 10),
-        (fetch, "_AHEAD", 16 << 10),
-    ):
-        monkeypatch.setattr(module, name, value)
+    limits = LoadLimits(shared_read=8 << 10, batch=20 << 10, ahead=16 << 10)
     storage = Remote(open_storage(tmp_path))
 
     def load(world: Ranks) -> None:
         state = shards(parts, world.rank % parts, is_new=is_new)
-        fill(Place(storage), manifest, state, world)
+        fill(Place(storage), manifest, state, world, limits=limits)
         assert_loaded(state, parts, world.rank % parts)
 
     run_threads(ranks, load)
@@ -307,19 +302,17 @@ def test_a_storage_that_fails_for_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_new", [False, True])
-def test_only_live_tensors_are_held_for(
-    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remote_chunks_are_held_for_live_tensors_only(is_new: bool, tmp_path: Path) -> None:
     """New memory gets its content as it comes: one pass, and never all of it twice in memory."""
     wanted = torch.arange(1 << 20).view(64, -1)
     made = torch.empty_like(wanted)
     root = open_storage(tmp_path)
     _, manifest = save_local(root, [[local_tensor(wanted[i::64], f"t{i}") for i in range(64)]])
     targets = [replace(local_tensor(made[i::64], f"t{i}"), is_new=is_new) for i in range(64)]
-    monkeypatch.setattr(packs._Files, "request", 64 << 10)  # one tensor, or none
+    limits = LoadLimits(far_request=64 << 10)  # one tensor, or none
     tracemalloc.start()
     try:
-        fill(Place(Remote(root)), manifest, targets, Alone())
+        fill(Place(Remote(root)), manifest, targets, Alone(), limits=limits)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -40,7 +40,7 @@ from shardckpt.errors import (
     StorageError,
     StorageFullError,
 )
-from shardckpt.loading.fetch import in_parallel
+from shardckpt.loading.parallel import in_parallel
 from shardckpt.storage import LocalStorage, Storage, open_storage
 from shardckpt.storage.limits import Limits, Patience
 from tests.kit.faults import FaultyStorage, HookedStorage, Killed
