@@ -93,8 +93,8 @@ def print_table(
 ) -> None:
     """Print rows under titles, aligned.
 
-    A terminal gets styles, and rows that fit its width as far as the columns permit; a pipe gets one line for each
-    row, however long.
+    A terminal gets styles, and rows that fit its width as far as the columns permit; a pipe gets one line a row,
+    however long.
 
     Args:
         columns: one for each cell of a row.

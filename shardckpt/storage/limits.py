@@ -57,8 +57,8 @@ class Patience:
         self._clock = clock
         self._done = 0
 
-    def reach(self, nbytes: int) -> None:
-        """So many bytes have moved since the start. What an earlier attempt had moved earns no time."""
+    def extend(self, nbytes: int) -> None:
+        """Grant more time for `nbytes` transferred since the start, except those of an earlier attempt."""
         if nbytes > self._done:
             earned = (nbytes - self._done) / self._least_rate
             self.end = min(self.end + earned, self._clock() + self._seconds)

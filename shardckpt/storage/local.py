@@ -1,7 +1,7 @@
 """A folder on a local or mounted file system."""
 
 # Names here are strings on their way to system calls, beside descriptors, for which Path has none.
-# ruff: noqa: PTH102, PTH105, PTH106, PTH108, PTH112, PTH115, PTH120, PTH121, PTH208
+# ruff: noqa: PTH105, PTH108, PTH115, PTH120, PTH121, PTH208
 from __future__ import annotations
 
 import contextlib
@@ -9,61 +9,48 @@ import errno
 import mmap
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from shardckpt.errors import (
-    CorruptError,
-    CredentialsError,
-    FormatError,
-    OutOfReachError,
-    OutsideLinkError,
-    StorageError,
-    StorageFullError,
-)
+from shardckpt.errors import CorruptError, FormatError, OutsideLinkError
 from shardckpt.storage import direct
 from shardckpt.storage.buffers import as_bytes
+from shardckpt.storage.folders import DurableFolders, is_folder, remove_tree, sync_folder
+from shardckpt.storage.local_errors import NO_SPACE, explained
 from shardckpt.storage.names import is_temporary, join, temporary_name
 from shardckpt.storage.protocol import Before, check_whole
 from shardckpt.storage.work import cleanup
 
 __all__ = ["LocalStorage"]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-# Of a network file system whose server does not answer.
-_OUT_OF_REACH = {
-    errno.ETIMEDOUT,
-    errno.ESTALE,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENOTCONN,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-}
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-"""What the kernel says of a path where no folder is, or can be: a link in a circle leads to none."""
+"""Errors for a path where no folder is or can be: a link in a circle leads to none."""
 _NO_FILE = (errno.ENXIO, errno.ENODEV, errno.ELOOP)
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.EACCES)
 
 
 class LocalStorage:
-    """A folder, given by its absolute path. See `Storage` for what each method guarantees.
+    """A folder. See `Storage` for what each method guarantees.
 
-    `past_caches`: what is read comes from the disk itself. `follow_links`: files are also read where a symbolic
-    link leads out of the folder.
+    Args:
+        path: its absolute path.
+        past_caches: whether reads come from the disk itself, not from the page cache.
+        follow_links: whether files are also read where a symbolic link leads out of the folder.
+        folders: the folders of the storage that this one is a part of; by default this is the root.
     """
 
-    def __init__(self, path: str, *, past_caches: bool = False, follow_links: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        past_caches: bool = False,
+        follow_links: bool = False,
+        folders: DurableFolders | None = None,
+    ) -> None:
         self._path = path
         self._past_caches = past_caches
-        self._root = path
         self._follow_links = follow_links
-        self._durable: set[str] = set()  # folders whose entry in their parent is on disk
-        self._lock = threading.Lock()
+        self._folders = DurableFolders(path) if folders is None else folders
 
     @property
     def url(self) -> str:
@@ -76,18 +63,20 @@ class LocalStorage:
         return partial(LocalStorage, follow_links=self._follow_links), (self._path,)
 
     def at(self, path: str) -> LocalStorage:
-        below = LocalStorage(
+        return LocalStorage(
             join(self._path, path, self._path),
             past_caches=self._past_caches,
             follow_links=self._follow_links,
+            folders=self._folders,
         )
-        below._root, below._durable, below._lock = self._root, self._durable, self._lock
-        return below
 
     def fresh(self) -> LocalStorage:
-        again = LocalStorage(self._path, past_caches=True, follow_links=self._follow_links)
-        again._root = self._root
-        return again
+        return LocalStorage(
+            self._path,
+            past_caches=True,
+            follow_links=self._follow_links,
+            folders=self._folders,
+        )
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         with self._opened(path) as (fd, full):
@@ -95,10 +84,10 @@ class LocalStorage:
             stop = check_whole(full, end) if stop is None else min(stop, end)
             if self._past_caches:
                 data = bytearray(max(0, stop - start))
-                with _explained("read", full):
+                with explained("read", full):
                     found = direct.read_file(fd, start, memoryview(data))
                 return bytes(data[:found])
-            with _explained("read", full):
+            with explained("read", full):
                 pieces = []
                 while start < stop and (piece := os.pread(fd, stop - start, start)):
                     pieces.append(piece)
@@ -107,7 +96,7 @@ class LocalStorage:
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         found, wanted, view = 0, buffer.nbytes, as_bytes(buffer)
-        with self._opened(path) as (fd, full), _explained("read", full):
+        with self._opened(path) as (fd, full), explained("read", full):
             if self._past_caches:
                 found = direct.read_file(fd, offset, view)
             else:
@@ -135,13 +124,13 @@ class LocalStorage:
 
     def write(self, path: str, data: bytes | memoryview) -> None:
         full = join(self._path, path, self._path)
-        with _explained("write", full, memoryview(data).nbytes), self._temporary(full, data) as temporary:
+        with explained("write", full, memoryview(data).nbytes), self._temporary(full, data) as temporary:
             os.replace(temporary, full)
-            _sync_folder(os.path.dirname(full))
+            sync_folder(os.path.dirname(full))
 
     def create(self, path: str, data: bytes) -> None:
         full = join(self._path, path, self._path)
-        with _explained("create", full, len(data)), self._temporary(full, data) as temporary:
+        with explained("create", full, len(data)), self._temporary(full, data) as temporary:
             try:
                 os.link(temporary, full)
             except FileExistsError:
@@ -152,14 +141,14 @@ class LocalStorage:
                 if error.errno not in _NO_HARD_LINKS:
                     raise
                 _create_in_place(full, data)
-            _sync_folder(os.path.dirname(full))
+            sync_folder(os.path.dirname(full))
 
     def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
         with self._new_file(path, buffer.nbytes) as full:
             try:
                 direct.write_file(full, as_bytes(buffer), before)
             except OSError as error:
-                if error.errno in _FULL:
+                if error.errno in NO_SPACE:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(full)
                 raise
@@ -175,7 +164,7 @@ class LocalStorage:
 
     def list(self, path: str = "") -> list[str]:
         full = join(self._path, path, self._path)
-        with _explained("list", full):
+        with explained("list", full):
             try:
                 return sorted(name for name in os.listdir(full) if not is_temporary(name))
             except OSError as error:
@@ -190,7 +179,7 @@ class LocalStorage:
         while waiting:
             folder = waiting.pop()
             full = join(self._path, folder, self._path)
-            with _explained("list", full):
+            with explained("list", full):
                 try:
                     entries = list(os.scandir(full))
                 except OSError as error:
@@ -201,7 +190,7 @@ class LocalStorage:
                 if is_temporary(entry.name):
                     continue
                 below = f"{folder}/{entry.name}" if folder else entry.name
-                if _is_folder(entry):
+                if is_folder(entry):
                     real = os.path.realpath(entry.path) if entry.is_symlink() else ""
                     if not real or (real not in linked and (self._follow_links or self._is_inside(real))):
                         linked.add(real)
@@ -215,23 +204,22 @@ class LocalStorage:
 
     def delete(self, path: str) -> None:
         full = join(self._path, path, self._path)
-        with _explained("delete", full):
+        with explained("delete", full):
             try:
                 os.unlink(full)
             except (FileNotFoundError, NotADirectoryError):
                 return
-            _sync_folder(os.path.dirname(full))
+            sync_folder(os.path.dirname(full))
 
     def delete_tree(self, path: str) -> None:
         full = join(self._path, path, self._path)
-        with _explained("delete", full):
-            with self._lock:
-                self._durable -= {f for f in self._durable if f == full or f.startswith(full + "/")}
+        with explained("delete", full):
+            self._folders.forget(full)
             try:
-                _remove_tree(full)
+                remove_tree(full)
             except (FileNotFoundError, NotADirectoryError):
                 return
-            _sync_folder(os.path.dirname(full))
+            sync_folder(os.path.dirname(full))
 
     def exclusive(self) -> bool:
         return True
@@ -244,7 +232,7 @@ class LocalStorage:
         for a symbolic link that leads out of the storage's root, unless such are followed.
         """
         full = join(self._path, path, self._path)
-        with _explained("read", full):
+        with explained("read", full):
             try:
                 # Nobody may ever write to a FIFO; a file is not affected.
                 fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
@@ -274,31 +262,31 @@ class LocalStorage:
                 return
         if not self._is_inside(real := os.path.realpath(full)):
             raise OutsideLinkError(
-                f"{full} is {real}, by a symbolic link that leads out of {self._root}, and is not read. If "
-                "you trust it, give the option follow_links"
+                f"{full} is {real}, by a symbolic link that leads out of {self._folders.root}, and is not read. "
+                "If you trust it, give the option follow_links"
             )
 
     def _is_inside(self, real: str) -> bool:
-        return real.startswith(os.path.realpath(self._root).rstrip("/") + "/")
+        return real.startswith(os.path.realpath(self._folders.root).rstrip("/") + "/")
 
     @contextlib.contextmanager
     def _new_file(self, path: str, size: int) -> Iterator[str]:
         """The full name of a file that the block creates, in place of any earlier one; then it is durable."""
         full = join(self._path, path, self._path)
         folder = os.path.dirname(full)
-        with _explained("write", full, size):
-            self._make_folder(folder)
+        with explained("write", full, size):
+            self._folders.make(folder)
             # A new file, so that whoever still reads or maps the earlier one is not disturbed.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(full)
             yield full
-            _sync_folder(folder)
+            sync_folder(folder)
 
     @contextlib.contextmanager
     def _temporary(self, full: str, data: bytes | memoryview) -> Iterator[str]:
         """A file with `data`, durable, in the folder of `full`; its name is gone afterwards."""
         folder = os.path.dirname(full)
-        self._make_folder(folder)
+        self._folders.make(folder)
         temporary = f"{folder}/{temporary_name()}"
         try:
             _create_in_place(temporary, data)
@@ -306,28 +294,6 @@ class LocalStorage:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-
-    def _make_folder(self, folder: str) -> None:
-        """Make a folder and its parents so that they survive a power cut.
-
-        Folders that are there already, down from this storage's root, are made durable too: another
-        process may have made them and not have come to that yet.
-        """
-        with self._lock:
-            known = folder in self._durable
-        if known and os.path.isdir(folder):
-            return
-        parent = os.path.dirname(folder)
-        if len(folder) > len(self._root) or not os.path.isdir(parent):
-            self._make_folder(parent)
-        try:
-            os.mkdir(folder)
-        except FileExistsError:
-            if not os.path.isdir(folder):
-                raise StorageError(f"{folder} is in the way: it is a file, not a folder") from None
-        _sync_folder(parent)
-        with self._lock:
-            self._durable.add(folder)
 
 
 def _create_in_place(full: str, data: bytes | memoryview) -> None:
@@ -343,78 +309,3 @@ def _create_in_place(full: str, data: bytes | memoryview) -> None:
         raise
     finally:
         os.close(fd)
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the entries of a folder durable, where the file system has that notion."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        return  # a folder that may be written to and not be read
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-    finally:
-        os.close(fd)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    with contextlib.suppress(OSError):  # of a link in a circle
-        return entry.is_dir()
-    return False
-
-
-def _remove_tree(folder: str) -> None:
-    """Remove a folder, which others may be removing too. Symbolic links are not followed."""
-    with os.scandir(folder) as entries:
-        for entry in list(entries):
-            with contextlib.suppress(FileNotFoundError):
-                if entry.is_dir(follow_symlinks=False):
-                    _remove_tree(entry.path)
-                else:
-                    os.unlink(entry.path)
-    os.rmdir(folder)
-
-
-@contextlib.contextmanager
-def _explained(verb: str, full: str, wanted: int = 0) -> Iterator[None]:
-    """Turn the system's refusals into this library's, except those that are in the contract."""
-    try:
-        yield
-    except OSError as error:
-        expected = {"read": FileNotFoundError, "create": FileExistsError}.get(verb, StorageError)
-        if isinstance(error, expected | StorageError):
-            raise
-        raise _explain(error, verb, full, wanted) from error
-
-
-def _explain(error: OSError, verb: str, full: str, wanted: int) -> StorageError:
-    explained: StorageError
-    if error.errno in _FULL:
-        explained = StorageFullError(
-            f"cannot {verb} {full}: {error.strerror}; wanted {wanted} bytes, "
-            f"{_free_bytes(full)} are free. Free some, raise the quota, or choose another place"
-        )
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        explained = CredentialsError(
-            f"cannot {verb} {full}: {error.strerror}, as user {os.geteuid()}. Change the "
-            "permissions of the file or its folder, or choose another place"
-        )
-    elif error.errno == errno.EROFS:
-        explained = StorageError(
-            f"cannot {verb} {full}: the file system is mounted read-only. Choose another place"
-        )
-    else:
-        kind = OutOfReachError if error.errno in _OUT_OF_REACH else StorageError
-        explained = kind(f"cannot {verb} {full}: {error.strerror or error}")
-    explained.errno = error.errno
-    return explained
-
-
-def _free_bytes(full: str) -> int:
-    while not os.path.isdir(full):
-        full = os.path.dirname(full)
-    system = os.statvfs(full)
-    return system.f_bavail * system.f_frsize

@@ -1,4 +1,4 @@
-"""What an upload carries."""
+"""The body of an upload."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Body:
 
     Args:
         view: the bytes.
-        reach: called with how many of them the connection has taken.
+        progress: called with the number of bytes that the connection has taken.
     """
 
-    def __init__(self, view: memoryview, reach: Callable[[int], object]) -> None:
+    def __init__(self, view: memoryview, progress: Callable[[int], object]) -> None:
         self._view = view
-        self._reach = reach
+        self._progress = progress
         self._position = 0
 
     def __len__(self) -> int:
@@ -47,4 +47,4 @@ class Body:
     async def __aiter__(self) -> AsyncIterator[memoryview]:
         for start in range(0, len(self._view), _PIECE):
             yield self._view[start : start + _PIECE]
-            self._reach(start + _PIECE)
+            self._progress(start + _PIECE)

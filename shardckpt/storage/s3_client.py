@@ -7,32 +7,37 @@ import contextlib
 import itertools
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
-from shardckpt.errors import StorageError
+from shardckpt.errors import CredentialsError, OutOfReachError, StorageError
 from shardckpt.storage.limits import Limits, Patience
 from shardckpt.storage.names import without_temporary
 from shardckpt.storage.s3_body import Body
 from shardckpt.storage.s3_credentials import Found, credentials_of
-from shardckpt.storage.s3_errors import RefusedError, TransientError, UnreachableError, explain
+from shardckpt.storage.s3_errors import (
+    BeyondEndError,
+    RefusedError,
+    TransientError,
+    UnreachableError,
+    explain,
+)
+from shardckpt.storage.s3_settings import S3Settings
+from shardckpt.storage.work import Work, in_loop
 
-__all__ = ["CONFIG", "Reach", "S3Client"]
+__all__ = ["CONFIG", "Progress", "S3Client", "outcome"]
 
 _log = logging.getLogger("shardckpt")
 
 T = TypeVar("T")
 
-Reach = Callable[[int], object]
-"""Called with the bytes of a request or an answer that have moved so far."""
+Progress = Callable[[int], object]
+"""Called with the bytes of a request or an answer that were transferred so far."""
 
 CONFIG = {"max_pool_connections": 32, "connect_timeout": 5, "read_timeout": 30}
-"""The settings of botocore where the options do not have others."""
+"""Settings of botocore that the options may override."""
 
-_ATTEMPTS = 8  # of a request, unless the options say otherwise
-_SILENCE = 2.0  # seconds of trouble that nothing is said about
-_FIRST_PAUSE = 0.1  # seconds, at most; each later one is twice as long
-_LONGEST_LOOK = 2.0  # seconds between two looks for credentials that are to be renewed
+_LONGEST_PAUSE = 2.0  # seconds between two look-ups of credentials that are about to be renewed
 _RENEWALS = 4  # of the credentials, within one request, that do not count as attempts
 _MEMBERS = {
     "get_object": ("ETag",),
@@ -42,21 +47,40 @@ _MEMBERS = {
     "create_multipart_upload": ("UploadId",),
     "upload_part": ("ETag",),
 }
-"""What the answer of every S3 server has: that of a web server at a wrong endpoint, or of a login page on the way
-there, has it not, though its status says that all is well."""
+"""Members of every S3 server's answer, by method. A web server at a wrong endpoint, or a login page on the way,
+may answer with status 200, but without these."""
 
 
 class S3Client:
-    """The requests of one storage, whatever folder they are about. For the event loop of `system` only."""
+    """The requests of one storage, for all its folders. Coroutines run in the event loop of s3fs.
 
-    def __init__(self, system: Any, bucket: str, options: Mapping[str, Any]) -> None:
+    Args:
+        system: the s3fs file system.
+        bucket: the bucket's name.
+        options: the user's, for limits, retries and credentials.
+        settings: sizes and pauses.
+    """
+
+    def __init__(self, system: Any, bucket: str, options: Mapping[str, Any], settings: S3Settings) -> None:
         config = {**CONFIG, **(options.get("config_kwargs") or {})}
-        self.system = system
+        self.settings = settings
+        self._system = system
         self._bucket = bucket
-        self._attempts = _attempts(options)
+        self._attempts = _attempts(options, settings.attempts)
         self._limits = Limits.of(options, read_timeout=float(config["read_timeout"]))
         self._credentials = credentials_of(system, options)
         self._outage = _Outage()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Work[T]:
+        """Start `work` in the event loop, from any other thread."""
+        return in_loop(work, self._system.loop)
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` in the event loop and return its result; an interrupt of this thread cancels it.
+
+        Raises what `work` raises, as `outcome` translates it.
+        """
+        return outcome(self.start(work))
 
     def name(self, key: str) -> str:
         """What messages call a key."""
@@ -69,15 +93,15 @@ class S3Client:
         """
         about = key or about or str(arguments.get("Prefix", ""))
         return await self.repeat(
-            about, lambda reach: self.call(method, key, reach, about=about, **arguments)
+            about, lambda progress: self.call(method, key, progress, about=about, **arguments)
         )
 
-    async def repeat(self, key: str, work: Callable[[Reach], Awaitable[T]]) -> T:
+    async def repeat(self, key: str, work: Callable[[Progress], Awaitable[T]]) -> T:
         """The result of `work`, repeated after ever longer pauses while its failure may pass.
 
-        `work` tells how much has moved. It is given up after a number of attempts, or once its limits are
-        reached. Credentials that are refused are looked up again; if they have expired, others are waited for as
-        long as the limits permit.
+        `work` calls the `Progress` that it gets. It is given up after a number of attempts, or when its limits
+        are reached. Refused credentials are looked up again; if they have expired, new ones are waited for until
+        the limits are reached.
         """
         loop = asyncio.get_running_loop()
         patience = Patience(self._limits.deadline, self._limits.least_rate, loop.time)
@@ -87,7 +111,7 @@ class S3Client:
         failure: TransientError | RefusedError
         for attempt in itertools.count(1):
             generation = self._credentials.generation
-            pause = random.uniform(0.5, 1) * _FIRST_PAUSE * 2 ** (attempt - 1)
+            pause = random.uniform(0.5, 1) * self.settings.first_pause * 2 ** (attempt - 1)
             try:
                 result = await self._attempt(key, work, patience)
             except TransientError as error:
@@ -95,41 +119,43 @@ class S3Client:
                 was_sent = was_sent or not isinstance(error, UnreachableError)
             except RefusedError as error:
                 failure = error
-                found = await self._look(generation, started, patience)
+                found = await self._look_up(generation, started, patience)
                 if found is Found.OTHERS and renewals < _RENEWALS:
                     renewals += 1
                     continue
                 if not self._credentials.can_change or (found is Found.THE_SAME and not error.is_expired):
                     raise self._advised(error) from error.__cause__
-                # New ones come when they come, however often that is tried.
-                pause = min(pause, _LONGEST_LOOK)
+                # Renewed ones come in their own time: the number of attempts does not matter.
+                pause = min(pause, _LONGEST_PAUSE)
             else:
-                self._outage.is_told = False
+                self._outage.is_reported = False
                 return result
             is_last = attempt - renewals >= self._attempts and not isinstance(failure, RefusedError)
             if is_last or loop.time() + pause >= patience.end:
                 seconds = 0.0 if is_last else loop.time() - started
                 raise self._last(failure, attempt, seconds, was_sent=was_sent) from failure
-            if loop.time() > started + _SILENCE:
+            if loop.time() > started + self.settings.silence:
                 longest = patience.end - loop.time()
                 if not isinstance(failure, RefusedError):
-                    longest = min(longest, _FIRST_PAUSE * (2 ** (self._attempts - 1) - 2 ** (attempt - 1)))
-                self._outage.tell(failure, longest)
+                    longest = min(longest, self._pauses_after(attempt))
+                self._outage.report(failure, longest)
             await asyncio.sleep(pause)
         raise AssertionError
 
-    async def call(self, method: str, key: str, reach: Reach, *, about: str = "", **arguments: Any) -> Any:
+    async def call(
+        self, method: str, key: str, progress: Progress, *, about: str = "", **arguments: Any
+    ) -> Any:
         """One request, tried once."""
         if key:
             arguments["Key"] = key
         if "Body" in arguments:  # its position moves: every attempt needs one of its own
-            arguments["Body"] = Body(arguments["Body"], reach)
+            arguments["Body"] = Body(arguments["Body"], progress)
         with self.explained(key or about):
             # As s3fs's own `call_s3` does; its other methods remember listings, or lack options.
-            await self.system.set_session()
-            client = await self.system.get_s3(self._bucket)
+            await self._system.set_session()
+            client = await self._system.get_s3(self._bucket)
             client.meta.events.register("before-sign.s3", _expect_nothing, unique_id="shardckpt")
-            answer = await self.system._call_s3(method, Bucket=self._bucket, **arguments)
+            answer = await self._system._call_s3(method, Bucket=self._bucket, **arguments)
         for member in _MEMBERS.get(method, ()):
             if member not in answer:
                 raise StorageError(
@@ -148,19 +174,19 @@ class S3Client:
         except Exception as error:
             raise explain(error, self.name(without_temporary(key))) from error
 
-    async def _attempt(self, key: str, work: Callable[[Reach], Awaitable[T]], patience: Patience) -> T:
+    async def _attempt(self, key: str, work: Callable[[Progress], Awaitable[T]], patience: Patience) -> T:
         """One attempt. It ends at half the deadline without progress, so that another connection is tried."""
         loop = asyncio.get_running_loop()
         own = Patience(self._limits.deadline / 2, self._limits.least_rate, loop.time)
 
-        def reach(nbytes: int) -> None:
-            own.reach(nbytes)
-            patience.reach(nbytes)
+        def progress(nbytes: int) -> None:
+            own.extend(nbytes)
+            patience.extend(nbytes)
             timeout.reschedule(min(own.end, patience.end))
 
         try:
             async with asyncio.timeout_at(min(own.end, patience.end)) as timeout:
-                return await work(reach)
+                return await work(progress)
         except TimeoutError as error:
             if not timeout.expired():
                 raise
@@ -169,13 +195,17 @@ class S3Client:
                 f"{self._limits.least_rate:g} bytes per second came through"
             ) from error
 
-    async def _look(self, generation: int, since: float, patience: Patience) -> Found:
-        """What credentials there are now; nothing, if where they come from does not answer."""
+    async def _look_up(self, generation: int, since: float, patience: Patience) -> Found:
+        """Look credentials up again. `Found.NOTHING` if their source does not answer."""
         try:
             async with asyncio.timeout_at(patience.end):
-                return await self._credentials.look(generation, since)
+                return await self._credentials.look_up(generation, since)
         except TimeoutError:
             return Found.NOTHING
+
+    def _pauses_after(self, attempt: int) -> float:
+        """Seconds of all pauses that may follow this attempt, at most."""
+        return self.settings.first_pause * float(2 ** (self._attempts - 1) - 2 ** (attempt - 1))
 
     def _advised(self, error: RefusedError) -> RefusedError:
         if not self._credentials.are_explicit:
@@ -203,26 +233,41 @@ class S3Client:
 
 
 class _Outage:
-    """Says once that a server does not answer; again only after it has. Shared by all folders of a storage."""
+    """Logs once that a server does not answer, and again only after it has answered. One for all folders."""
 
-    is_told = False
+    is_reported = False
 
-    def tell(self, error: TransientError | RefusedError, seconds: float) -> None:
-        """Say what is being waited out, and for how long at most."""
-        if not self.is_told:
-            self.is_told = True
+    def report(self, error: TransientError | RefusedError, seconds: float) -> None:
+        """Log the error that is being waited out, and for how many seconds at most."""
+        if not self.is_reported:
+            self.is_reported = True
             what = str(error) if not isinstance(error, UnreachableError | RefusedError) else error.summary
             _log.warning("%s, trying again for up to %.0f s", what, max(1.0, seconds))
 
 
-def _attempts(options: Mapping[str, Any]) -> int:
-    """How often a request is tried: as botocore's `retries` has it, which may be in the options."""
+def outcome(work: Work[T], *, stop_it: bool = True) -> T:
+    """The result of a request, waited for; its errors are those of the `Storage` contract.
+
+    If this thread is interrupted, the request is cancelled too, unless not `stop_it`.
+    """
+    try:
+        return work.result(stop_it=stop_it)
+    except TransientError as error:  # the subclasses are private to this client
+        raise OutOfReachError(str(error)) from error
+    except BeyondEndError as error:
+        raise StorageError(str(error)) from error
+    except RefusedError as error:
+        raise CredentialsError(str(error)) from error
+
+
+def _attempts(options: Mapping[str, Any], default: int) -> int:
+    """How often a request is tried: by botocore's `retries`, if the options have it."""
     retries = (options.get("config_kwargs") or {}).get("retries") or {}
     if "max_attempts" in retries:  # does not count the first
         return int(retries["max_attempts"]) + 1
-    return int(retries.get("total_max_attempts", _ATTEMPTS))
+    return int(retries.get("total_max_attempts", default))
 
 
 def _expect_nothing(request: Any, **_: Any) -> None:
-    """Send bodies at once: not every server tells that it is ready for one, and aiohttp waits for that."""
+    """Send bodies at once: aiohttp would wait for "100 Continue", which not every server sends."""
     del request.headers["Expect"]  # no error if there is none

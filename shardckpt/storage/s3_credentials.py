@@ -45,17 +45,17 @@ class Credentials:
         )
         self._can_change = not (self.are_explicit or options.get("anon"))
         self._lock = asyncio.Lock()
-        self._looked = float("-inf")
+        self._looked_up = float("-inf")
         self._last = Found.OTHERS
         self.generation = 0
         """Grows whenever other credentials are taken."""
 
     @property
     def can_change(self) -> bool:
-        """Whether it makes sense to look again."""
+        """False for credentials that the user passed in, which only the user can replace."""
         return self._can_change
 
-    async def look(self, generation: int, since: float) -> Found:
+    async def look_up(self, generation: int, since: float) -> Found:
         """See what there is now, after those of this generation were refused; other ones are taken at once.
 
         `since` is the loop's time when the request began: what others saw before that says nothing about it.
@@ -67,13 +67,13 @@ class Credentials:
             system = self._system()
             if not self._can_change or system is None:
                 return Found.THE_SAME
-            is_old = self._looked < since or loop.time() >= self._looked + _PAUSE
+            is_old = self._looked_up < since or loop.time() >= self._looked_up + _PAUSE
             if self._last is Found.OTHERS or is_old:
-                self._looked = loop.time()
-                self._last = await self._look(system)
+                self._looked_up = loop.time()
+                self._last = await self._find(system)
             return self._last
 
-    async def _look(self, system: Any) -> Found:
+    async def _find(self, system: Any) -> Found:
         """Raises nothing: a source that fails may be well the next time."""
         source = new = held = None
         try:
