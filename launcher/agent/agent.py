@@ -20,7 +20,7 @@ from launcher.agent.workers import Workers
 from launcher.config.command import Kind
 from launcher.config.job import Config
 from launcher.config.secret import Secret, find_secret
-from launcher.diagnosis.death import gather
+from launcher.diagnosis.death import read_death
 from launcher.diagnosis.judge import find_culprit, fingerprint, judge
 from launcher.diagnosis.reports import Death, NodeReport
 from launcher.diagnosis.stack_dump import StackTaker
@@ -408,7 +408,7 @@ class Agent:
         self._recovery = replace(begun, stopped=clock.now(), forked=None)
         host = round_.team.hosts[round_.team.rank]
         deaths = tuple(
-            gather(
+            read_death(
                 self._workers.files[exit_.rank],
                 exit_,
                 host,
@@ -451,7 +451,7 @@ class Agent:
     def _conclude(self, round_: Round) -> Decision:
         """Decide what comes after a round that is settled, and tell about it."""
         self._monitor.set_deadline(None)
-        culprit = find_culprit(round_.deaths, has_lost_node=round_.is_explained)
+        culprit = find_culprit(round_.deaths, is_explained=round_.is_explained)
         mark = fingerprint(culprit) if culprit else None
         decision = decide(round_, culprit, mark, self._history, self._limits)
         before, self._slots = self._slots, round_.slots_after(self._slots, culprit)

@@ -1,4 +1,4 @@
-"""How workers died, read from what they left behind: error files, logs, the kernel's counters."""
+"""How a worker died, read from what it left behind: its error file, its logs, the kernel's counters."""
 
 from __future__ import annotations
 
@@ -9,22 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.diagnosis.reports import Death
-from launcher.diagnosis.tracebacks import LastWords, read_last_words
+from launcher.diagnosis.tracebacks import DATALOADER_WORKER, LastWords, read_last_words
 from launcher.events import WorkerExited
 from launcher.progress import read_progress
 from launcher.run_dir import RankFiles
 from launcher.system.oom import OomWatch
 
-__all__ = ["DATA_WORKER", "gather"]
+__all__ = ["read_death"]
+
+_TAIL_BYTES = 64 * 1024  # of a log that are read
 
 
-_TAIL_BYTES = 64 * 1024
-
-
-DATA_WORKER = r"DataLoader worker \(pid(?:\(s\))? (\d+)"
-
-
-def gather(
+def read_death(
     files: RankFiles,
     exit: WorkerExited,
     host: str,
@@ -33,11 +29,17 @@ def gather(
     is_ours: bool,
     said_before: int | None = None,
 ) -> Death:
-    """Read what a failed worker left behind.
+    """Read what a failed worker left behind. Files that are missing or garbled are no evidence, and no error.
 
-    `epoch_at` is its death in seconds since the epoch; `is_ours`, whether launch had told it to end. Of one
-    that answers such a signal itself, `said_before` is how many bytes it had written to stderr when it was
-    told: a traceback that begins later is its answer, and no failure.
+    Args:
+        files: where it wrote.
+        exit: its exit.
+        host: the host that it ran on.
+        epoch_at: when it died, in seconds since the epoch.
+        oom: the kernel's counters since the round's start; None if they cannot be read.
+        is_ours: True if `launch` had sent it a signal to end it.
+        said_before: of a worker that handles that signal itself, the bytes that it had written to stderr when
+            the signal was sent: a traceback that begins later answers the signal, and is no failure.
     """
     words = _read_words(files, exit.code)
     if is_ours and said_before is not None:
@@ -61,6 +63,7 @@ def gather(
 
 
 def _read_words(files: RankFiles, code: int) -> LastWords:
+    """The last words in the error file; without a traceback there, those on stderr, or else on stdout."""
     recorded = _read_error_file(files.error)
     if recorded is not None:
         message, stack = recorded
@@ -76,6 +79,7 @@ def _read_words(files: RankFiles, code: int) -> LastWords:
 
 
 def _read_tail(path: Path) -> list[str]:
+    """The last lines of a log; none if it cannot be read."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -88,7 +92,7 @@ def _read_tail(path: Path) -> list[str]:
 
 
 def _has_traceback(path: Path, end: int) -> bool:
-    """Whether a traceback begins before byte `end` of a log."""
+    """True if a traceback begins before byte `end` of a log."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, end - _TAIL_BYTES))
@@ -98,7 +102,7 @@ def _has_traceback(path: Path, end: int) -> bool:
 
 
 def _read_error_file(path: Path) -> tuple[str, str] | None:
-    """Message and call stack that torchelastic's @record wrote."""
+    """The message and the call stack that torchelastic's @record wrote; None without such a file."""
     try:
         message = json.loads(path.read_text())["message"]
         if isinstance(message, str):
@@ -109,11 +113,12 @@ def _read_error_file(path: Path) -> tuple[str, str] | None:
 
 
 def _find_killer(exit: WorkerExited, words: LastWords, oom: OomWatch | None, is_ours: bool) -> str | None:
+    """Who sent the SIGKILL that ended a worker or its DataLoader worker; None if that is not known."""
     if oom is None:
         return None
     if exit.code == -signal.SIGKILL:
         return None if is_ours else oom.explain(exit.pid)
-    child = re.search(DATA_WORKER, words.error or "")
+    child = re.search(DATALOADER_WORKER, words.error or "")
     if child and "Killed" in (words.error or ""):
         found = oom.explain(int(child[1]))
         return f"its DataLoader worker was {found}" if found else None

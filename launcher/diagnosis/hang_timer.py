@@ -1,4 +1,4 @@
-"""Since when each worker has made no progress, and when that is a hang. Pure."""
+"""How long each worker has made no progress, and when that is a hang. Pure."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from launcher.progress import Progress
 __all__ = ["HangTimer", "Stage"]
 
 _LONGEST_GAP = 5.0
-"""Seconds between two looks that count at most: while this process could not look, nor could workers work."""
+"""Seconds between two readings that count at most: while this process could not run, nor could the workers."""
 _START_FACTOR, _SHORTEST_START = 3.0, 30.0
-"""Before its first step a worker imports, builds and compiles, and says nothing of it: it gets so many times
-what a step gets, and so many seconds at least."""
+"""Before its first step a worker imports, builds and compiles without reporting anything: it gets so many times
+the timeout of a step, and so many seconds at least."""
 
 
 class Stage(IntEnum):
-    """How far a worker is, as far as that says how long it may make no progress."""
+    """How far a worker is, which decides how long it may make no progress."""
 
-    UNKNOWN = 0  # nothing says that it will ever tell of any progress
-    STARTING = 1  # on the way to its first step: it imports, compiles, or waits for others
-    BUSY = 2  # on that way too, in something of which it tells how it gets on
+    UNKNOWN = 0  # it may never report any progress
+    STARTING = 1  # before its first step: it imports, compiles, or waits for others
+    BUSY = 2  # before its first step too, in something that reports its own progress, such as a restore
     STEPPING = 3
 
 
 @dataclass(frozen=True)
 class HangTimer:
-    """What was seen of the workers of one round, and since when it has been the same."""
+    """The progress of one round's workers, and for how long it has been the same. All mappings are by rank."""
 
-    marks: Mapping[int, tuple[object, ...]] = field(default_factory=dict)  # what each told last, by rank
-    seconds: Mapping[int, float] = field(default_factory=dict)  # by rank, since it told anything new
+    marks: Mapping[int, tuple[object, ...]] = field(default_factory=dict)  # what each reported last
+    seconds: Mapping[int, float] = field(default_factory=dict)  # since it reported anything new
     stages: Mapping[int, Stage] = field(default_factory=dict)
 
     def after(
@@ -42,9 +42,13 @@ class HangTimer:
         silent: Collection[int] = (),
         are_known: bool = False,
     ) -> HangTimer:
-        """After a look at all ranks that live, `elapsed` seconds after the last one.
+        """The timer after the progress of all living ranks was read.
 
-        `silent` are those that have told nothing yet; `are_known`, that in a round before all told of steps.
+        Args:
+            progress: by rank.
+            elapsed: seconds since it was read before.
+            silent: ranks that have reported nothing yet.
+            are_known: True if in an earlier round every rank reported steps.
         """
         marks = {rank: _mark(one) for rank, one in progress.items() if not one.is_over}
         marks |= dict.fromkeys(silent, ())
@@ -62,20 +66,23 @@ class HangTimer:
 
     @property
     def longest(self) -> float:
-        """Seconds that the stillest of those has been still that tell of their progress; 0 without any."""
+        """Seconds without progress: the most of a worker that makes steps, or of all before their first step."""
         return max(self._of(Stage.STEPPING), default=self._start)
 
     @property
     def is_known(self) -> bool:
-        """Whether there is anything to look at."""
+        """True if some worker reports progress, or is expected to."""
         return any(self.stages.values())
 
     def is_hang(self, timeout: float, usual_start: float = 0.0) -> bool:
-        """Whether workers hang that are to make a step every `timeout` seconds.
+        """True if workers hang.
 
-        Of those that make steps, each is looked at by itself. On the way to the first step ranks wait for each
-        other, so as long as one of them gets on, none hangs. `usual_start` is how many seconds the first step
-        took in rounds before.
+        A worker that makes steps hangs by itself. Before the first step ranks wait for each other, so none hangs
+        as long as one of them makes progress.
+
+        Args:
+            timeout: seconds that a step may take.
+            usual_start: seconds that the first step took in earlier rounds.
         """
         if any(still >= timeout for still in self._of(Stage.STEPPING)):
             return True
@@ -85,7 +92,7 @@ class HangTimer:
 
     @property
     def _start(self) -> float:
-        """Seconds for which no worker has got on towards its first step; 0 once one has made it."""
+        """Seconds for which no worker has made progress towards its first step; 0 once one has made it."""
         if self._of(Stage.STEPPING):
             return 0.0
         return min(self._of(Stage.STARTING, Stage.BUSY), default=0.0)
@@ -95,7 +102,7 @@ class HangTimer:
 
 
 def _mark(progress: Progress) -> tuple[object, ...]:
-    """Differs from the one before if the worker has got on."""
+    """A value that changes whenever the worker makes progress."""
     return (progress.step, progress.alive, progress.joined, progress.restored)
 
 

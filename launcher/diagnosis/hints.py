@@ -1,7 +1,7 @@
-"""What a user may do about a failure, as far as what is known of it says so. Pure.
+"""Hints: what a user may do about a failure. Pure.
 
-A hint names nothing for which there is no evidence: no network where there is one host, no full memory where an
-allocation failed for whatever reason.
+A hint follows from evidence alone: none names the network of a job on one host, or full memory where an
+allocation failed for another reason.
 """
 
 from __future__ import annotations
@@ -63,12 +63,15 @@ _HINTS = (
 def hint_for(death: Death, *, is_peer_loss: bool, is_timeout: bool, ranks: int, hosts: int) -> str | None:
     """What to do about the failure that began with `death`, in a line; None if nothing is known.
 
-    `is_peer_loss`: it says that a peer went away or, `is_timeout`, did not come; the job had so many `ranks`,
-    on so many `hosts`.
+    Args:
+        is_peer_loss: its last words say that a peer went away, or did not come to a collective.
+        is_timeout: they say that a peer did not come in time.
+        ranks: number of ranks of the job that failed or ended.
+        hosts: number of hosts that it ran on.
     """
     if is_peer_loss and ranks > 1:
         if is_timeout:
             return _LATE
         return _BETWEEN_HOSTS if hosts > 1 else _AT_ONE_HOST
-    said = "\n".join((death.error or "", *death.lines[-3:]))
-    return next((hint for pattern, hint in _HINTS if re.search(pattern, said, re.IGNORECASE)), None)
+    words = "\n".join((death.error or "", *death.lines[-3:]))
+    return next((hint for pattern, hint in _HINTS if re.search(pattern, words, re.IGNORECASE)), None)

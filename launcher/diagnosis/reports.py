@@ -1,4 +1,4 @@
-"""What the nodes of a job tell each other of a round that is over: plain values that pass through JSON."""
+"""Deaths of workers, and what a node reports to the others after a round: plain values that pass through JSON."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ __all__ = ["Death", "NodeReport"]
 
 @dataclass(frozen=True)
 class Death:
-    """One worker that failed, and what it left behind.
-
-    `at` is in seconds since the epoch by the clock of its host: deaths on several hosts are in order as
-    far as their clocks agree.
-    """
+    """One worker that failed, and what it left behind."""
 
     rank: int
     host: str
     pid: int
     code: int  # its exit code, or minus the signal that killed it
-    at: float
-    step: int | None = None  # that it reported last
+    at: float  # seconds since the epoch, by its host's clock: hosts compare as far as their clocks agree
+    step: int | None = None  # the last that it reported
     error: str | None = None  # the exception in one line
     lines: tuple[str, ...] = ()  # its traceback, or else its last lines
     has_traceback: bool = False
     kill: str | None = None  # who sent the SIGKILL, where that is known: the kernel, out of memory
     log: str | None = None  # the file with its stderr
-    is_ours: bool = False  # launch had told it to end by then
-    has_joined: bool = False  # it had told that its process group was up, or more
+    is_ours: bool = False  # launch had sent it a signal to end it
+    has_joined: bool = False  # it had reported that its process group was up, or more
 
     @property
     def failure_code(self) -> int:
-        """What it would have ended with by itself: a signal of launch's may have met it on its way out."""
+        """Its exit code, or minus the signal, had launch not signalled it while it ended because of an error."""
         if not (self.is_ours and self.code < 0 and self.has_traceback):
             return self.code
         name, _, argument = (self.error or "").partition(": ")
@@ -49,21 +45,21 @@ class Death:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What one node says of round `round`, once no process of it is left there."""
+    """What one node reports of a round, once no process of the round is left there."""
 
     node: int
     host: str
     round: int
-    at: float  # seconds since the epoch: when the first of its workers failed, or else the last ended
-    seconds: float = 0.0  # from the start of its workers until then, whatever becomes of the clock
-    has_finished: bool = False  # every worker of it returned 0
-    has_drained: bool = False  # every worker of it returned 0 or saved and left, as it was asked to
+    at: float  # seconds since the epoch: when its first worker failed, or else when its last ended
+    seconds: float = 0.0  # from the start of its workers until then, by the monotonic clock
+    has_finished: bool = False  # every worker returned 0
+    has_drained: bool = False  # every worker returned 0, or saved and left as it was asked to
     deaths: tuple[Death, ...] = ()  # in order of death
     ended: tuple[tuple[int, int, float], ...] = ()  # without failing: rank, code, seconds since the epoch
-    trouble: str | None = None  # what went wrong that is not a worker's own failure, in one line
+    trouble: str | None = None  # what went wrong besides the workers' failures, in one line
     is_stuck: bool = False  # processes are left that nothing can end: no more rounds on this node
     step: int | None = None  # the highest that one of its workers reported
-    hang: tuple[str, ...] = ()  # a hang that was diagnosed: what the stacks say, a line each
+    hang: tuple[str, ...] = ()  # what the stacks of workers that hung say, a line each
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

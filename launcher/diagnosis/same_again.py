@@ -1,9 +1,8 @@
-"""Whether a round that failed at its start would fail alike if it were started again. Pure.
+"""Recognizes a round that failed at its start and would fail in the same way again. Pure.
 
-What is in the script or the command fails each time: a syntax error, a module that is not installed, a URL
-of no storage. What comes from outside
-may not: a device, a connection, a file that a network file system does not show yet. When in doubt there is
-another try.
+An error in the script or the command is there each time: a syntax error, a module that is not installed, a URL of
+no storage. An error from outside may pass: a device, a connection, a file that a network file system does not show
+yet. In doubt there is another try.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from launcher.diagnosis.tracebacks import normalized
 
 __all__ = ["would_fail_again"]
 
-_START = (
-    60.0  # seconds of a round in which other errors than those of the code count as errors at its start
-)
+_START_SECONDS = 60.0  # of a round in which errors of values count as errors at its start
 _OF_CODE = (
     "SyntaxError",
     "IndentationError",
@@ -28,21 +25,23 @@ _OF_CODE = (
     "NameError",
     "shardckpt.errors.InvalidUrlError",
 )
-"""Errors that no rank is spared, even if others were stopped before they got there."""
+"""Errors that every rank would meet, even if others were stopped before they came to it."""
 
 _OF_VALUES = (
-    *(
-        "UnboundLocalError",
-        "AttributeError",
-        "TypeError",
-        "ValueError",
-        "KeyError",
-        "IndexError",
-        "LookupError",
-    ),
-    *("AssertionError", "ZeroDivisionError", "NotImplementedError", "RecursionError", "UnicodeDecodeError"),
+    "UnboundLocalError",
+    "AttributeError",
+    "TypeError",
+    "ValueError",
+    "KeyError",
+    "IndexError",
+    "LookupError",
+    "AssertionError",
+    "ZeroDivisionError",
+    "NotImplementedError",
+    "RecursionError",
+    "UnicodeDecodeError",
 )
-"""Errors that may be of one rank alone, and count only if all ranks have failed of the same."""
+"""Errors that one rank alone may meet: they count only if all ranks have failed of the same one."""
 
 _FROM_OUTSIDE = (
     r"\b\w*(OSError|IOError|FileNotFoundError|PermissionError|TimeoutError|Connection\w*|HTTPError|URLError|"
@@ -50,19 +49,21 @@ _FROM_OUTSIDE = (
     r"Stale file handle|out of memory|timed? ?out|CUDA|cuda|NCCL|nccl|"
     r"/(socket|ssl|urllib|http|requests|urllib3)\b"
 )
-"""In a traceback: something that may be another time not as it was now."""
+"""In a traceback: signs of an error from outside, which may pass."""
 
 _USAGE_CODE = 2  # of argparse and its like
 _USAGE = r"[\w./-]+: error: |Error: (No such option|Missing|Invalid value|Got unexpected)"
 
 
 def would_fail_again(deaths: Sequence[Death], world: int, seconds: float) -> bool:
-    """Whether all ranks of a round failed of the same, in their own code, before they had joined the others.
+    """True if all ranks of a round failed of the same error of their own, before they had joined the others.
 
-    `deaths` are those of all its nodes, in order of death; `world` is how many ranks it had. The first one
-    failed `seconds` after the start.
+    Args:
+        deaths: of all nodes, in order of death.
+        world: number of ranks of the round.
+        seconds: from its start to its first failure.
     """
-    # launch's SIGTERM may have met a rank that had raised, on its way out.
+    # A rank that had raised may have been signalled by launch on its way out.
     own = [death for death in deaths if not death.is_ours or death.has_traceback]
     if not own or any(death.has_joined or death.step is not None or death.kill for death in deaths):
         return False
@@ -74,7 +75,11 @@ def would_fail_again(deaths: Sequence[Death], world: int, seconds: float) -> boo
         return False
     if is_of_code:
         return len(deaths) == world
-    return len(own) == world and seconds <= _START and all(_is_one_of(death, _OF_VALUES) for death in own)
+    return (
+        len(own) == world
+        and seconds <= _START_SECONDS
+        and all(_is_one_of(death, _OF_VALUES) for death in own)
+    )
 
 
 def _is_one_of(death: Death, names: Sequence[str]) -> bool:
@@ -84,5 +89,5 @@ def _is_one_of(death: Death, names: Sequence[str]) -> bool:
 
 
 def _is_usage(death: Death) -> bool:
-    """Whether the script did not understand its arguments."""
+    """True if the script refused its arguments."""
     return death.code == _USAGE_CODE and bool(death.lines) and re.match(_USAGE, death.lines[-1]) is not None

@@ -1,4 +1,4 @@
-"""What a dead process said last: its traceback among all that it wrote, the exception in one line. Pure."""
+"""The last words of a dead process: its traceback among all that it wrote, its exception in one line. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["LastWords", "innermost_frames", "normalized", "read_last_words"]
+__all__ = ["DATALOADER_WORKER", "LastWords", "innermost_frames", "normalized", "read_last_words"]
+
+DATALOADER_WORKER = r"DataLoader worker \(pid(?:\(s\))? (\d+)"
+"""Pattern of torch's message about a DataLoader worker that has died; its group is the pid."""
 
 _TAIL_LINES = 10
 _TRACEBACK_LINES = 30
@@ -22,7 +25,7 @@ _EXCEPTION = (
 _CAUSED = "The above exception was the direct cause of the following exception:"
 _FRAME = r'\s*(?:\|\s+)?File "(?P<file>[^"]+)", line (?P<line>\d+)(?:,? in (?P<name>.+))?'
 _WRAPPERS = ("ChildFailedError", "ProcessExitedException", "CalledProcessError")
-"""Exceptions that only say that another process failed, whose own words are more telling."""
+"""Exceptions that only say that another process failed: what that process wrote is more telling."""
 
 _CHATTER = (
     r"^(\[rank\d+\]:)?\[W\d{4,} |has NOT been destroyed|resource_tracker|warnings\.warn\(|\.py:\d+: \w*Warning:"
@@ -34,7 +37,7 @@ _WHAT = r"^\s*what\(\):\s+(.+)"
 
 @dataclass(frozen=True, slots=True)
 class LastWords:
-    """What a failed process left behind."""
+    """What a failed process wrote last."""
 
     lines: tuple[str, ...] = ()  # its traceback, or else its last lines
     has_traceback: bool = False
@@ -42,10 +45,12 @@ class LastWords:
 
 
 def read_last_words(lines: Sequence[str], *, was_killed: bool = False) -> LastWords:
-    """Find the traceback that a process ended with, or else its last lines.
+    """The traceback that a process ended with, or else its last lines.
 
-    One that `was_killed` by a signal may have written tracebacks of errors that it had handled: only
-    one at the very end counts then, or one that torch has marked as uncaught, however the teardown went on.
+    Args:
+        lines: what it wrote.
+        was_killed: True if a signal ended it. It may have written tracebacks of errors that it had handled, so
+            only one at the very end counts, or one that torch has marked as uncaught.
     """
     own, rest = _uncaught_by_torch(lines)
     found = _tracebacks(own, has_end=own is not lines)
@@ -60,9 +65,9 @@ def read_last_words(lines: Sequence[str], *, was_killed: bool = False) -> LastWo
 
 
 def _uncaught_by_torch(lines: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """The lines of an uncaught exception, each of which torch has marked with the rank, and what follows.
+    """The lines of an uncaught exception, which torch marks with the rank, and the lines after them.
 
-    All lines, and none, if there is no such exception.
+    Without such an exception, all lines, and none.
     """
     for line in lines:
         if (marked := re.match(_RANK_PREFIX, line)) and line.endswith(_HEADER):
@@ -80,9 +85,9 @@ class _Traceback:
 
 
 def _tracebacks(lines: Sequence[str], *, has_end: bool) -> list[_Traceback]:
-    """In order of appearance; those inside an exception group are not told apart from it.
+    """All tracebacks in order of appearance; an exception group is one of them.
 
-    With `has_end`, the last one's message is known to go on up to the last line.
+    With `has_end`, the message of the last one goes on up to the last line.
     """
     found: list[_Traceback] = []
     number = 0
@@ -103,7 +108,7 @@ def _tracebacks(lines: Sequence[str], *, has_end: bool) -> list[_Traceback]:
 
 
 def _read_traceback(lines: Sequence[str], start: int) -> _Traceback:
-    """Up to the first line of the exception: nothing tells where its message ends."""
+    """The traceback up to the first line of its exception: nothing marks the end of the message."""
     for end in range(start + 1, len(lines)):
         if lines[end] and not lines[end][0].isspace():
             break
@@ -125,7 +130,7 @@ def _read_group(lines: Sequence[str], start: int) -> _Traceback:
 
 
 def _syntax_error(lines: Sequence[str]) -> list[_Traceback]:
-    """Python shows a script that it cannot compile without a header; one that it cannot decode, in one line."""
+    """A script that Python cannot compile is shown without a header; one that it cannot decode, in one line."""
     said = [number for number, line in enumerate(lines) if line.strip()]
     last = said[-1] if said else 0
     if said and re.match(r"(Syntax|Indentation|Tab)Error: ", lines[last]):
@@ -137,7 +142,7 @@ def _syntax_error(lines: Sequence[str]) -> list[_Traceback]:
 
 
 def _first_cause(lines: Sequence[str], found: Sequence[_Traceback], last: _Traceback) -> str | None:
-    """The exception that `last` was raised from, and that one from, and so on."""
+    """The first exception in the chain of causes that `last` was raised from; None if it has no cause."""
     cause = None
     number = found.index(last)
     while number > 0 and _CAUSED in lines[found[number - 1].end : found[number].start]:
@@ -151,6 +156,7 @@ def _is_wrapper(error: str) -> bool:
 
 
 def _says_more(lines: Sequence[str]) -> bool:
+    """True if `lines` have anything but the chatter of libraries."""
     return any(line.strip() and not re.search(_CHATTER, line) for line in lines)
 
 
@@ -167,13 +173,13 @@ def _without_traceback(lines: Sequence[str]) -> LastWords:
 
 
 def innermost_frames(lines: Sequence[str], count: int) -> list[str]:
-    """`train.py:88 in load_batch` for the last `count` frames of a traceback."""
+    """The last `count` frames of a traceback, each as `train.py:88 in load_batch`."""
     frames = [match for line in lines if (match := re.match(_FRAME, line))]
     return [f"{f['file'].rpartition('/')[2]}:{f['line']} in {f['name'] or '?'}" for f in frames[-count:]]
 
 
 def normalized(text: str) -> str:
-    """`text` without what differs from one time to the next: addresses, numbers, directories."""
+    """`text` without what differs between two occurrences of one error: addresses, numbers, directories."""
     text = re.sub(r"0x[0-9a-fA-F]+|\b[0-9a-f]{12,}\b", "#", text)
     text = re.sub(r"(?<![\w/])~?/(?:[\w.@+-]+/)*", "", text)
     return re.sub(r"\d+(\.\d+)*", "#", text)

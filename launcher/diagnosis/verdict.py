@@ -1,4 +1,4 @@
-"""One verdict per failure: who failed first, why, who was dragged along, what happens next."""
+"""The verdict on a failed round: who failed first and why, who failed of it, what happens next. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 from launcher.formatting import count, name_ranks
 from launcher.run_dir import as_typed
 
-__all__ = ["NO_PROGRESS", "LostNode", "Verdict", "Victim", "cut", "ended_in_words"]
+__all__ = ["NO_PROGRESS", "LostNode", "Verdict", "Victim", "describe_ended"]
 
-_LONGEST = 200  # characters of an error in one line; what is cut is in the traceback, and in the log
 NO_PROGRESS = "no rank made progress any more"
-
-# Patterns are compiled when they are used: most agents never need them, and all pay for their start.
+"""The cause of a round that hung, as far as no worker or node is to blame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +23,13 @@ class Victim:
 
     rank: int
     how: str
-    of_it: bool  # it failed because of the first: it says that a peer went away or did not come
+    of_it: bool  # its words say that a peer went away or did not come, so that the first caused it
     later: float  # seconds after the first
 
 
 @dataclass(frozen=True, slots=True)
 class LostNode:
-    """A node that is gone, and how that was noticed."""
+    """A node that is gone, and why the others think so."""
 
     node: int
     host: str
@@ -40,38 +38,38 @@ class LostNode:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that is known about one failed round, as it goes to verdicts.jsonl."""
+    """What is known about one failed round, as it is recorded in verdicts.jsonl."""
 
     round: int
     time: float  # seconds since the epoch: when it failed
     seconds: float  # how long the round ran until then
-    rank: int | None  # that failed first; None if no worker is to blame
+    rank: int | None  # the rank that failed first; None if no worker is to blame
     code: int | None  # its exit code, or minus the signal
-    host: str | None  # it ran on
+    host: str | None  # where it ran
     node: int | None
     cause: str
     kill: str | None  # who killed it, where that is known
-    hint: str | None
-    told_by: int | None  # the rank whose last words these are; if none is to blame, of the first victim
-    lines: tuple[str, ...]
+    hint: str | None  # what the user may do
+    told_by: int | None  # the rank that wrote `lines`; if none is to blame, the first victim
+    lines: tuple[str, ...]  # its traceback, or else its last lines
     has_traceback: bool
-    victims: tuple[Victim, ...]  # the others that failed by themselves or of it, in order
-    stopped: tuple[int, ...]  # the others that launch stopped
-    finished: tuple[int, ...]  # had returned 0 before, which explains that others missed them
-    drained: tuple[int, ...]  # had ended before as those do that have saved and leave: likewise
+    victims: tuple[Victim, ...]  # the other ranks that failed, in order
+    stopped: tuple[int, ...]  # the other ranks that launch stopped
+    finished: tuple[int, ...]  # ranks that had returned 0 before, which explains why others missed them
+    drained: tuple[int, ...]  # ranks that had saved and left before, likewise
     trouble: tuple[str, ...]  # what else went wrong, a line each
-    hang: tuple[str, ...]  # what the stacks said
+    hang: tuple[str, ...]  # what the stacks say, a line each
     lost: tuple[LostNode, ...]
     nodes: int  # of the round
     step: int | None  # the highest that a rank reported
     newest_saved: int | None  # step of the newest snapshot or checkpoint
-    is_only_in_memory: bool  # that one; it may be lost with this host, or with its saver
-    log: str | None
-    next: str
+    is_only_in_memory: bool  # it may be lost with this host, or with its saver
+    log: str | None  # the file that `lines` are from
+    next: str  # what happens next
 
     @property
     def steps_lost(self) -> int | None:
-        """Steps that have to be done again; None if that is not known."""
+        """Steps that must be repeated; None if that is not known."""
         if self.step is None or self.newest_saved is None:
             return None
         return max(0, self.step - self.newest_saved)
@@ -94,10 +92,10 @@ class Verdict:
         return {**asdict(self), "kind": self.kind, "steps_lost": self.steps_lost}
 
     def render(self) -> list[str]:
-        """The block for the terminal."""
+        """The lines for the terminal."""
         what = "hung" if self.hang and self.rank is None else "failed"
         text = [f"round {self.round} {what} after {self.seconds:.1f} s", f"  {self._headline()}"]
-        if (ended := ended_in_words(self.finished, self.drained)) and ended != self.cause:
+        if (ended := describe_ended(self.finished, self.drained)) and ended != self.cause:
             text.append(f"  {ended}")
         if self.hint:
             text.append(f"  hint: {self.hint}")
@@ -127,7 +125,7 @@ class Verdict:
         )
 
     def _others(self) -> list[str]:
-        """Those that failed after the first, alike ones together, and what else went wrong."""
+        """Lines about the ranks that failed after the first, alike ones in one, and about other trouble."""
         alike: dict[tuple[bool, str], list[int]] = {}
         for victim in self.victims:
             alike.setdefault((victim.of_it, victim.how), []).append(victim.rank)
@@ -150,15 +148,11 @@ class Verdict:
         return f"step {self.step} reached, snapshot of step {self.newest_saved}: {lost} lost"
 
 
-def ended_in_words(finished: Sequence[int], drained: Sequence[int]) -> str:
-    """That these ranks had ended; empty if none had."""
+def describe_ended(finished: Sequence[int], drained: Sequence[int]) -> str:
+    """A line about the ranks that had finished or saved and left before the others; empty without any."""
     kinds = ((finished, "0"), (drained, "75, as after saving to leave"))
     return "; ".join(
         f"{name_ranks(ranks)} had ended before the others, with exit code {how}"
         for ranks, how in kinds
         if ranks
     )
-
-
-def cut(error: str) -> str:
-    return error if len(error) <= _LONGEST else f"{error[: _LONGEST - 1]}…"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.diagnosis.death import gather
+from launcher.diagnosis.death import read_death
 from launcher.diagnosis.judge import find_culprit, fingerprint, judge
 from launcher.diagnosis.reports import Death, NodeReport
 from launcher.diagnosis.verdict import Verdict
@@ -38,7 +38,7 @@ def files(tmp_path: Path) -> RankFiles:
 def gathered(
     files: RankFiles, code: int = 1, oom: OomWatch | None = None, *, is_ours: bool = False
 ) -> Death:
-    return gather(files, WorkerExited(0, 100, code, 1.0), "here", 1e9, oom, is_ours)
+    return read_death(files, WorkerExited(0, 100, code, 1.0), "here", 1e9, oom, is_ours)
 
 
 # -- what is gathered
@@ -205,9 +205,9 @@ def test_no_culprit() -> None:
 
 
 def test_a_lost_node_explains_what_peers_say() -> None:
-    assert find_culprit([died(0, 1, RESET), died(1, 1, TIMEOUT)], has_lost_node=True) is None
+    assert find_culprit([died(0, 1, RESET), died(1, 1, TIMEOUT)], is_explained=True) is None
     own = died(2, 1, OWN)
-    assert find_culprit([died(0, 1, RESET), own], has_lost_node=True) is own
+    assert find_culprit([died(0, 1, RESET), own], is_explained=True) is own
 
 
 # -- what repeats
@@ -405,10 +405,10 @@ def test_an_answer_to_a_stop_is_no_failure(files: RankFiles) -> None:
     files.err.write_text("loading\n")
     before = files.err.stat().st_size
     files.err.write_text(f"loading\n{TRACEBACK}")
-    answer = gather(files, exit_, "here", 1e9, None, True, before)
+    answer = read_death(files, exit_, "here", 1e9, None, True, before)
     assert not answer.has_traceback
-    assert find_culprit([answer], has_lost_node=True) is None  # a hang, or a node that is lost
-    own = gather(files, exit_, "here", 1e9, None, True, before + 60)
+    assert find_culprit([answer], is_explained=True) is None  # a hang, or a node that is lost
+    own = read_death(files, exit_, "here", 1e9, None, True, before + 60)
     assert find_culprit([own]) == own
 
 
