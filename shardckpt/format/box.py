@@ -96,7 +96,7 @@ class Piece(NamedTuple):
     at: tuple[int, ...]
 
     @property
-    def local_slices(self) -> tuple[slice, ...]:
+    def shard_slices(self) -> tuple[slice, ...]:
         """What selects the piece from the rank's own tensor."""
         return tuple(slice(o, o + n) for o, n in zip(self.at, self.box.shape, strict=True))
 

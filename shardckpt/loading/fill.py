@@ -21,7 +21,7 @@ from shardckpt.loading.plan import ChunkRead, plan_reads
 from shardckpt.memory import provide, writable
 from shardckpt.progress import alive
 from shardckpt.ranks.world import Ranks, agree, agreement
-from shardckpt.state.tensors import LocalTensor, as_array, torch_dtype
+from shardckpt.state.tensors import TensorShard, as_array, torch_dtype
 
 __all__ = ["fill"]
 
@@ -51,7 +51,7 @@ class _Exchange:
 def fill(
     source: Source,
     manifest: Manifest,
-    targets: Sequence[LocalTensor],
+    targets: Sequence[TensorShard],
     ranks: Ranks,
     prepare: Callable[[], object] = lambda: None,
     *,
@@ -77,7 +77,7 @@ def fill(
     Returns the bytes of the chunks that this rank needed.
     """
     pieces = [(target, piece) for target in targets for piece in target.pieces if piece.box.volume]
-    views = [target.data[piece.local_slices] for target, piece in pieces]
+    views = [target.data[piece.shard_slices] for target, piece in pieces]
     reads = plan_reads(manifest, [(target.name, piece.box) for target, piece in pieces])
     live = {
         read.stored.row for read in reads if any(not pieces[copy.wanted][0].is_new for copy in read.copies)

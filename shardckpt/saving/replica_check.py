@@ -21,8 +21,8 @@ from shardckpt.errors import RankMismatchError
 from shardckpt.format.box import Box
 from shardckpt.format.save_plan import SavePlan
 from shardckpt.ranks.world import Ranks
-from shardckpt.saving.staging import local_slices
-from shardckpt.state.tensors import LocalTensor, as_array, dense, flat_bytes, is_plain
+from shardckpt.saving.staging import shard_slices
+from shardckpt.state.tensors import TensorShard, as_array, dense, flat_bytes, is_plain
 
 __all__ = ["ReplicaCheck"]
 
@@ -52,7 +52,7 @@ _LISTED = 8
 class ReplicaCheck:
     """What this rank holds that others hold too: worked out once, for any number of saves."""
 
-    def __init__(self, plan: SavePlan, tensors: Sequence[LocalTensor], rank: int) -> None:
+    def __init__(self, plan: SavePlan, tensors: Sequence[TensorShard], rank: int) -> None:
         by_name = {tensor.name: tensor for tensor in tensors}
         self._groups = [
             _Group(
@@ -149,8 +149,8 @@ class _View:
     content: npt.NDArray[np.uint8] | None
 
     @classmethod
-    def of(cls, tensor: LocalTensor, box: Box) -> _View:
-        data = tensor.data[local_slices(tensor, box)]
+    def of(cls, tensor: TensorShard, box: Box) -> _View:
+        data = tensor.data[shard_slices(tensor, box)]
         return cls(data, as_array(flat_bytes(data), np.uint8) if is_plain(data) else None)
 
     @cached_property

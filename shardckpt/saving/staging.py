@@ -18,9 +18,9 @@ import torch
 
 from shardckpt.format.box import Box
 from shardckpt.format.save_plan import ChunkWrite
-from shardckpt.state.tensors import LocalTensor, dense, flat_bytes, is_plain, torch_dtype
+from shardckpt.state.tensors import TensorShard, dense, flat_bytes, is_plain, torch_dtype
 
-__all__ = ["Copies", "StagingBuffer", "chunk_view", "local_slices"]
+__all__ = ["Copies", "StagingBuffer", "chunk_view", "shard_slices"]
 
 _PAGE = 4096
 _memcmp = ctypes.CDLL(None).memcmp
@@ -126,14 +126,14 @@ class Copies:
         others: by device, the chunks to copy element by element, each with its live tensor.
     """
 
-    def __init__(self, writes: Sequence[ChunkWrite], tensors: Sequence[LocalTensor]) -> None:
+    def __init__(self, writes: Sequence[ChunkWrite], tensors: Sequence[TensorShard]) -> None:
         self.plain: list[tuple[int, int, int]] = []
         self.others: dict[torch.device, list[tuple[ChunkWrite, torch.Tensor]]] = {}
         self._kept: list[torch.Tensor] = []  # whose addresses are in `plain`
         by_name = {tensor.name: tensor for tensor in tensors}
         for write in writes:
             tensor = by_name[write.name]
-            source = tensor.data[local_slices(tensor, write.box)]
+            source = tensor.data[shard_slices(tensor, write.box)]
             if is_plain(source) and write.box.shape[1:] == write.chunk[1:]:
                 self.plain.append((write.location.offset, source.data_ptr(), source.nbytes))
                 self._kept.append(source)
@@ -150,7 +150,7 @@ def _own_memory(size: int) -> mmap.mmap:
     return memory
 
 
-def local_slices(tensor: LocalTensor, box: Box) -> tuple[slice, ...]:
+def shard_slices(tensor: TensorShard, box: Box) -> tuple[slice, ...]:
     """What selects `box` from this rank's memory. The box must lie in one of the tensor's pieces."""
     for piece in tensor.pieces:
         if box.intersect(piece.box) is not None or not box.shape:

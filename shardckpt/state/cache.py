@@ -18,8 +18,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardckpt.state.overrides import is_patched, optimizer_saves_plainly, saves_plainly
-from shardckpt.state.tensors import LocalTensor
-from shardckpt.state.wrapped import PLAIN_TYPES, flat, is_wrapper, local_part, memory_parts
+from shardckpt.state.tensors import TensorShard
+from shardckpt.state.wrapped import PLAIN_TYPES, flat, is_wrapper, memory_parts, own_part
 
 __all__ = ["Known", "StateDictCache"]
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Known:
     """What a walk over a module or an optimizer has found: its tensors, and its JSON form."""
 
-    tensors: Sequence[LocalTensor]
+    tensors: Sequence[TensorShard]
     encoded: Any
 
 
@@ -70,7 +70,7 @@ class StateDictCache:
         self,
         path: str,
         value: nn.Module | torch.optim.Optimizer,
-        tensors: Sequence[LocalTensor],
+        tensors: Sequence[TensorShard],
         encoded: Any,
     ) -> None:
         """Note what a walk has found, if one can tell whether another one would find the same."""
@@ -149,7 +149,7 @@ def _memory(tensor: Any) -> Any:
         return where, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
     if not isinstance(tensor, torch.Tensor):
         return id(tensor)
-    local = local_part(tensor)
+    local = own_part(tensor)
     if is_wrapper(local):
         inner, context = flat(local)
         return id(tensor), id(local), repr(context), *((name, _memory(held)) for name, held in inner)

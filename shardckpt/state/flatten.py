@@ -26,7 +26,7 @@ from shardckpt.state.modules import (
 )
 from shardckpt.state.optimizers import optimizer_tree
 from shardckpt.state.subclasses import expand
-from shardckpt.state.tensors import LocalTensor, local_tensor
+from shardckpt.state.tensors import TensorShard, tensor_shard
 
 __all__ = ["FlatState", "PerRank", "check_state", "flatten", "per_rank_path"]
 
@@ -55,7 +55,7 @@ class FlatState:
         per_rank: the content of each PerRank by path, as JSON.
     """
 
-    tensors: list[LocalTensor]
+    tensors: list[TensorShard]
     values: Any
     per_rank: dict[str, Any]
 
@@ -108,7 +108,7 @@ class _Walk:
     rank: int
     modules: Mapping[str, nn.Module]
     memo: StateDictCache | None
-    tensors: list[LocalTensor] = field(default_factory=list)
+    tensors: list[TensorShard] = field(default_factory=list)
     per_rank: dict[str, Any] = field(default_factory=dict)
     unsynced: set[str] = field(default_factory=set)
     inside: str | None = None
@@ -126,7 +126,7 @@ class _Walk:
             self.tensors += parts
             return form_of(reference)
         if isinstance(value, np.ndarray):
-            self.tensors.append(local_tensor(_from_numpy(value, path), path))
+            self.tensors.append(tensor_shard(_from_numpy(value, path), path))
             return {"$ndarray": path}
         if isinstance(value, np.generic) and value.dtype.kind in "biufc":
             plain = value.item()

@@ -22,8 +22,8 @@ from shardckpt.progress import doing
 from shardckpt.state.conform import conform
 from shardckpt.state.overlaps import find_conflict, find_overlaps, overlaps_itself
 from shardckpt.state.subclasses import empty_wrapper, expand, pair
-from shardckpt.state.tensors import LocalTensor, empty_like_saved, local_tensor
-from shardckpt.state.wrapped import inner_names, is_wrapper, local_part, memory_parts
+from shardckpt.state.tensors import TensorShard, empty_like_saved, tensor_shard
+from shardckpt.state.wrapped import inner_names, is_wrapper, memory_parts, own_part
 
 __all__ = ["LoadTargets", "TargetBuilder", "mismatch"]
 
@@ -56,7 +56,7 @@ class LoadTargets:
         kept: PerRank paths of which this rank has no saved value, because the world was smaller.
     """
 
-    tensors: list[LocalTensor] = field(default_factory=list)
+    tensors: list[TensorShard] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -104,7 +104,7 @@ class TargetBuilder:
         self._manifest = manifest
         self._is_sharded = is_sharded
         self._tensors: dict[str, TensorEntry] = {tensor.name: tensor for tensor in manifest.tensors}
-        self._live: list[tuple[str, LocalTensor]] = []
+        self._live: list[tuple[str, TensorShard]] = []
         self._taken: dict[int, tuple[object, object]] = {}
 
     def find(self, name: str, path: str) -> TensorEntry:
@@ -119,8 +119,8 @@ class TargetBuilder:
         """Whether `held` is a tensor of the saved one's type and shape; of a wrapper, whether both are one."""
         if not isinstance(held, torch.Tensor):
             return False
-        if isinstance(saved, WrapperRef) or is_wrapper(local_part(held)):
-            return isinstance(saved, WrapperRef) and is_wrapper(local_part(held))
+        if isinstance(saved, WrapperRef) or is_wrapper(own_part(held)):
+            return isinstance(saved, WrapperRef) and is_wrapper(own_part(held))
         if not isinstance(saved, TensorRef):
             return False
         tensor = self.find(saved.name, path)
@@ -234,7 +234,7 @@ class TargetBuilder:
         tensor = self.find(ref.name, path)
         is_refilled = use is _Use.REFILLED and ref.ndarray and isinstance(like, np.ndarray)
         if is_refilled and self._is_array_refillable(like, tensor):
-            self._fill_live(local_tensor(torch.from_numpy(like), path), path, ref.name)
+            self._fill_live(tensor_shard(torch.from_numpy(like), path), path, ref.name)
             return lambda: like
         layout = like if isinstance(like, torch.Tensor) and tuple(like.shape) == tensor.shape else None
         if layout is None and use is _Use.GIVEN and self._is_sharded() and not looks_whole(tensor):
@@ -244,12 +244,12 @@ class TargetBuilder:
                 "itself in place of an object around it, or let that make its state, by a step, before the load."
             )
         made = empty_like_saved(tensor.dtype, tensor.shape, layout)
-        self._fill(local_tensor(made, path), path, ref.name)
+        self._fill(tensor_shard(made, path), path, ref.name)
         return (lambda: made.numpy()) if ref.ndarray else (lambda: made)
 
     def _made_wrapper(self, saved: WrapperRef, like: Any, path: str) -> Callable[[], Any]:
         """What makes a wrapper as `like` is: only its class, which is not in the checkpoint, can do it."""
-        if not isinstance(like, torch.Tensor) or not is_wrapper(local_part(like)):
+        if not isinstance(like, torch.Tensor) or not is_wrapper(own_part(like)):
             raise StateError(
                 f"state[{path!r}] was saved as a tensor subclass {saved.type}, and there is none here to "
                 "load into. A checkpoint has no classes: make it first, for an optimizer's state by a step, "
@@ -260,12 +260,12 @@ class TargetBuilder:
             self._fill(part, part.name, name)
         return lambda: made
 
-    def _paired(self, held: torch.Tensor, saved: Any, path: str) -> list[tuple[LocalTensor, str]]:
+    def _paired(self, held: torch.Tensor, saved: Any, path: str) -> list[tuple[TensorShard, str]]:
         """The tensors with memory that `held` consists of, each with its name in the checkpoint."""
         if not isinstance(saved, (TensorRef, WrapperRef)):
             raise mismatch(path, "tensor", saved)
         if isinstance(saved, WrapperRef):
-            saved = self._without_late_parts(local_part(held), saved, path)
+            saved = self._without_late_parts(own_part(held), saved, path)
         reference, parts = expand(held, path)
         names = dict(pair(reference, saved, path))
         return [(part, names[part.name]) for part in parts]
@@ -300,7 +300,7 @@ class TargetBuilder:
         """Take an object of the user's to hold what was saved; False if it has to hold something else."""
         return bool(self._taken.setdefault(id(held), (held, saved))[1] == saved)
 
-    def _fill_live(self, target: LocalTensor, path: str, name: str) -> None:
+    def _fill_live(self, target: TensorShard, path: str, name: str) -> None:
         """Note a tensor of the state to fill from the checkpoint's `name`."""
         data = target.data
         if overlaps_itself(data):
@@ -310,10 +310,10 @@ class TargetBuilder:
             )
         self._live.append((path, self._fill(target, path, name, is_new=False)))
 
-    def _fill(self, target: LocalTensor, path: str, name: str, *, is_new: bool = True) -> LocalTensor:
+    def _fill(self, target: TensorShard, path: str, name: str, *, is_new: bool = True) -> TensorShard:
         """Note memory to fill from the checkpoint's `name`."""
         _check_fit(self.find(name, path), target, path)
-        noted = LocalTensor(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
+        noted = TensorShard(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
         self.targets.tensors.append(noted)
         return noted
 
@@ -333,7 +333,7 @@ class TargetBuilder:
     def _place(self, name: str) -> Any:
         return self._places.get(name, name)
 
-    def _fill_together(self, members: Sequence[tuple[str, LocalTensor]]) -> None:
+    def _fill_together(self, members: Sequence[tuple[str, TensorShard]]) -> None:
         """Read what was saved for targets that overlap into new memory, and copy it if all of it has room."""
         targets = [target for _, target in members]
         owned = {id(target) for target in targets}
@@ -341,7 +341,7 @@ class TargetBuilder:
         contents = [torch.empty_like(target.data) for target in targets]
         for target, content in zip(targets, contents, strict=True):
             self.targets.tensors.append(
-                LocalTensor(target.name, target.dtype, target.shape, target.pieces, content, is_new=True)
+                TensorShard(target.name, target.dtype, target.shape, target.pieces, content, is_new=True)
             )
 
         def check() -> None:
@@ -362,7 +362,7 @@ class TargetBuilder:
         self.targets._finish.insert(0, (members[0][0], copy))
 
 
-def _check_fit(saved: TensorEntry, target: LocalTensor, path: str) -> None:
+def _check_fit(saved: TensorEntry, target: TensorShard, path: str) -> None:
     if saved.shape != target.shape:
         raise ShapeMismatchError(
             f"state[{path!r}] has the shape {list(target.shape)}, but in the checkpoint it is "

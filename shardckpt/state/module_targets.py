@@ -18,7 +18,7 @@ from shardckpt.state.load_targets import TargetBuilder, mismatch
 from shardckpt.state.modules import AVERAGED_COUNT, ModuleState, loading_module, module_state
 from shardckpt.state.overrides import has_override, load_overrides
 from shardckpt.state.subclasses import expand
-from shardckpt.state.wrapped import inner_names, is_wrapper, local_part, memory_parts, storages
+from shardckpt.state.wrapped import inner_names, is_wrapper, memory_parts, own_part, storages
 
 __all__ = ["bind_module"]
 
@@ -64,7 +64,7 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
         else:
             builder.fill(held, place, saved[name])
             if name in live:
-                builder.finish(path, partial(_drop_caches, local_part(live[name]), local_part(held)))
+                builder.finish(path, partial(_drop_caches, own_part(live[name]), own_part(held)))
             filled[state.key(name)] = held
     for name, value in saved.items():
         if name not in state.tree:
@@ -81,7 +81,7 @@ def _wrappers(module: nn.Module, state: ModuleState) -> dict[str, torch.Tensor]:
     tensors = itertools.chain(
         module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     )
-    return {state.name(key): tensor for key, tensor in tensors if is_wrapper(local_part(tensor))}
+    return {state.name(key): tensor for key, tensor in tensors if is_wrapper(own_part(tensor))}
 
 
 def _drop_caches(wrapper: torch.Tensor, detached: torch.Tensor) -> None:

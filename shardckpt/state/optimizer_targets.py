@@ -16,7 +16,7 @@ from shardckpt.state.modules import Stateful, state_of
 from shardckpt.state.optimizers import check_optimizer, has_groups, is_by_number, optimizer_parameters
 from shardckpt.state.overlaps import overlaps_itself
 from shardckpt.state.overrides import has_override, optimizer_loads_plainly
-from shardckpt.state.wrapped import local_part, storages
+from shardckpt.state.wrapped import own_part, storages
 
 __all__ = ["bind_optimizer", "with_layouts"]
 
@@ -129,8 +129,7 @@ def _made_state(
         held = live.get(key)
         place = join(path, key)
         is_own = held is not None and not (
-            isinstance(held, torch.Tensor)
-            and (storages(held) & memory or overlaps_itself(local_part(held)))
+            isinstance(held, torch.Tensor) and (storages(held) & memory or overlaps_itself(own_part(held)))
         )
         if in_place and is_own and builder.fits(held, value, place):
             builder.fill(cast("torch.Tensor", held), place, value)

@@ -17,34 +17,34 @@ from torch.distributed.tensor import DTensor
 
 from shardckpt.errors import StateError
 from shardckpt.format.values import TensorRef, WrapperRef, join
-from shardckpt.state.tensors import LocalTensor, Sharding, local_tensor, sharding_of
-from shardckpt.state.wrapped import flat, is_wrapper, local_part
+from shardckpt.state.tensors import Sharding, TensorShard, sharding_of, tensor_shard
+from shardckpt.state.wrapped import flat, is_wrapper, own_part
 
 __all__ = ["empty_wrapper", "expand", "pair"]
 
 
 def expand(
     tensor: torch.Tensor, path: str, *, first_holder: bool = False
-) -> tuple[TensorRef | WrapperRef, list[LocalTensor]]:
+) -> tuple[TensorRef | WrapperRef, list[TensorShard]]:
     """What stands for the tensor at `path` among the values, and this rank's part of the tensors that it names.
 
     Raises UnsupportedValueError, which names the path, for a tensor without memory or of a type that the format
     lacks.
     """
     if type(tensor) is torch.Tensor:  # most are
-        return TensorRef(path), [local_tensor(tensor, path, local=tensor, first_holder=first_holder)]
-    return _expand(tensor, local_part(tensor), path, first_holder)
+        return TensorRef(path), [tensor_shard(tensor, path, own=tensor, first_holder=first_holder)]
+    return _expand(tensor, own_part(tensor), path, first_holder)
 
 
 def _expand(
     whole: torch.Tensor, local: torch.Tensor, path: str, first_holder: bool
-) -> tuple[Any, list[LocalTensor]]:
+) -> tuple[Any, list[TensorShard]]:
     if not is_wrapper(local):
-        return TensorRef(path), [local_tensor(whole, path, local=local, first_holder=first_holder)]
+        return TensorRef(path), [tensor_shard(whole, path, own=local, first_holder=first_holder)]
     inner, context = flat(local)
     sharding = sharding_of(whole, path) if isinstance(whole, DTensor) else None
     forms: dict[str, Any] = {}
-    parts: list[LocalTensor] = []
+    parts: list[TensorShard] = []
     is_fixed = False
     for name, held in inner:
         place = join(path, name)
@@ -69,7 +69,7 @@ def _expand(
 
 def _by_shard(
     held: torch.Tensor, path: str, sharding: Sharding, first_holder: bool
-) -> tuple[list[Any], list[LocalTensor]]:
+) -> tuple[list[Any], list[TensorShard]]:
     forms, parts = [], []
     for number in range(sharding.count):
         form, found = expand(held, join(path, number), first_holder=first_holder)
@@ -80,7 +80,7 @@ def _by_shard(
 
 def empty_wrapper(like: torch.Tensor) -> torch.Tensor:
     """A tensor of the same classes as a wrapper, or a DTensor of one, that consists of new memory."""
-    local: Any = local_part(like)
+    local: Any = own_part(like)
     if not is_wrapper(local):
         made = torch.empty_like(local, requires_grad=False)
     else:

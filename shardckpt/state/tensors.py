@@ -21,11 +21,11 @@ from shardckpt.format.dtypes import DTYPES, itemsize
 from shardckpt.format.manifest import shape_problem
 from shardckpt.format.save_plan import Layout
 from shardckpt.memory import prefer_huge_pages
-from shardckpt.state.wrapped import PLAIN_TYPES, is_wrapper, local_part
+from shardckpt.state.wrapped import PLAIN_TYPES, is_wrapper, own_part
 
 __all__ = [
-    "LocalTensor",
     "Sharding",
+    "TensorShard",
     "as_array",
     "check_memory",
     "dense",
@@ -34,8 +34,8 @@ __all__ = [
     "extent",
     "flat_bytes",
     "is_plain",
-    "local_tensor",
     "sharding_of",
+    "tensor_shard",
     "torch_dtype",
 ]
 
@@ -46,7 +46,7 @@ _shape_problem = lru_cache(maxsize=1 << 12)(shape_problem)
 
 
 @dataclass(frozen=True, slots=True)
-class LocalTensor:
+class TensorShard:
     """A named tensor of the state, as this rank holds it.
 
     Attributes:
@@ -145,21 +145,21 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return plain and not tensor.is_conj() and not tensor.is_neg()
 
 
-def local_tensor(
-    tensor: torch.Tensor, name: str, *, local: torch.Tensor | None = None, first_holder: bool = False
-) -> LocalTensor:
+def tensor_shard(
+    tensor: torch.Tensor, name: str, *, own: torch.Tensor | None = None, first_holder: bool = False
+) -> TensorShard:
     """What this rank holds of `tensor`, a plain tensor (held whole) or a DTensor.
 
     Args:
         tensor: says what its shape is, and which part of it is here.
         name: its name in the checkpoint, for error messages too.
-        local: what is here, if it is not the tensor's own local part but of the same shape.
+        own: what is here, if it is not `own_part(tensor)`, but of the same shape.
         first_holder: see Layout.
 
     Raises UnsupportedValueError for what has no elements in memory of its own, such as sparse, quantized, nested,
     meta and fake tensors, and for DTensors whose placements do not say which part of it is here.
     """
-    data = local_part(tensor) if local is None else local
+    data = own_part(tensor) if own is None else own
     check_memory(data, name)
     data = data.detach()
     shape = tuple(tensor.shape)
@@ -179,7 +179,7 @@ def local_tensor(
     dtype = dtype_name(data.dtype, name)
     if problem := _shape_problem(dtype, shape):
         raise UnsupportedValueError(f"state[{name!r}] {problem}. Reshape it, or leave it out.")
-    return LocalTensor(name, dtype, shape, pieces, data, first_holder)
+    return TensorShard(name, dtype, shape, pieces, data, first_holder)
 
 
 def check_memory(data: torch.Tensor, name: str) -> None:
@@ -242,7 +242,7 @@ def _empty_like_saved(kind: torch.dtype, shape: tuple[int, ...], like: torch.Ten
     if like is None or tuple(like.shape) != shape or like.is_meta:
         held = made = torch.empty(shape, dtype=kind, device="cpu")
     elif isinstance(like, DTensor):
-        held = _empty_like(local_part(like), kind)
+        held = _empty_like(own_part(like), kind)
         # Not empty_like(like), which works out anew for each shape how the result is sharded.
         made = DTensor.from_local(
             held, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()

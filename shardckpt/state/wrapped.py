@@ -25,8 +25,8 @@ __all__ = [
     "flat",
     "inner_names",
     "is_wrapper",
-    "local_part",
     "memory_parts",
+    "own_part",
     "storages",
 ]
 
@@ -36,7 +36,7 @@ _OF_THIS_PROCESS = (torch.device, torch.Size, DeviceMesh, ProcessGroup)
 """What a wrapper knows of its place, or of its local shape: another process may have another."""
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor, without a graph; waits for a collective that is still writing it."""
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     while isinstance(local, AsyncCollectiveTensor):
@@ -62,7 +62,7 @@ def flat(wrapper: Any) -> tuple[list[tuple[str, torch.Tensor]], Any]:
 
 def memory_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with memory of their own that make up this rank's part of a tensor."""
-    local = tensor if type(tensor) in PLAIN_TYPES else local_part(tensor)
+    local = tensor if type(tensor) in PLAIN_TYPES else own_part(tensor)
     if is_wrapper(local):
         for name in inner_names(local):
             yield from memory_parts(getattr(local, name))

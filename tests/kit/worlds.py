@@ -32,7 +32,7 @@ from shardckpt.run.tiers import LOCAL, Destination, Tier
 from shardckpt.saving.session import SaveHandle, SaveSession
 from shardckpt.saving.staging import Copies, StagingBuffer
 from shardckpt.state.flatten import FlatState
-from shardckpt.state.tensors import LocalTensor
+from shardckpt.state.tensors import TensorShard
 from shardckpt.storage import Storage
 
 __all__ = [
@@ -185,7 +185,7 @@ def start_save(session: SaveSession, storage: Storage, state: dict[str, Any], **
     return session.start("", [Destination(Tier(LOCAL, storage.url), Place(storage))], state, **options)
 
 
-def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[SavePlan, Manifest]:
+def save_local(root: Storage, world: Sequence[Sequence[TensorShard]]) -> tuple[SavePlan, Manifest]:
     """Save tensors as the ranks of a world hold them, `world[rank]`, one rank after another.
 
     The steps are those of SaveSession below `flatten`, which takes real tensors of a real world.
@@ -200,7 +200,7 @@ def save_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> tuple[S
     return plan, commit(place, Proposal(SaveInfo("test", "", 1, 0, len(world)), {}, values, plan), LIMIT)
 
 
-def load_local(root: Storage, world: Sequence[Sequence[LocalTensor]]) -> None:
+def load_local(root: Storage, world: Sequence[Sequence[TensorShard]]) -> None:
     """Fill tensors as the ranks of a world hold them, `world[rank]`, one rank after another."""
     place = Place(root)
     for tensors in world:

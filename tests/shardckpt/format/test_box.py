@@ -84,8 +84,8 @@ def test_pieces_are_the_shard(runs: list[Runs]) -> None:
     local = np.full(shard.shape, -1)
     pieces = pieces_of_runs(runs)
     for piece in pieces:
-        assert (local[piece.local_slices] == -1).all()
-        local[piece.local_slices] = tensor[piece.box.slices]
+        assert (local[piece.shard_slices] == -1).all()
+        local[piece.shard_slices] = tensor[piece.box.slices]
     assert (local == shard).all()
     assert sum(piece.box.volume for piece in pieces) == shard.size
 

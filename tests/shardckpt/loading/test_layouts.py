@@ -24,7 +24,7 @@ import shardckpt
 from shardckpt.format.box import Runs, pieces_of_runs, split_evenly
 from shardckpt.format.dtypes import DTYPES, numpy_dtype
 from shardckpt.saving.session import SaveSession
-from shardckpt.state.tensors import LocalTensor, torch_dtype
+from shardckpt.state.tensors import TensorShard, torch_dtype
 from shardckpt.storage import open_storage
 from tests.kit.parallel import Training
 from tests.kit.worlds import ThreadRanks, load_local, run_processes, run_threads, save_local, start_save
@@ -111,7 +111,7 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
 
 def shard(
     name: str, content: Content, dtype: str, runs: Sequence[Runs], *, turned: bool = False
-) -> LocalTensor:
+) -> TensorShard:
     """What a rank holds of `content`; `turned` has its memory in another order than the elements'."""
     held = content.view(f"V{content.itemsize}")
     for dim, ranges in enumerate(runs):
@@ -122,10 +122,10 @@ def shard(
     data = as_torch(held, dtype)
     if turned and data.dim() > 1:
         data = as_torch(held.swapaxes(0, -1), dtype).transpose(0, -1)
-    return LocalTensor(name, dtype, content.shape, pieces_of_runs(runs), data)
+    return TensorShard(name, dtype, content.shape, pieces_of_runs(runs), data)
 
 
-def empty(tensor: LocalTensor, *, is_new: bool) -> LocalTensor:
+def empty(tensor: TensorShard, *, is_new: bool) -> TensorShard:
     """The same place, with other content in it; `is_new` memory may be read into before all is verified."""
     data = tensor.data.clone(memory_format=torch.preserve_format)
     if data.numel():
@@ -136,7 +136,7 @@ def empty(tensor: LocalTensor, *, is_new: bool) -> LocalTensor:
 State = dict[str, tuple[Content, str]]
 
 
-def world_of(layout: str, state: State, *, turned: bool = False) -> list[list[LocalTensor]]:
+def world_of(layout: str, state: State, *, turned: bool = False) -> list[list[TensorShard]]:
     """The state as each rank of a layout holds it."""
     names = {name: LAYOUTS[layout](content.shape) for name, (content, _) in state.items()}
     ranks = max((len(world) for world in names.values()), default=1)

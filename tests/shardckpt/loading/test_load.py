@@ -24,13 +24,13 @@ from shardckpt.loading.limits import LoadLimits
 from shardckpt.loading.pack_reader import MemoryPacks, Source
 from shardckpt.ranks.world import Alone, Ranks, TorchRanks, current_ranks
 from shardckpt.run.places import Place, read_manifest
-from shardckpt.state.tensors import LocalTensor, empty_like_saved, local_tensor
+from shardckpt.state.tensors import TensorShard, empty_like_saved, tensor_shard
 from shardckpt.storage import LocalStorage, Storage, open_storage
 from tests.kit.faults import FaultyStorage
 from tests.kit.worlds import outcomes, run_processes, run_threads, save_local
 
 ROWS, COLUMNS, TENSORS = 48, 64, 6
-State = list[LocalTensor]
+State = list[TensorShard]
 
 
 class Remote(FaultyStorage):
@@ -89,7 +89,7 @@ def shards(parts: int, part: int, *, filled: bool = False, is_new: bool = False)
     box = Box((start, 0), (stop - start, COLUMNS))
     pieces = (Piece(box, (0, 0)),) if box.volume else ()
     return [
-        LocalTensor(
+        TensorShard(
             f"t{i}",
             "float32",
             (ROWS, COLUMNS),
@@ -169,9 +169,9 @@ def test_mapped_packs_do_not_count_as_this_process_s_memory(is_new: bool, tmp_pa
     """Pages are released once their content has been applied."""
     wanted = torch.arange(1 << 20).view(64, -1)
     root = Watched(str(tmp_path))
-    _, manifest = save_local(root, [[local_tensor(wanted[i], f"t{i}") for i in range(64)]])
+    _, manifest = save_local(root, [[tensor_shard(wanted[i], f"t{i}") for i in range(64)]])
     made = torch.zeros_like(wanted)
-    targets = [replace(local_tensor(made[i], f"t{i}"), is_new=is_new) for i in range(64)]
+    targets = [replace(tensor_shard(made[i], f"t{i}"), is_new=is_new) for i in range(64)]
     fill(Place(root), manifest, targets, Alone())
     assert torch.equal(made, wanted)
     (pack,) = root.mapped
@@ -307,8 +307,8 @@ def test_remote_chunks_are_held_for_live_tensors_only(is_new: bool, tmp_path: Pa
     wanted = torch.arange(1 << 20).view(64, -1)
     made = torch.empty_like(wanted)
     root = open_storage(tmp_path)
-    _, manifest = save_local(root, [[local_tensor(wanted[i::64], f"t{i}") for i in range(64)]])
-    targets = [replace(local_tensor(made[i::64], f"t{i}"), is_new=is_new) for i in range(64)]
+    _, manifest = save_local(root, [[tensor_shard(wanted[i::64], f"t{i}") for i in range(64)]])
+    targets = [replace(tensor_shard(made[i::64], f"t{i}"), is_new=is_new) for i in range(64)]
     limits = LoadLimits(far_request=64 << 10)  # one tensor, or none
     tracemalloc.start()
     try:

@@ -17,14 +17,14 @@ from shardckpt.format.save_plan import plan_save
 from shardckpt.saving.replica_check import ReplicaCheck, column_sums
 from shardckpt.saving.session import SaveSession
 from shardckpt.state.flatten import FlatState
-from shardckpt.state.tensors import LocalTensor, local_tensor
+from shardckpt.state.tensors import TensorShard, tensor_shard
 from shardckpt.storage import open_storage
 from tests.kit.worlds import ThreadRanks, outcomes, run_threads, start_save
 
 MiB = 1 << 20
 
 
-def _found_after(worlds: Sequence[Sequence[LocalTensor]], turns: int) -> tuple[int, str] | None:
+def _found_after(worlds: Sequence[Sequence[TensorShard]], turns: int) -> tuple[int, str] | None:
     """At which turn the replicas of the ranks are found to differ, and what is said; None if never."""
     plan = plan_save([FlatState(list(tensors), {}, {}).layouts() for tensors in worlds])
 
@@ -42,8 +42,8 @@ def _found_after(worlds: Sequence[Sequence[LocalTensor]], turns: int) -> tuple[i
     return first  # type: ignore[no-any-return]
 
 
-def _ranks(make: Callable[[int], Sequence[torch.Tensor]], size: int = 2) -> list[list[LocalTensor]]:
-    return [[local_tensor(t, f"t{n}") for n, t in enumerate(make(rank))] for rank in range(size)]
+def _ranks(make: Callable[[int], Sequence[torch.Tensor]], size: int = 2) -> list[list[TensorShard]]:
+    return [[tensor_shard(t, f"t{n}") for n, t in enumerate(make(rank))] for rank in range(size)]
 
 
 @pytest.mark.parametrize("place", [0, 70_000, 3 * MiB + 17, 6 * MiB - 1])
@@ -117,14 +117,14 @@ def test_the_memory_of_a_gpu_is_compared() -> None:
         def device(self) -> torch.device:  # type: ignore[override]
             return torch.device("cuda:0")
 
-    def make(rank: int) -> list[LocalTensor]:
+    def make(rank: int) -> list[TensorShard]:
         tensors = []
         for number in range(300):
             tensor = torch.zeros(10)
             tensor[3] = rank * (number == 277)
-            held = local_tensor(tensor, f"t{number}")
+            held = tensor_shard(tensor, f"t{number}")
             tensors.append(
-                LocalTensor(held.name, held.dtype, held.shape, held.pieces, held.data.as_subclass(OnDevice))
+                TensorShard(held.name, held.dtype, held.shape, held.pieces, held.data.as_subclass(OnDevice))
             )
         return tensors
 
