@@ -894,7 +894,7 @@ def test_with_memory_for_one_snapshot_there_is_one(
         client.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
         for step in range(1, 5):
             assert save_in_memory(client, step).wait(LIMIT)
-        assert len(saver._shelf.buffers) == 1
+        assert saver.buffers == 1
         client.close()
     told = [record.getMessage() for record in caplog.records if record.name == "shardckpt"]
     assert len(told) == 1
@@ -917,7 +917,7 @@ def test_a_second_snapshot_that_not_every_rank_has_memory_for_is_not_begun(
         for step in range(1, 4):
             staged = [save_in_memory(client, step, rank, 2) for rank, client in enumerate(clients)]
             assert all(event.wait(LIMIT) for event in staged)
-        assert len(saver._shelf.buffers) == 2
+        assert saver.buffers == 2
         for client in clients:
             client.close()
 
@@ -931,15 +931,15 @@ def test_when_memory_gets_short_spare_snapshots_are_given_back(
         client = SaverClient("run", [], 2, LIMIT, linger=0)
         client.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
         assert save_in_memory(client, 1).wait(LIMIT)
-        wait_until(lambda: len(saver._shelf.buffers) == 2)
+        wait_until(lambda: saver.buffers == 2)
         before = _shared_memory(os.getpid())
         memory.pressures.append(Pressure.SHORT)
-        wait_until(lambda: len(saver._shelf.buffers) == 1)
+        wait_until(lambda: saver.buffers == 1)
         assert before - _shared_memory(os.getpid()) > 0
         for step in range(2, 5):
             assert save_in_memory(client, step).wait(LIMIT)
         assert [snapshot.info.step for snapshot in client.snapshots()] in ([4], [])
-        assert len(saver._shelf.buffers) == 1
+        assert saver.buffers == 1
         client.close()
     assert [r.getMessage() for r in caplog.records if r.name == "shardckpt"] == [
         "holding one snapshot only in memory: memory is short"
@@ -964,7 +964,7 @@ def test_a_buffer_that_is_being_written_is_not_given_back(monkeypatch: pytest.Mo
         stage = protocol.Stage(taken.number, save_info(2), 0, 1, [], b"{}", b"")
         client.stage(stage, lambda _: staged.set())
         assert staged.wait(LIMIT)
-        wait_until(lambda: len(saver._shelf.buffers) == 1)
+        wait_until(lambda: saver.buffers == 1)
         for step in range(3, 5):
             assert save_in_memory(client, step).wait(LIMIT)
         client.close()
@@ -980,16 +980,16 @@ def test_after_the_kernel_has_killed_a_new_round_finds_one_snapshot(
         client.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
         for step in (1, 2):
             assert save_in_memory(client, step).wait(LIMIT)
-        wait_until(lambda: len(saver._shelf.buffers) == 2)
+        wait_until(lambda: saver.buffers == 2)
         memory.pressures.append(Pressure.KILLED)
         client._channel.shut()  # it dies
-        wait_until(lambda: len(saver._shelf.buffers) == 1)
+        wait_until(lambda: saver.buffers == 1)
         again = SaverClient("run", [], 2, LIMIT, linger=0)
         assert [snapshot.info.step for snapshot in again.snapshots()] == [2]
         again.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
         for step in (3, 4):
             assert save_in_memory(again, step).wait(LIMIT)
-        assert len(saver._shelf.buffers) == 1
+        assert saver.buffers == 1
         again.close()
 
 
@@ -1066,16 +1066,6 @@ def test_the_plan_changes_between_saves(saver: SaverProcess, trainers: Trainers,
     again = trainers(run, saver)
     again.do("grow")
     assert again.do("restore") == ("memory", 4, [])
-
-
-def test_a_saver_that_persists_waits_for_nothing_else() -> None:
-    """Even if it is to linger no longer: else it would spin until the persist is over."""
-    saver = SaverServer(listen(f"shardckpt-test-{os.urandom(8).hex()}"), linger=0)
-    saver._empty_since = 0.0
-    assert saver._is_over()
-    saver._tasks = 1
-    assert not saver._is_over()
-    assert saver._patience() is None
 
 
 # -- beginning and end

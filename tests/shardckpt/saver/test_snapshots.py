@@ -11,6 +11,7 @@ import pytest
 
 from shardckpt.run.places import step_path
 from shardckpt.run.save_info import SaveInfo
+from shardckpt.saver.buffer_pool import BufferPool
 from shardckpt.saver.protocol import Stage
 from shardckpt.saver.snapshots import Buffer, HeldSnapshot, PackPlan, SnapshotStore, Trainer
 
@@ -24,25 +25,28 @@ def plan(size: int) -> PackPlan:
 
 @dataclass
 class Node:
-    """A shelf with the trainers of a run, and what the saver does with them: serve, allocate, tidy."""
+    """A node's snapshots and buffers, the trainers of a run, and what the saver does: serve, allocate, tidy."""
 
-    shelf: SnapshotStore = field(default_factory=SnapshotStore)
+    store: SnapshotStore = field(default_factory=SnapshotStore)
     allocated: int = 0
-    """Buffers that were made anew."""
+    """Number of buffers that were allocated."""
     requests: dict[Trainer, list[int]] = field(default_factory=dict)
     granted: dict[Trainer, list[Buffer]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pool = BufferPool(self.store)
 
     def join(self, size: int, snapshots: int = 2, *, run: str = "run") -> Trainer:
         """A trainer that has come, and asked for all of its buffers."""
         trainer = Trainer(run=run, snapshots=snapshots)
-        self.shelf.join(trainer)
+        self.store.join(trainer)
         self.granted[trainer] = []
         self.requests[trainer] = []
         self.replan(trainer, size)
         return trainer
 
     def replan(self, trainer: Trainer, size: int) -> None:
-        self.shelf.take_back(trainer)
+        self.pool.take_back(trainer)
         self.granted[trainer].clear()
         trainer.wanted = size
         self.requests[trainer] = [size] * trainer.snapshots
@@ -63,25 +67,25 @@ class Node:
     def serve_one(self, trainer: Trainer, sizes: list[int]) -> None:
         if not sizes:
             return
-        if (buffer := self.shelf.grant(trainer, sizes[0])) is not None:
+        if (buffer := self.pool.grant(trainer, sizes[0])) is not None:
             for other, theirs in self.granted.items():
                 assert other is trainer or buffer not in theirs, "two trainers have one buffer"
             sizes.pop()
             self.granted[trainer].append(buffer)
-        elif self.shelf.may_allocate(trainer, sizes[0]):
-            self.shelf.make_room(trainer.run, sizes[0])
-            self.shelf.add(trainer, os.open(os.devnull, os.O_RDONLY), sizes[0], mmap.mmap(-1, 1))
+        elif self.pool.may_allocate(trainer, sizes[0]):
+            self.pool.make_room(trainer.run, sizes[0])
+            self.pool.add(trainer, os.open(os.devnull, os.O_RDONLY), sizes[0], mmap.mmap(-1, 1))
             self.allocated += 1
 
     def tidy(self) -> None:
         served = bool(self.requests) and all(
-            len(self.shelf.owned(trainer)) >= trainer.snapshots for trainer in self.requests
+            len(self.pool.owned(trainer)) >= trainer.snapshots for trainer in self.requests
         )
-        self.shelf.tidy("run", everyone_is_served=served)
+        self.pool.tidy("run", everyone_is_served=served)
 
     def begin(self, trainer: Trainer, save_id: str) -> Buffer:
         buffer = self.granted[trainer].pop(0)
-        self.shelf.begin(trainer, buffer.number, save_id)
+        self.pool.begin(trainer, buffer.number, save_id)
         return buffer
 
     def stage(
@@ -90,7 +94,8 @@ class Node:
         path = step_path(f"attempt-{attempt:04d}", step)
         info = SaveInfo(trainer.writing, path, step, attempt, world)
         message = Stage(buffer.number, info, rank, world, [], b"", b"")
-        held = self.shelf.stage(trainer, message, plan(trainer.wanted), {})
+        granted = self.pool.granted(trainer, buffer.number)
+        held = self.store.stage(trainer, granted, message, plan(trainer.wanted), {})
         self.requests[trainer].append(trainer.wanted)
         return held
 
@@ -105,7 +110,9 @@ class Node:
 
     def die(self, trainer: Trainer) -> list[HeldSnapshot]:
         del self.requests[trainer], self.granted[trainer]
-        return self.shelf.forget(trainer)
+        lost = self.store.forget(trainer)
+        self.pool.take_back(trainer)
+        return lost
 
     def die_all(self, world: list[Trainer]) -> None:
         for trainer in world:
@@ -114,12 +121,12 @@ class Node:
 
     @property
     def total(self) -> int:
-        return sum(buffer.size for buffer in self.shelf.buffers.values())
+        return sum(buffer.size for buffer in self.pool.buffers.values())
 
     @property
     def steps(self) -> list[int]:
         """Steps of the whole snapshots that nobody may write into."""
-        return sorted(held.info.step for held in self.shelf.whole("run") if not held.is_at_risk)
+        return sorted(held.info.step for held in self.store.whole("run") if not held.is_at_risk)
 
 
 # -- saves of one world
@@ -146,13 +153,13 @@ def test_of_two_saves_of_a_step_the_second_is_the_newest() -> None:
         assert held is not None
         saves.append(held)
     first, second = saves
-    assert node.shelf.newest("run") is second
+    assert node.store.newest("run") is second
     assert (first.is_persisted, second.is_persisted) == (False, False)
-    node.shelf.note_persisted(second, "local")
+    node.store.note_persisted(second, "local")
     assert (first.is_persisted, second.is_persisted) == (True, True)
     node.serve()
     node.begin(trainer, "next")
-    assert node.shelf.whole("run") == [second], "the first is given up before the second"
+    assert node.store.whole("run") == [second], "the first is given up before the second"
 
 
 def test_while_one_is_written_the_newest_whole_one_stays() -> None:
@@ -164,7 +171,7 @@ def test_while_one_is_written_the_newest_whole_one_stays() -> None:
     for trainer in world:
         node.begin(trainer, "1-4")
     assert node.steps == [3]
-    assert [held.info.step for held in node.shelf.whole("run")] == [3]
+    assert [held.info.step for held in node.store.whole("run")] == [3]
 
 
 def test_a_snapshot_that_is_persisted_or_read_is_not_granted() -> None:
@@ -205,13 +212,13 @@ def test_a_trainer_writes_only_into_what_it_was_granted() -> None:
     one, other = node.world(2, GIB)
     (buffer, _) = node.granted[one]
     with pytest.raises(LookupError, match="not this trainer's"):
-        node.shelf.begin(other, buffer.number, "x")
+        node.pool.begin(other, buffer.number, "x")
     node.begin(one, "x")
     node.stage(one, buffer, 0, 2, 1)
     with pytest.raises(LookupError, match="not this trainer's"):
-        node.shelf.begin(one, buffer.number, "y")
+        node.pool.begin(one, buffer.number, "y")
     with pytest.raises(LookupError, match="not this trainer's"):
-        node.shelf.begin(one, 99, "y")
+        node.pool.begin(one, 99, "y")
 
 
 def test_runs_do_not_share_buffers() -> None:
@@ -235,7 +242,7 @@ def test_death_in_the_middle_of_a_copy_leaves_the_one_before() -> None:
     node.begin(other, "1-2")
     node.stage(one, buffer, 0, 2, 2)
     (lost,) = node.die(other)
-    assert lost.step == 2
+    assert lost.info.step == 2
     assert node.steps == [1]
 
 
@@ -246,7 +253,7 @@ def test_a_part_that_comes_after_the_save_was_lost_is_refused() -> None:
     node.begin(other, "1-1")
     assert node.die(other) == []
     assert node.stage(one, buffer, 0, 2, 1) is None
-    assert node.shelf.snapshots == {}
+    assert node.store.snapshots == {}
     node.serve()
     assert buffer in node.granted[one], "it can be written to again"
 
@@ -349,11 +356,11 @@ def test_a_finished_run_gives_up_all_but_what_is_persisted() -> None:
     held = node.save(world, 2)
     held.tasks = 1
     node.die_all(world)
-    node.shelf.release("run")
+    node.pool.release("run")
     assert node.total == 2 * GIB
     held.tasks = 0
-    node.shelf.release("run")
-    assert node.shelf.buffers == {}
+    node.pool.release("run")
+    assert node.pool.buffers == {}
 
 
 def test_of_a_finished_run_one_can_be_kept() -> None:
@@ -362,19 +369,19 @@ def test_of_a_finished_run_one_can_be_kept() -> None:
     node.save(world, 1)
     held = node.save(world, 2)
     node.die_all(world)
-    node.shelf.release("run", keep=held)
+    node.pool.release("run", keep=held)
     assert node.steps == [2]
-    node.shelf.release("run")
-    assert node.shelf.buffers == {}
+    node.pool.release("run")
+    assert node.pool.buffers == {}
 
 
 def test_memory_that_a_thread_still_refers_to_can_be_given_up() -> None:
     node = Node()
     world = node.world(1, GIB)
-    views = [memoryview(buffer.content) for buffer in node.shelf.buffers.values()]
+    views = [memoryview(buffer.content) for buffer in node.pool.buffers.values()]
     node.die_all(world)
-    node.shelf.release("run")
-    assert node.shelf.buffers == {}
+    node.pool.release("run")
+    assert node.pool.buffers == {}
     assert all(len(view) == 1 for view in views)
 
 
@@ -392,9 +399,9 @@ def test_a_zombie_keeps_its_buffers_and_cannot_end_what_the_living_have() -> Non
     for step in (20, 21, 22, 23):
         node.serve()
         node.save(old, step)
-        assert node.shelf.newest("run") is held
-    owned = {buffer.number for buffer in node.shelf.owned(zombie)}
-    assert owned.isdisjoint(buffer.number for buffer in node.shelf.owned(new[0]))
+        assert node.store.newest("run") is held
+    owned = {buffer.number for buffer in node.pool.owned(zombie)}
+    assert owned.isdisjoint(buffer.number for buffer in node.pool.owned(new[0]))
     assert node.total == 4 * GIB
 
 
@@ -450,7 +457,7 @@ class History:
 
     def bound(self) -> int:
         """`snapshots` times what those that live save; and, until these have saved, what there is to restore."""
-        newest = self.node.shelf.newest("run")
+        newest = self.node.store.newest("run")
         parts = newest.parts.values() if newest is not None else ()
         left = sum(part.buffer.size for part in parts if part.buffer.owner is None)
         return left + sum(t.snapshots * (t.wanted + t.wanted // 8 + SLACK) for t in self.node.requests)
@@ -477,14 +484,14 @@ class History:
         self.best = held
 
     def persisted(self) -> None:
-        busy = [held for held in self.node.shelf.snapshots.values() if held.tasks]
+        busy = [held for held in self.node.store.snapshots.values() if held.tasks]
         if busy:
             self.random.choice(busy).tasks -= 1
 
     def read(self) -> None:
-        for held in self.node.shelf.snapshots.values():
+        for held in self.node.store.snapshots.values():
             held.readers.clear()
-        usable = [held for held in self.node.shelf.whole("run") if not held.is_at_risk]
+        usable = [held for held in self.node.store.whole("run") if not held.is_at_risk]
         if usable and self.world:
             self.random.choice(usable).readers.add(self.world[0])
 
@@ -514,7 +521,7 @@ class History:
 
     def check(self) -> None:
         """The newest whole snapshot is there until there is a newer one, unless there is room for one only."""
-        newest = self.node.shelf.newest("run")
+        newest = self.node.store.newest("run")
         if self.snapshots == 2 and self.best is not None:
             assert newest is not None
             assert newest.order >= self.best.order, "the newest whole snapshot was given up"
@@ -523,7 +530,7 @@ class History:
         """Persists and reads come to their end: then everybody gets buffers, and the rest is freed."""
         self.end()
         for _ in range(3):
-            for held in self.node.shelf.snapshots.values():
+            for held in self.node.store.snapshots.values():
                 held.tasks = 0
                 held.readers.clear()
             self.node.serve()
@@ -533,8 +540,8 @@ class History:
         self.node.serve()
         ours = sum(t.snapshots * (t.wanted + t.wanted // 8 + SLACK) for t in self.world)
         assert self.node.total <= ours
-        assert len(self.node.shelf.buffers) == self.snapshots * len(self.world)
-        self.best = self.node.shelf.newest("run")
+        assert len(self.node.pool.buffers) == self.snapshots * len(self.world)
+        self.best = self.node.store.newest("run")
 
 
 @pytest.mark.parametrize("snapshots", [1, 2])
