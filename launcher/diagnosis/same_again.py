@@ -1,8 +1,8 @@
 """Recognizes a round that failed at its start and would fail in the same way again. Pure.
 
-An error in the script or the command is there each time: a syntax error, a module that is not installed, a URL of
-no storage. An error from outside may pass: a device, a connection, a file that a network file system does not show
-yet. In doubt there is another try.
+An error in the script or the command is there each time: a syntax error, a module that is not installed, a URL
+of no storage. An error from outside may pass: a device, a connection, a file that a network file system does not
+show yet. In doubt there is another try.
 """
 
 from __future__ import annotations

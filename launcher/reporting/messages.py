@@ -358,12 +358,10 @@ def preempted(step: int | None, durable: Collection[int], *, has_drained: bool) 
 
 def save_failed(event: SaveFailed, before: int) -> Message:
     """A checkpoint did not become durable; so did `before` others before it, of the same error."""
+    what = f"step {event.step} did not become durable in {event.url}"
     if before:
-        return error(
-            f"step {event.step} did not become durable ({event.tier}) either: "
-            f"the same error, {before + 1} checkpoints in a row"
-        )
-    return error(f"step {event.step} did not become durable in {event.url}: {event.error}")
+        return error(f"{what} either: the same error, {before + 1} checkpoints in a row")
+    return error(f"{what}: {event.error}")
 
 
 def saver_refused(reason: str) -> Message:

@@ -216,7 +216,7 @@ def test_saves_that_fail_of_the_same_are_told_in_few_words(job: Job) -> None:
     assert (
         "launch: step 7 did not become durable in s3://bucket/run: /b/step-7: no space for 7 b" in done.err
     )
-    assert "launch: step 8 did not become durable in s3://bucket/run: the same\n" in done.err
+    assert "launch: step 8 did not become durable in s3://bucket/run either: the same error, 2 " in done.err
 
 
 @pytest.mark.parametrize(

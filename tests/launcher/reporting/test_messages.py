@@ -219,5 +219,5 @@ def test_a_failed_save_is_told_in_full_once_and_then_counted() -> None:
         "step 30 did not become durable in s3://b/run: AccessDenied: xxx"
     )
     assert text(messages.save_failed(failed, 2)) == (
-        "step 30 did not become durable (remote) either: the same error, 3 checkpoints in a row"
+        "step 30 did not become durable in s3://b/run either: the same error, 3 checkpoints in a row"
     )
