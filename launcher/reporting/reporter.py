@@ -69,7 +69,6 @@ class Reporter:
             str, tuple[str, int]
         ] = {}  # by tier: the last error, and how often in a row
         self._has_warned_of_no_secret = False
-        self._has_warned_of_no_progress = False
         self._saver_halt: str | None = None
 
     def close(self) -> None:
@@ -172,12 +171,9 @@ class Reporter:
             self._metrics.update(status)
         self._journal.progress(status, at_last=at_last)
 
-    def progress_missing(self) -> bool:
-        """Hangs are looked for, and no worker reports how far it is. False if that was said before."""
-        is_news, self._has_warned_of_no_progress = not self._has_warned_of_no_progress, True
-        if is_news:
-            self._print(messages.progress_missing())
-        return is_news
+    def progress_missing(self) -> None:
+        """Hangs are looked for, and no worker reports how far it is."""
+        self._print(messages.progress_missing())
 
     def recovered(self, timeline: Mapping[str, float]) -> None:
         """Every rank has made a step again. `timeline` has seconds since the failure, by what was done then."""
