@@ -1,6 +1,6 @@
 """A rank of scripts/bench/recover: restores, trains, saves once, is ended; its next life restores and checks.
 
-    _recover_worker.py {shardckpt,dcp} RUN LOG GIGABYTES
+    _recover_rank.py {shardckpt,dcp} RUN LOG GIGABYTES
 
 Appends lines of JSON to LOG: what happened when, in seconds of CLOCK_MONOTONIC. A step changes a part of every
 tensor by a rule that does not depend on the number of ranks, and its loss is a sum over that part, so that both
@@ -61,7 +61,7 @@ class Peer:
     """DCP, asynchronous in the mode with the shorter stall, to the local disk."""
 
     def __init__(self, folder: Path, objects: dict[str, Any]) -> None:
-        from _peers.base import DcpThread
+        from _peers.dcp import DcpThread
 
         state: Any = SimpleNamespace(**objects)
         self._folder = folder
