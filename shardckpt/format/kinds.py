@@ -1,8 +1,8 @@
 """Value types of the standard library and of torch that have a JSON form of their own, by class.
 
-Each kind is one constructor of values that cannot hold others, and its inverse. Subclasses are other kinds:
-a pandas Timestamp is no datetime. Free of torch, whose types are known only where torch is imported already;
-elsewhere they are read as text and tuples.
+A kind is a constructor of values that cannot contain other values, and its inverse. A subclass is not of its
+base's kind: a pandas Timestamp is no datetime. Imports no torch: its types are known if torch is imported
+already, and are read as text and tuples otherwise.
 """
 
 from __future__ import annotations
@@ -18,12 +18,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KEY_KINDS", "Kind", "kind_of", "kinds"]
+__all__ = ["FACTORIES", "INT64", "KEY_KINDS", "Kind", "kind_of", "kind_of_tag"]
 
-_INT64 = 1 << 63
+INT64 = 1 << 63
+"""Integers from -INT64 to INT64 - 1 are JSON numbers; others are written as text."""
 _FRACTION = re.compile("-?[0-9]+(/[0-9]+)?")
 _DTYPE = re.compile("[a-z0-9_]+")
 _DEVICE = re.compile("[a-z0-9_]+(:[0-9]+)?")
+
+
+FACTORIES: dict[str | None, Any] = {
+    **{made.__name__: made for made in (list, dict, int, float, set, str, tuple, bool, bytes)},
+    None: None,
+}
+"""Factories of a defaultdict by name. A defaultdict of any other factory is loaded with None."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,9 @@ class Kind:
 
     Attributes:
         tag: the key of its JSON form.
-        write: the content of the form, of JSON's own types. ValueError for what is not pure data.
-        read: its inverse. TypeError, ValueError or ArithmeticError for other content.
+        write: from a value to the content of the form, of JSON's own types. Raises ValueError if the value is not
+            pure data.
+        read: its inverse. Raises TypeError, ValueError or ArithmeticError for other content.
     """
 
     tag: str
@@ -42,15 +51,15 @@ class Kind:
 
 
 def kind_of(cls: type) -> Kind | None:
-    """The kind of exactly this class, if it has one."""
+    """The kind of exactly this class; None if it has none."""
     name = _TORCH_CLASSES.get(cls.__qualname__)
     if name is not None and cls.__module__.partition(".")[0] == "torch":
         return _BY_TAG[name]
     return _BY_CLASS.get(cls)
 
 
-def kinds(tag: str) -> Kind | None:
-    """The kind that has this tag, if there is one."""
+def kind_of_tag(tag: str) -> Kind | None:
+    """The kind with this tag; None if there is none."""
     return _BY_TAG.get(tag)
 
 
@@ -63,7 +72,7 @@ def _integers(content: Any, count: int, *, optional: bool = False) -> tuple[Any,
 
 
 def _is_int64(number: Any) -> bool:
-    return type(number) is int and -_INT64 <= number < _INT64
+    return type(number) is int and -INT64 <= number < INT64
 
 
 def _text(content: Any) -> str:
@@ -78,14 +87,14 @@ def _read_bytes(content: Any) -> bytearray:
 
 def _write_slice(value: slice) -> list[int | None]:
     parts = [value.start, value.stop, value.step]
-    if not all(n is None or (type(n) is int and abs(n) < _INT64) for n in parts):
+    if not all(n is None or (type(n) is int and abs(n) < INT64) for n in parts):
         raise ValueError("its ends are no integers")
     return parts
 
 
 def _write_range(value: range) -> list[int]:
     parts = [value.start, value.stop, value.step]
-    if not all(abs(n) < _INT64 for n in parts):
+    if not all(abs(n) < INT64 for n in parts):
         raise ValueError("its ends do not fit 64 bits")
     return parts
 

@@ -28,7 +28,8 @@ from shardckpt.format.manifest import (
     tied_names,
 )
 from shardckpt.format.records import FORMAT
-from shardckpt.format.values import PerRankRef, decode, iter_references
+from shardckpt.format.tree import PerRankRef, iter_references
+from shardckpt.format.value_decoding import decode_value
 
 __all__ = [
     "check_chunks",
@@ -207,7 +208,7 @@ def check_values(manifest: Manifest, where: str) -> None:
 
     def refer(value: Any, *, of_rank: bool) -> None:
         try:
-            found = decode(value)
+            found = decode_value(value)
         except FormatError as error:
             raise FormatError(f"{wrong} {error}") from error
         for reference in iter_references(found):

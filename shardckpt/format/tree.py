@@ -1,4 +1,4 @@
-"""What stands in a tree of values for what is no plain value, and how to walk such a tree."""
+"""Decoded values: what stands in them for tensors and other values, and how to walk them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 __all__ = [
+    "MAX_DEPTH",
     "EnumRef",
     "PerRankRef",
     "Record",
@@ -17,9 +18,12 @@ __all__ = [
     "rebuilt",
 ]
 
+MAX_DEPTH = 100
+"""Levels of nesting that values may have: more would exhaust the recursion of JSON parsers."""
+
 
 class TensorRef:
-    """Stands in a tree of values for a tensor: its name, and whether NumPy or torch should have it."""
+    """Stands for a tensor: its name, and whether it is loaded as a NumPy array."""
 
     __slots__ = ("name", "ndarray")
 
@@ -41,7 +45,7 @@ class TensorRef:
 
 
 class PerRankRef:
-    """Stands in a tree of values for a value that every rank has its own of; `path` is its place."""
+    """Stands for a value that differs between ranks; `path` is its place in the state."""
 
     __slots__ = ("path",)
 
@@ -53,15 +57,17 @@ class PerRankRef:
 
 
 class WrapperRef(dict[str, Any]):
-    """Stands for a tensor subclass: the tensors that it consists of, by attribute, each as a reference.
+    """Stands for a tensor subclass: attribute -> a reference to the tensor that it has there.
 
     An inner tensor whose shards only the subclass understands is a list of references, one for each shard.
 
     Attributes:
-        type: its class, by its full name; for people, and to compare with the class of the live one.
-        dtype, shape: what it says of itself.
-        sharding: (dimension, parts, split factor) of each split, where shards are stored by themselves.
-        context: what else it needs to know, as plain data.
+        type: the full name of its class, for messages and for comparison with the live tensor's.
+        dtype: the name of its element type.
+        shape: its global shape.
+        sharding: (dimension, parts, split factor) of each split, if shards are stored one by one; otherwise
+            empty.
+        context: what else the subclass needs, as plain data.
     """
 
     def __init__(
@@ -82,7 +88,7 @@ class WrapperRef(dict[str, Any]):
         self.context = context
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> WrapperRef:
-        """The same, consisting of these."""
+        """The same subclass, consisting of these tensors."""
         return WrapperRef(
             tensors,
             type=self.type,
@@ -94,12 +100,12 @@ class WrapperRef(dict[str, Any]):
 
 
 class Record(tuple[Any, ...]):
-    """A named tuple whose class is not known here: its items, also by name."""
+    """A named tuple whose class is not imported: its items by position and by name."""
 
     _fields: tuple[str, ...]
 
     def __new__(cls, items: Mapping[str, Any]) -> Record:
-        """With these items, in their order."""
+        """Make one of `items`, in their order."""
         self = super().__new__(cls, items.values())
         self._fields = tuple(items)
         return self
@@ -117,7 +123,7 @@ class Record(tuple[Any, ...]):
 
 
 class EnumRef:
-    """Stands for a member of an Enum: the name of its class, and its value."""
+    """Stands for a member of an Enum: the full name of its class, and its value."""
 
     __slots__ = ("type", "value")
 
@@ -136,14 +142,14 @@ class EnumRef:
 
 
 def children(value: Any) -> Iterable[tuple[Any, Any]]:
-    """The keys or numbers and the items of a container among values; nothing, of anything else."""
+    """(key or number, item) of each item of a container; nothing for any other value."""
     if isinstance(value, dict):
         return value.items()
     return enumerate(value) if isinstance(value, (list, tuple, deque)) else ()
 
 
 def rebuilt(value: Any, items: Iterable[Any]) -> Any:
-    """A container like this one with other items, as many and in the order of `children`."""
+    """A container like `value` with other items, as many as `children` has, and in that order."""
     if isinstance(value, WrapperRef):
         return value.with_tensors(dict(zip(value, items, strict=True)))
     if isinstance(value, dict):
@@ -159,20 +165,20 @@ def rebuilt(value: Any, items: Iterable[Any]) -> Any:
 
 
 def iter_references(value: Any) -> Iterator[TensorRef | PerRankRef]:
-    """Every reference in a decoded value, in order."""
+    """Every reference in a decoded value, depth first, in order."""
     if isinstance(value, TensorRef | PerRankRef):
         yield value
         return
-    waiting = [iter((value,))]
-    while waiting:
-        for item in waiting[-1]:
+    stack = [iter((value,))]
+    while stack:
+        for item in stack[-1]:
             if isinstance(item, dict):
-                waiting.append(iter(item.values()))
+                stack.append(iter(item.values()))
                 break
             if isinstance(item, list | tuple | deque):
-                waiting.append(iter(item))
+                stack.append(iter(item))
                 break
             if isinstance(item, TensorRef | PerRankRef):
                 yield item
         else:
-            waiting.pop()
+            stack.pop()

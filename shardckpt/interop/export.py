@@ -23,7 +23,9 @@ from shardckpt.errors import (
     StorageFullError,
 )
 from shardckpt.format.manifest import Manifest, TensorEntry, tied_names
-from shardckpt.format.values import PerRankRef, TensorRef, children, decode, rebuilt, segment
+from shardckpt.format.names import segment
+from shardckpt.format.tree import PerRankRef, TensorRef, children, rebuilt
+from shardckpt.format.value_decoding import decode_value
 from shardckpt.interop.formats.safetensors import encode_header, sorted_for_alignment, write_tensors
 from shardckpt.loading.stream import iter_boxes, slabs
 from shardckpt.run.places import find_place, read_manifest
@@ -95,7 +97,7 @@ def merge(
     _check_target(path, overwrite=overwrite)
     place = find_place(url, storage_options)
     manifest = read_manifest(place)
-    state = _subtree(manifest, decode(manifest.values), only)
+    state = _subtree(manifest, decode_value(manifest.values), only)
     chosen = _selected(_named(manifest, state, only), select, place.url)
     tied = tied_names(manifest)
 
@@ -146,7 +148,7 @@ def _subtree(manifest: Manifest, state: Any, only: str | None) -> Any:
 
 def _with_ranks(value: Any, manifest: Manifest) -> Any:
     if isinstance(value, PerRankRef):
-        return [decode(values[value.path]) for values in manifest.per_rank if value.path in values]
+        return [decode_value(values[value.path]) for values in manifest.per_rank if value.path in values]
     items = [_with_ranks(item, manifest) for _, item in children(value)]
     return rebuilt(value, items) if items else value
 

@@ -29,7 +29,8 @@ from shardckpt.format.manifest import (
 )
 from shardckpt.format.manifest_codec import encode_record
 from shardckpt.format.save_plan import ChunkWrite, Layout, SavePlan, plan_save
-from shardckpt.format.values import TensorRef, decode, iter_references
+from shardckpt.format.tree import TensorRef, iter_references
+from shardckpt.format.value_decoding import decode_value
 from shardckpt.loading.stream import iter_boxes
 from shardckpt.run.commit import commit
 from shardckpt.run.places import Place, attempt_for, exact_place, find_place, read_manifest
@@ -314,6 +315,6 @@ def _even_part(shape: tuple[int, ...], world_size: int, rank: int) -> tuple[Box,
 def _per_rank_names(manifest: Manifest, rank: int) -> Iterator[str]:
     """The tensors in the rank's PerRank values."""
     for value in manifest.per_rank[rank].values():
-        for reference in iter_references(decode(value)):
+        for reference in iter_references(decode_value(value)):
             if isinstance(reference, TensorRef):
                 yield reference.name

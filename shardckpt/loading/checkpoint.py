@@ -15,7 +15,7 @@ from shardckpt.errors import MissingKeysError, public_api
 from shardckpt.format.box import Box
 from shardckpt.format.dtypes import numpy_dtype
 from shardckpt.format.manifest import Manifest, TensorEntry
-from shardckpt.format.values import decode
+from shardckpt.format.value_decoding import decode_value
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import ChunkIndex, ChunkRead, index_chunks, plan_reads
 from shardckpt.loading.zarr_group import open_group
@@ -68,14 +68,14 @@ class Checkpoint:
     @cached_property
     def values(self) -> Any:
         """The plain values of the state; a TensorRef or PerRankRef stands where one of these was."""
-        return decode(self.manifest.values)
+        return decode_value(self.manifest.values)
 
     def per_rank(self, path: str) -> list[Any]:
         """What each rank saved in the PerRank at `path`, by rank. Raises MissingKeysError.
 
         A checkpoint resharded for more ranks has no values of those beyond the ones that saved it.
         """
-        saved = [decode(values[path]) for values in self.manifest.per_rank if path in values]
+        saved = [decode_value(values[path]) for values in self.manifest.per_rank if path in values]
         if not saved:
             raise MissingKeysError(f"{self.url} has no per-rank value at {path!r}")
         return saved

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shardckpt.errors import StateError
-from shardckpt.format.values import EnumRef, Record
+from shardckpt.format.tree import EnumRef, Record
 
 __all__ = ["conform"]
 

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from shardckpt.errors import StateError, UnsupportedValueError
+from shardckpt.format.names import join
 from shardckpt.format.save_plan import Layout
-from shardckpt.format.values import encode, form_of, join
+from shardckpt.format.value_encoding import encode_value, reference_form
 from shardckpt.state.cache import StateDictCache
 from shardckpt.state.modules import (
     Stateful,
@@ -92,7 +93,7 @@ def flatten(state: dict[str, Any], rank: int, memo: StateDictCache | None = None
         memo.begin(modules)
     walk = _Walk(rank, dict(modules), memo)
     with torch.no_grad():  # local parts of DTensors are taken without a graph
-        values = encode(dict(state), "", walk.leaf)
+        values = encode_value(dict(state), "", walk.leaf)
     return FlatState(walk.tensors, values, walk.per_rank)
 
 
@@ -124,19 +125,21 @@ class _Walk:
         if isinstance(value, torch.Tensor):
             reference, parts = expand(value, path, first_holder=path in self.unsynced)
             self.tensors += parts
-            return form_of(reference)
+            return reference_form(reference)
         if isinstance(value, np.ndarray):
             self.tensors.append(tensor_shard(_from_numpy(value, path), path))
             return {"$ndarray": path}
         if isinstance(value, np.generic) and value.dtype.kind in "biufc":
             plain = value.item()
-            return NotImplemented if plain is value else encode(plain, path)  # longdouble is its own item
+            return (
+                NotImplemented if plain is value else encode_value(plain, path)
+            )  # longdouble is its own item
         if isinstance(value, PerRank):
             return self._own(value, path)
         if isinstance(value, (nn.Module, torch.optim.Optimizer)):
             return self._walked(value, path)
         if isinstance(value, Stateful) and not isinstance(value, type):
-            return encode(state_of(value, path), path, self.leaf)
+            return encode_value(state_of(value, path), path, self.leaf)
         return NotImplemented
 
     def _own(self, value: PerRank, path: str) -> Any:
@@ -148,7 +151,7 @@ class _Walk:
             )
         self.inside = path
         try:
-            self.per_rank[path] = encode(value.value, per_rank_path(path, self.rank), self.leaf)
+            self.per_rank[path] = encode_value(value.value, per_rank_path(path, self.rank), self.leaf)
         finally:
             self.inside = None
         return {"$per_rank": path}
@@ -164,13 +167,16 @@ class _Walk:
                 {**{k: v for k, v in group.items() if k != "params"}, "params": before["params"]}
                 for group, before in zip(value.param_groups, known.encoded["param_groups"], strict=True)
             ]
-            return {**known.encoded, "param_groups": encode(groups, join(path, "param_groups"), self.leaf)}
+            return {
+                **known.encoded,
+                "param_groups": encode_value(groups, join(path, "param_groups"), self.leaf),
+            }
         first = len(self.tensors)
         if isinstance(value, nn.Module):
             self.unsynced |= {join(path, name) for name in unsynced_buffers(value)}
-            encoded = encode(module_state(value, path).tree, path, self.leaf)
+            encoded = encode_value(module_state(value, path).tree, path, self.leaf)
         else:
-            encoded = encode(optimizer_tree(value, self.names, path), path, self.leaf)
+            encoded = encode_value(optimizer_tree(value, self.names, path), path, self.leaf)
         if self.memo is not None:
             self.memo.remember(path, value, self.tensors[first:], encoded)
         return encoded

@@ -16,8 +16,9 @@ import torch
 from shardckpt.errors import FormatError, ShapeMismatchError, StateError
 from shardckpt.format.dtypes import numpy_dtype
 from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.names import join, join_shown
 from shardckpt.format.save_plan import looks_whole
-from shardckpt.format.values import PerRankRef, Record, TensorRef, WrapperRef, join, join_shown, rebuilt
+from shardckpt.format.tree import PerRankRef, Record, TensorRef, WrapperRef, rebuilt
 from shardckpt.progress import doing
 from shardckpt.state.conform import conform
 from shardckpt.state.overlaps import find_conflict, find_overlaps, overlaps_itself

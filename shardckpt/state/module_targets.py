@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from shardckpt.errors import MissingKeysError, ShapeMismatchError, ShardckptError
-from shardckpt.format.values import TensorRef, WrapperRef, join
+from shardckpt.format.names import join
+from shardckpt.format.tree import TensorRef, WrapperRef
 from shardckpt.state.load_targets import TargetBuilder, mismatch
 from shardckpt.state.modules import AVERAGED_COUNT, ModuleState, loading_module, module_state
 from shardckpt.state.overrides import has_override, load_overrides

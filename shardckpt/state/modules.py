@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from shardckpt.errors import ShardckptError, StateError, UnsupportedValueError
-from shardckpt.format.values import MAX_DEPTH, join, key_text
+from shardckpt.format.names import join, key_text
+from shardckpt.format.tree import MAX_DEPTH
 from shardckpt.state.overrides import has_override
 from shardckpt.state.tensors import check_memory
 from shardckpt.state.wrapped import memory_parts

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from shardckpt.errors import StateError
-from shardckpt.format.values import join
+from shardckpt.format.names import join
 from shardckpt.state.load_targets import TargetBuilder, mismatch
 from shardckpt.state.modules import Stateful, state_of
 from shardckpt.state.optimizers import check_optimizer, has_groups, is_by_number, optimizer_parameters

@@ -16,7 +16,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from shardckpt.errors import StateError
-from shardckpt.format.values import TensorRef, WrapperRef, join
+from shardckpt.format.names import join
+from shardckpt.format.tree import TensorRef, WrapperRef
 from shardckpt.state.tensors import Sharding, TensorShard, sharding_of, tensor_shard
 from shardckpt.state.wrapped import flat, is_wrapper, own_part
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from shardckpt.errors import FormatError, MissingKeysError, StateError
 from shardckpt.format.manifest import Manifest
-from shardckpt.format.values import MAX_DEPTH, PerRankRef, Record, decode, join
+from shardckpt.format.names import join
+from shardckpt.format.tree import MAX_DEPTH, PerRankRef, Record
+from shardckpt.format.value_decoding import decode_value
 from shardckpt.state.conform import conform
 from shardckpt.state.flatten import PerRank, check_state, per_rank_path
 from shardckpt.state.load_targets import LoadTargets, TargetBuilder, mismatch
@@ -37,7 +39,7 @@ def bind_state(state: dict[str, Any], manifest: Manifest, rank: int, *, strict: 
     reshard(modules.values())
     builder = TargetBuilder(manifest, cache(lambda: any(map(is_sharded, modules.values()))))
     walk = _Walk(builder, manifest, rank, parameter_names(modules), strict)
-    saved = decode(manifest.values)
+    saved = decode_value(manifest.values)
     walk.entries(state, saved, "")
     targets = builder.done()
     targets.unused = [key for key in saved if key not in state]
@@ -122,7 +124,7 @@ class _Walk:
             return
         if saved.path not in saved_values:
             raise FormatError(f"the checkpoint lacks rank {self._rank}'s value of state[{path!r}]")
-        content = decode(saved_values[saved.path])
+        content = decode_value(saved_values[saved.path])
         holder = {"value": held.value}
         self._entry(holder, "value", held.value, content, per_rank_path(path, self._rank))
         self._builder.finish(path, lambda: setattr(held, "value", holder["value"]))

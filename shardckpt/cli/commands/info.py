@@ -15,7 +15,9 @@ from shardckpt.cli.output import Column, print_fields, print_json, print_table
 from shardckpt.cli.storage_options import storage_options
 from shardckpt.errors import MissingKeysError
 from shardckpt.format.manifest import Manifest, TensorEntry
-from shardckpt.format.values import PerRankRef, TensorRef, children, decode, join_shown
+from shardckpt.format.names import join_shown
+from shardckpt.format.tree import PerRankRef, TensorRef, children
+from shardckpt.format.value_decoding import decode_value
 from shardckpt.formatting import age, count, size
 from shardckpt.run.places import find_place, read_manifest
 
@@ -79,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
     manifest = read_manifest(place)
     chunks = _chunk_counts(manifest)
     tensors = [t for t in manifest.tensors if _matches(t.name, select)]
-    values = [(path, text) for path, text in _values(decode(manifest.values)) if _matches(path, select)]
+    values = [
+        (path, text) for path, text in _values(decode_value(manifest.values)) if _matches(path, select)
+    ]
     _check_patterns(select, [t.name for t in tensors] + [path for path, _ in values], place.url, manifest)
     if options.json:
         print_json(_document(place.url, manifest, tensors, chunks, whole=not select))

@@ -22,7 +22,7 @@ import torch
 from shardckpt.errors import StateError
 from shardckpt.format.kinds import kind_of
 from shardckpt.format.manifest import TensorEntry
-from shardckpt.format.values import EnumRef, Record, TensorRef, children
+from shardckpt.format.tree import EnumRef, Record, TensorRef, children
 
 __all__ = ["write_state"]
 

@@ -20,7 +20,9 @@ import torch
 
 import shardckpt
 from shardckpt.errors import FormatError, StateError, UnsupportedValueError
-from shardckpt.format.values import Record, decode, encode
+from shardckpt.format.tree import Record
+from shardckpt.format.value_decoding import decode_value
+from shardckpt.format.value_encoding import encode_value
 from shardckpt.storage import Storage
 
 UTC = datetime.UTC
@@ -71,8 +73,8 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_each_comes_back(value: Any, place: Storage) -> None:
     """With its type, where the state has nothing at its place, or a value of the same type, or of another one."""
-    form = encode(value, "x")
-    assert same(decode(json.loads(json.dumps(form))), value)
+    form = encode_value(value, "x")
+    assert same(decode_value(json.loads(json.dumps(form))), value)
     shardckpt.save(place, {"v": value, "deep": {"list": [value, (value,)]}})
     for held in (None, type(value)() if type(value) in (set, deque, bytearray) else value, 5):
         state: dict[str, Any] = {"v": held, "deep": None}
@@ -85,8 +87,8 @@ def test_each_comes_back(value: Any, place: Storage) -> None:
 def test_the_order_of_a_set_says_nothing() -> None:
     """Ranks iterate over one set of texts in different orders, and have one form of it."""
     items = [f"text {n}" for n in range(50)]
-    assert encode(set(items), "x") == encode({*items[25:], *items[:25]}, "x")
-    assert encode({2, 10, 1}, "x") == {"$set": [1, 10, 2]}  # by text
+    assert encode_value(set(items), "x") == encode_value({*items[25:], *items[:25]}, "x")
+    assert encode_value({2, 10, 1}, "x") == {"$set": [1, 10, 2]}  # by text
 
 
 Pair = namedtuple("Pair", "x y")
@@ -364,7 +366,7 @@ def test_a_clear_no(value: Any, place: Storage) -> None:
 def test_invalid_forms(form: Any) -> None:
     """What no encode makes is an error, whatever it is, with its place."""
     with pytest.raises(FormatError, match="'a/0' has an invalid"):
-        decode({"a": [form]})
+        decode_value({"a": [form]})
 
 
 def test_export_has_plain_data(place: Storage, tmp_path: Path) -> None:

@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardckpt.errors import FormatError, UnsupportedValueError
-from shardckpt.format.values import PerRankRef, TensorRef, decode, encode, join, segment
+from shardckpt.format.names import join, segment
+from shardckpt.format.tree import PerRankRef, TensorRef
+from shardckpt.format.value_decoding import decode_value
+from shardckpt.format.value_encoding import encode_value
 
 _quick = settings(deadline=None, max_examples=200)
 
@@ -74,9 +77,9 @@ def same(a: Any, b: Any) -> bool:
 @given(_values)
 def test_round_trip(value: Any) -> None:
     """Any nested plain value survives, through either JSON library, with types and order of keys."""
-    form = encode(value, "state")
-    assert same(decode(msgspec.json.decode(msgspec.json.encode(form))), value)
-    assert same(decode(json.loads(json.dumps(form, allow_nan=False))), value)
+    form = encode_value(value, "state")
+    assert same(decode_value(msgspec.json.decode(msgspec.json.encode(form))), value)
+    assert same(decode_value(json.loads(json.dumps(form, allow_nan=False))), value)
 
 
 def test_forms() -> None:
@@ -94,8 +97,8 @@ def test_forms() -> None:
         ({}, {}),
         ((), {"$tuple": []}),
     ]:
-        assert encode(value, "x") == form
-        assert same(decode(form), value)
+        assert encode_value(value, "x") == form
+        assert same(decode_value(form), value)
 
 
 def test_leaves_become_references() -> None:
@@ -107,14 +110,14 @@ def test_leaves_become_references() -> None:
     def leaf(value: Any, path: str) -> Any:
         return {"$tensor": path} if isinstance(value, Leaf) else NotImplemented
 
-    assert encode({"a": [Leaf()]}, "s", leaf) == {"a": [{"$tensor": "s/a/0"}]}
-    assert decode({"$tensor": "s/a/0"}) == TensorRef("s/a/0")
-    assert decode({"$ndarray": "n"}) == TensorRef("n", ndarray=True) != TensorRef("n")
-    reference = decode({"$per_rank": "rng"})
+    assert encode_value({"a": [Leaf()]}, "s", leaf) == {"a": [{"$tensor": "s/a/0"}]}
+    assert decode_value({"$tensor": "s/a/0"}) == TensorRef("s/a/0")
+    assert decode_value({"$ndarray": "n"}) == TensorRef("n", ndarray=True) != TensorRef("n")
+    reference = decode_value({"$per_rank": "rng"})
     assert isinstance(reference, PerRankRef)
     assert reference.path == "rng"
     with pytest.raises(UnsupportedValueError, match="object"):
-        encode({"a": object()}, "s", leaf)
+        encode_value({"a": object()}, "s", leaf)
 
 
 def test_relatives_of_plain_types() -> None:
@@ -129,9 +132,9 @@ def test_relatives_of_plain_types() -> None:
     value = OrderedDict(
         {Colour.RED: [Colour.RED, Level.LOW], "view": MappingProxyType({"b": bytearray(b"x")})}
     )
-    back = decode(encode(value, "s"))
+    back = decode_value(encode_value(value, "s"))
     assert same(back, OrderedDict({"red": ["red", 1], "view": {"b": bytearray(b"x")}}))
-    assert decode(encode(10**5000, "s")) == 10**5000
+    assert decode_value(encode_value(10**5000, "s")) == 10**5000
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_relatives_of_plain_types() -> None:
 def test_refusals(value: Any, message: str) -> None:
     """What is not data is refused with its path, its type and the remedy."""
     with pytest.raises(UnsupportedValueError, match=message):
-        encode(value, "s")
+        encode_value(value, "s")
 
 
 def test_endless_nesting() -> None:
@@ -160,18 +163,18 @@ def test_endless_nesting() -> None:
     endless: list[Any] = []
     endless.append({"again": endless})
     with pytest.raises(UnsupportedValueError, match=r"100 levels deep\. Does it contain itself"):
-        encode(endless, "")
+        encode_value(endless, "")
     deep: Any = 1
     for _ in range(100):
         deep = {1: deep}
-    form = msgspec.json.decode(msgspec.json.encode(encode(deep, "")))
-    assert same(decode(form), deep)
+    form = msgspec.json.decode(msgspec.json.encode(encode_value(deep, "")))
+    assert same(decode_value(form), deep)
     with pytest.raises(UnsupportedValueError, match="100 levels deep"):
-        encode({1: {1: deep}}, "")
+        encode_value({1: {1: deep}}, "")
     for _ in range(500):
         form = [form]
     with pytest.raises(FormatError, match="more than 100 levels deep"):
-        decode(form)
+        decode_value(form)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ def test_endless_nesting() -> None:
 def test_invalid_forms(form: Any, message: str) -> None:
     """A form that no encode makes is an error that names its place."""
     with pytest.raises(FormatError, match=message):
-        decode(form)
+        decode_value(form)
 
 
 @_quick
@@ -209,7 +212,7 @@ def test_invalid_forms(form: Any, message: str) -> None:
 def test_keys_never_share_a_segment(value: dict[Any, None]) -> None:
     """A dict either is refused or has as many segments as keys."""
     try:
-        encode(value, "s")
+        encode_value(value, "s")
     except UnsupportedValueError as error:
         assert "share the name" in str(error)
     else:

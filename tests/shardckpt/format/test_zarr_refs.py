@@ -40,7 +40,8 @@ from shardckpt.format.manifest import (
     pack_path,
 )
 from shardckpt.format.manifest_codec import decode_manifest, encode_record
-from shardckpt.format.values import decode, join
+from shardckpt.format.names import join
+from shardckpt.format.value_decoding import decode_value
 from shardckpt.format.zarr_refs import encode_refs
 from shardckpt.loading.zarr_group import open_group
 from tests.kit.servers import S3Server
@@ -613,5 +614,5 @@ def test_the_documented_example(tmp_path: Path) -> None:
         assert refs[key] == reference
     (tmp_path / REFS).write_bytes(encode_refs(checked, str(tmp_path)))
     assert read(plain(tmp_path), "s").tolist() == [10, 20, 30, 40, 50]
-    assert decode(checked.values)["betas"] == (0.9, 0.95)
-    assert decode(checked.per_rank[1]["rng"]) == b"\x02"
+    assert decode_value(checked.values)["betas"] == (0.9, 0.95)
+    assert decode_value(checked.per_rank[1]["rng"]) == b"\x02"
