@@ -1,7 +1,7 @@
 """The records of a checkpoint: the manifest, whose presence is the commit, and each rank's part.
 
-Both are strict JSON with a checksum: unknown keys, types and versions are refused. `docs/format.md`
-describes every field.
+Both are strict JSON with a checksum (`shardckpt.format.records`): unknown keys, types and versions are refused.
+docs/format.md describes every field.
 """
 
 from __future__ import annotations
@@ -21,19 +21,17 @@ from shardckpt.format.dtypes import itemsize
 from shardckpt.format.records import FORMAT
 
 __all__ = [
-    "FORMAT",
     "MANIFEST",
     "MAX_DIMENSIONS",
-    "NAME",
     "REFS",
     "ArrayEntry",
     "Chunks",
-    "Head",
     "Manifest",
+    "ManifestHead",
+    "ManifestSummary",
     "Pack",
     "Part",
     "TensorEntry",
-    "Version",
     "attempt_and_step",
     "pack_path",
     "part_path",
@@ -44,23 +42,23 @@ __all__ = [
 MANIFEST = "manifest.json"
 REFS = "refs.json"
 MAX_DIMENSIONS = 64
-"""Of a tensor: NumPy has no more."""
-
+"""Dimensions of a tensor: NumPy's limit."""
 
 _RUN_CHECKPOINT = re.compile(r"(?:\A|/)attempt-([0-9]+)(?:-[0-9a-f]+)?/step-([0-9]+)\Z")
 
-_SEGMENT = r"(?!__|(?:zarr\.json|\.+)(?:/|\Z))[ -.0-\[\]-~]+"
-NAME = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,127}}")
-"""A tensor's: what Zarr allows, in ASCII; of more segments than values are deep."""
-
 _MAX_BYTES = (1 << 63) - 1
-"""Of a tensor: NumPy counts them in 63 bits, and leaves out dimensions of size 0."""
+"""Bytes of a tensor: NumPy counts them in 63 bits, leaving out dimensions of size 0."""
 
 
 class ArrayEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One Zarr array: the part of a tensor at `offset` with `shape`, in chunks of shape `chunk`.
+    """One Zarr array: a part of a tensor, or all of it, cut into a regular grid of chunks.
 
-    A chunk at the far edge of the array is stored whole; what lies outside the array is zero.
+    A chunk at the far edge is stored in full; its elements outside the array are zero.
+
+    Attributes:
+        offset: where the part begins in the tensor, by dimension.
+        shape: the part's shape.
+        chunk: the shape of a chunk.
     """
 
     offset: tuple[int, ...]
@@ -69,20 +67,20 @@ class ArrayEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def box(self) -> Box:
-        """Where the array lies in its tensor."""
+        """The part of the tensor that the array holds."""
         return Box(self.offset, self.shape)
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Number of chunks in each dimension; has a 0 for an array without elements."""
+        """The number of chunks along each dimension; one of them is 0 for an array without elements."""
         return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
 
     def cells(self) -> Iterator[Box]:
-        """The box of each chunk in the tensor's coordinates, clipped to the array, in C order."""
+        """The part of the tensor that each chunk holds, padding left out, in C order."""
         return self.box.cells(self.chunk)
 
     def cell(self, number: int) -> Box:
-        """The box of one chunk, as `cells` has it, by its number."""
+        """The part of the tensor that chunk `number` holds, counted in C order."""
         index = [int(i) for i in np.unravel_index(number, self.grid)] if self.shape else []
         starts = [i * c for i, c in zip(index, self.chunk, strict=True)]
         return Box(
@@ -92,10 +90,16 @@ class ArrayEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor: global shape, element type, and the arrays that make it up.
+    """One tensor of a checkpoint.
 
-    One array that covers the tensor is stored as a Zarr array under the tensor's name. Otherwise the
-    tensor is a Zarr group, and array number i is named `box-i` in it.
+    One array that covers the tensor is a Zarr array under the tensor's name. Otherwise the tensor is a Zarr
+    group, in which array number i is named `box-i`.
+
+    Attributes:
+        name: its path in the state.
+        dtype: the name of its element type (`shardckpt.format.dtypes`).
+        shape: its global shape.
+        arrays: the arrays that make it up; no two have an element in common.
     """
 
     name: str
@@ -110,27 +114,44 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def is_array(self) -> bool:
-        """Whether the tensor is one Zarr array, and not a group of boxes."""
+        """True if the tensor is one Zarr array, False if it is a group of boxes."""
         return len(self.arrays) == 1 and self.arrays[0].box == Box.whole(self.shape)
 
 
 class Pack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of chunks: its path relative to the manifest's folder, and its size in bytes."""
+    """One file of chunks: its path relative to the checkpoint's folder, and its size in bytes."""
 
     path: str
     size: int
 
 
 class Chunks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The chunk table, as columns. Row order: tensors, their arrays, their cells in C order."""
+    """The chunk table, as columns. Its rows follow the tensors, their arrays, and the arrays' cells in C order.
+
+    Attributes:
+        pack: the number of the chunk's pack.
+        offset: the chunk's first byte in the pack.
+        crc32c: the CRC-32C of its elements, padding included.
+    """
 
     pack: list[int]
     offset: list[int]
     crc32c: list[int]
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
-    """One checkpoint. It exists if and only if this record does."""
+class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint is, without what is in it.
+
+    Attributes:
+        format: name and version of the format.
+        id: 32 hexadecimal digits, drawn for the save.
+        step: optimizer steps done when it was saved.
+        attempt: the number of the attempt that saved it; 0 outside a run.
+        world_size: ranks that saved it.
+        created: seconds since the epoch.
+        writer: name and version of the program.
+        metrics: name -> number; those that JSON lacks are "nan", "inf" or "-inf".
+    """
 
     format: str = FORMAT
     id: str
@@ -140,16 +161,40 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     created: float
     writer: str
     metrics: dict[str, float | str]
+
+    def head(self) -> dict[str, Any]:
+        """These members, in this order, as JSON has them."""
+        return {name: getattr(self, name) for name in ManifestHead.__struct_fields__}
+
+    @property
+    def metric_values(self) -> dict[str, float]:
+        """The metrics as floats."""
+        return {name: float(value) for name, value in self.metrics.items()}
+
+
+class ManifestSummary(ManifestHead, frozen=True, kw_only=True):
+    """What a list of checkpoints shows of a manifest, decoded without its tables."""
+
+    packs: tuple[Pack, ...]
+
+
+class Manifest(ManifestHead, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
+    """One checkpoint. It exists if and only if this record does.
+
+    Attributes:
+        values: everything in the state that is not a tensor, in the JSON form of
+            `shardckpt.format.value_encoding`.
+        per_rank: by rank, path -> the form of the value that differs between ranks.
+        packs: the files of chunks.
+        tensors: in the order of the chunk table.
+        chunks: the chunk table.
+    """
+
     values: Any
     per_rank: list[dict[str, Any]]
     packs: tuple[Pack, ...]
     tensors: tuple[TensorEntry, ...]
     chunks: Chunks
-
-    @property
-    def metric_values(self) -> dict[str, float]:
-        """The metrics as floats; JSON has those that are not finite as text."""
-        return {name: float(value) for name, value in self.metrics.items()}
 
     @property
     def nbytes(self) -> int:
@@ -176,24 +221,18 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         return [(tensor, array) for tensor in self.tensors for array in tensor.arrays]
 
 
-class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What a list of checkpoints needs of a manifest, whose tables are passed over."""
-
-    step: int
-    attempt: int
-    world_size: int
-    created: float
-    metrics: dict[str, float | str]
-    packs: tuple[Pack, ...]
-
-    @property
-    def metric_values(self) -> dict[str, float]:
-        """The metrics as floats; JSON has those that are not finite as text."""
-        return {name: float(value) for name, value in self.metrics.items()}
-
-
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one rank wrote: which rows of the chunk table, where, and with which checksums."""
+    """What one rank wrote.
+
+    Attributes:
+        id: the save's, as in the manifest.
+        rank: the rank.
+        size: bytes of its pack.
+        chunk: the rows of the chunk table that it wrote, in the order of its pack.
+        offset: each chunk's first byte in the pack.
+        crc32c: each chunk's checksum.
+        values: path -> the form of this rank's own value.
+    """
 
     format: str = FORMAT
     id: str
@@ -206,7 +245,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 def shape_problem(dtype: str, shape: Sequence[int]) -> str | None:
-    """Why the format has no tensor of this type and shape: more than NumPy can describe; None if it has."""
+    """Why the format has no tensor of this type and shape: NumPy could not describe it. None if it has."""
     if len(shape) > MAX_DIMENSIONS:
         return f"has {len(shape)} dimensions, and the most are {MAX_DIMENSIONS}, as in NumPy"
     if any(n < 0 for n in shape) or math.prod(filter(None, shape)) * itemsize(dtype) > _MAX_BYTES:
@@ -215,7 +254,7 @@ def shape_problem(dtype: str, shape: Sequence[int]) -> str | None:
 
 
 def tied_names(manifest: Manifest) -> dict[str, str]:
-    """Tensors that are stored as another one's chunks, by name: the first of those with the same ones."""
+    """Tied tensors: name -> the first tensor that is stored as the same chunks. That one itself is left out."""
     first = manifest.first_rows.tolist()
     rows = manifest.chunks
     seen: dict[object, str] = {}
@@ -234,20 +273,16 @@ def tied_names(manifest: Manifest) -> dict[str, str]:
 
 
 def attempt_and_step(url: str) -> tuple[int, int] | None:
-    """Of which attempt and step a checkpoint is that lies at this URL in a run; None if it lies alone."""
+    """(attempt, step) of the checkpoint at this URL by its folders' names; None if it is in no run."""
     folder = _RUN_CHECKPOINT.search(url.rstrip("/"))
     return (int(folder[1]), int(folder[2])) if folder else None
 
 
 def pack_path(rank: int) -> str:
-    """Where `rank` writes its chunks, relative to the checkpoint."""
+    """The path of a rank's pack, relative to the checkpoint."""
     return f"rank-{rank:05d}/data.pack"
 
 
 def part_path(rank: int) -> str:
-    """Where `rank` records what it wrote, relative to the checkpoint."""
+    """The path of a rank's part, relative to the checkpoint."""
     return f"rank-{rank:05d}/part.json"
-
-
-class Version(msgspec.Struct):
-    format: str

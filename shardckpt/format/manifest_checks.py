@@ -1,4 +1,7 @@
-"""What must hold in a manifest: FormatError names what does not."""
+"""What must hold in a manifest, so that reading by it is safe whoever wrote it.
+
+Each check raises FormatError, which begins with `where`, the checkpoint's URL, and names what does not hold.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,24 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from shardckpt.errors import FormatError, UnknownVersionError
+from shardckpt.errors import FormatError
 from shardckpt.format.box import tiles
 from shardckpt.format.chunks import chunk_bytes
 from shardckpt.format.dtypes import DTYPES
 from shardckpt.format.manifest import (
     MAX_DIMENSIONS,
-    NAME,
-    Head,
     Manifest,
+    ManifestHead,
+    Pack,
     TensorEntry,
-    Version,
     attempt_and_step,
     shape_problem,
     tied_names,
 )
-from shardckpt.format.records import FORMAT
+from shardckpt.format.names import TENSOR_NAME
 from shardckpt.format.tree import PerRankRef, iter_references
 from shardckpt.format.value_decoding import decode_value
 
@@ -38,30 +39,11 @@ __all__ = [
     "check_packs",
     "check_tensor",
     "check_values",
-    "check_version",
-    "version_without_checksum",
 ]
 
 
-def check_version(version: str, where: str, file: str) -> None:
-    if version != FORMAT:
-        raise UnknownVersionError(
-            f"{where}: {file} has format {version[:80]!r}, and this version reads {FORMAT!r} only; "
-            "read it with the shardckpt that wrote it, or a newer one"
-        )
-
-
-def version_without_checksum(data: bytes) -> str | None:
-    if b'"crc32c":"' in data[-32:]:
-        return None
-    try:
-        return msgspec.json.decode(data, type=Version).format
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return None
-
-
-def check_head(manifest: Manifest | Head, where: str) -> None:
-    """Counts are counts, the folder is of this step, and metrics are numbers."""
+def check_head(manifest: ManifestHead, where: str) -> None:
+    """Step, attempt and world size are in range, the folder's name agrees with them, and metrics are numbers."""
     wrong = f"{where}: the manifest is invalid:"
     if (
         not 0 <= manifest.step < 1 << 63
@@ -82,11 +64,11 @@ def check_head(manifest: Manifest | Head, where: str) -> None:
             raise FormatError(f"{wrong} its metric {name[:80]!r} is {value[:80]!r}, which is not a number")
 
 
-def check_packs(manifest: Manifest | Head, where: str) -> None:
-    """Every pack lies in the run: below the manifest's folder, or below its run's; and is named once."""
+def check_packs(packs: Sequence[Pack], where: str) -> None:
+    """Every pack lies in the checkpoint's folder, or in its run, and is named once."""
     here = "/".join(where.rstrip("/").split("/")[-2:]) if attempt_and_step(where) else "."
     seen = set()
-    for pack in manifest.packs:
+    for pack in packs:
         path = posixpath.normpath(posixpath.join(here, pack.path))
         outside = path.startswith(("/", "..")) or "\0" in path or "\\" in path
         if (
@@ -113,7 +95,7 @@ def check_names(manifest: Manifest, where: str) -> None:
         raise FormatError(f"{where}: the manifest lists tensor {twice[:200]!r} twice")
     folders = set()
     for name in names:
-        if not NAME.fullmatch(name):
+        if not TENSOR_NAME.fullmatch(name):
             raise FormatError(f"{where}: the manifest is invalid: {name[:200]!r} cannot be a tensor's name")
         while (name := name.rpartition("/")[0]) and name not in folders:
             folders.add(name)
@@ -124,7 +106,7 @@ def check_names(manifest: Manifest, where: str) -> None:
 
 
 def check_tensor(tensor: TensorEntry, where: str) -> None:
-    """Known type, and arrays that tile the tensor: all of it, no element twice."""
+    """The type is known, the arrays lie inside the tensor, and each element is in one of them."""
     wrong = f"{where}: the manifest is invalid: tensor {tensor.name[:200]!r}"
     if tensor.dtype not in DTYPES:
         raise FormatError(f"{wrong} has the type {tensor.dtype[:80]!r}, which this version does not know")
@@ -147,12 +129,12 @@ def check_tensor(tensor: TensorEntry, where: str) -> None:
 
 
 def _shown(numbers: Sequence[int]) -> str:
-    """The numbers, of which a forged record may have any number."""
+    """The numbers as text; their count only where a forged record has too many."""
     return str(tuple(numbers)) if len(numbers) <= MAX_DIMENSIONS else f"{len(numbers)} dimensions"
 
 
 def check_chunks(manifest: Manifest, where: str) -> None:
-    """The table has a row for each cell, every row lies in its pack, and no two overlap but tied tensors'."""
+    """The table has a row for each cell, chunks lie inside their packs, and overlap for tied tensors only."""
     wrong = f"{where}: the manifest is invalid:"
     counts, lengths = [], []
     for tensor in manifest.tensors:
@@ -201,7 +183,7 @@ def _overlap(
 
 
 def check_values(manifest: Manifest, where: str) -> None:
-    """The values are a dict that can be decoded, and refer to each tensor and per-rank value once."""
+    """The values are a dict that can be decoded, and refer to each tensor and each per-rank value once."""
     wrong = f"{where}: the manifest is invalid:"
     unnamed = {tensor.name for tensor in manifest.tensors}
     paths: set[str] = set()

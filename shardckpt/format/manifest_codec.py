@@ -1,4 +1,4 @@
-"""Manifests and parts to bytes and back."""
+"""Encode and decode manifests and parts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import msgspec
 
-from shardckpt.errors import FormatError
+from shardckpt.errors import FormatError, UnknownVersionError
 from shardckpt.format import records
-from shardckpt.format.manifest import MANIFEST, Head, Manifest, Part, Version
+from shardckpt.format.manifest import MANIFEST, Manifest, ManifestSummary, Part
 from shardckpt.format.manifest_checks import (
     check_chunks,
     check_head,
@@ -16,12 +16,10 @@ from shardckpt.format.manifest_checks import (
     check_packs,
     check_tensor,
     check_values,
-    check_version,
-    version_without_checksum,
 )
 from shardckpt.format.records import FORMAT
 
-__all__ = ["decode_checked", "decode_head", "decode_manifest", "decode_part", "encode_record"]
+__all__ = ["decode_checked", "decode_manifest", "decode_part", "decode_summary", "encode_record"]
 
 
 def encode_record(record: Manifest | Part) -> bytes:
@@ -32,41 +30,41 @@ def encode_record(record: Manifest | Part) -> bytes:
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """The manifest in `data`, checked so far that reading by it is safe.
 
-    `where` is its checkpoint's URL, for messages, to know how far up a pack's path may lead, and which attempt
-    and step it must be of. Raises FormatError: damaged, not JSON, a newer version, a path that leaves the
-    run, a tensor whose arrays do not tile it or that the values do not name once, a chunk outside its
-    pack or over another one.
+    Args:
+        data: the file's bytes.
+        where: the checkpoint's URL, for messages. The folders' names tell which attempt and step the manifest
+            must have, and how far up a pack's path may lead.
+
+    Raises UnknownVersionError for another version of the format, and FormatError for a record that is damaged,
+    not JSON, or does not hold what `shardckpt.format.manifest_checks` checks.
     """
     manifest = _decode(data, Manifest, where, MANIFEST)
     check_head(manifest, where)
-    check_packs(manifest, where)
+    check_packs(manifest.packs, where)
     check_names(manifest, where)
     alike = {(tensor.dtype, tensor.shape, tensor.arrays): tensor for tensor in manifest.tensors}
-    for tensor in alike.values():  # the layers of a model are
+    for tensor in alike.values():  # one of each kind: the layers of a model are alike
         check_tensor(tensor, where)
     check_chunks(manifest, where)
     check_values(manifest, where)
     return manifest
 
 
-def decode_head(data: bytes, where: str) -> Head:
-    """The head of the manifest in `data`, whose checksum is right, and of which nothing else is checked.
-
-    Raises FormatError.
-    """
-    head = _decode(data, Head, where, MANIFEST)
-    check_head(head, where)
-    check_packs(head, where)
-    return head
+def decode_summary(data: bytes, where: str) -> ManifestSummary:
+    """The summary of the manifest in `data`, of which nothing else is checked. Raises FormatError."""
+    summary = _decode(data, ManifestSummary, where, MANIFEST)
+    check_head(summary, where)
+    check_packs(summary.packs, where)
+    return summary
 
 
 def decode_checked(data: bytes) -> Manifest:
-    """The manifest that another process of this job has checked."""
+    """The manifest in `data`, which another rank has checked with `decode_manifest`."""
     return msgspec.json.decode(records.open_sealed(data, MANIFEST), type=Manifest)
 
 
 def decode_part(data: bytes, where: str) -> Part:
-    """The part in `data`. Raises FormatError."""
+    """The part in `data`, for the checkpoint at `where`. Raises FormatError."""
     part = _decode(data, Part, where, "part.json")
     if not len(part.chunk) == len(part.offset) == len(part.crc32c):
         raise FormatError(f"{where}: part.json has chunk columns of different lengths")
@@ -77,20 +75,43 @@ def decode_part(data: bytes, where: str) -> Part:
     return part
 
 
-_Record = TypeVar("_Record", Manifest, Head, Part)
+_Record = TypeVar("_Record", Manifest, ManifestSummary, Part)
+
+
+class _Version(msgspec.Struct):
+    format: str
 
 
 def _decode(data: bytes, kind: type[_Record], where: str, file: str) -> _Record:
+    """Open, parse and type-check a record; the version is looked at first."""
     try:
         document = records.open_sealed(data, file)
     except FormatError as error:
-        # Damage does not take the checksum off and leave good JSON: that is a version that has none.
-        if (version := version_without_checksum(data)) is not None:
-            check_version(version, where, file)
+        # Damage does not remove the checksum and leave valid JSON: a version without checksums does.
+        if (version := _version_without_checksum(data)) is not None:
+            _check_version(version, where, file)
         raise FormatError(f"{where}: {error}") from error
     try:
-        check_version(msgspec.json.decode(document, type=Version).format, where, file)
+        _check_version(msgspec.json.decode(document, type=_Version).format, where, file)
         records.check_keys(document)
         return msgspec.json.decode(document, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise FormatError(f"{where}: {file} is not a valid {FORMAT} record: {error}") from error
+
+
+def _check_version(version: str, where: str, file: str) -> None:
+    if version != FORMAT:
+        raise UnknownVersionError(
+            f"{where}: {file} has format {version[:80]!r}, and this version reads {FORMAT!r} only; "
+            "read it with the shardckpt that wrote it, or a newer one"
+        )
+
+
+def _version_without_checksum(data: bytes) -> str | None:
+    """The version of a record that is valid JSON without a checksum; None for any other data."""
+    if b'"crc32c":"' in data[-32:]:
+        return None
+    try:
+        return msgspec.json.decode(data, type=_Version).format
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None

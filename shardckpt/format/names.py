@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import lru_cache
 from urllib.parse import quote
 
 from shardckpt.errors import UnsupportedValueError
 
-__all__ = ["join", "join_shown", "key_text", "plain_text", "segment"]
+__all__ = ["TENSOR_NAME", "join", "join_shown", "key_text", "plain_text", "segment"]
 
+_SEGMENT = r"(?!__|(?:zarr\.json|\.+)(?:/|\Z))[ -.0-\[\]-~]+"
+TENSOR_NAME = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,127}}")
+"""A legal name of a tensor: what Zarr allows, in ASCII, with more segments than values have levels."""
 
 _LONGEST_SHOWN = 2000
 

@@ -12,16 +12,13 @@ import itertools
 import json
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from shardckpt.format.chunks import chunk_bytes
 from shardckpt.format.dtypes import EXTENDED, fill_value, itemsize
 from shardckpt.format.manifest import Manifest, TensorEntry
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ROOT", "TEMPLATES", "encode_refs", "references_of"]
 
@@ -157,17 +154,7 @@ def _chunk_keys(grid: Sequence[int]) -> Iterable[str]:
 
 def _root(manifest: Manifest) -> dict[str, Any]:
     """The metadata of the root group: what the checkpoint is."""
-    about: dict[str, Any] = {
-        "format": manifest.format,
-        "id": manifest.id,
-        "step": manifest.step,
-        "attempt": manifest.attempt,
-        "world_size": manifest.world_size,
-        "created": manifest.created,
-        "writer": manifest.writer,
-        "metrics": manifest.metrics,
-    }
-    return _group(about)
+    return _group(manifest.head())
 
 
 def _nodes(tensors: Iterable[TensorEntry]) -> Iterator[tuple[str, dict[str, Any]]]:

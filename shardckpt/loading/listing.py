@@ -9,7 +9,7 @@ from typing import Any
 
 from shardckpt.errors import CheckpointError, FormatError, NotACheckpointError, UnknownVersionError
 from shardckpt.format.manifest import MANIFEST, Pack
-from shardckpt.format.manifest_codec import decode_head
+from shardckpt.format.manifest_codec import decode_summary
 from shardckpt.loading.parallel import in_parallel
 from shardckpt.run.foreign import describe_other
 from shardckpt.run.places import (
@@ -86,7 +86,7 @@ def _row(place: Place, sizes: Callable[[str], dict[str, int]]) -> Row:
         note = _error_in(storage, FAILED) if FAILED in names else ""
         return Row(place.url, attempt, step, "failed" if FAILED in names else "unfinished", note=note)
     try:
-        head = read_decoded(place, lambda data: decode_head(data, place.url))
+        summary = read_decoded(place, lambda data: decode_summary(data, place.url))
     except UnknownVersionError as error:
         return Row(place.url, attempt, step, "other version", note=_about(place, error))
     except CheckpointError as error:
@@ -94,17 +94,17 @@ def _row(place: Place, sizes: Callable[[str], dict[str, int]]) -> Row:
     state, note = "good", ""
     if BAD in names:
         state, note = "bad", _error_in(storage, BAD).removeprefix(f"{place.url}: ")
-    elif problem := _pack_problem(place, head.packs, sizes):
+    elif problem := _pack_problem(place, summary.packs, sizes):
         state, note = "damaged", problem
     return Row(
         url=place.url,
         attempt=attempt,
-        step=head.step,
+        step=summary.step,
         state=state,
-        created=head.created,
-        world_size=head.world_size,
-        bytes=sum(pack.size for pack in head.packs),
-        metrics=head.metric_values,
+        created=summary.created,
+        world_size=summary.world_size,
+        bytes=sum(pack.size for pack in summary.packs),
+        metrics=summary.metric_values,
         note=note,
     )
 

@@ -214,13 +214,7 @@ def _document(
 ) -> dict[str, Any]:
     document: dict[str, Any] = {
         "url": url,
-        "format": manifest.format,
-        "id": manifest.id,
-        "step": manifest.step,
-        "attempt": manifest.attempt,
-        "world_size": manifest.world_size,
-        "created": manifest.created,
-        "writer": manifest.writer,
+        **manifest.head(),
         "metrics": manifest.metric_values,
         "bytes": manifest.nbytes,
         "stored_bytes": manifest.stored_bytes,
