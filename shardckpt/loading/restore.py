@@ -155,7 +155,7 @@ class RestoreCandidates:
             )
         finally:
             if self._client is not None:
-                self._client.release()
+                self._client.detach()
 
     def _place(self, candidate: _Candidate) -> Place:
         return Place(self._tiers[candidate.tier][1], candidate.path)

@@ -46,12 +46,12 @@ def open_snapshot(
 ) -> tuple[Manifest, MemoryPacks] | None:
     """What it takes to load a snapshot; None if it is not there any more. Collective.
 
-    Its memory stays as it is until `client.release()`. `url` is what messages call it.
+    Its memory stays as it is until `client.detach()`. `url` is what messages call it.
     """
     held = None
     if client is not None:
         try:
-            held = client.recall(snapshot.info.id)
+            held = client.attach(snapshot.info.id)
         except SaverError:
             held = None
     everywhere = _on_all_nodes(held.contents if held else Contents(), client, ranks)

@@ -67,7 +67,7 @@ class Allocation:
         client.asked_back.discard(number)
 
     def given_back(self, client: Client, number: int) -> None:
-        """The trainer does without a buffer and waits for another. Raises LookupError if it has no such buffer."""
+        """The trainer does without a buffer and waits for another. Raises LookupError if it has none such."""
         self._pool.give_back(client, number)
         client.asked_back.discard(number)
         client.requests.append(client.wanted)

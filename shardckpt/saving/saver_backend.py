@@ -21,8 +21,10 @@ from shardckpt.run.attempt_keeper import AttemptKeeper, Condition
 from shardckpt.run.commit_wait import was_committed
 from shardckpt.run.places import Place
 from shardckpt.run.tiers import Destination, Tier
-from shardckpt.saver.client import Memory, SaverClient
+from shardckpt.saver.client import SaverClient
+from shardckpt.saver.granted_buffers import Memory
 from shardckpt.saver.protocol import Begin, ChunkTable, Claimed, Outcome, Stage, Start
+from shardckpt.saver.startup import START_TIMEOUT
 from shardckpt.saving.backend import JobAttempt, Save, report_missing_part
 from shardckpt.saving.handle import SaveHandle
 from shardckpt.saving.staging import StagingBuffer
@@ -106,7 +108,7 @@ class SaverBackend:
                     self.commit_timeout,
                     linger=self.linger,
                     outage_timeout=self.outage_timeout,
-                    patience=_SHORT if self._was_silent else None,
+                    patience=_SHORT if self._was_silent else START_TIMEOUT,
                 )
             except SaverSilentError:
                 self._was_silent = True

@@ -48,7 +48,7 @@ def crash(checkpointer: Checkpointer) -> None:
     """What the saver sees of the end of a trainer that has not said goodbye."""
     assert checkpointer._saver is not None
     assert checkpointer._saver._client is not None
-    checkpointer._saver._client._channel.shut()
+    checkpointer._saver._client.disconnect()
 
 
 class Outage:

@@ -78,7 +78,7 @@ def end_process(checkpointer: Checkpointer) -> None:
     """What the saver sees of the end of a trainer that has not said goodbye."""
     assert checkpointer._saver is not None
     assert checkpointer._saver._client is not None
-    checkpointer._saver._client._channel.shut()
+    checkpointer._saver._client.disconnect()
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def shut(checkpointer: Checkpoints) -> None:
     """What the saver sees of the end of a trainer that has not said goodbye."""
     assert checkpointer._saver is not None
     assert checkpointer._saver._client is not None
-    checkpointer._saver._client._channel.shut()
+    checkpointer._saver._client.disconnect()
 
 
 class Nodes:

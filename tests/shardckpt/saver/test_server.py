@@ -30,7 +30,6 @@ from shardckpt.errors import SaveError, SaverError, SaverSilentError
 from shardckpt.ranks.world import current_ranks
 from shardckpt.run.tiers import Tier
 from shardckpt.saver import channel as channel_module
-from shardckpt.saver import client as saver_client
 from shardckpt.saver import protocol
 from shardckpt.saver.buffers import Pressure, SnapshotMemory
 from shardckpt.saver.channel import _HEADER, Channel, address_of, connect, listen
@@ -227,7 +226,6 @@ class _Work:
         return child
 
     def patience(self, seconds: float) -> None:
-        saver_client._PATIENCE = seconds
         assert self.checkpointer._saver is not None
         self.checkpointer._saver.limit_silence(seconds)
 
@@ -239,8 +237,8 @@ class _Work:
         sink = self.checkpointer._saver
         assert sink is not None
         assert sink._client is not None
-        with sink._client._changed:
-            assert sink._client._changed.wait_for(lambda: sink._client.is_lost, LIMIT)
+        client = sink._client
+        wait_until(lambda: client.is_lost)
 
     def wait_ready(self) -> None:
         """Until a buffer is there."""
@@ -248,8 +246,7 @@ class _Work:
         assert sink is not None
         client = sink._client
         assert client is not None
-        with client._changed:
-            assert client._changed.wait_for(lambda: bool(client._granted), LIMIT)
+        wait_until(lambda: client.has_buffer)
 
     def prepare(self) -> None:
         self.checkpointer._session.prepare(self.state)
@@ -982,7 +979,7 @@ def test_after_the_kernel_has_killed_a_new_round_finds_one_snapshot(
             assert save_in_memory(client, step).wait(LIMIT)
         wait_until(lambda: saver.buffers == 2)
         memory.pressures.append(Pressure.KILLED)
-        client._channel.shut()  # it dies
+        client.disconnect()  # it dies
         wait_until(lambda: saver.buffers == 1)
         again = SaverClient("run", [], 2, LIMIT, linger=0)
         assert [snapshot.info.step for snapshot in again.snapshots()] == [2]
@@ -998,29 +995,6 @@ def _shared_memory(pid: int) -> int:
     found = re.search(r"^RssShmem:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) << 10
-
-
-def test_a_saver_that_dies_while_it_gives_out_memory_is_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that hears of it ends in order, and who waits is told."""
-    raised: list[Any] = []
-    monkeypatch.setattr(threading, "excepthook", raised.append)
-    with saver_in_a_thread(monkeypatch):
-        client = SaverClient("run", [], 2, LIMIT, linger=0)
-        (listening,) = (t for t in threading.enumerate() if t.name == "shardckpt-saver")
-        send = client._channel.send
-
-        def dying(message: Any) -> None:
-            if threading.current_thread() is listening:
-                raise BrokenPipeError(32, "Broken pipe")
-            send(message)
-
-        monkeypatch.setattr(client._channel, "send", dying)
-        client.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
-        listening.join(LIMIT)
-        assert client.is_lost
-        with pytest.raises(SaverError, match="the saver of this node is gone"):
-            client.take()
-    assert raised == []
 
 
 def test_nothing_leaks(saver: SaverProcess, trainers: Trainers, run: Path) -> None:

@@ -482,7 +482,7 @@ def test_what_is_in_memory_only(tiers: Tiers) -> None:
         assert (committed(tiers.local), committed(tiers.remote)) == ([], [])
         assert checkpointer._saver is not None
         assert checkpointer._saver._client is not None
-        checkpointer._saver._client._channel.shut()  # as if it were dead
+        checkpointer._saver._client.disconnect()  # as if it were dead
         loaded = restored(tiers.checkpointer())
         assert (loaded.tier, loaded.step) == ("memory", 3)
         assert saver.drain() == 0
@@ -522,7 +522,7 @@ def test_a_snapshot_that_is_then_saved_is_persisted_once(
         else:
             assert checkpointer._saver is not None
             assert checkpointer._saver._client is not None
-            checkpointer._saver._client._channel.shut()  # as if it were dead
+            checkpointer._saver._client.disconnect()  # as if it were dead
         assert saver.drain() == 0
     assert (committed(tiers.local), committed(tiers.remote)) == ([2, 1], [2, 1])
 
@@ -539,7 +539,7 @@ def test_a_snapshot_whose_second_save_never_came_is_persisted(tiers: Tiers) -> N
         checkpointer._saver.begin(
             Save(SaveInfo("another", "attempt-0001/step-00000001", 1, 1, 1), 0, 1, [], {}, None)
         )
-        checkpointer._saver._client._channel.shut()
+        checkpointer._saver._client.disconnect()
         assert saver.drain() == 0
     assert (committed(tiers.local), committed(tiers.remote)) == ([1], [1])
 
@@ -704,7 +704,7 @@ def test_a_save_that_is_lost_with_its_saver_is_raised(tiers: Tiers) -> None:
         checkpointer.save(1, state_at(1)).wait("local")
         assert checkpointer._saver is not None
         assert checkpointer._saver._client is not None
-        checkpointer._saver._client._channel.shut()
+        checkpointer._saver._client.disconnect()
         with pytest.raises(SaveError, match="the saver of this node is gone"):
             checkpointer.close()
 
