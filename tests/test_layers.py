@@ -43,7 +43,7 @@ LAYERS = {
 TORCH = {
     "shardckpt": [
         *["state/", "ranks/world", "saving/staging", "saving/replica_check", "loading/fill"],
-        "interop/formats/torch_pt",
+        "interop/formats/torch_pickle",
     ],
     "launcher": ["rendezvous/member/"],
 }

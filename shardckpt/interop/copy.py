@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from shardckpt.errors import CheckpointError, CheckpointExistsError, CorruptError
 from shardckpt.format.chunks import StoredChunk, content_bytes
 from shardckpt.format.manifest import Manifest, Pack, pack_path
+from shardckpt.interop.progress import Counter, Progress
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import coalesced
 from shardckpt.run.commit import publish
@@ -25,9 +26,6 @@ __all__ = ["copy"]
 _PIECE = 16 << 20
 _ZEROS = memoryview(bytes(1 << 20))
 
-Progress = Callable[[int, int], object]
-"""Called with the bytes done so far, and the bytes in all."""
-
 
 def copy(
     source: str | os.PathLike[str] | Storage,
@@ -37,25 +35,34 @@ def copy(
     target_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Copy a checkpoint to the URL `target`, or of a run its newest good one into the run `target`.
+    """Copy a checkpoint to another storage.
 
-    Every chunk is verified, and the copy exists only once it is whole: its manifest is written last. A run
-    keeps the attempt and step in its folders' names, so that training can resume from either side. Needs no
-    space for temporary files, and memory for the parts of an upload that are under way, or a few of the largest
-    chunks.
+    Every chunk is verified, and the copy exists only once it is whole: its manifest is written last. In a run, a
+    checkpoint keeps the attempt and step in its path, so that training can resume from either side. Needs no
+    temporary files, and memory for the parts of an upload that are under way, or a few of the largest chunks.
 
-    A copy that fails, or is interrupted, leaves the packs that are whole: the same call goes on from there.
-    Packs that are at the target already are read and verified, and copied only if they are not right. Of a
-    checkpoint that is corrupt nothing is left.
+    A copy that fails or is interrupted leaves the packs that are complete, and the same call goes on from there:
+    packs at the target are read and verified, and copied only if they are not right. Nothing is left of a
+    corrupt checkpoint.
 
-    `progress` is called with the bytes done and the bytes in all. Returns the copy's URL.
+        shardckpt.copy("s3://bucket/run", "/local/run")
 
-    Raises NotACheckpointError, CorruptError, CheckpointExistsError, StorageError; then there is no copy.
+    Args:
+        source: a checkpoint, or a run, of which the newest good checkpoint is copied.
+        target: the copy's URL; if `source` is a run, the run that the copy becomes a part of.
+        source_options: arguments of the fsspec file system of `source`.
+        target_options: the same for `target`.
+        progress: called with the bytes done and the bytes in all.
+
+    Returns the copy's URL.
+
+    Raises NotACheckpointError, FormatError, CorruptError, CheckpointExistsError, StateError if `target` is the
+    folder of another step, StorageError; then there is no copy.
     """
     place = find_place(source, source_options)
     named = exact_place(source, source_options)
     into = open_storage(target, target_options)
-    # A checkpoint that was found by its run keeps its path; one that was named itself is put right there.
+    # A checkpoint that was found through its run keeps its path in the run.
     copied = Place(into) if place.path == named.path else Place(into, place.path)
     manifest = read_manifest(place)
     if copied.is_committed():
@@ -67,38 +74,30 @@ def copy(
         attempt=manifest.attempt if attempt is None else attempt,
     )
     fetcher = Fetcher(place, manifest)
-    fetcher.check_all_sizes()  # before there is anything of a size that may be forged
-    _copy_packs(fetcher, copied, made, progress or (lambda _done, _total: None))
+    fetcher.check_all_sizes()  # before space is taken for a size that may be forged
+    _copy_packs(fetcher, copied, made, Counter(made.stored_bytes, progress))
     publish(copied, made)
     return copied.url
 
 
-def _copy_packs(source: Fetcher, copied: Place, made: Manifest, progress: Progress) -> None:
-    """Have all packs of the manifest `made` at the place of the copy."""
+def _copy_packs(source: Fetcher, copied: Place, made: Manifest, counter: Counter) -> None:
+    """Copy the packs of the manifest `made` that are not at the target yet."""
     chunks = _chunks_by_pack(made)
     found = set(copied.storage.list())
     target = Fetcher(copied, made)
     whole: list[str] = []
     written: list[str] = []
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress(done, made.stored_bytes)
-
     try:
         for number, pack in enumerate(made.packs):
-            before = done
-            if pack.path.partition("/")[0] not in found or not _is_right(target, chunks[number], advance):
-                done = before
+            before = counter.done
+            if pack.path.partition("/")[0] not in found or not _is_right(target, chunks[number], counter):
+                counter.done = before
                 written.append(pack.path)
-                with closing(_pieces(source, chunks[number], pack.size, advance)) as pieces:
+                with closing(_pieces(source, chunks[number], pack.size, counter)) as pieces:
                     copied.storage.write_pieces(pack.path, pack.size, pieces)
             whole.append(pack.path)
-            done = before + pack.size
-            progress(done, made.stored_bytes)
-    except CheckpointError as error:  # there will be no copy of this one
+            counter.set(before + pack.size)
+    except CheckpointError as error:  # the source is corrupt: no copy can be completed
         with cleanup(error, f"packs of it may be left at {copied.url}"):
             for path in written:
                 copied.storage.delete(path)
@@ -113,7 +112,7 @@ def _copy_packs(source: Fetcher, copied: Place, made: Manifest, progress: Progre
 
 
 def _pieces(
-    source: Fetcher, chunks: Sequence[StoredChunk], size: int, advance: Callable[[int], object]
+    source: Fetcher, chunks: Sequence[StoredChunk], size: int, counter: Counter
 ) -> Generator[memoryview]:
     """The bytes of a pack, from its first to its last: verified chunks, and zeros between them."""
     groups = list(coalesced(chunks, _PIECE))
@@ -122,7 +121,7 @@ def _pieces(
         for group, content in zip(groups, contents, strict=True):
             yield from _zeros(group[0].offset - position)
             yield content
-            advance(group[0].offset + len(content) - position)
+            counter.add(group[0].offset + len(content) - position)
             position = group[0].offset + len(content)
             source.drop(group)
     yield from _zeros(size - position)
@@ -133,13 +132,13 @@ def _zeros(count: int) -> Iterator[memoryview]:
         yield _ZEROS[: count - start]
 
 
-def _is_right(target: Fetcher, chunks: Sequence[StoredChunk], advance: Callable[[int], object]) -> bool:
-    """Whether a pack is at the target already, whole and right."""
+def _is_right(target: Fetcher, chunks: Sequence[StoredChunk], counter: Counter) -> bool:
+    """True if a pack is at the target already, complete and right."""
     groups = list(coalesced(chunks, _PIECE))
     try:
         with closing(target.fetch_ahead(groups)) as contents:
             for group, content in zip(groups, contents, strict=True):
-                advance(len(content))
+                counter.add(len(content))
                 target.drop(group)
     except CorruptError:
         return False

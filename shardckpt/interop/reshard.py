@@ -1,14 +1,11 @@
-"""Reshard: write a checkpoint again as another number of ranks would have written it. Free of torch."""
+"""Reshard: rewrite a checkpoint as another number of ranks would have written it. Does not use torch."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import secrets
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,14 +13,13 @@ from typing import Any
 import crc32c
 import numpy as np
 
-from shardckpt.errors import CheckpointExistsError, ShardckptError, StorageError, StorageFullError
+from shardckpt.errors import CheckpointExistsError
 from shardckpt.format.box import Box, Runs, pieces_of_runs, split_evenly
 from shardckpt.format.manifest import (
     MANIFEST,
     Manifest,
     Part,
     TensorEntry,
-    pack_path,
     part_path,
     tied_names,
 )
@@ -31,23 +27,17 @@ from shardckpt.format.manifest_codec import encode_record
 from shardckpt.format.save_plan import ChunkWrite, Layout, SavePlan, plan_save
 from shardckpt.format.tree import TensorRef, iter_references
 from shardckpt.format.value_decoding import decode_value
+from shardckpt.interop.packs import iter_windows, open_packs
+from shardckpt.interop.progress import Counter, Progress
 from shardckpt.loading.stream import iter_boxes
 from shardckpt.run.commit import commit
 from shardckpt.run.places import Place, attempt_for, exact_place, find_place, read_manifest
 from shardckpt.run.proposal import Proposal
 from shardckpt.run.save_info import SaveInfo
-from shardckpt.storage import LocalStorage, Storage
+from shardckpt.storage import Storage
 from shardckpt.storage.work import cleanup
 
 __all__ = ["Resharded", "reshard"]
-
-_WINDOW = 2 << 30
-"""Bytes of packs that are put together in a temporary file at a time, on their way to an object store."""
-
-_PIECE = 16 << 20
-
-_MOST_FILES = 256
-"""Packs that are open at a time."""
 
 _CRC = struct.Struct("<I")
 _COMMIT_TIMEOUT = 60.0
@@ -79,30 +69,34 @@ def reshard(
     *,
     storage_options: Mapping[str, Any] | None = None,
     out_storage_options: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Resharded:
-    """Write the checkpoint at `url`, or the newest good one of the run there, for `world_size` ranks.
+    """Rewrite a checkpoint for another number of ranks.
 
-    The new checkpoint at `out` has every tensor split evenly along its first dimension, as fully_shard
-    does, what cannot be split spread over the ranks, and all values, metrics, and the step. It loads
-    bit-equal. PerRank values stay with their rank: the ranks beyond a smaller world lose theirs
-    (`dropped`), those beyond the source's world have none. Like any other checkpoint it exists completely
-    or not at all, and every chunk is verified on the way. Nothing is needed of it to load on another
-    world size: a load does that by itself; this is for files of another size or number, and for copies.
+    Loading does not need this: `load` and `restore` read a checkpoint on any number of ranks. It is for packs of
+    another size or number, and for tools that read packs by rank. In the new checkpoint every tensor is split
+    evenly along its first dimension, as fully_shard does; tensors that cannot be split are spread over the ranks.
+    Values, metrics and the step stay, and it loads bit-equal. PerRank values stay with their rank: a smaller
+    world loses those of the ranks beyond it (`dropped`), a larger one has none for its new ranks. Every chunk is
+    verified on the way.
 
-    Memory is bounded by a small multiple of the largest tensor. For object storage packs go through a
-    temporary file of 2 GiB, or of the largest pack, in the folder for temporary files.
+    Memory is bounded by a small multiple of the largest tensor. To object storage packs go through a temporary
+    file of 2 GiB, or of the largest pack, in the folder for temporary files.
+
+        shardckpt.reshard("s3://bucket/run", "s3://bucket/run-8", 8)
 
     Args:
-        url: a checkpoint or a run.
-        out: where nothing is yet.
-        world_size: the number of ranks, 1 or more.
+        url: a checkpoint, or a run, of which the newest good checkpoint is taken.
+        out: the new checkpoint's URL, where nothing is yet.
+        world_size: its number of ranks, 1 or more.
         storage_options: arguments of the fsspec file system of `url`.
         out_storage_options: the same for `out`.
         progress: called with the bytes done and the bytes in all.
 
-    Raises ValueError, CheckpointExistsError, NotACheckpointError, FormatError, CorruptError, StorageError;
-    then what was written at `out` is deleted again.
+    Returns where both are, and whose PerRank values were dropped.
+
+    Raises ValueError, CheckpointExistsError, NotACheckpointError, FormatError, CorruptError, StateError if `out`
+    is the folder of another step, StorageError; then what was written at `out` is deleted again.
     """
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise ValueError(f"the world size must be a whole number of 1 or more; it is {world_size!r}")
@@ -145,29 +139,21 @@ def _check_empty(target: Place) -> None:
 
 
 def _persist(
-    place: Place,
-    manifest: Manifest,
-    storage: Storage,
-    proposal: Proposal,
-    progress: Callable[[int, int], object] | None,
+    place: Place, manifest: Manifest, storage: Storage, proposal: Proposal, progress: Progress | None
 ) -> None:
     """Write every rank's pack and part to `storage`, some ranks at a time."""
     plan = proposal.plan
     ranks = range(proposal.info.world_size)
-    total = sum(location.nbytes for rank in ranks for location in plan.locations(rank))
-    done = 0
-    for window in _windows(plan.pack_sizes, local=isinstance(storage, LocalStorage)):
-        packs = _local_packs if isinstance(storage, LocalStorage) else _remote_packs
+    counter = Counter(sum(location.nbytes for rank in ranks for location in plan.locations(rank)), progress)
+    for window in iter_windows(storage, plan.pack_sizes):
         checksums: dict[int, int] = {}
-        with packs(storage, {rank: plan.pack_sizes[rank] for rank in window}) as put:
+        with open_packs(storage, {rank: plan.pack_sizes[rank] for rank in window}) as put:
             for rank, write, content in _contents(place, manifest, plan, window):
                 row, offset, nbytes = write.location
                 checksums[row] = crc32c.crc32c(content)
                 put(rank, offset, content)
                 put(rank, offset + nbytes, memoryview(_CRC.pack(checksums[row])))
-                done += nbytes
-                if progress is not None:
-                    progress(done, total)
+                counter.add(nbytes)
                 del content  # before the next one is read
         for rank in window:
             part = _part(proposal, rank, checksums, manifest)
@@ -177,7 +163,7 @@ def _persist(
 def _contents(
     place: Place, manifest: Manifest, plan: SavePlan, ranks: Sequence[int]
 ) -> Iterator[tuple[int, ChunkWrite, memoryview]]:
-    """What these ranks write, tensor after tensor, so that chunks of the source are read about once."""
+    """The chunks of these ranks, tensor after tensor, so that chunks of the source are read about once."""
     writes = sorted((write.location.row, rank, write) for rank in ranks for write in plan.writes(rank))
     arrays = iter_boxes(place, manifest, [(write.name, write.box) for _, _, write in writes])
     for _, rank, write in writes:
@@ -203,85 +189,6 @@ def _part(proposal: Proposal, rank: int, checksums: Mapping[int, int], manifest:
         crc32c=[checksums[location.row] for location in locations],
         values=manifest.per_rank[rank] if rank < manifest.world_size else {},
     )
-
-
-def _windows(pack_sizes: Sequence[int], *, local: bool) -> Iterator[list[int]]:
-    """The ranks, in groups whose packs are written at the same time."""
-    window: list[int] = []
-    size = 0
-    for rank, nbytes in enumerate(pack_sizes):
-        if window and (len(window) == _MOST_FILES or (not local and size + nbytes > _WINDOW)):
-            yield window
-            window, size = [], 0
-        window.append(rank)
-        size += nbytes
-    yield window
-
-
-Put = Callable[[int, int, memoryview], None]
-"""Puts bytes at an offset of a rank's pack."""
-
-
-@contextlib.contextmanager
-def _local_packs(storage: Storage, sizes: Mapping[int, int]) -> Iterator[Put]:
-    """Packs that are filled in place; durable at the end of the block."""
-    with contextlib.ExitStack() as stack:
-        files: dict[int, int] = {}
-        for rank, nbytes in sizes.items():
-            storage.write_pack(pack_path(rank), memoryview(b""))  # makes the folders durable
-            path = f"{storage.url}/{pack_path(rank)}"
-            files[rank] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            stack.callback(os.close, files[rank])
-            os.ftruncate(files[rank], nbytes)
-        with _explained(storage.url, sum(sizes.values())):
-            yield lambda rank, offset, data: _write_at(files[rank], offset, data)
-            for descriptor in files.values():
-                os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _remote_packs(storage: Storage, sizes: Mapping[int, int]) -> Iterator[Put]:
-    """Packs that are put together in a temporary file, and uploaded at the end of the block."""
-    starts: dict[int, int] = {}
-    end = 0
-    for rank, nbytes in sizes.items():
-        starts[rank] = end
-        end += nbytes
-    with tempfile.TemporaryFile() as file:
-        with _explained(tempfile.gettempdir(), end):
-            os.ftruncate(file.fileno(), end)
-            yield lambda rank, offset, data: _write_at(file.fileno(), starts[rank] + offset, data)
-        for rank, nbytes in sizes.items():
-            pieces = _pieces_at(file.fileno(), starts[rank], nbytes)
-            storage.write_pieces(pack_path(rank), nbytes, pieces)
-
-
-def _pieces_at(descriptor: int, offset: int, nbytes: int) -> Iterator[memoryview]:
-    for start in range(0, nbytes, _PIECE):
-        yield memoryview(os.pread(descriptor, min(_PIECE, nbytes - start), offset + start))
-
-
-def _write_at(descriptor: int, offset: int, data: memoryview) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        offset, data = offset + written, data[written:]
-
-
-@contextlib.contextmanager
-def _explained(folder: str, wanted: int) -> Iterator[None]:
-    """Check that there is room for this many bytes in a folder, and say so where there is not."""
-    text = f"cannot write {wanted} bytes below {folder}"
-    system = os.statvfs(folder)
-    free = system.f_bavail * system.f_frsize
-    if free < wanted:
-        raise StorageFullError(f"{text}: {free} are free. Free some, or choose another place")
-    try:
-        yield
-    except ShardckptError:
-        raise
-    except OSError as error:
-        kind = StorageFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-        raise kind(f"{text}: {error.strerror or error}. Choose another place") from error
 
 
 def _layouts(manifest: Manifest, world_size: int) -> list[list[Layout]]:

@@ -1,4 +1,4 @@
-"""What is at a URL where a checkpoint was expected: other formats, told by their first bytes or file names."""
+"""What is at a URL where a checkpoint was expected, and what to do with it, in words."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardckpt.errors import CheckpointError
+from shardckpt.format.foreign import DCP, HEAD_BYTES, ForeignFormat, recognize_file, recognize_folder
 from shardckpt.format.manifest import MANIFEST
 from shardckpt.storage import open_storage
 
 __all__ = ["describe_other"]
 
-_SAVE_IT = "and save what it gives with shardckpt.save(URL, state)"
-_TORCH = f"it is a file of torch.save. Load it with torch.load, {_SAVE_IT}"
-_SAFETENSORS = f"it is a safetensors file. Load it with safetensors.torch.load_file, {_SAVE_IT}"
-_DCP = (
-    "it is a checkpoint of torch.distributed.checkpoint (DCP). Load your state from it with its load(), "
-    "and save that with shardckpt.save(URL, state)"
-)
 _SHOWN = 4
-_LONGEST_START = 16  # bytes by which a file's format is told
 
 
 def describe_other(url: str, names: Sequence[str], storage_options: Mapping[str, Any] | None) -> str:
-    """What is at a URL that is no checkpoint, and what to do with it; `names` is what it has as a folder."""
+    """Describe what is at a URL that has no checkpoint, as the end of a message, without its full stop.
+
+    Args:
+        url: where a checkpoint was expected.
+        names: of the files and folders right below it; empty if it is no folder. A file at `url` is read then.
+        storage_options: arguments of the fsspec file system of `url`.
+    """
     if not names:
         return _describe_file(url, storage_options)
-    if ".metadata" in names:
-        return _DCP
-    if any(name.endswith(".safetensors") for name in names):
-        return f"it has safetensors files. Load them with safetensors.torch.load_file, {_SAVE_IT}"
+    found = recognize_folder(names)
+    if found is DCP:
+        return (
+            f"it is a checkpoint of {DCP.name}. Load your state from it with {DCP.load}, and save that with "
+            "shardckpt.save(URL, state)"
+        )
+    if found is not None:
+        return f"it has {found.name} files. Load them with {_remedy(found)}"
     if any(name.startswith("attempt-") for name in names):
         return "jobs have begun there, and none of them has saved a checkpoint yet"
     shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
@@ -41,11 +44,14 @@ def _describe_file(url: str, storage_options: Mapping[str, Any] | None) -> str:
     try:
         storage = open_storage(folder, storage_options)
         size = storage.size(name)
-        start = storage.read(name, 0, min(size, _LONGEST_START))
+        head = storage.read(name, 0, min(size, HEAD_BYTES))
     except (CheckpointError, OSError):
         return "nothing is there. Check the URL"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02\x8a\x0a")):  # since torch 1.6, and before that
-        return _TORCH
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
-        return _SAFETENSORS
-    return f"it is a file of {size} bytes, of no kind that is known here. Check the URL"
+    found = recognize_file(head, size)
+    if found is None:
+        return f"it is a file of {size} bytes, of no kind that is known here. Check the URL"
+    return f"it is a {found.name} file. Load it with {_remedy(found)}"
+
+
+def _remedy(found: ForeignFormat) -> str:
+    return f"{found.load}, and save the result with shardckpt.save(URL, state)"

@@ -15,7 +15,7 @@ from shardckpt.errors import (
     StorageFullError,
 )
 
-__all__ = ["NO_SPACE", "explained"]
+__all__ = ["NO_SPACE", "check_space", "explained"]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OUT_OF_REACH = {  # of a network file system whose server does not answer
@@ -51,6 +51,12 @@ def explained(verb: str, path: str, wanted: int = 0) -> Iterator[None]:
         if isinstance(error, _IN_CONTRACT.get(verb, ())):
             raise
         raise _explain(error, verb, path, wanted) from error
+
+
+def check_space(folder: str, nbytes: int) -> None:
+    """Raise OSError (ENOSPC), for `explained`, if the file system of `folder` has less than `nbytes` free."""
+    if _free_bytes(folder) < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _explain(error: OSError, verb: str, path: str, wanted: int) -> StorageError:

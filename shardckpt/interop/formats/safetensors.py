@@ -1,9 +1,10 @@
-"""Write a `.safetensors` file, tensor after tensor. Free of torch, and of the safetensors package."""
+"""`.safetensors` files, written tensor after tensor. Uses neither torch nor the safetensors package."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -11,9 +12,11 @@ import numpy.typing as npt
 
 from shardckpt.errors import StateError
 from shardckpt.format.dtypes import itemsize
+from shardckpt.format.foreign import SAFETENSORS
 from shardckpt.format.manifest import TensorEntry
+from shardckpt.interop.formats.base import FilePlan, Selection
 
-__all__ = ["encode_header", "sorted_for_alignment", "write_tensors"]
+__all__ = ["Safetensors"]
 
 _DTYPES = {
     "bool": "BOOL",
@@ -38,12 +41,22 @@ _DTYPES = {
 }
 
 
-def sorted_for_alignment(tensors: Mapping[str, TensorEntry]) -> list[tuple[str, TensorEntry]]:
-    """The entries with the widest types first, so that each lies at a multiple of its item size."""
-    return sorted(tensors.items(), key=lambda entry: -itemsize(entry[1].dtype))
+class Safetensors:
+    """Tensors only, by name. Tied ones are written once for each name, since the format cannot share them."""
+
+    foreign = SAFETENSORS
+    suffixes = (".safetensors",)
+
+    def plan(self, selection: Selection) -> FilePlan:
+        # The widest types come first, so that each tensor lies at a multiple of its item size.
+        entries = sorted(selection.tensors.items(), key=lambda entry: -itemsize(entry[1].dtype))
+        header = _encode_header(entries, {"format": "pt", "step": str(selection.step)})
+        tensors = [tensor for _, tensor in entries]
+        nbytes = len(header) + sum(tensor.nbytes for tensor in tensors)
+        return FilePlan(nbytes, tensors, partial(_write, header))
 
 
-def encode_header(entries: Sequence[tuple[str, TensorEntry]], metadata: Mapping[str, str]) -> bytes:
+def _encode_header(entries: Sequence[tuple[str, TensorEntry]], metadata: Mapping[str, str]) -> bytes:
     """The file's first bytes, up to the first tensor; the tensors follow in the order of `entries`.
 
     Raises StateError for a type that the format does not have.
@@ -67,8 +80,8 @@ def encode_header(entries: Sequence[tuple[str, TensorEntry]], metadata: Mapping[
     return len(content).to_bytes(8, "little") + content
 
 
-def write_tensors(file: BinaryIO, content: Iterator[npt.NDArray[Any]]) -> Iterator[int]:
-    """Append the tensors' bytes; yields the number of bytes of each piece once it is written."""
+def _write(header: bytes, file: BinaryIO, content: Iterator[npt.NDArray[Any]]) -> Iterator[int]:
+    file.write(header)
     while (array := next(content, None)) is not None:
         file.write(array.reshape(-1).view(np.uint8).data)
         yield array.nbytes

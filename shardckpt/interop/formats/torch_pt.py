@@ -1,4 +1,4 @@
-"""Write a `.pt` file as torch.save does, tensor after tensor, without ever holding the state.
+"""`.pt` files as torch.save writes them, written tensor after tensor: the state is never held as a whole.
 
 Such a file is a zip archive: `data.pkl`, a pickle in which a tensor is a call that rebuilds it from a
 numbered storage, and each storage's bytes as `data/NUMBER`, aligned to 64 bytes so that they can be mapped.
@@ -6,195 +6,62 @@ numbered storage, and each storage's bytes as `data/NUMBER`, aligned to 64 bytes
 
 from __future__ import annotations
 
-import codecs
-import io
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from shardckpt.errors import StateError
-from shardckpt.format.kinds import kind_of
+from shardckpt.format.foreign import TORCH_SAVE
 from shardckpt.format.manifest import TensorEntry
-from shardckpt.format.tree import EnumRef, Record, TensorRef, children
+from shardckpt.interop.formats.base import FilePlan, Selection
 
-__all__ = ["write_state"]
+__all__ = ["TorchPt"]
 
 _ALIGN = 64
 _LOCAL_HEADER = 30
 _ZIP64_FIELD = 20
 _ZIP64_FROM = 1 << 31
-_MOST_BITS = 255 * 8 - 1  # beside the sign, in pickle's short form
-
-_LOADABLE = (torch.Size, torch.dtype, torch.device, bytearray)
-"""Of the types with a form of their own, those that weights_only knows."""
-
-_STORAGES = {
-    "bool": "BoolStorage",
-    "int8": "CharStorage",
-    "int16": "ShortStorage",
-    "int32": "IntStorage",
-    "int64": "LongStorage",
-    "uint8": "ByteStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-    "float32": "FloatStorage",
-    "float64": "DoubleStorage",
-    "complex64": "ComplexFloatStorage",
-    "complex128": "ComplexDoubleStorage",
-}
-"""Types that torch.save writes as typed storages; younger ones are untyped bytes."""
 
 
-def write_state(
-    file: BinaryIO,
-    state: Any,
-    tensors: Mapping[str, TensorEntry],
-    tied: Mapping[str, str],
-    content: Callable[[Sequence[TensorEntry]], Iterator[npt.NDArray[Any]]],
-) -> Iterator[int]:
-    """Write `state`, with a tensor wherever it has a TensorRef; yields the bytes of each piece written.
+class TorchPt:
+    """The whole state, nested as it was saved, for `torch.load(weights_only=True)`, also with mmap=True.
 
-    Args:
-        file: empty, and seekable.
-        state: plain values and TensorRefs.
-        tensors: the record of each tensor that `state` refers to, by name.
-        tied: names of tensors that share another one's storage, and that one's name.
-        content: called once with the tensors to write, in order; yields their content, each in pieces.
-
-    `torch.load(weights_only=True)` reads the result, also with mmap=True; tied tensors share memory there.
+    Tied tensors share memory there. PerRank values are lists by rank, NumPy arrays are tensors.
     """
-    storages: dict[str, _Storage] = {}
 
-    def storage(name: str) -> _Storage:
-        owner = tied.get(name, name)
-        return storages.setdefault(owner, _Storage(len(storages), tensors[name]))
+    foreign = TORCH_SAVE
+    suffixes = (".pt",)
 
-    pickled = io.BytesIO()
-    _Pickler(pickled, protocol=2).dump(
-        _replaced(state, lambda name: _Placeholder(tensors[name], storage(name)))
-    )
+    def plan(self, selection: Selection) -> FilePlan:
+        from shardckpt.interop.formats.torch_pickle import pickle_state  # torch takes seconds to import
+
+        pickled, storages = pickle_state(selection.tree, selection.entries, selection.tied)
+        nbytes = len(pickled) + sum(tensor.nbytes for tensor in storages)
+        return FilePlan(nbytes, storages, partial(_write, pickled, storages))
+
+
+def _write(
+    pickled: bytes, storages: Sequence[TensorEntry], file: BinaryIO, content: Iterator[npt.NDArray[Any]]
+) -> Iterator[int]:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, data in (("data.pkl", pickled.getvalue()), ("byteorder", b"little")):
+        for name, data in (("data.pkl", pickled), ("byteorder", b"little")):
             with _record(archive, file, name, len(data)) as record:
                 record.write(data)
-        entries = list(storages.values())
-        pieces = content([entry.tensor for entry in entries])
-        for entry in entries:
-            left = entry.tensor.nbytes
-            with _record(archive, file, f"data/{entry.number}", left) as record:
+        for number, tensor in enumerate(storages):
+            left = tensor.nbytes
+            with _record(archive, file, f"data/{number}", left) as record:
                 while left:
-                    array = next(pieces)
+                    array = next(content)
                     left -= array.nbytes
                     record.write(array.reshape(-1).view(np.uint8).data)
                     yield array.nbytes
                     del array  # before the next piece is read
         with _record(archive, file, "version", 2) as record:
             record.write(b"3\n")
-
-
-class _Storage:
-    """A storage of the file: its number, and the tensor that fills it."""
-
-    def __init__(self, number: int, tensor: TensorEntry) -> None:
-        self.number = number
-        self.tensor = tensor
-
-
-class _Placeholder:
-    """Pickled as the tensor that will be there."""
-
-    def __init__(self, tensor: TensorEntry, storage: _Storage) -> None:
-        self.tensor = tensor
-        self.storage = storage
-
-
-class _NoBytes:
-    """Pickled as empty bytes in the way of others: pickle has one for them that weights_only refuses."""
-
-
-_NO_BYTES = _NoBytes()
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, _Storage):
-            return None
-        kind = _STORAGES.get(obj.tensor.dtype)
-        items = int(np.prod(obj.tensor.shape, dtype=np.int64))
-        if kind is not None:
-            return "storage", getattr(torch, kind), str(obj.number), "cpu", items
-        return "storage", torch.UntypedStorage, str(obj.number), "cpu", obj.tensor.nbytes
-
-    def reducer_override(self, obj: Any) -> Any:
-        if obj is _NO_BYTES:
-            return codecs.encode, ("", "latin1")
-        if not isinstance(obj, _Placeholder):
-            return NotImplemented
-        shape = obj.tensor.shape
-        layout: tuple[Any, ...] = (obj.storage, 0, shape, _strides(shape), False, OrderedDict())
-        if obj.tensor.dtype in _STORAGES:
-            return torch._utils._rebuild_tensor_v2, layout
-        return torch._utils._rebuild_tensor_v3, (*layout, getattr(torch, obj.tensor.dtype))
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = []
-    stride = 1
-    for n in reversed(shape):
-        strides.append(stride)
-        stride *= max(n, 1)
-    return tuple(reversed(strides))
-
-
-def _replaced(value: Any, tensor: Callable[[str], _Placeholder]) -> Any:
-    """A tree of values as weights_only has them: tensors in place, and plain data for types that it refuses."""
-    if isinstance(value, TensorRef):
-        return tensor(value.name)
-    items = [_replaced(item, tensor) for _, item in children(value)]
-    if isinstance(value, dict):
-        kind = OrderedDict if isinstance(value, OrderedDict) else dict
-        return kind(zip(map(_hashable, value), items, strict=True))
-    if isinstance(value, Record):
-        return dict(zip(value._fields, items, strict=True))
-    if isinstance(value, list | tuple | deque) and not isinstance(value, torch.Size):
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, set | frozenset):
-        return set(map(_hashable, value))
-    plain = _plain(value)
-    return (
-        list(plain) if isinstance(plain, tuple) and not isinstance(value, torch.Size | EnumRef) else plain
-    )
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, frozenset):
-        return tuple(sorted(map(_hashable, value), key=repr))
-    return tuple(map(_hashable, value)) if type(value) is tuple else _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """A value without items as one that weights_only reads. Raises StateError if there is none."""
-    if isinstance(value, EnumRef):
-        return _plain(value.value)
-    if type(value) is bytes and not value:
-        return _NO_BYTES
-    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        raise StateError(
-            f"an integer of the state, {hex(value)[:12]}..., has {value.bit_length()} bits, and "
-            f"torch.load(weights_only=True) reads no more than {_MOST_BITS}. Leave it out with --only or --select"
-        )
-    kind = kind_of(type(value))
-    if kind is None or isinstance(value, _LOADABLE):
-        return value
-    content = kind.write(value)
-    return tuple(content) if isinstance(content, list) else content
 
 
 def _record(archive: zipfile.ZipFile, file: BinaryIO, name: str, nbytes: int) -> Any:

@@ -33,11 +33,11 @@ def unfinished(path: Path) -> None:
 MADE: dict[str, tuple[Callable[[Path], object], str]] = {
     "torch": (
         lambda path: torch.save({"a": torch.ones(2)}, path),
-        "it is a file of torch.save. Load it with",
+        "it is a torch.save file. Load it with",
     ),
     "old torch": (
         lambda path: torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False),
-        "it is a file of torch.save. Load it with",
+        "it is a torch.save file. Load it with",
     ),
     "safetensors": (
         lambda path: save_file({"a": torch.ones(2)}, path),
