@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from launcher.agent.control import Control
-from launcher.agent.control_record import RECORD
+from launcher.agent.control_protocol import RECORD
 from launcher.agent.monitor import Monitor
 from launcher.agent.node_rendezvous import NodeRendezvous
 from launcher.agent.request_handler import RequestHandler

@@ -1,4 +1,4 @@
-"""Asking a running job: real sockets, good clients and bad ones."""
+"""Requests to a running job: real sockets, good clients and bad ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import launcher.agent.control
 from launcher.agent.control import Control
-from launcher.agent.control_record import RECORD
+from launcher.agent.control_protocol import RECORD
 from launcher.cli.ask import ask, is_running
 from launcher.errors import NotRunningError, RunDirError, UnreachableError, UsageError
 from launcher.events import RequestReceived
@@ -27,10 +27,10 @@ Answer = Callable[[Control, RequestReceived], None]
 
 
 class Agent:
-    """Attends to a control in a thread, as an agent's loop does."""
+    """Serves a control in a thread, as an agent's loop does."""
 
-    def __init__(self, record: Path, answer: Answer) -> None:
-        self.control = Control(record)
+    def __init__(self, record: Path, answer: Answer, **options: Any) -> None:
+        self.control = Control(record, **options)
         self.asked: list[RequestReceived] = []
         self._arrived: queue.SimpleQueue[RequestReceived] = queue.SimpleQueue()
         self._answer = answer
@@ -50,11 +50,11 @@ class Agent:
                 self._arrived.put(event)
 
     def wait(self) -> RequestReceived:
-        """The next question that this was not called for yet."""
+        """The next request that this was not called for yet."""
         return self._arrived.get(timeout=20)
 
     def stop(self) -> None:
-        """Attend to it no more, without closing it."""
+        """Serve it no more, without closing it."""
         os.write(self._end, b"x")
         self._thread.join()
 
@@ -77,8 +77,8 @@ def answer_never(_control: Control, _asked: RequestReceived) -> None:
 def start(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     agents: list[Agent] = []
 
-    def start(answer: Answer = echo, record: Path = tmp_path / RECORD) -> Agent:
-        agents.append(Agent(record, answer))
+    def start(answer: Answer = echo, record: Path = tmp_path / RECORD, **options: Any) -> Agent:
+        agents.append(Agent(record, answer, **options))
         return agents[-1]
 
     yield start
@@ -136,11 +136,8 @@ def test_a_large_answer_to_a_slow_reader(start: Callable[..., Agent], tmp_path: 
         assert json.loads(read_all(slow))["answer"]["text"] == text
 
 
-def test_a_client_that_never_reads_is_let_go(
-    start: Callable[..., Agent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_that_never_reads_is_dropped(start: Callable[..., Agent], tmp_path: Path) -> None:
     """Before what waits for it fills the memory; it finds an end, although there was more to come."""
-    monkeypatch.setattr("launcher.agent.control._UNSENT_BYTES", 1 << 20)
     answered = threading.Event()
 
     def answer(control: Control, asked: RequestReceived) -> None:
@@ -148,7 +145,7 @@ def test_a_client_that_never_reads_is_let_go(
             control.answer(asked.client, {"text": "x" * (1 << 20)}, more=True)
         answered.set()
 
-    start(answer)
+    start(answer, max_unsent=1 << 20)
     with connect(tmp_path) as client:
         client.sendall(b'{"verb": "status"}\n')
         assert answered.wait(10)
@@ -313,17 +310,13 @@ def test_several_nodes(start: Callable[..., Agent], tmp_path: Path) -> None:
     assert is_running(tmp_path)
 
 
-def test_another_users_job(
-    start: Callable[..., Agent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both ends look who is at the other. Here they take the other for somebody else."""
-    agent = start()
-    monkeypatch.setattr(launcher.agent.control, "peer", lambda _: 12345)
+def test_another_users_job(start: Callable[..., Agent], tmp_path: Path) -> None:
+    """Both ends check the other's user, which each of them is made to take for another here."""
+    agent = start(peer=lambda _: 12345)
     with connect(tmp_path) as client:
         assert b"ask as that user" in read_all(client)
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
     with pytest.raises(UnreachableError, match="is of user 12345: ask as that user"):
-        list(ask(tmp_path, "status"))
+        list(ask(tmp_path, "status", user=lambda: 54321, peer=lambda _: 12345))
     assert agent.asked == []
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.agent.control import Control
-from launcher.agent.control_record import RECORD
+from launcher.agent.control_protocol import RECORD
 from launcher.cli import main
 from launcher.cli.arguments import CONTROL_NAMES, asks_a_job, parse
 from launcher.cli.job_commands import CONTROLS
