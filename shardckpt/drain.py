@@ -23,12 +23,22 @@ from shardckpt.environment import drain_path
 from shardckpt.ranks.calls import Call, check, words
 from shardckpt.ranks.world import Ranks
 
-__all__ = ["DrainFile", "DrainWatch", "Drained", "Reason", "Request", "Scope", "steps_until_next"]
+__all__ = [
+    "CHECK_INTERVAL",
+    "DrainFile",
+    "DrainWatch",
+    "Drained",
+    "Reason",
+    "Request",
+    "Scope",
+    "steps_until_next",
+]
 
 _log = logging.getLogger("shardckpt")
 
 _EXIT_CODE = 75
-_INTERVAL = 100_000  # microseconds of training between two checks
+CHECK_INTERVAL = 0.1
+"""Seconds of training between two checks."""
 _MOST = 100  # steps between two checks, however short they are: the next may be long
 _LONGEST = 4096  # bytes of a request
 
@@ -135,13 +145,18 @@ class DrainFile:
             return b""
 
 
-def steps_until_next(before: int, micros_per_step: int) -> int:
-    """How many steps after this check the next one is, if this one came `before` steps after the one before it.
+def steps_until_next(before: int, micros_per_step: int, interval: float = CHECK_INTERVAL) -> int:
+    """Return the number of steps from this check to the next.
 
-    As many as take 0.1 s, but at most twice as many as before, and 100: where steps suddenly take longer than
-    they did, the next check must not be hours away.
+    That is as many as take `interval`, but at most twice as many as before, and 100: where steps suddenly take
+    longer than they did, the next check must not be hours away.
+
+    Args:
+        before: steps from the last check to this one.
+        micros_per_step: microseconds that a step has taken since then.
+        interval: seconds of training between two checks.
     """
-    return max(1, min(_INTERVAL // max(micros_per_step, 1), 2 * before, _MOST))
+    return max(1, min(int(interval * 1e6) // max(micros_per_step, 1), 2 * before, _MOST))
 
 
 class DrainWatch:
@@ -150,14 +165,21 @@ class DrainWatch:
     Only one in a process: a request is answered once.
     """
 
-    def __init__(self, file: DrainFile, ranks: Ranks) -> None:
-        """Every rank makes one, and calls its methods together with the others."""
+    def __init__(self, file: DrainFile, ranks: Ranks, *, interval: float = CHECK_INTERVAL) -> None:
+        """Every rank makes one, and calls its methods together with the others.
+
+        Args:
+            file: this node's file. It is closed by `close`.
+            ranks: the world.
+            interval: seconds of training between two checks; 0: a check at every step.
+        """
         self.file = file
+        self._interval = interval
         _watched.add(file.path)
         self._ranks = ranks
         self._outcome: Callable[[], list[int]] | None = None  # of the check before
-        self._interval = 1
-        self._left = 1  # steps until the next check
+        self._steps = 1  # from the last check to the next
+        self._left = 1  # of these steps
         self._checked = time.monotonic()
 
     @classmethod
@@ -182,16 +204,16 @@ class DrainWatch:
     def _check(self) -> Request | None:
         now = time.monotonic()
         elapsed, self._checked = now - self._checked, now
-        slowest = _INTERVAL  # microseconds per step, of any rank
+        slowest = int(self._interval * 1e6)  # microseconds per step, of any rank
         if self._outcome is not None:
             scope, reason, slowest, *_ = check(self._ranks, Call.NEXT_STEP, 0, self._outcome())
             if scope:
                 return Request(Scope(scope), _REASONS[reason])
         seen = self.file.read() or _NOTHING
-        micros = int(elapsed / self._interval * 1e6)
+        micros = int(elapsed / self._steps * 1e6)
         told = words(self._ranks, Call.NEXT_STEP, 0, [seen.scope, _REASONS.index(seen.reason), micros])
         self._outcome = self._ranks.start_maximum(told)
-        self._interval = self._left = steps_until_next(self._interval, slowest)
+        self._steps = self._left = steps_until_next(self._steps, slowest, self._interval)
         return None
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from shardckpt import errors
 from shardckpt.errors import RankMismatchError
 from shardckpt.memory import writable
 
-__all__ = ["Alone", "Ranks", "TorchRanks", "agree", "agreement", "current_ranks"]
+__all__ = ["Alone", "Ranks", "TorchRanks", "acting_as", "agree", "agreement", "current_ranks"]
 
 _log = logging.getLogger("shardckpt")
 
@@ -31,6 +34,8 @@ class Ranks(Protocol):
 
     rank: int
     size: int
+    node: str
+    """Equal for two ranks only if they are on the same machine."""
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's `data`, by rank, on every rank."""
@@ -65,6 +70,7 @@ class Alone:
 
     rank = 0
     size = 1
+    node = ""
 
     def gather(self, data: bytes) -> list[bytes]:
         """See Ranks."""
@@ -97,6 +103,7 @@ class TorchRanks:
         self._group = group
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
+        self.node = _machine()
         self._calls = 0
 
     def gather(self, data: bytes) -> list[bytes]:
@@ -197,6 +204,15 @@ class TorchRanks:
             work.wait()
 
 
+def _machine() -> str:
+    """Name this machine, also where several have one host name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"
+
+
 def _tensor(buffer: memoryview) -> torch.Tensor:
     return torch.from_numpy(writable(np.frombuffer(buffer, dtype=np.uint8)))
 
@@ -219,6 +235,8 @@ def current_ranks() -> Ranks:
     Where the default process group cannot move CPU tensors (NCCL), a gloo group is made beside it, once;
     every rank must therefore call this for the first time together.
     """
+    if (ranks := getattr(_thread, "ranks", None)) is not None:
+        return cast("Ranks", ranks)
     if not dist.is_available() or not dist.is_initialized():
         return Alone()
     world = dist.group.WORLD
@@ -227,6 +245,22 @@ def current_ranks() -> Ranks:
         group = world if "cpu" in backend or "gloo" in backend else dist.new_group(backend="gloo")
         _groups[:] = [(world, TorchRanks(group))]  # in place of one that was destroyed
     return _groups[0][1]
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def acting_as(ranks: Ranks) -> Iterator[None]:
+    """Have `current_ranks` return `ranks` to this thread in the block.
+
+    For a world that torch.distributed does not know, such as one of threads.
+    """
+    _thread.ranks = ranks
+    try:
+        yield
+    finally:
+        _thread.ranks = None
 
 
 def agree(ranks: Ranks, error: Exception | None) -> None:

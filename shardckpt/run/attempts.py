@@ -17,9 +17,18 @@ from shardckpt.run.lease import Holder, Terms, wait_free
 from shardckpt.run.places import ATTEMPT, attempt_number, attempts_in
 from shardckpt.storage import Storage
 
-__all__ = ["Attempt", "check_is_run", "claim_attempt", "find_attempt", "find_claim", "run_of"]
+__all__ = [
+    "SHOWN_WITHIN",
+    "Attempt",
+    "check_is_run",
+    "claim_attempt",
+    "find_attempt",
+    "find_claim",
+    "run_of",
+]
 
-_SHOWN_WITHIN = 10.0  # seconds
+SHOWN_WITHIN = 10.0
+"""Seconds after which a claim is shown by any file system that shows it at all."""
 _LAST = (1 << 63) - 1  # number of an attempt, as manifests have it
 _INSIDE = re.compile(r"(?P<run>.+?)/+attempt-\d{4,}(-[0-9a-f]{8})?(/+step-\d{8,})?/*\Z", re.DOTALL)
 _STEP = re.compile(r"step-\d{8,}\Z")
@@ -118,14 +127,14 @@ def find_attempt(root: Storage, attempt: Attempt) -> str:
     return next((name for name in reversed(later) if _is_own(root, name, attempt)), "")
 
 
-def find_claim(root: Storage, name: str, attempt: Attempt) -> None:
+def find_claim(root: Storage, name: str, attempt: Attempt, *, within: float = SHOWN_WITHIN) -> None:
     """Return once the claim of `attempt`, which another process has made, is to be seen at `root`.
 
     Raises StorageError if it is not: this is another place, or the storage is out of reach. Network file systems
-    may show a new folder late, so that is found out only after some seconds.
+    may show a new folder late, so that is found out only after `within` seconds.
     """
     path = f"{name}/{ATTEMPT}"
-    pause, deadline = 0.01, time.monotonic() + _SHOWN_WITHIN
+    pause, deadline = 0.01, time.monotonic() + within
     while True:
         try:
             root.size(path)

@@ -109,6 +109,12 @@ class SaveHandle:
         with self._changed:
             return tuple(state.error is not None for state in self._states.values())
 
+    def lacks(self, tier: str) -> bool:
+        """Return True if the save does not go to this tier, or is known to have failed there."""
+        with self._changed:
+            state = self._states.get(tier)
+            return state is None or state.error is not None
+
     def note(self, tier: str, error: BaseException | None = None, *, committed: bool = False) -> None:
         """Note what became of this rank's part in a tier. Later word about the same tier is ignored."""
         state = self._states[tier]

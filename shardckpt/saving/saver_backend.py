@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from shardckpt import errors
-from shardckpt.errors import (
-    SaveError,
-    SaverError,
-    SaverSilentError,
-    StorageError,
-)
+from shardckpt import environment, errors
+from shardckpt.errors import SaveError, SaverError, SaverSilentError, StorageError
 from shardckpt.format.save_plan import SavePlan, encode_plan
 from shardckpt.run.attempt_keeper import AttemptKeeper, Condition
 from shardckpt.run.commit_wait import was_committed
@@ -29,24 +25,64 @@ from shardckpt.saving.backend import JobAttempt, Save, report_missing_part
 from shardckpt.saving.handle import SaveHandle
 from shardckpt.saving.staging import StagingBuffer
 
-__all__ = ["SaverBackend"]
+__all__ = ["SaverBackend", "connect_saver", "make_saver_backend"]
 
+_log = logging.getLogger("shardckpt")
 
 _SHORT = 2.0  # seconds for a saver to answer that has been silent before
 
 
+def make_saver_backend(
+    run: str, tiers: Sequence[Tier], snapshots: int, commit_timeout: float
+) -> SaverBackend | None:
+    """Return a backend that hands saves to the node's saver; None if no other process can open the storage.
+
+    Args:
+        run: the run's URL.
+        tiers: its durable tiers.
+        snapshots: how many snapshots the node may hold in memory.
+        commit_timeout: seconds without progress of another rank after which a save has failed.
+    """
+    if run.startswith("memory://"):
+        return None
+    try:
+        msgspec.msgpack.encode(tiers)
+    except TypeError as error:
+        _log.warning(
+            "snapshots=0: storage_options cannot be told to the saver, so saves are written by the "
+            "trainers, and end with them: %s",
+            error,
+        )
+        return None
+    return SaverBackend(
+        run, tiers, snapshots, commit_timeout, environment.saver_linger(), environment.drain_timeout()
+    )
+
+
+def connect_saver(backend: SaverBackend | None) -> SaverClient | None:
+    """Return the connection to the node's saver; None if it cannot be reached, which is logged."""
+    if backend is None:
+        return None
+    try:
+        return backend.connect()
+    except SaverError as error:
+        _log.warning("no snapshots in memory: %s", error)
+        return None
+
+
 @dataclass
 class SaverBackend:
-    """Hands over to the node's saver.
+    """A SaveBackend that hands over to the node's saver.
 
     Attributes:
         run: the run's URL.
         tiers: its durable tiers.
-        snapshots: how many snapshots may be held in memory.
-        commit_timeout: seconds without any progress of another rank after which a save has failed.
+        snapshots: how many snapshots the node may hold in memory.
+        commit_timeout: seconds without progress of another rank after which a save has failed.
         linger: seconds that a saver without launcher waits for a restarted job.
         outage_timeout: seconds that a save waits for a storage that is out of reach, and no longer than
             `commit_timeout`.
+        last_staged: see SaveBackend.
     """
 
     run: str
@@ -56,46 +92,45 @@ class SaverBackend:
     linger: float
     outage_timeout: float = math.inf
     outlives_trainer = True
+    last_staged: StagingBuffer | None = None
     _client: SaverClient | None = None
     _staging: dict[int, StagingBuffer] = field(default_factory=dict)
     _plan: SavePlan | None = None
     _rank: int = 0
-    _plans: int = 0
+    _plans: int = 0  # made so far
     _taken: Memory | None = None
     _was_silent: bool = False
     _job: JobAttempt | None = None
     _name: str = ""  # of the attempt's folder, once it is known
-    last_staged: StagingBuffer | None = None
 
     @property
     def id(self) -> str:
-        """See Sink."""
+        """See SaveBackend."""
         return self._client.id if self._client is not None else ""
 
     @property
     def is_ready(self) -> bool:
-        """See Sink. True also while the first buffers are made: waiting for these is better than no save."""
+        """See SaveBackend. True also while the first buffers are made: waiting is better than no save."""
         client = self._client
         return client is None or client.is_lost or not client.is_full
 
     @property
     def is_lost(self) -> bool:
-        """See Sink."""
+        """See SaveBackend."""
         return self._plan is not None and (self._client is None or self._client.is_lost)
 
     @property
     def newest(self) -> int:
-        """The number of the run's newest attempt that the saver knows of; 0 if it knows of none, or there is
-        none."""
+        """The number of the run's newest attempt that the saver knows of; 0 if there is none."""
         try:
             return self.connect().newest
         except SaverError:
             return 0
 
     def connect(self) -> SaverClient:
-        """The saver, to which this connects if need be. Raises SaverError.
+        """Return the connection to the saver, and make it if need be. Raises SaverError.
 
-        One that has been waited for in vain is not waited for again for long.
+        A saver that has been waited for in vain gets a short time to answer.
         """
         if self._client is not None and self._client.is_lost:
             self._was_silent = self._was_silent or isinstance(self._client.loss, SaverSilentError)
@@ -118,17 +153,17 @@ class SaverBackend:
         return self._client
 
     def probe(self, seconds: float, /) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         if self._client is not None:
             self._client.probe(seconds)
 
     def limit_silence(self, seconds: float, /) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         if self._client is not None:
             self._client.limit_silence(seconds)
 
     def adopt(self, job: JobAttempt) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         self._job, self._name = job, ""
         known = self._client
         client = self.connect()
@@ -136,24 +171,24 @@ class SaverBackend:
             self._introduce(client)
 
     def learn(self, name: str) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         self._name = name
         if self._client is not None and not self._client.is_lost:
-            with contextlib.suppress(SaverError):  # the next one is told when it comes
+            with contextlib.suppress(SaverError):  # the next saver is told when it comes
                 self._introduce(self._client)
 
     def wait_claimed(self, patience: float, *, is_urgent: bool) -> str:
-        """See Sink."""
+        """See SaveBackend."""
         assert self._job is not None
-        told = self.connect().wait_claimed(self._job.attempt.id, patience, is_urgent=is_urgent)
-        if told is None or (told.is_passing and not told.name):
+        claimed = self.connect().wait_claimed(self._job.attempt.id, patience, is_urgent=is_urgent)
+        if claimed is None or (claimed.is_passing and not claimed.name):
             return ""
-        if not told.name:
-            raise _error_of(told)
-        return told.name
+        if not claimed.name:
+            raise _error_of(claimed)
+        return claimed.name
 
     def _introduce(self, client: SaverClient) -> None:
-        """Say which attempt the next saves are of."""
+        """Tell the saver to which attempt the next saves belong."""
         job = self._job
         if job is None:
             return
@@ -167,13 +202,13 @@ class SaverBackend:
         client.start(Start(job.attempt, job.claims, self._name), note)
 
     def prepare(self, plan: SavePlan, rank: int) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         self._staging.clear()
         self.last_staged = None
         self._plan, self._rank = plan, rank
         self._plans += 1
         chunks = plan.locations(rank)
-        message = ChunkTable(
+        table = ChunkTable(
             self._plans,
             [chunk.row for chunk in chunks],
             [chunk.offset for chunk in chunks],
@@ -184,14 +219,14 @@ class SaverBackend:
         known = self._client
         client = self.connect()
         try:
-            client.plan(message, self.snapshots)
+            client.plan(table, self.snapshots)
         except SaverError:
             if client is not known:
                 raise
-            self.connect().plan(message, self.snapshots)  # it has died since the last save
+            self.connect().plan(table, self.snapshots)  # it has died since the last save
 
     def begin(self, save: Save, /) -> StagingBuffer:
-        """See Sink."""
+        """See SaveBackend."""
         client, plan, rank = self._client, self._plan, self._rank
         assert client is not None
         assert plan is not None
@@ -207,11 +242,10 @@ class SaverBackend:
         return self.last_staged
 
     def submit(self, save: Save, handle: SaveHandle) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         assert self._taken is not None
         client = self._client
         assert client is not None
-        proposal = save.proposal.encode() if save.proposal is not None else b""
         stage = Stage(
             self._taken.number,
             save.info,
@@ -219,56 +253,57 @@ class SaverBackend:
             save.local_ranks,
             [destination.tier.name for destination in save.destinations],
             msgspec.json.encode(save.values),
-            proposal,
+            save.proposal.encode() if save.proposal is not None else b"",
         )
-
-        def done(outcome: Outcome) -> None:
-            kind = type(client.loss) if client.is_lost else SaveError
-            error = kind(outcome.error) if outcome.error else None
-            goals = [goal for goal in save.destinations if goal.tier.name == outcome.tier]
-            if outcome.path:
-                goals = [replace(goal, place=Place(goal.place.root, outcome.path)) for goal in goals]
-                handle.moved(outcome.tier, goals[0].place)
-            # A saver that has died may have committed it, and not told. One that lives knows, and its next
-            # messages are not to wait for a storage.
-            if (
-                client.is_lost
-                and error is not None
-                and any(was_committed(g.place, save.info.id) for g in goals)
-            ):
-                error = None
-            handle.note(outcome.tier, error, committed=True)
-            if isinstance(error, SaverError):  # which cannot tell it itself any more
-                self.report_missing_part(save, goals, error)
-
-        client.stage(stage, done)
+        client.stage(stage, lambda outcome: self._note(client, save, handle, outcome))
         if not client.is_lost:
             handle.submitted()
 
+    def _note(self, client: SaverClient, save: Save, handle: SaveHandle, outcome: Outcome) -> None:
+        """Take in what became of a save in a tier. Called by the client's thread."""
+        kind = type(client.loss) if client.is_lost else SaveError
+        error = kind(outcome.error) if outcome.error else None
+        goals = [goal for goal in save.destinations if goal.tier.name == outcome.tier]
+        if outcome.path:
+            goals = [replace(goal, place=Place(goal.place.root, outcome.path)) for goal in goals]
+            handle.moved(outcome.tier, goals[0].place)
+        # A saver that has died may have committed the save without a word. One that lives knows, and its next
+        # messages must not wait for a storage.
+        if error is not None and client.is_lost and _is_committed(goals, save.info.id):
+            error = None
+        handle.note(outcome.tier, error, committed=True)
+        if isinstance(error, SaverError):  # so the saver cannot report it
+            self._report_missing_part(save, goals, error)
+
     def abandon(self, save: Save, error: BaseException, /) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         if self._client is not None:
             self._client.abandon(save.info.id, error)
-        self.report_missing_part(save, save.destinations, error)
+        self._report_missing_part(save, save.destinations, error)
 
-    def report_missing_part(
+    def _report_missing_part(
         self, save: Save, destinations: Sequence[Destination], error: BaseException
     ) -> None:
-        job = self._job
         keeper = None
-        if job is not None:
-            keeper = AttemptKeeper(job.attempt, lambda: job.root)
+        if self._job is not None:
+            root = self._job.root
+            keeper = AttemptKeeper(self._job.attempt, lambda: root)
             keeper.learn(self._name)
         report_missing_part(save, keeper, destinations, error, self.commit_timeout)
 
     def close(self) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         if self._client is not None:
             self._client.close()
             self._client = None
 
 
+def _is_committed(goals: Sequence[Destination], save_id: str) -> bool:
+    """Return True if the save is a checkpoint at one of these destinations, as far as their storages answer."""
+    return any(was_committed(goal.place, save_id) for goal in goals)
+
+
 def _error_of(claimed: Claimed) -> Exception:
-    """What a saver has said is wrong with a claim."""
+    """Rebuild the error for which a saver cannot claim an attempt."""
     kind = getattr(errors, claimed.kind, StorageError)
     return kind(claimed.error)

@@ -70,12 +70,12 @@ class _Saved:
 class SaveSession:
     """Saves of one process. Keeps the plan and the buffers from one save to the next."""
 
-    def __init__(self, ranks: Ranks, commit_timeout: float, sink: SaveBackend | None = None) -> None:
-        """`sink`: where staged packs go; None: a thread of this process."""
+    def __init__(self, ranks: Ranks, commit_timeout: float, backend: SaveBackend | None = None) -> None:
+        """`backend`: where staged packs go; None: a thread of this process."""
         self._ranks = ranks
         self._timeout = commit_timeout
-        self._sink: SaveBackend = sink if sink is not None else ThreadBackend(commit_timeout)
-        self._memo = StateDictCache()
+        self._backend: SaveBackend = backend if backend is not None else ThreadBackend(commit_timeout)
+        self._cache = StateDictCache()
         self._prepared: _Prepared | None = None
         self._failures = FailureLog()
         self._secret = ""
@@ -88,13 +88,13 @@ class SaveSession:
     @property
     def is_ready(self) -> bool:
         """Whether this rank could stage now, without waiting for an earlier save."""
-        return self._sink.is_ready
+        return self._backend.is_ready
 
     @property
     def outlives_trainer(self) -> bool:
         """Whether what is staged is kept and seen to even if this process ends at once. The same on all ranks,
         once something was prepared."""
-        return self._sink.outlives_trainer
+        return self._backend.outlives_trainer
 
     def adopt(self, job: JobAttempt) -> None:
         """Saves are of this attempt from now on; it is claimed in the background."""
@@ -105,7 +105,7 @@ class SaveSession:
     def learn(self, name: str) -> None:
         """The attempt is claimed, and this is its folder's name."""
         self._name = name
-        self._sink.learn(name)
+        self._backend.learn(name)
 
     def wait_claimed(self, patience: float, *, is_urgent: bool) -> str:
         """The name of the attempt's folder; empty if it is not known after `patience` seconds.
@@ -114,7 +114,7 @@ class SaveSession:
         claimed.
         """
         try:
-            return self._sink.wait_claimed(patience, is_urgent=is_urgent)
+            return self._backend.wait_claimed(patience, is_urgent=is_urgent)
         except SaverError as error:  # there is none, or it died: then this process claims
             _log.debug("the saver does not claim: %s", error)
         assert self._job is not None
@@ -128,11 +128,11 @@ class SaveSession:
         if self._job is None:
             return
         try:
-            self._sink.adopt(self._job)
+            self._backend.adopt(self._job)
         except SaverError as error:  # which is told when something is to be saved
             _log.debug("there is no saver yet: %s", error)
         if self._name:
-            self._sink.learn(self._name)
+            self._backend.learn(self._name)
 
     def has_changed(self, state: dict[str, Any], metrics: Mapping[str, float] | None) -> bool:
         """Whether anything would be lost on any rank if this were not saved beside what was saved last.
@@ -141,7 +141,7 @@ class SaveSession:
         Compares every byte. Raises what `start` raises about the state.
         """
         flat, numbers, _, copies = self._prepare(state, metrics)
-        known, staged = self._saved, self._sink.last_staged
+        known, staged = self._saved, self._backend.last_staged
         is_same = known is not None and known.covers(flat, numbers)
         is_same = is_same and staged is not None and staged.holds(copies)
         return any(self._ranks.maximum([not is_same]))
@@ -180,17 +180,17 @@ class SaveSession:
                 proposal,
             )
             try:
-                self._sink.begin(save).fill(copies)
+                self._backend.begin(save).fill(copies)
             except (SaverError, MemoryError) as error:  # this save is lost, and training is not
-                self._sink.abandon(save, error)
+                self._backend.abandon(save, error)
                 for tier in handle.tiers:
                     handle.note(tier, error)
                 return handle
             except BaseException as error:
-                self._sink.abandon(save, error)
+                self._backend.abandon(save, error)
                 raise
         self._saved = _Saved(flat.values, flat.per_rank, numbers)
-        self._sink.submit(save, handle)
+        self._backend.submit(save, handle)
         return handle
 
     def prepare(self, state: dict[str, Any]) -> None:
@@ -202,17 +202,17 @@ class SaveSession:
 
     def probe(self, seconds: float) -> None:
         """Find out whether the saver still answers: the next save is not entrusted to one that does not."""
-        self._sink.probe(seconds)
+        self._backend.probe(seconds)
 
     def limit_silence(self, seconds: float) -> None:
         """From now on, wait no longer than so many seconds for a saver that answers nothing."""
-        self._sink.limit_silence(seconds)
+        self._backend.limit_silence(seconds)
 
     def close(self) -> None:
         """No more saves will come."""
-        self._memo.clear()
+        self._cache.clear()
         self._saved = None
-        self._sink.close()
+        self._backend.close()
         if self._substitute is not None:
             self._substitute.close()
 
@@ -228,12 +228,12 @@ class SaveSession:
         numbers: dict[str, float | str] = {}
         try:
             numbers = _checked_metrics(metrics)
-            flat = flatten(state, self._ranks.rank, self._memo)
-            layouts = self._memo.derived("layouts", flat.tensors, flat.layouts)
+            flat = flatten(state, self._ranks.rank, self._cache)
+            layouts = self._cache.derived("layouts", flat.tensors, flat.layouts)
         except Exception as failure:  # of the state's own objects, too
             error = failure
         values = crc32c.crc32c(msgspec.json.encode(flat.values))
-        stale = self._prepared is None or self._prepared.layouts != layouts or self._sink.is_lost
+        stale = self._prepared is None or self._prepared.layouts != layouts or self._backend.is_lost
         known = 0 if self._prepared is None else self._prepared.plan.fingerprint
         failed, changed, *differ = self._ranks.maximum(
             [error is not None, stale, values, -values, known, -known]
@@ -246,10 +246,10 @@ class SaveSession:
         prepared = self._plan(layouts) if fresh or self._prepared is None else self._prepared
         plan, rank = prepared.plan, self._ranks.rank
         inputs = [plan, *flat.tensors]
-        replicas = self._memo.derived("replicas", inputs, lambda: ReplicaCheck(plan, flat.tensors, rank))
+        replicas = self._cache.derived("replicas", inputs, lambda: ReplicaCheck(plan, flat.tensors, rank))
         replicas.check(self._ranks, turn=self._count, whole=fresh)
         self._prepared = prepared  # kept only once its replicas have been compared whole
-        copies = self._memo.derived("copies", inputs, lambda: Copies(plan.writes(rank), flat.tensors))
+        copies = self._cache.derived("copies", inputs, lambda: Copies(plan.writes(rank), flat.tensors))
         return flat, numbers, prepared, copies
 
     def _plan(self, layouts: list[Layout]) -> _Prepared:
@@ -258,10 +258,10 @@ class SaveSession:
         if not self._secret:  # what makes the names of this session's saves unique
             self._secret = self._ranks.broadcast(secrets.token_hex(16).encode()).decode()
         self._prepared = None
-        local_ranks = self._prepare_sink(plan)
+        local_ranks = self._prepare_backend(plan)
         return _Prepared(layouts, plan, local_ranks)
 
-    def _prepare_sink(self, plan: SavePlan) -> int:
+    def _prepare_backend(self, plan: SavePlan) -> int:
         """Have the sink get buffers; the number of ranks that have the same sink.
 
         Where a rank's saver cannot be reached, all ranks go on without.
@@ -270,7 +270,7 @@ class SaveSession:
         error: Exception | None = None
         unreachable: SaverError | None = None
         try:
-            self._sink.prepare(plan, rank)
+            self._backend.prepare(plan, rank)
         except SaverError as failure:
             unreachable = failure
         except (OSError, MemoryError) as failure:
@@ -281,11 +281,11 @@ class SaveSession:
                 _log.warning(
                     "%s; from now on saves are written by the trainers, and end with them", unreachable
                 )
-            self._sink.close()
-            self._sink = ThreadBackend(self._timeout)
+            self._backend.close()
+            self._backend = ThreadBackend(self._timeout)
             self._hand_over()
-            return self._prepare_sink(plan)
-        sinks = self._ranks.gather(self._sink.id.encode())
+            return self._prepare_backend(plan)
+        sinks = self._ranks.gather(self._backend.id.encode())
         return sinks.count(sinks[rank])
 
     def _raise_values_differ(self, flat: FlatState) -> None:

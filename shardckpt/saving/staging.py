@@ -34,7 +34,7 @@ class StagingBuffer:
         """Room for a pack of `size` bytes with these chunks: in `memory`, or in new memory of this process."""
         self.size = size
         self._is_own = memory is None
-        self._map = _own_memory(size) if memory is None else memory
+        self._map = _own_cachery(size) if memory is None else memory
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._writes = writes
         self._lock = threading.Lock()
@@ -141,7 +141,7 @@ class Copies:
                 self.others.setdefault(source.device, []).append((write, source))
 
 
-def _own_memory(size: int) -> mmap.mmap:
+def _own_cachery(size: int) -> mmap.mmap:
     """Zeroed memory of this process, page-aligned."""
     memory = mmap.mmap(-1, max(_PAGE, -(-size // _PAGE) * _PAGE), mmap.MAP_PRIVATE)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults in the first save

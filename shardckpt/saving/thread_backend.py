@@ -42,11 +42,11 @@ class ThreadBackend:
 
     @property
     def is_ready(self) -> bool:
-        """See Sink."""
+        """See SaveBackend."""
         return self._thread is None or not self._thread.is_alive()
 
     def adopt(self, job: JobAttempt) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         before, self._keeper = self._keeper, AttemptKeeper(job.attempt, lambda: job.root, tell=job.tell)
         if before is not None:
             before.retire()
@@ -55,12 +55,12 @@ class ThreadBackend:
             self._keeper.claim()
 
     def learn(self, name: str) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         if self._keeper is not None:
             self._keeper.learn(name)
 
     def wait_claimed(self, patience: float, *, is_urgent: bool) -> str:
-        """See Sink."""
+        """See SaveBackend."""
         keeper = self._keeper
         assert keeper is not None
         try:
@@ -69,7 +69,7 @@ class ThreadBackend:
             return ""
 
     def prepare(self, plan: SavePlan, rank: int) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         self._join()
         self._buffer = self.last_staged = None  # free the old one first
         writes = plan.writes(rank)
@@ -78,14 +78,14 @@ class ThreadBackend:
         threading.Thread(target=self._buffer.touch, name="shardckpt-touch", daemon=True).start()
 
     def begin(self, _save: Save, /) -> StagingBuffer:
-        """See Sink."""
+        """See SaveBackend."""
         self._join()
         assert self._buffer is not None
         self.last_staged = self._buffer
         return self._buffer
 
     def submit(self, save: Save, handle: SaveHandle) -> None:
-        """See Sink. The interpreter's exit waits for the thread."""
+        """See SaveBackend. The interpreter's exit waits for the thread."""
         assert self._buffer is not None
         pack = StagedPack(save.rank, self._buffer.content, self._writes, save.values)
         keeper = self._keeper if save.is_of_run else None
@@ -117,17 +117,17 @@ class ThreadBackend:
         self._thread.start()
 
     def abandon(self, save: Save, error: BaseException, /) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         report_missing_part(save, self._keeper, save.destinations, error, self._timeout)
 
     def probe(self, _seconds: float, /) -> None:
-        """See Sink."""
+        """See SaveBackend."""
 
     def limit_silence(self, _seconds: float, /) -> None:
-        """See Sink."""
+        """See SaveBackend."""
 
     def close(self) -> None:
-        """See Sink."""
+        """See SaveBackend."""
         if self._keeper is not None:
             self._keeper.end(END_TIMEOUT, stop=True)
 

@@ -1,4 +1,4 @@
-"""What a training has not saved: what its last step told, and the saves that failed."""
+"""The last step that training reported and that nothing has saved."""
 
 from __future__ import annotations
 
@@ -8,25 +8,35 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from shardckpt.saving.handle import SaveHandle
-
-__all__ = ["Failures", "Unsaved"]
+__all__ = ["UnsavedStep"]
 
 _log = logging.getLogger("shardckpt")
 
 
-class Unsaved:
-    """What the last call of `step` told and nothing has saved: its arguments.
+class UnsavedStep:
+    """The arguments of the last call of `Checkpointer.step`, until something saves that step.
 
-    Where a Checkpointer ends without `close`, though no error is on its way, that is logged.
+    A Checkpointer that is collected with an unsaved step, and without an error on its way, logs a warning.
+
+    Args:
+        owner: the Checkpointer.
+        url: the run's.
+        logs: True on the rank that logs.
+
+    Attributes:
+        arguments: step, state and metrics; None if the step is saved, or is not to be saved any more.
     """
 
-    def __init__(self, owner: object, url: str, *, tells: bool) -> None:
+    def __init__(self, owner: object, url: str, *, logs: bool) -> None:
         self.arguments: tuple[int, dict[str, Any], Mapping[str, float] | None] | None = None
-        weakref.finalize(owner, self._remind, url, tells=tells)
+        weakref.finalize(owner, self._warn, url, logs=logs)
 
-    def _remind(self, url: str, *, tells: bool) -> None:
-        if self.arguments is not None and self.arguments[0] and tells and not hasattr(sys, "last_value"):
+    def forget(self) -> None:
+        """Drop the step: it is saved, or its state is not what it was any more."""
+        self.arguments = None
+
+    def _warn(self, url: str, *, logs: bool) -> None:
+        if self.arguments is not None and self.arguments[0] and logs and not hasattr(sys, "last_value"):
             _log.warning(
                 "step %d is not saved in %s: training has ended without Checkpointer.close, which saves the last "
                 "step; so does the end of `with Checkpointer(...)`",
@@ -34,26 +44,3 @@ class Unsaved:
                 url,
             )
         self.arguments = None
-
-
-class Failures:
-    """The saves that failed since they were last told of.
-
-    Attributes:
-        first: the first of them.
-        standing: those that no later save has made good, by being durable wherever they were to be; of
-            several that were to go to the same tiers, the first.
-    """
-
-    def __init__(self) -> None:
-        self.first: SaveHandle | None = None
-        self.standing: list[SaveHandle] = []
-
-    def note(self, save: SaveHandle, *, failed: bool) -> None:
-        """Note what became of a save, which is later than those noted before."""
-        if not failed:
-            self.standing = [other for other in self.standing if not set(other.tiers) <= set(save.tiers)]
-            return
-        self.first = self.first or save
-        if all(other.tiers != save.tiers for other in self.standing):
-            self.standing.append(save)

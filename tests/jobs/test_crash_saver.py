@@ -34,13 +34,13 @@ from shardckpt.run.places import iter_places
 from shardckpt.saver.client import SaverClient
 from shardckpt.saving.backend import Save
 from shardckpt.saving.saver_backend import SaverBackend
-from shardckpt.saving.session import SaveSession
 from shardckpt.storage import Storage, open_storage
 from tests.jobs.test_crash import checked_step, state_at
 from tests.kit.faults import Death, SaverHost, saver_host
 from tests.kit.launching import LIMIT, launched
 from tests.kit.servers import S3Server, faulty_proxy
-from tests.kit.worlds import ThreadRanks, context, run_threads
+from tests.kit.trainers import saver_of, session_of
+from tests.kit.worlds import Checkpoints, ThreadRanks, context, run_threads
 
 pytestmark = pytest.mark.usefixtures("no_saver")
 
@@ -65,17 +65,15 @@ class Job:
     options: dict[str, Any] | None = None
 
     def checkpointer(self, ranks: Ranks) -> Checkpointer:
-        made = Checkpointer(
+        return Checkpoints(
             list(self.tiers.values())[-1],
+            ranks,
             local=self.tiers["local"] if len(self.tiers) > 1 else None,
             keep_last=self.keep,
             snapshots=self.snapshots,
             commit_timeout=PATIENCE,
             storage_options=self.options,
         )
-        made._ranks = ranks
-        made._session = SaveSession(ranks, PATIENCE, made._saver)
-        return made
 
     def root(self, tier: str) -> Storage:
         is_url = tier == list(self.tiers)[-1]
@@ -120,7 +118,10 @@ def die_and_go_on(job: Job, host: SaverHost, death: Death, *, is_restarted: bool
     """A job that has saved steps 1 and 2 goes on while its saver dies so. Whether the saver did."""
     host.start(death)
 
+    worlds: dict[int, ThreadRanks] = {}
+
     def first(ranks: ThreadRanks) -> tuple[Checkpointer, dict[str, int]]:
+        worlds[ranks.rank] = ranks
         checkpointer = job.checkpointer(ranks)
         state = state_at(0, ranks.rank)
         loaded = checkpointer.restore(state)
@@ -130,9 +131,12 @@ def die_and_go_on(job: Job, host: SaverHost, death: Death, *, is_restarted: bool
 
     def go_on(ranks: ThreadRanks) -> None:
         checkpointer, _ = told[ranks.rank]
-        checkpointer._ranks = checkpointer._session._ranks = ranks
+        worlds[ranks.rank].take_over(ranks)
+        ranks = worlds[ranks.rank]
         if is_restarted:
-            checkpointer._session.close()  # as the end of its process would, which keeps its lease if need be
+            session_of(
+                checkpointer
+            ).close()  # as the end of its process would, which keeps its lease if need be
             checkpointer = job.checkpointer(ranks)
             state = state_at(0, ranks.rank)
             loaded = checkpointer.restore(state)
@@ -163,9 +167,7 @@ def die_and_go_on(job: Job, host: SaverHost, death: Death, *, is_restarted: bool
 
 def is_lost(checkpointer: Checkpointer) -> bool:
     """Whether the saver that the last save went to is gone."""
-    assert checkpointer._saver is not None
-    client = checkpointer._saver._client
-    return client is None or client.is_lost
+    return saver_of(checkpointer).is_lost
 
 
 def has_two_steps(job: Job, host: SaverHost) -> None:
@@ -261,9 +263,9 @@ def _train(
 
     begin, move, stage = SaverBackend.begin, ctypes.memmove, SaverClient.stage
 
-    def watched_begin(sink: SaverBackend, save: Save) -> Any:
+    def watched_begin(backend: SaverBackend, save: Save) -> Any:
         reach("before begin")
-        buffer = begin(sink, save)
+        buffer = begin(backend, save)
         reach("before copy")
         return buffer
 

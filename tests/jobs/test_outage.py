@@ -21,6 +21,7 @@ from shardckpt.storage import Storage, open_storage
 from tests.kit.faults import FaultyStorage, HookedStorage, SaverThread, saver_thread
 from tests.kit.savers import wait_until
 from tests.kit.servers import S3Server, faulty_proxy
+from tests.kit.trainers import crash, saver_of
 from tests.kit.worlds import Checkpoints, ThreadRanks, run_threads
 
 pytestmark = pytest.mark.usefixtures("no_saver")
@@ -42,13 +43,6 @@ def restored(checkpointer: Checkpointer) -> tuple[str, int]:
     assert loaded is not None
     assert torch.equal(state["weight"], state_at(loaded.step)["weight"])
     return loaded.tier, loaded.step
-
-
-def crash(checkpointer: Checkpointer) -> None:
-    """What the saver sees of the end of a trainer that has not said goodbye."""
-    assert checkpointer._saver is not None
-    assert checkpointer._saver._client is not None
-    checkpointer._saver._client.disconnect()
 
 
 class Outage:
@@ -398,8 +392,7 @@ def test_several_nodes_in_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with lock:
             monkeypatch.setenv("LAUNCH_SAVER", savers[ranks.rank].address)
             checkpointer = Checkpoints(outage.url, ranks, snapshots=2, every_steps=1)
-            assert checkpointer._saver is not None
-            checkpointer._saver.connect()
+            saver_of(checkpointer).connect()
         made[ranks.rank] = checkpointer
         return checkpointer
 

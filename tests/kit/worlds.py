@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from shardckpt.checkpointer import Checkpointer
-from shardckpt.drain import DrainFile, DrainWatch
+from shardckpt.drain import CHECK_INTERVAL, DrainFile, DrainWatch
 from shardckpt.format.manifest import Manifest
 from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.loading.fill import fill
-from shardckpt.ranks.world import Alone, Ranks
+from shardckpt.ranks.world import Alone, Ranks, acting_as
 from shardckpt.run.commit import commit
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import Place, read_manifest
@@ -89,13 +89,23 @@ class _Meeting:
 
 
 class ThreadRanks:
-    """A rank of a world of threads."""
+    """A rank of a world of threads.
+
+    Attributes:
+        node: the machine that it says it is on; a test may change it.
+    """
+
+    node = "node"
 
     def __init__(self, meeting: _Meeting, rank: int) -> None:
         self._meeting = meeting
         self._count = 0
         self.rank = rank
         self.size = meeting.size
+
+    def take_over(self, other: ThreadRanks) -> None:
+        """Be the rank in the world of `other` from now on, with which that one is done."""
+        self._meeting, self._count = other._meeting, other._count
 
     def gather(self, data: bytes) -> list[bytes]:
         return self._exchange("gather", data)
@@ -171,12 +181,14 @@ class Checkpoints(Checkpointer):
         *,
         commit_timeout: float = LIMIT,
         drain_file: Path | None = None,
+        drain_interval: float = CHECK_INTERVAL,
         **options: Any,
     ) -> None:
-        super().__init__(url, commit_timeout=commit_timeout, **options)
-        self._ranks = ranks
-        self._drain = DrainWatch(DrainFile(str(drain_file)), ranks) if drain_file else None
-        self._session = SaveSession(ranks, commit_timeout, self._saver)
+        with acting_as(ranks):
+            super().__init__(url, commit_timeout=commit_timeout, **options)
+        self._drain = None
+        if drain_file is not None:
+            self._drain = DrainWatch(DrainFile(str(drain_file)), ranks, interval=drain_interval)
 
 
 def start_save(session: SaveSession, storage: Storage, state: dict[str, Any], **options: Any) -> SaveHandle:

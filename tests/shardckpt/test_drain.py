@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 import shardckpt
 from launcher.progress import Progress, read_progress
-from shardckpt import drain as draining
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.drain import Drained, DrainFile, DrainWatch, Request, Scope, steps_until_next
 from shardckpt.errors import SaveError, StorageFullError
@@ -30,16 +29,11 @@ from shardckpt.saving.session import SaveHandle
 from shardckpt.storage import Storage, open_storage
 from tests.kit.faults import FailingOnce, saver_thread
 from tests.kit.parallel import Training
+from tests.kit.trainers import around_saves, crash, last_save, saver_of, session_of
 from tests.kit.worlds import Checkpoints, ThreadRanks, context, run_processes, run_threads
 
 LAST = 1000
 """Steps after which a request has been overlooked."""
-
-
-@pytest.fixture
-def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks come at every step, as where steps are long."""
-    monkeypatch.setattr(draining, "_INTERVAL", 0)
 
 
 def ask(path: Path, tiers: str = "durable", reason: str = "preemption") -> None:
@@ -72,13 +66,6 @@ def restored(checkpointer: Checkpointer) -> tuple[int, str]:
     assert torch.equal(state["t"], torch.full((100,), loaded.step))
     assert state["step"] == loaded.step
     return loaded.step, loaded.tier
-
-
-def end_process(checkpointer: Checkpointer) -> None:
-    """What the saver sees of the end of a trainer that has not said goodbye."""
-    assert checkpointer._saver is not None
-    assert checkpointer._saver._client is not None
-    checkpointer._saver._client.disconnect()
 
 
 @dataclass(frozen=True)
@@ -139,7 +126,6 @@ def test_all_ranks_drain_after_the_same_step(requests: Sequence[tuple[int, str] 
         assert restored(Checkpointer(folder / "run")) == (step, "local")
 
 
-@pytest.mark.usefixtures("every_step")
 @pytest.mark.parametrize(
     "requests", [[(5, "memory"), None, (5, "durable")], [None, (5, "durable"), (6, "memory")]]
 )
@@ -148,20 +134,19 @@ def test_long_steps(requests: Sequence[tuple[int, str] | None], tmp_path: Path) 
 
     def train(ranks: ThreadRanks) -> End:
         file = drain_file(tmp_path, ranks.rank)
-        checkpointer = Checkpoints(open_storage(tmp_path / "run"), ranks, drain_file=file)
+        checkpointer = Checkpoints(open_storage(tmp_path / "run"), ranks, drain_file=file, drain_interval=0)
         return drained(checkpointer, file, ranks.rank, requests[ranks.rank])
 
     assert [end.step for end in run_threads(3, train)] == [6, 6, 6]
 
 
-@pytest.mark.usefixtures("every_step")
 def test_the_more_durable_request_counts(tmp_path: Path) -> None:
     """Where nodes are asked for different things at the same time."""
 
     def watch(ranks: ThreadRanks) -> Request | None:
         path = drain_file(tmp_path, ranks.rank)
         ask(path, *[("memory", "preemption"), ("durable", "restart")][ranks.rank])
-        watch = DrainWatch(DrainFile(str(path)), ranks)
+        watch = DrainWatch(DrainFile(str(path)), ranks, interval=0)
         return next(found for found in iter(watch.poll, "") if found is not None)
 
     assert run_threads(2, watch) == [Request(Scope.DURABLE, "preemption")] * 2
@@ -271,9 +256,9 @@ def test_with_a_saver(tiers: str, every: int | None, tmp_path: Path) -> None:
                 tmp_path / "run", ranks, every_steps=every, snapshots=2, drain_file=file
             )
             ends.append(drained(checkpointer, file, ranks.rank, (7, tiers) if ranks.rank else None))
-            saves.append(checkpointer._last)
+            saves.append(last_save(checkpointer))
             checkpointer.close()  # which must not tell the saver that the job is done
-            end_process(checkpointer)
+            crash(checkpointer)
 
         def go_on(ranks: ThreadRanks) -> tuple[int, str]:
             checkpointer = Checkpoints(tmp_path / "run", ranks, snapshots=2)
@@ -307,7 +292,7 @@ def test_at_a_step_that_is_in_memory_only(tiers: str, tmp_path: Path) -> None:
         with pytest.raises(Drained) as end:
             checkpointer.step(4, state_at(4))
         assert end.value.is_saved
-        end_process(checkpointer)
+        crash(checkpointer)
         assert saver.drain() == 0
     assert committed(open_storage(tmp_path / "run")) == [4]
 
@@ -323,23 +308,18 @@ def test_memory_without_a_saver(tmp_path: Path) -> None:
     assert committed(open_storage(tmp_path / "run")) == [3]
 
 
-class Abandoned(Checkpoints):
-    """In a drain its saver ends after the ranks have seen it, and before it has anything; no other is started."""
+def lose_saver_before_a_save(checkpointer: Checkpointer) -> None:
+    """Have its saver end after the ranks have seen it, and before it has anything; no other is started."""
 
-    is_leaving = False
-
-    def _save_to_leave(self, *arguments: Any) -> None:
-        self.is_leaving = True
-        super()._save_to_leave(*arguments)
-
-    def _start(self, *arguments: Any) -> SaveHandle:
-        if self.is_leaving and self._session.outlives_trainer:
+    def start_without(start: Callable[[], SaveHandle]) -> SaveHandle:
+        if session_of(checkpointer).outlives_trainer:
             os.environ["LAUNCH_SAVER"] = "nobody-listens-here"
-            end_process(self)
-            assert self._saver is not None
-            while not self._saver.is_lost:
+            crash(checkpointer)
+            while not saver_of(checkpointer).is_lost:
                 pass
-        return super()._start(*arguments)
+        return start()
+
+    around_saves(checkpointer, start_without)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -350,8 +330,7 @@ def test_memory_of_a_saver_that_ends_meanwhile(size: int, every: int | None, tmp
     def train(ranks: ThreadRanks) -> End:
         file = drain_file(tmp_path, ranks.rank)
         ask(file, "memory")
-        kind = Abandoned if ranks.rank == 0 else Checkpoints
-        checkpointer = kind(
+        checkpointer = Checkpoints(
             tmp_path / "run",
             ranks,
             every_steps=every,
@@ -359,11 +338,13 @@ def test_memory_of_a_saver_that_ends_meanwhile(size: int, every: int | None, tmp
             snapshots=2,
             drain_file=file,
         )
+        if ranks.rank == 0:
+            lose_saver_before_a_save(checkpointer)
         with pytest.raises(Drained) as end:
             for step in range(1, LAST):
                 checkpointer.step(step, state_at(step, ranks.rank))
         checkpointer.close()
-        assert not checkpointer._session.outlives_trainer
+        assert not session_of(checkpointer).outlives_trainer
         return End(end.value.step, end.value.is_saved, end.value.reason, end.value.code)
 
     with saver_thread():
@@ -373,18 +354,17 @@ def test_memory_of_a_saver_that_ends_meanwhile(size: int, every: int | None, tmp
         assert committed(open_storage(tmp_path / "run"))[0] == ends[0].step
 
 
-@pytest.mark.usefixtures("every_step")
 def test_storage_that_fails_on_one_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """All ranks drain all the same, all know that nothing was saved, and the last checkpoint stands."""
 
     def train(ranks: ThreadRanks) -> End:
         storage: Any = open_storage(tmp_path / "run")
         file = drain_file(tmp_path, ranks.rank)
-        checkpointer = Checkpoints(storage, ranks, drain_file=file)
+        checkpointer = Checkpoints(storage, ranks, drain_file=file, drain_interval=0)
         checkpointer.save(1, state_at(1, ranks.rank)).wait()
         if ranks.rank == 1:
             storage = FailingOnce(storage, 1, StorageFullError("no space left"))
-        checkpointer = Checkpoints(storage, ranks, drain_file=file)
+        checkpointer = Checkpoints(storage, ranks, drain_file=file, drain_interval=0)
         end = drained(checkpointer, file, ranks.rank, (5, "durable"))
         checkpointer.wait()
         checkpointer.close()
@@ -397,11 +377,11 @@ def test_storage_that_fails_on_one_rank(tmp_path: Path, caplog: pytest.LogCaptur
     assert restored(Checkpointer(tmp_path / "run")) == (1, "local")
 
 
-class LosingCheckpoints(Checkpoints):
-    """Its node's saver is lost as soon as it has something."""
+def lose_saves(checkpointer: Checkpointer) -> None:
+    """Have its node's saver be lost as soon as it has a save."""
 
-    def _start(self, *arguments: Any) -> SaveHandle:
-        handle = super()._start(*arguments)
+    def start_in_vain(start: Callable[[], SaveHandle]) -> SaveHandle:
+        handle = start()
 
         def wait(_tier: str | None = None) -> None:
             raise SaveError("the saver of this node is gone")
@@ -409,15 +389,17 @@ class LosingCheckpoints(Checkpoints):
         handle.wait = wait  # type: ignore[assignment,method-assign]
         return handle
 
+    around_saves(checkpointer, start_in_vain)
 
-@pytest.mark.usefixtures("every_step")
+
 def test_a_node_that_loses_its_part(tmp_path: Path) -> None:
     """What one node has lost is saved on none, and all ranks say so."""
 
     def train(ranks: ThreadRanks) -> End:
         file = drain_file(tmp_path, ranks.rank)
-        kind = LosingCheckpoints if ranks.rank == 1 else Checkpoints
-        checkpointer = kind(open_storage(tmp_path / "run"), ranks, drain_file=file)
+        checkpointer = Checkpoints(open_storage(tmp_path / "run"), ranks, drain_file=file, drain_interval=0)
+        if ranks.rank == 1:
+            lose_saves(checkpointer)
         return drained(checkpointer, file, ranks.rank, (2, "durable"))
 
     assert [(end.step, end.is_saved) for end in run_threads(3, train)] == [(3, False)] * 3
@@ -474,13 +456,12 @@ def test_half_a_line_is_no_request_yet(tmp_path: Path, caplog: pytest.LogCapture
     assert not caplog.records
 
 
-@pytest.mark.usefixtures("every_step")
 def test_a_file_that_only_one_rank_can_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its node is asked for all of them."""
 
     def train(ranks: ThreadRanks) -> int:
         file = tmp_path / "none" if ranks.rank else drain_file(tmp_path)
-        checkpointer = Checkpoints(open_storage(tmp_path / "run"), ranks, drain_file=file)
+        checkpointer = Checkpoints(open_storage(tmp_path / "run"), ranks, drain_file=file, drain_interval=0)
         request = None if ranks.rank else (4, "durable")
         return drained(checkpointer, file, ranks.rank, request).step
 
@@ -586,8 +567,6 @@ def _end_with_work_pending(rank: int, store: str, errors: str, how: str) -> None
         ask(Path(os.environ["LAUNCH_DRAIN_FILE"]))  # as of the last step, too late
         if step == 1:
             Path(os.environ["LAUNCH_DRAIN_FILE"]).write_text("")
-    assert checkpointer._drain is not None
-    assert checkpointer._drain._outcome is not None
     if how == "destroy":
         checkpointer.close()
         dist.destroy_process_group()

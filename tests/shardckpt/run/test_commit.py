@@ -33,6 +33,7 @@ from shardckpt.saving.staging import Copies, StagingBuffer
 from shardckpt.state.flatten import FlatState, flatten
 from shardckpt.storage import open_storage
 from tests.kit.faults import FaultyStorage, HookedStorage, Killed, SaverThread, saver_thread
+from tests.kit.trainers import crash, saver_of
 from tests.kit.worlds import Checkpoints, ThreadRanks, run_threads
 
 LIMIT = 30.0
@@ -233,13 +234,6 @@ def test_succession(tmp_path: Path) -> None:
 # -- the savers of two nodes
 
 
-def shut(checkpointer: Checkpoints) -> None:
-    """What the saver sees of the end of a trainer that has not said goodbye."""
-    assert checkpointer._saver is not None
-    assert checkpointer._saver._client is not None
-    checkpointer._saver._client.disconnect()
-
-
 class Nodes:
     """A run's two ranks, each with a saver of its own."""
 
@@ -254,8 +248,7 @@ class Nodes:
         with self._turn:  # the environment is everyone's
             self._patch.setenv("LAUNCH_SAVER", self._savers[node].address)
             made = Checkpoints(self.run, ranks, **{"snapshots": 2, "commit_timeout": FOR_EVER, **options})
-            assert made._saver is not None
-            made._saver.connect()
+            saver_of(made).connect()
             return made
 
     def save_and_die(self, *, tier: str, **options: Any) -> None:
@@ -266,7 +259,7 @@ class Nodes:
             handle = checkpointer.step(1, state_at(1))
             assert handle is not None
             handle.wait(tier)
-            shut(checkpointer)
+            crash(checkpointer)
 
         run_threads(2, train)
 
@@ -281,7 +274,7 @@ class Nodes:
                 handle = checkpointer.step(1, state_at(1))
                 assert handle is not None
                 handle.wait("memory")
-            shut(checkpointer)
+            crash(checkpointer)
 
         run_threads(2, train)
 
@@ -356,9 +349,8 @@ class Copy:
     within: BaseException | None = None
 
     def spoil(self, checkpointer: Checkpoints) -> None:
-        sink = checkpointer._saver
-        assert sink is not None
-        begin = sink.begin
+        backend = saver_of(checkpointer)
+        begin = backend.begin
 
         def spoilt(save: Save) -> StagingBuffer:
             if self.before is not None:
@@ -368,9 +360,9 @@ class Copy:
                 buffer.fill = self.fail  # type: ignore[method-assign]
             return buffer
 
-        sink.begin = spoilt  # type: ignore[method-assign]
+        backend.begin = spoilt  # type: ignore[method-assign]
         if isinstance(self.within, Killed):  # who is dead tells nobody
-            sink.abandon = lambda *_: None  # type: ignore[method-assign]
+            backend.abandon = lambda *_: None  # type: ignore[method-assign]
 
     def fail(self, _copies: Copies) -> None:
         assert self.within is not None
@@ -406,7 +398,7 @@ def test_nobody_waits_for_a_part_that_is_not_staged(
         except SaveError as error:
             return str(error)
         finally:
-            shut(checkpointer)
+            crash(checkpointer)
         return "it is saved"
 
     told = run_threads(2, train)
@@ -427,10 +419,10 @@ def test_nobody_waits_for_a_part_that_is_lost_with_its_saver(
         assert handle is not None
         handle.wait("memory")
         if ranks.rank == lost:
-            shut(checkpointer)
+            crash(checkpointer)
         with pytest.raises(SaveError) as error:
             handle.wait()
-        shut(checkpointer)
+        crash(checkpointer)
         return str(error.value)
 
     told = run_threads(2, train)
@@ -526,7 +518,7 @@ def test_an_outage_of_one_node_that_lasts_is_told_to_the_others(
         checkpointer = nodes.checkpoints(ranks.rank, ranks)
         with pytest.raises(SaveError, match="OutOfReachError: the network is down"):
             checkpointer.save(1, state_at(1)).wait()
-        shut(checkpointer)
+        crash(checkpointer)
 
     run_threads(2, train)
     assert len(tries) == 2

@@ -276,12 +276,9 @@ class _Claiming:
         assert name == "attempt-0002"
 
 
-def test_a_look_at_another_job_is_no_outage(
-    run: Storage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_look_at_another_job_is_no_outage(run: Storage, caplog: pytest.LogCaptureFixture) -> None:
     """However long it takes; and it is told once, though the saver tells it to whoever asks."""
-    monkeypatch.setattr(claiming, "LOOK_SECONDS", 0.0)
     session = cast("SaveSession", _Claiming("may still be at work", looks=3))
-    claim = claiming.RunClaim(run, current_ranks(), session, 0, is_restoring=True)
+    claim = claiming.RunClaim(run, current_ranks(), session, 0, is_restoring=True, look_seconds=0.0)
     assert claim.wait(0.0, has_snapshot=False)
     assert [record.getMessage() for record in caplog.records] == ["may still be at work"]

@@ -40,6 +40,7 @@ from shardckpt.saving.saver_backend import SaverBackend
 from shardckpt.saving.session import SaveHandle
 from tests.kit.parallel import Training
 from tests.kit.savers import LIMIT, SaverProcess, connected, save_info, wait_until
+from tests.kit.trainers import client_of, saver_of, session_of
 from tests.kit.worlds import context
 
 
@@ -226,30 +227,23 @@ class _Work:
         return child
 
     def patience(self, seconds: float) -> None:
-        assert self.checkpointer._saver is not None
-        self.checkpointer._saver.limit_silence(seconds)
+        saver_of(self.checkpointer).limit_silence(seconds)
 
     def said(self, text: str) -> bool:
         return any(text in message for message in self.messages)
 
     def lost_saver(self) -> None:
         """Wait until it is known here that the saver is gone."""
-        sink = self.checkpointer._saver
-        assert sink is not None
-        assert sink._client is not None
-        client = sink._client
+        client = client_of(self.checkpointer)
         wait_until(lambda: client.is_lost)
 
     def wait_ready(self) -> None:
         """Until a buffer is there."""
-        sink = self.checkpointer._saver
-        assert sink is not None
-        client = sink._client
-        assert client is not None
+        client = client_of(self.checkpointer)
         wait_until(lambda: client.has_buffer)
 
     def prepare(self) -> None:
-        self.checkpointer._session.prepare(self.state)
+        session_of(self.checkpointer).prepare(self.state)
 
     def close(self) -> None:
         self.checkpointer.close()

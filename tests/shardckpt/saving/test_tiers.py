@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import pytest
 import torch
 
 import shardckpt
-from shardckpt import checkpointer as module
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.errors import CheckpointError, SaveError, StorageError, StorageFullError
 from shardckpt.loading.load import Loaded
@@ -34,6 +32,7 @@ from shardckpt.storage import Storage, open_storage
 from tests.kit.faults import FailingOnce, HookedStorage, SaverThread, saver_thread
 from tests.kit.mounts import Mount, remount_read_only
 from tests.kit.servers import S3Server, faulty_proxy
+from tests.kit.trainers import crash, saver_of, wait_ready
 from tests.kit.worlds import Checkpoints, ThreadRanks, outcomes
 
 LIMIT = 30.0
@@ -224,14 +223,10 @@ def test_each_tier_keeps_its_own_last(tiers: Tiers, anyone: dict[str, int]) -> N
     assert (committed(tiers.local), committed(tiers.remote)) == ([10, 9], [9, 6])
 
 
-def test_local_is_for_one_node(tiers: Tiers, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = iter(["a", "b"])
-    monkeypatch.setattr(module, "_node", lambda: next(nodes))
-
-    def work(ranks: Any) -> None:
-        checkpointer = tiers.checkpointer(snapshots=0)
-        checkpointer._ranks = ranks
-        checkpointer.restore(state_at(0))
+def test_local_is_for_one_node(tiers: Tiers) -> None:
+    def work(ranks: ThreadRanks) -> None:
+        ranks.node = f"node-{ranks.rank}"
+        Checkpoints(tiers.remote, ranks, local=tiers.local, snapshots=0).restore(state_at(0))
 
     for error in outcomes(2, work):
         assert isinstance(error, ValueError)
@@ -343,8 +338,7 @@ def test_a_slow_remote_does_not_hold_up_local(tiers: Tiers, caplog: pytest.LogCa
             handle = checkpointer.step(step, state_at(step))
             assert handle is not None, f"step {step} was skipped"
             handle.wait("local")
-            while not checkpointer._session.is_ready:  # the next buffer is on its way
-                pass
+            wait_ready(checkpointer)
         assert committed(tiers.local) == [7, 6, 5, 4]
         assert committed(tiers.remote) == []
         assert checkpointer.step(8, state_at(8)) is not None  # waits behind the other in the remote
@@ -477,12 +471,9 @@ def test_what_is_in_memory_only(tiers: Tiers) -> None:
             assert (handle.tiers, handle.url) == (("memory",), "memory")
             handle.wait("memory")
             handle.wait()
-            while not checkpointer._session.is_ready:
-                pass
+            wait_ready(checkpointer)
         assert (committed(tiers.local), committed(tiers.remote)) == ([], [])
-        assert checkpointer._saver is not None
-        assert checkpointer._saver._client is not None
-        checkpointer._saver._client.disconnect()  # as if it were dead
+        crash(checkpointer)
         loaded = restored(tiers.checkpointer())
         assert (loaded.tier, loaded.step) == ("memory", 3)
         assert saver.drain() == 0
@@ -496,8 +487,7 @@ def test_the_last_one_is_persisted_at_the_end(tiers: Tiers) -> None:
                 handle = checkpointer.step(step, state_at(step))
                 assert handle is not None
                 handle.wait()
-                while not checkpointer._session.is_ready:
-                    pass
+                wait_ready(checkpointer)
         assert saver.drain() == 0
     assert (committed(tiers.local), committed(tiers.remote)) == ([5, 4, 2], [5, 4])
 
@@ -520,9 +510,7 @@ def test_a_snapshot_that_is_then_saved_is_persisted_once(
         if says_goodbye:
             checkpointer.close()
         else:
-            assert checkpointer._saver is not None
-            assert checkpointer._saver._client is not None
-            checkpointer._saver._client.disconnect()  # as if it were dead
+            crash(checkpointer)
         assert saver.drain() == 0
     assert (committed(tiers.local), committed(tiers.remote)) == ([2, 1], [2, 1])
 
@@ -533,13 +521,11 @@ def test_a_snapshot_whose_second_save_never_came_is_persisted(tiers: Tiers) -> N
         handle = checkpointer.step(1, state_at(1))
         assert handle is not None
         handle.wait()
-        assert checkpointer._saver is not None
-        assert checkpointer._saver._client is not None
         # In the copy of another save of the step the trainer dies.
-        checkpointer._saver.begin(
+        saver_of(checkpointer).begin(
             Save(SaveInfo("another", "attempt-0001/step-00000001", 1, 1, 1), 0, 1, [], {}, None)
         )
-        checkpointer._saver._client.disconnect()
+        crash(checkpointer)
         assert saver.drain() == 0
     assert (committed(tiers.local), committed(tiers.remote)) == ([1], [1])
 
@@ -606,11 +592,10 @@ def test_every_rank_knows_in_which_tier_a_save_failed(tiers: Tiers) -> None:
     """Also one whose own part is durable in both, and which does not commit."""
 
     def work(ranks: ThreadRanks) -> dict[str, bool]:
-        checkpointer = Checkpoints(tiers.remote, ranks, local=tiers.local, every_steps=1, snapshots=0)
-        first, last = checkpointer._tiers
+        local: Any = tiers.local
         if ranks.rank == 1:
-            root = FailingOnce(first.root, 1, StorageFullError("no space left"))
-            checkpointer._tiers = [replace(first, root=root), last]
+            local = FailingOnce(open_storage(local), 1, StorageFullError("no space left"))
+        checkpointer = Checkpoints(tiers.remote, ranks, local=local, every_steps=1, snapshots=0)
         handle = checkpointer.step(1, state_at(1))
         assert handle is not None
         handle.join()
@@ -702,9 +687,7 @@ def test_a_save_that_is_lost_with_its_saver_is_raised(tiers: Tiers) -> None:
     with saver_thread(tiers.open), tiers.held_up("remote"):
         checkpointer = tiers.checkpointer()
         checkpointer.save(1, state_at(1)).wait("local")
-        assert checkpointer._saver is not None
-        assert checkpointer._saver._client is not None
-        checkpointer._saver._client.disconnect()
+        crash(checkpointer)
         with pytest.raises(SaveError, match="the saver of this node is gone"):
             checkpointer.close()
 
