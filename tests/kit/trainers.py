@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.saver.client import SaverClient
@@ -53,10 +54,10 @@ def around_saves(
     checkpointer: Checkpointer, wrap: Callable[[Callable[[], SaveHandle]], SaveHandle]
 ) -> None:
     """Have each save started by `wrap`, which is given what starts it."""
-    session = session_of(checkpointer)
-    start = session.start
+    saves = checkpointer._saves
+    start = saves._start
 
-    def wrapped(*arguments: object, **options: object) -> SaveHandle:
-        return wrap(lambda: start(*arguments, **options))  # type: ignore[arg-type]
+    def wrapped(*arguments: Any) -> SaveHandle:
+        return wrap(lambda: start(*arguments))
 
-    session.start = wrapped  # type: ignore[method-assign, assignment]
+    saves._start = wrapped  # type: ignore[method-assign]
