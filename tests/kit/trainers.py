@@ -51,13 +51,23 @@ def wait_ready(checkpointer: Checkpointer) -> None:
 
 
 def around_saves(
-    checkpointer: Checkpointer, wrap: Callable[[Callable[[], SaveHandle]], SaveHandle]
+    checkpointer: Checkpointer,
+    wrap: Callable[[Callable[[], SaveHandle]], SaveHandle],
+    *,
+    only_at_exit: bool = False,
 ) -> None:
-    """Have each save started by `wrap`, which is given what starts it."""
+    """Have each save, or only those of a drain, started by `wrap`, which is given what starts it."""
     saves = checkpointer._saves
-    start = saves._start
+    start, save_before_exit = saves._start, saves.save_before_exit
 
     def wrapped(*arguments: Any) -> SaveHandle:
         return wrap(lambda: start(*arguments))
 
-    saves._start = wrapped  # type: ignore[method-assign]
+    def wrapped_at_exit(*arguments: Any, **options: Any) -> bool:
+        saves._start = wrapped  # type: ignore[method-assign]
+        return save_before_exit(*arguments, **options)
+
+    if only_at_exit:
+        saves.save_before_exit = wrapped_at_exit  # type: ignore[method-assign]
+    else:
+        saves._start = wrapped  # type: ignore[method-assign]

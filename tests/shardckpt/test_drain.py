@@ -308,8 +308,8 @@ def test_memory_without_a_saver(tmp_path: Path) -> None:
     assert committed(open_storage(tmp_path / "run")) == [3]
 
 
-def lose_saver_before_a_save(checkpointer: Checkpointer) -> None:
-    """Have its saver end after the ranks have seen it, and before it has anything; no other is started."""
+def lose_saver_in_a_drain(checkpointer: Checkpointer) -> None:
+    """In a drain, have its saver end once the ranks have seen it and before it has anything; no other starts."""
 
     def start_without(start: Callable[[], SaveHandle]) -> SaveHandle:
         if session_of(checkpointer).outlives_trainer:
@@ -319,7 +319,7 @@ def lose_saver_before_a_save(checkpointer: Checkpointer) -> None:
                 pass
         return start()
 
-    around_saves(checkpointer, start_without)
+    around_saves(checkpointer, start_without, only_at_exit=True)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -339,7 +339,7 @@ def test_memory_of_a_saver_that_ends_meanwhile(size: int, every: int | None, tmp
             drain_file=file,
         )
         if ranks.rank == 0:
-            lose_saver_before_a_save(checkpointer)
+            lose_saver_in_a_drain(checkpointer)
         with pytest.raises(Drained) as end:
             for step in range(1, LAST):
                 checkpointer.step(step, state_at(step, ranks.rank))
