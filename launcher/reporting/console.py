@@ -1,7 +1,7 @@
-"""The launcher's stdout and stderr: the workers' lines with their ranks, its own messages, a live view.
+"""The launcher's stdout and stderr: the workers' lines with their ranks, messages, a live view.
 
-Workers write straight to their log files, so nothing here can slow them down or stop them. A thread
-follows the files and prints; a terminal that is slow, stopped or gone holds up this thread alone.
+Workers write straight to their log files, so nothing here can slow them down or stop them. A thread follows the
+files and prints; a terminal that is slow, stopped or gone blocks this thread alone.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = ["Console", "Sink"]
 _REDRAW_SECONDS = 1.0
 _POLL_SECONDS = 0.1  # only where inotify is not available
 _RANK_COLOURS = (36, 33, 35, 32, 34, 96, 93, 95, 92, 94)
-_STATUS_SECONDS = 5.0  # between lines that say how far something is
-_BREATH_SECONDS = 0.03  # between two times that a live view is moved down by workers' lines
+_STATUS_SECONDS = 5.0  # between two lines that say how far something is
+_BREATH_SECONDS = 0.03  # between two redraws of a live view below workers' lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,11 @@ class _Stream:
     tail: Tail
     sink: Sink
     prefix: bytes
-    drawn_at: float = 0.0  # when a progress bar was printed last
-    drawn: bytes = b""  # that state of it; empty: its line has ended since
+    drawn_at: float = 0.0  # when its progress bar was printed last
+    drawn: bytes = b""  # the state of the bar then; empty: its line has ended since
 
     def not_shown(self, lines: list[bytes]) -> list[bytes]:
-        """`lines` that came to an end, without what is shown of the first of them already."""
+        """`lines` that have ended, without the first if it is on the screen as a progress bar already."""
         if not lines:
             return lines
         shown, self.drawn = self.drawn, b""
@@ -79,10 +79,15 @@ class _Stream:
 
 
 class Console:
-    """Prints in a thread of its own. All methods return at once but `close`.
+    """Prints in a thread of its own. All methods but `close` return at once.
 
-    What is said appears after everything that workers wrote before it was said. `level` is the lowest
-    that is printed of the launcher's own messages; workers' lines always are.
+    A message appears after everything that workers wrote before it. Workers' lines are always printed.
+
+    Args:
+        out: where stdout of the workers goes.
+        err: where stderr of the workers, messages and the live view go.
+        level: the lowest level of messages that are printed.
+        watch: makes the watch for a directory; raises OSError where it is not available.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class Console:
         self._block = LiveBlock(err, beside=out)
         self._is_redraw_due = False
         self._orders: queue.SimpleQueue[_AnyOrder] = queue.SimpleQueue()
-        # Counts the orders that are not carried out.
+        # Counts the orders in the queue.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
         self._streams: list[_Stream] = []
         self._repeats = Repeats()  # of the present round
@@ -112,11 +117,11 @@ class Console:
         self._former = self._watch_for_return()
 
     def follow(self, files: Sequence[RankFiles], shown: ShownStreams) -> None:
-        """Print what a new round writes to `files`."""
+        """Print what the workers of a new round write to `files`, as far as it is `shown`."""
         self._put(_Follow(files, shown))
 
     def mute_victims(self, failed: Collection[int]) -> None:
-        """Leave what ranks other than `failed` have to say on stderr to their log files from now on.
+        """Stop printing the stderr of ranks other than `failed`: it stays in their log files.
 
         Once a rank is dead, the others report that they have lost their connection to it.
         """
@@ -133,11 +138,11 @@ class Console:
 
     @property
     def has_live_view(self) -> bool:
-        """Whether `live` shows anything: on a terminal that can be redrawn, if INFO is printed."""
+        """True if `live` shows anything: on a terminal that can be redrawn, if INFO is printed."""
         return self._block.can_draw and self._level <= Level.INFO
 
     def live(self, lines: Sequence[str]) -> None:
-        """Keep `lines` at the bottom of the terminal, in place of those before; without any, no more.
+        """Keep `lines` at the bottom of the terminal, in place of those before; none: remove the view.
 
         They are cut to the terminal's width, and may be painted with `paint`.
         """
@@ -149,7 +154,7 @@ class Console:
             self._put(_Order.REDRAW)
 
     def show(self, text: str) -> None:
-        """Say how far something is: as live view where there is one, as a line now and then elsewhere."""
+        """Show how far something is: as live view where there is one, as a line every 5 s elsewhere."""
         if self.has_live_view:
             self.live([f"launch: {text}"])
         elif self._level <= Level.INFO:
@@ -169,7 +174,10 @@ class Console:
             signal.signal(signal.SIGCONT, self._former)
 
     def _watch_for_return(self) -> Any:
-        """After Ctrl-Z and fg the shell's lines are where the live view was. Returns the former handler."""
+        """Handle SIGCONT: after Ctrl-Z and fg, the shell's lines are where the live view was.
+
+        Returns the former handler; None if nothing was changed.
+        """
         if not self._block.can_draw or threading.current_thread() is not threading.main_thread():
             return None
         return signal.signal(signal.SIGCONT, lambda *_: self._block.forget())
@@ -202,7 +210,7 @@ class Console:
                 time.sleep(_BREATH_SECONDS)
 
     def _wait_for_order(self) -> _AnyOrder | None:
-        """Wait for an order, or until there is something to print (None)."""
+        """The next order; None if there is something to print first."""
         timeout = None
         if any(stream.tail.lines.drawn for stream in self._streams):
             timeout = _REDRAW_SECONDS

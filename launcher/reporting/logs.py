@@ -1,4 +1,4 @@
-"""Following log files: whole lines out of what workers write, whenever they write it."""
+"""Follows log files: whole lines out of what workers write, when they write it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IN_MODIFY = 0x2
 class Lines:
     """Cuts a stream of bytes into lines.
 
-    A progress bar redraws its line after a carriage return: only the last state of it counts.
+    A progress bar redraws its line after a carriage return: only its last state counts.
     """
 
     LIMIT = 1 << 20  # bytes; a longer line is cut
@@ -36,7 +36,7 @@ class Lines:
         return _last_drawn(self._partial) if b"\r" in self._partial else b""
 
     def flush(self) -> list[bytes]:
-        """What there is of an incomplete line, as a line."""
+        """The incomplete last line, as a line; nothing if there is none."""
         partial, self._partial = self._partial, b""
         return [_last_drawn(partial)] if partial.strip(b"\r") else []
 
@@ -57,7 +57,7 @@ class Tail:
         self.lines = Lines()
 
     def read(self) -> Iterator[list[bytes]]:
-        """The lines that are complete now, a chunk at a time. Does not run after a growing file."""
+        """The lines that are complete now, a chunk at a time. Stops at the size that the file has at the call."""
         size = os.fstat(self._fd).st_size
         while self._offset < size:
             data = os.pread(self._fd, self.CHUNK, self._offset)
@@ -85,7 +85,7 @@ class DirectoryWatch:
         return self._fd
 
     def clear(self) -> None:
-        """Forget what has been written so far."""
+        """Make it unreadable until the next write."""
         try:
             while os.read(self._fd, 1 << 16):
                 pass

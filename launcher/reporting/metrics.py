@@ -1,4 +1,4 @@
-"""The job in numbers for Prometheus, at http://HOST:PORT/metrics. Needs prometheus-client (extra "metrics").
+"""Metrics of the job for Prometheus, at http://HOST:PORT/metrics. Needs prometheus-client (extra "metrics").
 
 metric                             what
 launch_round                       number of the present round
@@ -11,7 +11,7 @@ launch_loss                        as the workers report it
 launch_last_checkpoint_step{tier}  newest checkpoint in memory, local, remote
 launch_last_checkpoint_seconds{tier}  when it was complete there, in seconds since the epoch
 
-What is not known, as the loss of workers that do not report it, is left out.
+A metric whose value is not known is left out.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ __all__ = ["Metrics"]
 
 
 class Metrics:
-    """Serves the newest status at `port` of all of the host's addresses, as Prometheus' exporters do.
+    """Serves the newest status at `port` of all addresses of the host, in threads of its own.
 
-    It answers in threads of its own. Raises `BusyError` if the port is in use, `UsageError` if it may not
-    be used or the package is not installed.
+    Raises:
+        BusyError: the port is in use.
+        UsageError: the port may not be used, or prometheus-client is not installed.
     """
 
     def __init__(self, port: int) -> None:
@@ -53,7 +54,7 @@ class Metrics:
                 f"--metrics-port {port} cannot be used: {os.strerror(error.errno or 0)}"
             ) from None
         self.port: int = self._server.server_port
-        """The one that was chosen, if 0 was asked for."""
+        """The port; if 0 was asked for, the one that was chosen."""
 
     def update(self, status: Status) -> None:
         """Serve `status` from now on."""
@@ -66,7 +67,7 @@ class Metrics:
         self._thread.join()
 
     def collect(self) -> Iterable[Any]:
-        """What prometheus-client asks for when it is scraped."""
+        """The metrics; prometheus-client calls this for each scrape."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         status = self._status

@@ -1,4 +1,4 @@
-"""The same traceback of many ranks, shown once."""
+"""Shows a traceback that many ranks write once."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ __all__ = ["Repeats"]
 
 _MARK = rb"^\[rank\d+\]: "  # torch writes it before each line of an uncaught exception
 _MOST = 100  # tracebacks that are remembered
-_TOLD = 8  # ranks of which each is said to have written the same traceback
+_NAMED = 8  # ranks whose error is shown although the traceback is another rank's
 
 
 class Repeats:
-    """Passes on the lines that ranks write; of a traceback that another rank has written before only its error.
+    """Passes on the lines that ranks write; of a traceback that another rank has written before, only the error.
 
-    Numbers in the error, as ports and ranks are, may differ. If many ranks have written it, not even the errors
-    of all are passed on, which is told. The lines of a traceback are held until its last one has come.
+    Two tracebacks are the same although numbers in the error differ, such as ports. After some ranks a last line
+    says that the errors of others are in their logs only. The lines of a traceback are held back until it is
+    complete.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[
-            tuple[bytes, ...], list[int]
-        ] = {}  # tracebacks, and the ranks that have written them
+        self._seen: dict[tuple[bytes, ...], list[int]] = {}  # the ranks that have written each traceback
         self._held: dict[int, list[bytes]] = {}
 
     def sift(self, rank: int, lines: Sequence[bytes]) -> list[bytes]:
-        """What is to be shown, now that `rank` has written `lines`."""
+        """The lines to show after `rank` has written `lines`."""
         shown: list[bytes] = []
         for line in lines:
             plain = re.sub(_MARK, b"", line)
@@ -54,9 +53,9 @@ class Repeats:
             ranks.append(rank)
         if rank == ranks[0]:
             return lines
-        if len(ranks) > _TOLD + 2:
+        if len(ranks) > _NAMED + 2:
             return []
         text = b"the same traceback as rank %d's: %s" % (ranks[0], error)
         return [
-            text if len(ranks) < _TOLD + 2 else text + b" (those of other ranks are in their logs only)"
+            text if len(ranks) < _NAMED + 2 else text + b" (those of other ranks are in their logs only)"
         ]

@@ -1,6 +1,6 @@
-"""How a job is, for people and programs: `launch status`, the live view, metrics. Pure: no clock, no I/O.
+"""The status of a job, for `launch status`, the live view and metrics. Pure: no clock, no I/O.
 
-Times are seconds since the epoch, since that is what workers on several hosts can tell.
+Times are in seconds since the epoch, which workers on several hosts share.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Paint = Callable[[str, int], str]
 """Puts an ANSI style on a text, or leaves it as it is."""
 
 _STALE_SECONDS = 5.0  # without a step, and
-_LATE = 3  # times what a step takes, after which the next is overdue
-_GROUPS = 3  # of ranks at the same step that are told one by one
-_SLOWEST = 3  # ranks that are named otherwise
-_SPANS = 4  # of ranks, as 0-3, that are told one by one
+_LATE = 3  # steps' time, after which the next step is overdue
+_GROUPS = 3  # most groups of ranks at the same step that are shown
+_SLOWEST = 3  # ranks that are shown where there are more groups
+_SPANS = 4  # most spans of ranks, such as 0-3, that are shown
 
 
 @dataclass(frozen=True, slots=True)
 class RankStatus:
-    """One rank: where it runs, and the last step that it has reported in this round, and when."""
+    """One rank: where it runs, the last step that it has reported in this round, and when."""
 
     rank: int
     host: str
@@ -44,7 +44,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """A checkpoint that is on its way to a tier: `done` of `total` bytes."""
+    """A checkpoint that is written to a tier: `done` of `total` bytes are."""
 
     step: int
     tier: str
@@ -54,26 +54,26 @@ class Saving:
 
 @dataclass(frozen=True)
 class Status:
-    """How a job was at `time`."""
+    """The status of a job at `time`."""
 
     run: str
     time: float
     phase: str
-    round: int  # 0: none has started
+    round: int  # its number; 0: none has started
     round_started: float
     world: int = 0  # ranks of the job
     nodes: int = 1
     restarts: int = 0
-    step: int | None = None  # that every rank which reports steps has done
+    step: int | None = None  # the last that all ranks which report steps have done
     rate: float | None = None  # steps per second, over the last 10 s or so; 0: the next is overdue
     loss: float | None = None
-    ranks: tuple[RankStatus, ...] = ()  # those that the agent which is asked can see
-    saved: Mapping[str, Saved] = field(default_factory=dict)  # by tier, the nearest first
+    ranks: tuple[RankStatus, ...] = ()  # of the node whose agent was asked
+    saved: Mapping[str, Saved] = field(default_factory=dict)  # newest checkpoint by tier, the nearest first
     saving: tuple[Saving, ...] = ()
-    failures: Mapping[str, int] = field(default_factory=dict)  # by kind, since the job was started
+    failures: Mapping[str, int] = field(default_factory=dict)  # rounds that failed, by kind
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; `from_json` makes the same of them."""
+        """As plain values, from which `from_json` makes an equal status."""
         plain: dict[str, Any] = json_values(asdict(self))
         return plain
 
@@ -91,7 +91,7 @@ class Status:
         )
 
     def render(self, paint: Paint = lambda text, _: text) -> list[str]:
-        """A few lines, however many ranks there are: a headline, and then one for each thing to know."""
+        """A headline and at most four rows, however many ranks there are."""
         rows = {
             "step": self._step_row(),
             "ranks": self._ranks_row(),
@@ -125,11 +125,11 @@ class Status:
         return ", ".join(filter(None, parts))
 
     def _is_stale(self, time: float) -> bool:
-        """Whether a step that was reported at `time` should have been followed by another."""
+        """True if the step after one that was reported at `time` is overdue."""
         return self.time - time > patience(1 / self.rate if self.rate else 0.0)
 
     def _ranks_row(self) -> str:
-        """Who is where, if that tells anything: ranks are seldom at the same step when they are looked at."""
+        """Which ranks are at which step; empty if they are as close together as usual."""
         silent = [rank.rank for rank in self.ranks if rank.step is None]
         groups: dict[int, list[RankStatus]] = {}
         for rank in self.ranks:
@@ -175,11 +175,11 @@ def _percent(save: Saving) -> str:
 
 
 def _few(ranks: Collection[int]) -> str:
-    """`0-3+5`; only how many there are, if that would be long."""
+    """`0-3+5`; the number of ranks if that would be long."""
     found = spans(ranks)
     return "+".join(found) if len(found) <= _SPANS else count(len(ranks), "rank")
 
 
 def patience(interval: float) -> float:
-    """How many seconds without a step are as usual, where one takes `interval`."""
+    """Seconds without a step after which one is overdue, where a step takes `interval` seconds."""
     return max(_STALE_SECONDS, _LATE * interval)

@@ -1,4 +1,4 @@
-"""What the agent knows about its job: every event makes a new board. Pure."""
+"""What the agent knows about its job, as a value: every event makes a new board. Pure."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _RATE_SECONDS = 10.0  # over which the rate of steps is measured
 
 @dataclass(frozen=True)
 class StatusBoard:
-    """What is known about a job, as the agent learns it; `status` makes a `Status` of it.
+    """What is known about a job; `status` makes a `Status` of it.
 
-    Every method returns a new board. `now` is in seconds since the epoch.
+    Every other method returns a new board. `now` is in seconds since the epoch.
     """
 
     run: str
@@ -55,9 +55,15 @@ class StatusBoard:
         nodes: int = 1,
         restarts: int = 0,
     ) -> StatusBoard:
-        """A round starts on `nodes` nodes with `world` ranks, or else with those in `hosts`.
+        """A round starts.
 
-        `hosts` are the ranks whose progress can be seen from here, each with its host.
+        Args:
+            number: of the round.
+            hosts: the host of each rank whose progress this agent reads.
+            now: when it starts.
+            world: number of ranks on all nodes; None: those in `hosts`.
+            nodes: number of nodes.
+            restarts: of the job so far.
         """
         return replace(
             self,
@@ -73,7 +79,7 @@ class StatusBoard:
         )
 
     def in_phase(self, phase: str) -> StatusBoard:
-        """`phase` is a word or two for the user: running, draining, persisting, waiting for nodes."""
+        """The job does something else: `phase` is a word or two for the user, such as "running"."""
         return replace(self, phase=phase)
 
     def failed(self, kind: str) -> StatusBoard:
@@ -81,7 +87,7 @@ class StatusBoard:
         return replace(self, failures={**self.failures, kind: self.failures.get(kind, 0) + 1})
 
     def sampled(self, progress: Mapping[int, Progress], now: float) -> StatusBoard:
-        """What ranks of this round have reported by `now`; others may follow in another call."""
+        """Some ranks of this round have reported their progress by `now`."""
         ranks = {**self.ranks}
         for rank, one in progress.items():
             if one.step is not None and rank in ranks:
@@ -96,7 +102,7 @@ class StatusBoard:
         )
 
     def after(self, event: Event, now: float) -> StatusBoard:
-        """The board after what the saver tells; other events leave it as it is."""
+        """The board after an event of a save; other events leave it as it is."""
         match event:
             case SaveStaged(step=step):
                 return self._with_saved("memory", step, now)
@@ -123,23 +129,23 @@ class StatusBoard:
 
     @property
     def step(self) -> int | None:
-        """The steps that every rank which reports any has done."""
+        """The last step that all ranks which report steps have done; None without any."""
         return min((rank.step for rank in self.ranks.values() if rank.step is not None), default=None)
 
     @property
     def newest_saved(self) -> int | None:
-        """The step of the newest checkpoint in any tier, as far as the saver has told."""
+        """The step of the newest checkpoint in any tier, as far as the saver has reported."""
         return max((saved.step for saved in self.saved.values()), default=None)
 
     @property
     def is_only_in_memory(self) -> bool:
-        """Whether that checkpoint is in no other tier, so that it is as good as the saver that holds it."""
+        """True if that checkpoint is in memory alone, so that it is lost with the saver."""
         newest = [tier for tier, saved in self.saved.items() if saved.step == self.newest_saved]
         return newest == ["memory"]
 
     @property
     def loss(self) -> float | None:
-        """As the lowest rank that reports one tells it."""
+        """The loss that the lowest rank has reported; None if none has."""
         return self.losses[min(self.losses)] if self.losses else None
 
     def status(self, now: float) -> Status:
@@ -165,7 +171,7 @@ class StatusBoard:
 def _extended(
     track: tuple[tuple[float, int], ...], step: int, time: float, now: float
 ) -> tuple[tuple[float, int], ...]:
-    """`track` with one more point, without those that are too old; two are always kept."""
+    """`track` with one more point, without points that are too old; two are always kept."""
     if track and (step < track[-1][1] or time < track[-1][0]):
         track = ()  # training has gone back
     if track and step == track[-1][1]:
@@ -175,7 +181,7 @@ def _extended(
 
 
 def _rate_of(track: tuple[tuple[float, int], ...], now: float) -> float | None:
-    """Steps per second, as long as steps come."""
+    """Steps per second; 0 if the next step is overdue, None without two steps."""
     if len(track) < 2:
         return None
     (start, first), (end, last) = track[0], track[-1]

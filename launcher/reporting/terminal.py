@@ -1,4 +1,4 @@
-"""What goes to a terminal, or to whatever is in its place: lines, colours, and a block that stays below them."""
+"""Output to a terminal or what stands in its place: lines, colours, and a block that stays below them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 __all__ = ["LiveBlock", "Sink", "fit"]
 
-_COLUMNS, _ROWS = 80, 24  # of a terminal that does not tell
+_COLUMNS, _ROWS = 80, 24  # of a terminal of unknown size
 _STYLE = re.compile(r"(\x1b\[[0-9;:]*m)")
-# Of what a terminal obeys only colours and the like are let through: the rest moves the cursor, clears the
-# screen or sets modes that would outlive the job.
+# Of the escape sequences of workers only styles reach a terminal: others move the cursor, clear the screen or
+# set modes that would outlive the job.
 _SEQUENCE = re.compile(
     rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-OQ-WYZ`-~\\]|$)?"
 )
@@ -22,7 +22,7 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f]|\xc2[\x80-\x9f]")
 
 
 class Sink:
-    """A file descriptor that takes whole lines. Once its reader is gone it takes them in silence."""
+    """A file descriptor for whole lines. Once its reader is gone, lines are dropped."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -43,7 +43,7 @@ class Sink:
                 self.is_gone = True
 
     def write_lines(self, prefix: bytes, lines: Sequence[bytes]) -> None:
-        """Write workers' lines. A terminal is spared what would upset it."""
+        """Write workers' lines; to a terminal without anything but text and styles."""
         if self.is_terminal:
             lines = [_printable(line) for line in lines]
         if self.is_coloured:
@@ -51,7 +51,7 @@ class Sink:
         self.write(b"".join(prefix + line + b"\n" for line in lines))
 
     def paint(self, text: str, style: int) -> str:
-        """`text` in an ANSI style, if colours are wanted here."""
+        """`text` in an ANSI style, if this is a terminal with colours."""
         return f"\x1b[{style}m{text}\x1b[0m" if self.is_coloured and style else text
 
     @property
@@ -65,7 +65,7 @@ class Sink:
 
     @property
     def is_foreground(self) -> bool:
-        """Whether the terminal is this process's to draw on, not a shell's that put it in the background."""
+        """True unless a shell has put this process in the background of its terminal."""
         try:
             return os.tcgetpgrp(self._fd) == os.getpgrp()
         except OSError:  # not its controlling terminal
@@ -73,7 +73,7 @@ class Sink:
 
     @property
     def is_piped(self) -> bool:
-        """Whether what is written here may come to the terminal later, through `| tee` or the like."""
+        """True for a pipe or socket, whose reader may write to the terminal, such as `| tee`."""
         try:
             mode = os.fstat(self._fd).st_mode
         except OSError:
@@ -92,7 +92,7 @@ def _styles_only(sequence: re.Match[bytes]) -> bytes:
 
 
 def fit(text: str, columns: int) -> tuple[str, int]:
-    """As much of `text` as fits into `columns`, with all of its styles, and the columns that it takes."""
+    """As much of `text` as fits into `columns`, with all its styles, and the number of columns that it takes."""
     parts: list[str] = []
     used = 0
     for number, part in enumerate(_STYLE.split(text)):
@@ -117,10 +117,10 @@ def _columns(character: str) -> int:
 
 
 class LiveBlock:
-    """Lines at the bottom of a terminal that are redrawn in place. Whatever else is written goes above them.
+    """Lines at the bottom of a terminal that are redrawn in place. All other output goes above them.
 
-    The cursor stays on the line below, in the first column: a shell that gets the terminal back, for any
-    reason, finds it as after any other output. No mode of the terminal is changed.
+    The cursor stays on the line below, in the first column, and no mode of the terminal is changed: so a shell
+    that gets the terminal back finds it as after any other output.
     """
 
     def __init__(self, sink: Sink, beside: Sink) -> None:
@@ -135,12 +135,12 @@ class LiveBlock:
         return bool(self._widths)
 
     def erase(self) -> None:
-        """Make room for other lines, until `refresh`."""
+        """Remove the lines from the screen, until `refresh`."""
         self._sink.write(self._erasure())
         self._widths = []
 
     def refresh(self) -> None:
-        """Bring what is on the screen up to date."""
+        """Draw the lines again if they have changed."""
         lines = tuple(self.lines)
         if not self.can_draw:
             return
@@ -155,11 +155,11 @@ class LiveBlock:
             self._drawn = lines
 
     def forget(self) -> None:
-        """Others have written to the terminal: what is on it stays there."""
+        """Leave what is on the screen there: another process has written below it."""
         self._widths = []
 
     def _erasure(self) -> bytes:
-        """Go up to the first line and clear what is below. Terminals wrap lines again that became too long."""
+        """The sequence that clears the lines. A terminal that became narrower has wrapped them again."""
         columns, _ = self._sink.size
         rows = sum(max(1, -(-width // columns)) for width in self._widths)
         return f"\r\x1b[{rows}A\x1b[J".encode() if rows else b""

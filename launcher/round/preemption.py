@@ -1,4 +1,4 @@
-"""What a signal that a scheduler sends to a job asks of it, by what its workers can do. Pure."""
+"""What a job does about a scheduler's signal. Pure."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ __all__ = ["Answer", "answer_signal"]
 class Answer(Enum):
     """What is done about a signal."""
 
-    LEAVE = auto()  # save if workers can, and end with 75: the job goes on when it is started again
-    KEEP = auto()  # until a worker can save; then leave
-    STOP = auto()  # end as any job does that gets this signal
+    LEAVE = (
+        auto()
+    )  # workers save if they can, and the job ends with 75: it goes on when it is started again
+    KEEP = auto()  # the signal is kept until a worker can save; then the job leaves
+    STOP = auto()  # the job ends as one without checkpoints does
 
 
 def answer_signal(signum: int, *, can_save: bool, can_resume: bool, is_started: bool) -> Answer:
     """What to do about a first signal.
 
     Args:
-        can_save: workers have said that they save when they are asked to.
-        can_resume: the job goes on from a checkpoint when it is started again, or its script makes some.
-        is_started: there are workers.
+        signum: the signal.
+        can_save: True if a worker has reported that it answers drain requests.
+        can_resume: True if the job goes on from a checkpoint when it is started again, or its script makes some.
+        is_started: True if workers run.
     """
     if signum not in (signal.SIGTERM, signal.SIGUSR1):
         return Answer.STOP
     if can_save or (can_resume and not is_started):
         return Answer.LEAVE
-    if signum == signal.SIGUSR1:  # a notice: what ends the job comes later
+    if signum == signal.SIGUSR1:  # a notice: the signal that ends the job comes later
         return Answer.KEEP
     return Answer.LEAVE if can_resume else Answer.STOP

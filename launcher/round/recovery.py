@@ -1,4 +1,4 @@
-"""How long each part of getting back to work took after a failure. Pure."""
+"""How long each part of a recovery took, from a failure to the next step of all ranks. Pure."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ __all__ = ["Recovery"]
 
 @dataclass(frozen=True)
 class Recovery:
-    """A restart in the making. All times are in seconds since the epoch."""
+    """The times of one restart on this node, in seconds since the epoch."""
 
-    detected: float  # the first failure
-    stopped: float | None = None  # nothing was left of the round that failed
-    forked: float | None = None  # all workers of this node exist
+    detected: float  # the first failure was seen
+    stopped: float | None = None  # no process of the failed round was left
+    forked: float | None = None  # all workers of this node existed
 
     def timeline(self, ranks: Collection[int], progress: Mapping[int, Progress]) -> dict[str, float] | None:
-        """Seconds since the failure at which each part was done by the last of `ranks`; None: not there yet.
+        """Seconds from the failure to each part, for the last of `ranks`; None until all have made a step.
 
-        A recovery is complete with every rank's first step. Parts that the workers do not tell of are
-        left out.
+        Parts that not all workers report are left out.
         """
-        told = [progress.get(rank) for rank in ranks]
-        if any(one is None or one.first_step is None for one in told):
+        known = [progress.get(rank) for rank in ranks]
+        if any(one is None or one.first_step is None for one in known):
             return None
         times = {"stopped": self.stopped, "forked": self.forked}
         for part in ("joined", "restored", "first_step"):
-            parts = [getattr(one, part) for one in told]
+            parts = [getattr(one, part) for one in known]
             times[part] = None if None in parts else max(parts)
         return {part: round(time - self.detected, 3) for part, time in times.items() if time is not None}

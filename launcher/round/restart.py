@@ -1,4 +1,4 @@
-"""What comes after a round. Pure, and the same on every node: they decide from what all have heard."""
+"""What comes after a round. Pure, and the same on every node: they decide from what all have received."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from launcher.round.round import Round
 
 __all__ = ["Again", "Decision", "Failure", "Finish", "GiveUp", "History", "Limits", "decide"]
 
-_LONGEST_PAUSE = 30.0
-_JOIN_ATTEMPTS = 5  # in a row, of which none brings this node into a team
+_LONGEST_PAUSE = 30.0  # seconds before another try
+_JOIN_ATTEMPTS = 5  # in a row that do not bring this node into a team
 _MEMBER_CODES = {
     "usage": ExitCode.BAD_USAGE,
     "unavailable": ExitCode.UNAVAILABLE,
@@ -28,30 +28,30 @@ _MEMBER_CODES = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a job may go through."""
+    """How many failures end a job."""
 
     max_restarts: int = 3  # without progress
-    crash_loop: int = 3  # times that one failure may repeat at one step; 0: no limit
-    min_nodes: int = 1
+    crash_loop: int = 3  # number of equal failures at one step; 0: no limit
+    min_nodes: int = 1  # with which the job goes on
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What one round failed of. Two with equal `fingerprint` are the same failure again."""
+    """The failure of one round. Two with equal step and fingerprint are the same failure again."""
 
-    step: int | None
-    fingerprint: str | None = None  # None: cannot be compared with others
+    step: int | None  # the highest that was reported
+    fingerprint: str | None = None  # None: the failure cannot be compared with others
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a job has been through before its present round."""
+    """The failures of a job before its present round. Progress is a step beyond `best_step`."""
 
     restarts: int = 0  # after failures, since the job's start
     best_step: int | None = None  # the highest that any round has reported
     failures: tuple[Failure, ...] = ()  # since the last progress
-    losses: int = 0  # rounds that ended because nodes were lost, since the last progress
-    failed_joins: int = 0  # in a row, of this node alone; a node that has joined has none
+    losses: int = 0  # rounds since the last progress that ended because nodes were lost
+    failed_joins: int = 0  # of this node, in a row; 0 once it has joined
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,11 +63,11 @@ class History:
 
     @classmethod
     def of_team(cls, histories: Sequence[History]) -> History:
-        """What the nodes of a new team go on with: the longest that one of them remembers."""
+        """The history that a new team goes on with: the longest of its nodes'."""
         return max(histories, key=lambda one: (one.restarts, one.best_step or 0, one.losses))
 
     def after_step(self, step: int | None) -> History:
-        """After a round that got to `step`. Progress makes what failed before it forgotten."""
+        """The history after a round that reached `step`. Progress clears the failures before it."""
         if step is None or (self.best_step is not None and step <= self.best_step):
             return self
         return replace(self, best_step=step, failures=(), losses=0)
@@ -78,12 +78,12 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """Begin a new round, `pause` seconds from now."""
+    """The job goes on with a new round, `pause` seconds from now."""
 
     history: History
     reason: str
     pause: float = 0.0
-    same_team: bool = True  # else nodes come together anew first
+    same_team: bool = True  # False: the nodes form a new team first
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ class Finish:
     """The job ends because its workers have finished, or because it, or this node, was told to."""
 
     exit_code: int
-    reason: str = field(default="", compare=False)
-    is_final: bool = True  # nobody will go on with it, here or on another node
+    reason: str = field(default="", compare=False)  # empty: the workers have finished
+    is_final: bool = True  # the job goes on neither here nor on another node
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,12 @@ class GiveUp:
 
     exit_code: int
     reason: str
-    is_final: bool = True  # as above
+    is_final: bool = True  # as in `Finish`
 
 
 Decision = Again | Finish | GiveUp
 
-# Not final: the job may go on on other nodes, and is to be started again on this one.
+# Not final: the job may go on on other nodes, and the user starts it again on this one.
 _PREEMPTED = Finish(ExitCode.PREEMPTED, "told to end: start it again to go on", is_final=False)
 _STUCK = GiveUp(
     ExitCode.INTERNAL, "no more rounds where processes are left that nothing can end", is_final=False
@@ -118,13 +118,14 @@ def decide(
 ) -> Decision:
     """What to do after a round that is settled.
 
-    `culprit` is the worker that failed first, None if no worker is to blame; `fingerprint` tells its
-    failure from others.
+    Args:
+        culprit: the worker that failed first; None if no worker is to blame.
+        fingerprint: equal for the same failure again; None if it cannot be compared.
     """
     if round_.stop_signal is not None:
         reason = f"stopped by {signal.Signals(round_.stop_signal).name}"
-        has_told_others = round_.team is not None and round_.cut_off is None
-        return Finish(128 + round_.stop_signal, reason, is_final=has_told_others)
+        is_known_to_team = round_.team is not None and round_.cut_off is None
+        return Finish(128 + round_.stop_signal, reason, is_final=is_known_to_team)
     if round_.cut_off is not None:
         return _after_exclusion(round_, history)
     reports = round_.reports.values()
@@ -156,12 +157,12 @@ def _after_exclusion(round_: Round, history: History) -> Decision:
 
 
 def _pause(failures: int) -> float:
-    """Seconds to wait after so many in a row: none after the first."""
+    """Seconds to wait after so many failures in a row: 0 after the first."""
     return 0.0 if failures <= 1 else min(2.0 ** (failures - 3), _LONGEST_PAUSE)
 
 
 def _without_some_nodes(round_: Round, history: History, limits: Limits) -> Decision:
-    """What those do that are left, and those that are not. Too few may be left for the job to go on."""
+    """What comes after nodes left, were lost or got stuck: the others go on if they are enough."""
     if round_.team is None:
         return _PREEMPTED
     gone = round_.leavers | round_.stuck | set(round_.lost)
@@ -180,7 +181,7 @@ def _without_some_nodes(round_: Round, history: History, limits: Limits) -> Deci
 
 def _after_drain(round_: Round, history: History) -> Decision:
     if not round_.end_requests:
-        return _PREEMPTED  # the workers wanted it so themselves
+        return _PREEMPTED  # the workers have left by themselves
     return Again(history, _REASONS[round_.end_requests[0].reason], same_team=not round_.waiting)
 
 

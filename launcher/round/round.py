@@ -1,7 +1,7 @@
-"""What happens in a round, from the gathering of its nodes to the last report. Pure: no clock, no I/O.
+"""A round, from the gathering of its nodes to the last report, as a value that events change. Pure.
 
-Every node of a team plays the same round. What all must know is said into the team's log, which every
-node hears in the same order: so all of them come to the same end.
+Every node of a team has its own copy. What all must know is broadcast through the team's message log, which every
+node receives in the same order: so all copies come to the same end.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ __all__ = ["Phase", "Round", "RoundEndRequest"]
 class Phase(Enum):
     """How far a round is on this node. It only ever moves down this list."""
 
-    GATHERING = auto()  # the nodes are not all ready
+    GATHERING = auto()  # not all nodes are ready
     RUNNING = auto()
-    DRAINING = auto()  # workers have been asked to save at their next step boundary, and to end
-    DIAGNOSING = auto()  # workers hang, and before they are stopped it is looked at where
-    STOPPING = auto()  # everything that is left has been sent SIGTERM
+    DRAINING = auto()  # workers are asked to save at their next step boundary, and to end
+    DIAGNOSING = auto()  # workers hang, and their stacks are taken before they are stopped
+    STOPPING = auto()  # all processes that are left have been sent SIGTERM
     KILLING = auto()  # ... SIGKILL
-    OVER = auto()  # nothing is left on this node
+    OVER = auto()  # no process is left on this node
     SETTLED = auto()  # ... nor on any other
 
 
 @dataclass(frozen=True)
 class RoundEndRequest:
-    """Why a round shall end at a step boundary."""
+    """A node's request to end the round at a step boundary."""
 
     reason: str
-    """leave: a node was told to end; join: nodes wait to be taken in; scale, restart: a user asks for it."""
+    """leave: the node was told to end; join: nodes wait to be taken in; scale, restart: a user asks for it."""
     node: int
-    can_drain: bool  # else the workers are stopped where they are
-    slots: int | None = None  # to scale that node to
-    without: tuple[int, ...] = ()  # the slots that get no worker then
+    can_drain: bool  # False: the workers cannot save, and are stopped where they are
+    slots: int | None = None  # to scale: the number of workers on that node afterwards
+    without: tuple[int, ...] = ()  # to scale: slots that get no worker
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -76,22 +76,24 @@ class RoundEndRequest:
 
 @dataclass(frozen=True)
 class Round:
-    """One start of all workers of a team, as the events so far tell it to this node."""
+    """One start of all workers of a team, as this node knows it from the events so far."""
 
     team: Team | None = None
     phase: Phase = Phase.GATHERING
     readies: Mapping[int, Ready] = field(default_factory=dict)
     exits: tuple[WorkerExited, ...] = ()  # of this node, in order of death
-    exits_before_stop: int | None = None  # how many had ended when the rest was first told to
-    exits_before_kill: int | None = None  # ... when the rest was killed
+    exits_before_stop: int | None = (
+        None  # how many workers had ended before the rest was first sent SIGTERM
+    )
+    exits_before_kill: int | None = None  # ... before the rest was sent SIGKILL
     end_requests: tuple[RoundEndRequest, ...] = ()
     trouble: SpawnFailed | ZygoteLost | DeadlinePassed | None = None
-    cut_off: MemberFailed | None = None  # this node is in no team any more
-    stop_signal: int | None = None  # someone wants the whole job to end, now
-    hang: tuple[str, ...] = ()  # what was found out about it on this node
+    cut_off: MemberFailed | None = None  # this node is no longer in a team
+    stop_signal: int | None = None  # the whole job ends, now
+    hang: tuple[str, ...] = ()  # what the stacks of this node's workers say
     is_hung: bool = False
-    lost: Mapping[int, str] = field(default_factory=dict)  # nodes, and why
-    waiting: int = 0  # nodes that want to be taken in
+    lost: Mapping[int, str] = field(default_factory=dict)  # why each lost node is taken for lost
+    waiting: int = 0  # number of nodes that wait to be taken in
     reports: Mapping[int, NodeReport] = field(default_factory=dict)
 
     def after(self, event: Event) -> Round:
@@ -123,83 +125,83 @@ class Round:
                 return self
 
     def withdrawn(self) -> Round:
-        """The round of a node that leaves and is in no team that could be told."""
+        """The round of a node that leaves and is in no team whose nodes need to know."""
         request = RoundEndRequest("leave", 0 if self.team is None else self.team.rank, can_drain=False)
         after = replace(self, end_requests=(*self.end_requests, request))
         return after if self.is_started else after._at_least(Phase.SETTLED)
 
     @property
     def plan(self) -> RankAssignment:
-        """Of a round that has started."""
+        """Which ranks run where, in a round that has started."""
         assert self.team is not None
         return RankAssignment.of(self.team.rank, self.readies)
 
     @property
     def is_started(self) -> bool:
-        """Whether workers were, or are being, started on this node."""
+        """True from the start of this node's workers until no process of theirs is left."""
         return Phase.RUNNING.value <= self.phase.value < Phase.OVER.value
 
     @property
     def has_finished(self) -> bool:
-        """Whether every worker of this node returned 0, and none of them because it was told to end."""
+        """True if every worker of this node returned 0, none of them in answer to a signal of launch's."""
         return self._have_all_ended_with(0)
 
     @property
     def has_drained(self) -> bool:
-        """Whether every worker of this node returned 0 so, or saved and left."""
+        """True if every worker of this node has finished in that sense, or has saved and left."""
         return self._have_all_ended_with(0, ExitCode.PREEMPTED)
 
     @property
     def was_drained(self) -> bool:
-        """Whether nodes have reported, and every worker of theirs had saved and left, or finished."""
+        """True if nodes have reported, and all their workers had saved and left, or finished."""
         reports = self.reports.values()
         return bool(reports) and all(report.has_drained for report in reports)
 
     def _have_all_ended_with(self, *codes: int) -> bool:
-        """A handler of the worker's own may answer SIGTERM with 0: that is no end of its training."""
+        """A worker that answers SIGTERM with 0, by a handler of its own, has not finished its training."""
         ended = [exit_ for exit_ in self.exits if exit_.code or exit_ in self.unasked_exits]
         return len(ended) == len(self.plan.slots) and all(exit_.code in codes for exit_ in ended)
 
     @property
     def unasked_exits(self) -> tuple[WorkerExited, ...]:
-        """Of this node, before it told any worker to end."""
+        """The exits on this node before it signalled any worker."""
         return self.exits[: self.exits_before_stop]
 
     @property
     def failed_exits(self) -> list[WorkerExited]:
-        """Of this node, in order of death."""
+        """The exits of this node's workers that failed, in order of death."""
         return [exit_ for exit_ in self.exits if exit_.code not in (0, ExitCode.PREEMPTED)]
 
     @property
     def is_stuck(self) -> bool:
-        """Whether processes are left on this node that even SIGKILL does not end."""
+        """True if processes are left on this node that even SIGKILL does not end."""
         return isinstance(self.trouble, DeadlinePassed)
 
     def is_ours(self, exit_: WorkerExited) -> bool:
-        """Whether a worker of this node ended because it was sent a signal to that end."""
+        """True if a worker of this node ended by the signal that launch had sent it."""
         before = {-signal.SIGTERM: self.exits_before_stop, -signal.SIGKILL: self.exits_before_kill}
         first = before.get(exit_.code)
         return first is not None and exit_ in self.exits[first:]
 
     @property
     def has_failed_here(self) -> bool:
-        """Whether something went wrong on this node before anything was stopped."""
+        """True if something went wrong on this node that no signal of launch's explains."""
         return self.trouble is not None or any(not self.is_ours(exit_) for exit_ in self.failed_exits)
 
     @property
     def is_asked_to_end(self) -> bool:
-        """Whether it ends, or will, because somebody wants it to."""
+        """True if the round ends, or will end, because a user, a scheduler or a node asked for it."""
         return self.stop_signal is not None or bool(self.end_requests)
 
     @property
     def is_explained(self) -> bool:
-        """Whether something other than a worker's failure is known, of which workers may have failed."""
-        told = any(report.trouble or report.hang for report in self.reports.values())
-        return told or bool(self.lost)
+        """True if a node was lost, or reported a hang or trouble, which may have caused the workers' failures."""
+        is_reported = any(report.trouble or report.hang for report in self.reports.values())
+        return is_reported or bool(self.lost)
 
     @property
     def has_failed(self) -> bool:
-        """Whether a settled round ended because something went wrong, wherever that was."""
+        """True if a settled round ended because something went wrong, on any node."""
         if self.stop_signal is not None:
             return False
         reports = self.reports.values()
@@ -209,7 +211,7 @@ class Round:
 
     @property
     def trouble_in_words(self) -> str | None:
-        """What went wrong on this node that is not a worker's own failure."""
+        """What went wrong on this node besides the workers' failures; None if nothing did."""
         match self.trouble:
             case SpawnFailed(rank=rank, reason=reason):
                 return f"rank {rank} could not be started: {reason}"
@@ -221,7 +223,7 @@ class Round:
                 return None
 
     def slots_after(self, slots: Slots, culprit: Death | None) -> Slots:
-        """This node's slots for the next round; `culprit` is the worker that failed first, wherever."""
+        """This node's slots for the next round; `culprit` is the worker of any node that failed first."""
         if self.team is None:
             return slots
         for request in reversed(self.end_requests):
@@ -233,26 +235,26 @@ class Round:
 
     @property
     def drain_tiers(self) -> str:
-        """Where the workers that are asked to end have to save: those who go on here find it in memory."""
+        """Where workers must save before they leave: "memory" is enough if all nodes go on, else "durable"."""
         return "memory" if self.end_requests and not self.leavers else "durable"
 
     @property
     def step(self) -> int | None:
-        """The highest that a worker of any node has reported, once its node has."""
+        """The highest step in the nodes' reports; None if there is none."""
         steps = [report.step for report in self.reports.values() if report.step is not None]
         return max(steps, default=None)
 
     @property
     def silent(self) -> frozenset[int]:
-        """The nodes of a team that have not said what all wait for: that they are ready, and later a report."""
+        """The nodes whose message all others wait for: that they are ready, or at the end their report."""
         if self.team is None:
             return frozenset()
-        said = self.readies if self.phase is Phase.GATHERING else self.reports
-        return frozenset(range(self.team.size)) - frozenset(said) - frozenset(self.lost)
+        received = self.readies if self.phase is Phase.GATHERING else self.reports
+        return frozenset(range(self.team.size)) - frozenset(received) - frozenset(self.lost)
 
     @property
     def is_late(self) -> bool:
-        """Whether the silent nodes should have spoken soon after this one has: no worker of theirs may go on."""
+        """True if the silent nodes' messages are overdue soon: none of their workers may go on any more."""
         if self.team is None:
             return False
         if self.phase is Phase.GATHERING:
@@ -263,7 +265,7 @@ class Round:
 
     @property
     def leavers(self) -> frozenset[int]:
-        """The nodes that end with this round, because they were told to."""
+        """The nodes that end with this round because they were told to."""
         return frozenset(request.node for request in self.end_requests if request.reason == "leave")
 
     @property
@@ -273,18 +275,18 @@ class Round:
 
     @property
     def is_leaving(self) -> bool:
-        """Whether this node is one of them."""
+        """True if this node leaves."""
         return (0 if self.team is None else self.team.rank) in self.leavers
 
     @property
     def deaths(self) -> list[Death]:
-        """Of all nodes, in order as far as their clocks agree."""
+        """The deaths on all nodes, in order as far as their clocks agree."""
         deaths = [death for report in self.reports.values() for death in report.deaths]
         return sorted(deaths, key=lambda death: death.at)
 
     @property
     def seconds(self) -> float:
-        """From the start of the round to its first failure, on the node that had it first."""
+        """Seconds from the start of the round to its first failure, on the node where that was."""
         return min(self.reports.values(), key=lambda report: report.at).seconds
 
     def _after_message(self, node: int, message: Mapping[str, Any]) -> Round:
@@ -327,7 +329,7 @@ class Round:
         if event.code not in (0, ExitCode.PREEMPTED) or len(after.exits) == len(self.plan.slots):
             return after._at_least(Phase.STOPPING)
         if event.code == ExitCode.PREEMPTED:
-            return after._at_least(Phase.DRAINING)  # it has heard of it before this node has
+            return after._at_least(Phase.DRAINING)  # it has received the request before this node has
         return after
 
     def _after_stop(self, signum: int) -> Round:
@@ -350,14 +352,14 @@ class Round:
                 return self
 
     def _ending(self) -> Round:
-        """On the way to its end. A node that is there already waits for what the others report."""
+        """The round on its way to the end; before its start, at it."""
         return self._at_least(Phase.SETTLED if self.phase is Phase.GATHERING else Phase.STOPPING)
 
     def _at_least(self, phase: Phase) -> Round:
         if phase.value <= self.phase.value:
             return self
         if phase is Phase.OVER and self.cut_off is not None:
-            phase = Phase.SETTLED  # there is nobody to tell
+            phase = Phase.SETTLED  # no other node waits for a report
         after = replace(self, phase=phase)
         if phase.value >= Phase.STOPPING.value and self.exits_before_stop is None:
             after = replace(after, exits_before_stop=len(self.exits))
@@ -366,5 +368,5 @@ class Round:
         return after
 
     def _settled(self) -> Round:
-        """Settled, if nothing is left here and every node that is left has said what became of it."""
+        """The round, settled if no process is left here and every node that is not lost has reported."""
         return self if self.silent or self.phase is not Phase.OVER else self._at_least(Phase.SETTLED)

@@ -1,4 +1,4 @@
-"""What the saver has not made durable yet, and how waiting for it ends. Pure: no clock, no I/O."""
+"""The saver's backlog, and the flush at the end of a job: the wait until it is durable. Pure."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Backlog:
-    """The saves that one saver process works on, as its events so far tell it."""
+    """The saves that one saver process has not made durable, from its events so far."""
 
     pending: Mapping[tuple[int, str], SavePersisting] = field(default_factory=dict)
     """By step and tier."""
     failed: Mapping[str, SaveFailed] = field(default_factory=dict)
-    """By tier: the newest that failed, unless a newer one was made durable there since."""
+    """By tier: the newest save that failed, unless a newer one has become durable there since."""
     is_overtaken: bool = False
-    """Whether workers have committed checkpoints without it since it was last given one."""
+    """True if workers have committed checkpoints without the saver since it last got a snapshot."""
 
     def after(self, event: Event) -> Backlog:
         """The backlog after `event`."""
@@ -61,14 +61,14 @@ class Backlog:
         return replace(self, pending=_without(self.pending, (step, tier)), failed=failed)
 
     def _after_workers(self, step: int, tier: str) -> Backlog:
-        """What is older in that tier is not needed any more."""
+        """The backlog without what is older in that tier, which is not needed any more."""
         pending = {key: save for key, save in self.pending.items() if key[1] != tier or key[0] > step}
         failed = {name: one for name, one in self.failed.items() if name != tier or one.step > step}
         return replace(self, pending=pending, failed=failed, is_overtaken=True)
 
     @property
     def is_replaced(self) -> bool:
-        """Whether workers have committed all that it holds, or newer, by themselves."""
+        """True if workers have committed all that the saver holds, or newer, by themselves."""
         return self.is_overtaken and not (self.pending or self.failed)
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Backlog:
         )
 
     def describe_loss(self, ended: SaverEnded, log: str) -> str:
-        """What it means that the saver has ended unasked, in one line."""
+        """What is lost because the saver has ended unasked, in one line; `log` is the path of its log."""
         lost = f", and of {self} what is missing" if self.pending else ""
         return (
             f"the saver was lost: {describe_exit(ended.code)}; the snapshots in memory are gone{lost}; "
@@ -88,7 +88,7 @@ class Backlog:
 
 
 def _going_on(pid: int | None, halt: str | None) -> str:
-    """What a saver does that is not waited for any longer."""
+    """What a saver does after launch has stopped waiting for it."""
     if halt is None:
         return f"it goes on in the background (pid {pid}) until that is done"
     if "SIGSTOP" in halt:
@@ -102,18 +102,18 @@ def _without(values: Mapping[_Key, _Value], key: _Key) -> dict[_Key, _Value]:
 
 @dataclass(frozen=True)
 class Flush:
-    """The wait for the saver after the last worker's end, as the events so far tell it."""
+    """The wait for the saver after the last worker's end, from the events so far."""
 
     backlog: Backlog
-    timeout: float  # seconds; 0: nobody wants to wait
-    limit: str = "--drain-timeout"  # what sets it
-    waited: float = 0.0  # seconds, before that
+    timeout: float  # seconds; 0: launch does not wait
+    limit: str = "--drain-timeout"  # the option that sets the timeout
+    waited: float = 0.0  # seconds that workers have waited for a halted saver before
     persisted: tuple[SavePersisted, ...] = ()
-    ending: SaverEnded | DeadlinePassed | StopRequested | None = None
-    halt: str | None = None  # why the saver cannot go on, if it cannot
+    ending: SaverEnded | DeadlinePassed | StopRequested | None = None  # of the wait
+    halt: str | None = None  # why the saver cannot go on; None if it can
 
     def after(self, event: Event) -> Flush:
-        """The wait after `event`."""
+        """The flush after `event`."""
         match event:
             case SavePersisted():
                 persisted = (*self.persisted, event)
@@ -125,7 +125,7 @@ class Flush:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the wait ended as it should: all is durable, or nobody wanted to know."""
+        """True if all is durable, if launch was not to wait, or if workers have saved all by themselves."""
         match self.ending:
             case SaverEnded(code=code):
                 return code == 0
@@ -135,7 +135,7 @@ class Flush:
                 return False
 
     def exit_code(self, of_job: int) -> int:
-        """What `launch` ends with, after a job that ended with `of_job`."""
+        """The exit code of `launch` after a job that ended with `of_job`."""
         if of_job != ExitCode.OK or self.succeeded:
             return of_job
         if isinstance(self.ending, StopRequested):
@@ -143,7 +143,12 @@ class Flush:
         return ExitCode.NOT_PERSISTED
 
     def render(self, pid: int | None, log: str) -> str:
-        """How it ended, in one line; empty if there is nothing to tell. `pid` is that of a saver that goes on."""
+        """How the wait ended, in one line; empty if there was nothing to make durable.
+
+        Args:
+            pid: of the saver, if it still runs.
+            log: the path of its log.
+        """
         left = f"; not persisted yet: {self.backlog}" if self.backlog.pending else ""
         left += f"; {_going_on(pid, self.halt)}"
         match self.ending:
