@@ -141,3 +141,10 @@ def test_the_script_of_the_readme_resumes(tmp_path: Path, monkeypatch: pytest.Mo
     assert run(crash_at=None) == 120
     del seen[50:70]  # done again
     assert [sorted(seen[epoch * 40 : (epoch + 1) * 40]) for epoch in range(3)] == [list(range(40))] * 3
+
+
+def test_the_tests_that_ci_runs_twice_are_there() -> None:
+    """.ci/run names some for an ordinary user; pytest would refuse a name that a move has made wrong."""
+    second = (ROOT / ".ci/run").read_text().partition("scripts/test \\\n")[2].partition("\n        exit")[0]
+    found = subprocess.check_output(["bash", "-c", f"ls -d {second}"], cwd=ROOT, text=True).split()
+    assert len(found) > 10
