@@ -1,4 +1,4 @@
-"""The command line: `launch [options] train.py [args…]`, and `launch status RUN` and its like."""
+"""The command line: `launch [options] train.py [args...]`, and the commands that ask a running job."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _control(words) if asks_a_job(words) else _launch(words)
+        return _ask_job(words) if asks_a_job(words) else _launch(words)
     except LaunchError as error:
         sys.stderr.write(f"launch: {error}\n")
         return error.exit_code
     except Exception:
-        import traceback  # only a defect needs it
+        import traceback  # only for a defect
 
         traceback.print_exc()
         sys.stderr.write("launch: this is a defect of launch itself; its workers are stopped\n")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_streams() -> None:
-    """Put /dev/null where a stream is closed (`launch … >&-`), or sockets would get the workers' descriptors."""
+    """Open /dev/null for closed streams (`launch ... >&-`), or sockets would get descriptors 0 to 2."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
@@ -42,24 +42,24 @@ def _open_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def _control(words: list[str]) -> int:
-    from launcher.cli.job_commands import control  # a job that starts does not wait for it
+def _ask_job(words: list[str]) -> int:
+    from launcher.cli.job_commands import run_job_command  # the start of a job does not wait for it
 
-    return control(words)
+    return run_job_command(words)
 
 
 def _launch(words: list[str]) -> int:
-    parsed = split(words)
-    if parsed.asks_for("help"):
+    line = split(words)
+    if line.has("help"):
         from launcher.cli.help import help_text
 
         sys.stdout.write(help_text())
         return ExitCode.OK
-    if parsed.asks_for("version"):
-        from importlib.metadata import version  # takes as long as all else here
+    if line.has("version"):
+        from importlib.metadata import version  # as slow as all the rest here
 
         sys.stdout.write(f"launch {version('shardckpt')}\n")
         return ExitCode.OK
-    config = configure(parsed)
-    os.environ.pop(VARIABLE, None)  # what workers do not know they cannot print
+    config = configure(line)
+    os.environ.pop(VARIABLE, None)  # workers cannot print a secret that they do not get
     return run(config)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import pytest
 from launcher.agent.control import Control
 from launcher.agent.control_protocol import RECORD
 from launcher.cli import main
-from launcher.cli.arguments import CONTROL_NAMES, asks_a_job, parse
-from launcher.cli.job_commands import CONTROLS
+from launcher.cli.arguments import JOB_COMMAND_NAMES, asks_a_job, parse
+from launcher.cli.job_commands import JOB_COMMANDS
 from launcher.config.command import Command, Kind
 from launcher.events import RequestReceived
 from launcher.progress import Progress
@@ -76,7 +77,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
 
 
 def test_the_words_are_known_before_what_they_do_is_imported() -> None:
-    assert tuple(command.name for command in CONTROLS) == CONTROL_NAMES
+    assert tuple(command.name for command in JOB_COMMANDS) == JOB_COMMAND_NAMES
 
 
 def test_a_script_of_that_name_comes_first(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +152,7 @@ def test_status(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["status", "--jsn"],
-            "--jsn: unknown option of launch status: usage: launch status [RUN] [--json]",
+            "--jsn: unknown option of launch status: did you mean --json? usage: launch status [RUN] [--json]",
         ),
         (["stop", "--json"], "--json: unknown option of launch stop"),
         (["status", "a", "b"], "launch: status: expected one run, found a b"),
@@ -165,7 +166,7 @@ def test_status(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
             "launch: --without: expected slots separated by commas, as 0,3",
         ),
         (["scale", "train", "1", "--without=x"], "found x"),
-        (["status", "--json=yes"], "--json=yes: unknown option of launch status"),
+        (["status", "--json=yes"], "--json=yes: --json takes no value: usage: launch status"),
         (["scale", "train", "7", "8"], "launch: scale: expected one run, found train 7"),
         (["status", ""], "no run '': "),
         (["status", "x" * 300], "xx: expected a run directory, or a name in runs/: train"),
@@ -181,7 +182,7 @@ def test_mistakes(runs: Runs, capsys: pytest.CaptureFixture[str], words: list[st
     assert message in err
 
 
-@pytest.mark.parametrize("name", CONTROL_NAMES)
+@pytest.mark.parametrize("name", JOB_COMMAND_NAMES)
 def test_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert main([name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: launch {name} [RUN]")
@@ -237,17 +238,17 @@ def test_how_it_ended(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--watch"]) == 0
 
 
-def test_it_ends_while_it_is_asked(
-    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What has ended is what is told."""
-    agent = runs.start()
+def test_it_ends_while_it_is_asked(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    """The end is printed."""
+    agent = Agent(runs.make() / RECORD, lambda _control, _asked: None)
     journal = Journal(Path("runs/train") / JOURNAL, pytest.fail)
     journal.record("job_started")
     journal.record("job_ended", exit_code=75)
     journal.close()
-    monkeypatch.setattr(agent, "_answer", lambda control, _: control._drop(*control._clients.values()))
+    ender = threading.Thread(target=lambda: [agent.wait(), agent.close()])
+    ender.start()
     assert main(["status", "--watch"]) == 0
+    ender.join()
     assert "with exit code 75" in capsys.readouterr().out
 
 
