@@ -26,7 +26,7 @@ def saved(state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> st
     return url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("big")
     state = {f"t{i}": torch.full((6 << 10, 1 << 10), float(i)) for i in range(10)}
