@@ -31,6 +31,7 @@ from shardckpt.interop.packs import iter_windows, open_packs
 from shardckpt.interop.progress import Counter, Progress
 from shardckpt.loading.stream import iter_boxes
 from shardckpt.run.commit import commit
+from shardckpt.run.commit_wait import Patience
 from shardckpt.run.places import Place, attempt_for, exact_place, find_place, read_manifest
 from shardckpt.run.proposal import Proposal
 from shardckpt.run.save_info import SaveInfo
@@ -110,7 +111,7 @@ def reshard(
     proposal = Proposal(info, manifest.metrics, manifest.values, plan)
     try:
         _persist(place, manifest, target.storage, proposal, progress)
-        commit(target, proposal, _COMMIT_TIMEOUT)
+        commit(target, proposal, Patience(_COMMIT_TIMEOUT))
     except BaseException as error:
         with cleanup(error, f"packs may be left at {target.url}"):
             if not target.is_committed():

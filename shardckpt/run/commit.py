@@ -6,7 +6,7 @@ trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from shardckpt.errors import CheckpointExistsError, SaveError
 from shardckpt.format.manifest import MANIFEST, REFS, Manifest, Part, pack_path
@@ -20,29 +20,19 @@ from shardckpt.storage import Storage
 __all__ = ["commit", "publish"]
 
 
-def commit(
-    place: Place,
-    proposal: Proposal,
-    timeout: float,
-    is_given_up: Callable[[], bool] = lambda: False,
-    *,
-    own_seconds: float = 0.0,
-) -> Manifest:
+def commit(place: Place, proposal: Proposal, patience: Patience) -> Manifest:
     """Wait for every rank's part, then make the checkpoint exist. If this raises, there is no checkpoint.
 
     Args:
         place: where the checkpoint is to be.
         proposal: what its manifest says beside the checksums.
-        timeout: seconds without a further part after which the save has failed.
-        is_given_up: asked while parts are missing; True ends the wait.
-        own_seconds: how long this process took to write its own parts, in seconds. Other writers get that much
-            time after a newer attempt of the run has a checkpoint, and a minute if it has only started.
+        patience: how long to wait for the parts of other processes.
 
     Raises SaveError if a rank reports that it failed, if no further part appears in time, or if the parts are
     not what was planned; SupersededError if the save is given up for a newer attempt; CheckpointExistsError if
     another writer was faster.
     """
-    parts = wait_for_parts(place.storage, proposal, Patience(place, timeout, is_given_up, own_seconds))
+    parts = wait_for_parts(place, proposal, patience)
     manifest = _assemble(proposal, parts, place.url)
     _check_packs(place.storage, parts)
     publish(place, manifest)

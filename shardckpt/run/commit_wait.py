@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from shardckpt.errors import FormatError, SaveError, ShardckptError, SupersededError
 from shardckpt.format.manifest import MANIFEST, Manifest, Part, part_path
@@ -17,34 +18,39 @@ from shardckpt.storage import Storage
 
 __all__ = ["Patience", "wait_committed", "wait_for_parts", "was_committed"]
 
-
 _FIRST_PAUSE = 0.002
-
-
 _LONGEST_PAUSE = 0.25
 
 
-_LOOK_EVERY = 3.0  # seconds of waiting between two looks for newer attempts
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for what other processes are to write: parts, or the commit. Times are in seconds.
+
+    Attributes:
+        timeout: time without a further part, or without the commit, after which the save has failed.
+        is_given_up: asked while something is missing; True ends the wait.
+        own_seconds: how long this process took to write its own parts. Other writers get that much time after a
+            newer attempt of the run has a checkpoint. Infinite: newer attempts do not end the wait, and nobody
+            looks for them.
+        aftermath: time that other writers get at least after a newer attempt has only started.
+        look_every: time between two looks for newer attempts, which list folders.
+    """
+
+    timeout: float
+    is_given_up: Callable[[], bool] = lambda: False
+    own_seconds: float = math.inf
+    aftermath: float = 60.0
+    look_every: float = 3.0
 
 
-_AFTERMATH = 60.0  # seconds, at least, for who is still writing when a newer attempt starts
-
-
-def wait_committed(
-    place: Place,
-    save_id: str,
-    timeout: float,
-    is_given_up: Callable[[], bool] = lambda: False,
-    *,
-    own_seconds: float = math.inf,
-) -> Manifest:
+def wait_committed(place: Place, save_id: str, patience: Patience) -> Manifest:
     """Wait until the committer has made this save's checkpoint, wherever the committer runs.
 
-    Raises SaveError if it reports a failure, or no commit is to be seen for `timeout` seconds; SupersededError
-    where `commit` would, or if the committer has raised that.
+    Raises SaveError if the committer reports a failure or does not commit in time; SupersededError if the save is
+    given up for a newer attempt, here or by the committer.
     """
     storage = place.storage
-    patience = Patience(place, timeout, is_given_up, own_seconds)
+    wait = _Wait(place, patience)
     pause, started = _FIRST_PAUSE, time.monotonic()
     while True:
         try:
@@ -54,10 +60,10 @@ def wait_committed(
             raise_failure(storage, "", save_id, place.url)
         else:
             break
-        patience.check(
+        wait.check(
             time.monotonic() - started,
             "rank 0's process has not committed it",
-            f"no commit was seen for {timeout:g} s, although this rank's part is durable; "
+            f"no commit was seen for {patience.timeout:g} s, although this rank's part is durable; "
             "rank 0's process has probably ended",
         )
         pause = _rest(pause)
@@ -67,71 +73,36 @@ def wait_committed(
 
 
 def was_committed(place: Place, save_id: str) -> bool:
-    """Whether this very save is a checkpoint, as far as can be seen now."""
+    """True if this very save is a checkpoint, as far as can be seen now."""
     try:
         return read_manifest(place).id == save_id
     except (OSError, ShardckptError):
         return False
 
 
-class Patience:
-    """How long to wait for what others are to write: parts, or the commit."""
+def wait_for_parts(place: Place, proposal: Proposal, patience: Patience) -> list[Part]:
+    """Wait for the part of every rank, in the storage. Returns them by rank.
 
-    def __init__(
-        self, place: Place, timeout: float, is_given_up: Callable[[], bool], own_seconds: float
-    ) -> None:
-        self._place = place
-        self.timeout = timeout
-        self._grace = {
-            Succession.NONE: math.inf,
-            Succession.CLAIMED: max(_AFTERMATH, own_seconds),
-            Succession.COMMITTED: own_seconds,
-        }
-        self._is_given_up = is_given_up
-        self._succession = Succession.NONE
-        # Where a newer attempt would not end the wait, nobody looks for one.
-        self._looked = math.inf if math.isinf(own_seconds) else time.monotonic()
-
-    def check(self, idle: float, lack: str, verdict: str) -> None:
-        """Raise SaveError if it is at an end, after `idle` seconds in which nothing came.
-
-        `lack`: what has not come; `verdict`: what it means if that takes too long.
-        """
-        self._look()
-        if self._is_given_up() or idle >= self._grace[self._succession]:
-            raise SupersededError(
-                f"{self._place.url}: given up, since the run goes on in a newer attempt, and {lack}"
-            )
-        if idle >= self.timeout:
-            raise SaveError(f"{self._place.url}: {verdict}")
-
-    def _look(self) -> None:
-        """See what there is of newer attempts, now and then."""
-        now = time.monotonic()
-        if self._succession is Succession.COMMITTED or now < self._looked + _LOOK_EVERY:
-            return
-        with contextlib.suppress(OSError):  # which says nothing about newer attempts
-            self._succession = succession(self._place)
-        self._looked = time.monotonic()
-
-
-def wait_for_parts(storage: Storage, proposal: Proposal, patience: Patience) -> list[Part]:
-    """The part of every rank, read from the storage."""
+    Raises SaveError if a rank reports a failure, or no further part comes in time; SupersededError if the save is
+    given up for a newer attempt.
+    """
+    storage, size = place.storage, proposal.info.world_size
+    wait = _Wait(place, patience)
     parts: dict[int, Part] = {}
     pause, progressed = _FIRST_PAUSE, time.monotonic()
     while True:
         known = len(parts)
-        for rank in range(proposal.info.world_size):
-            if rank not in parts and (part := _read_part(storage, rank, proposal)) is not None:
+        for rank in range(size):
+            if rank not in parts and (part := _read_part(storage, rank, proposal.info.id)) is not None:
                 parts[rank] = part
-        if len(parts) == proposal.info.world_size:
-            return [parts[rank] for rank in range(proposal.info.world_size)]
+        if len(parts) == size:
+            return [parts[rank] for rank in range(size)]
         if len(parts) > known:
             pause, progressed = _FIRST_PAUSE, time.monotonic()
-        missing = [str(rank) for rank in range(proposal.info.world_size) if rank not in parts]
+        missing = [str(rank) for rank in range(size) if rank not in parts]
         shown = f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"
-        who = f"rank {shown} of {proposal.info.world_size}"
-        patience.check(
+        who = f"rank {shown} of {size}"
+        wait.check(
             time.monotonic() - progressed,
             f"{who} has not finished writing",
             f"{who} did not finish writing: no further part appeared for {patience.timeout:g} s. The "
@@ -140,15 +111,55 @@ def wait_for_parts(storage: Storage, proposal: Proposal, patience: Patience) -> 
         pause = _rest(pause)
 
 
-def _read_part(storage: Storage, rank: int, proposal: Proposal) -> Part | None:
-    """The rank's part of this very save, or None if it is not there yet."""
+class _Wait:
+    """One wait at a place."""
+
+    def __init__(self, place: Place, patience: Patience) -> None:
+        self._place = place
+        self._patience = patience
+        self._limits = {
+            Succession.NONE: math.inf,
+            Succession.CLAIMED: max(patience.aftermath, patience.own_seconds),
+            Succession.COMMITTED: patience.own_seconds,
+        }
+        self._succession = Succession.NONE
+        self._looked = math.inf if math.isinf(patience.own_seconds) else time.monotonic()
+
+    def check(self, idle: float, lack: str, verdict: str) -> None:
+        """Raise SaveError or SupersededError if the wait is at an end.
+
+        Args:
+            idle: seconds in which nothing has come.
+            lack: what has not come.
+            verdict: what it means if that takes too long.
+        """
+        self._look()
+        if self._patience.is_given_up() or idle >= self._limits[self._succession]:
+            raise SupersededError(
+                f"{self._place.url}: given up, since the run goes on in a newer attempt, and {lack}"
+            )
+        if idle >= self._patience.timeout:
+            raise SaveError(f"{self._place.url}: {verdict}")
+
+    def _look(self) -> None:
+        """Look for newer attempts, now and then."""
+        now = time.monotonic()
+        if self._succession is Succession.COMMITTED or now < self._looked + self._patience.look_every:
+            return
+        with contextlib.suppress(OSError):  # which says nothing about newer attempts
+            self._succession = succession(self._place)
+        self._looked = time.monotonic()
+
+
+def _read_part(storage: Storage, rank: int, save_id: str) -> Part | None:
+    """The rank's part of this very save; None if it is not there yet. Raises SaveError if it will not come."""
     try:
         part = decode_part(storage.read(part_path(rank)), storage.url)
     except (FileNotFoundError, FormatError):  # not there, or what an earlier failed save left
         part = None
-    if part is not None and part.id == proposal.info.id and part.rank == rank:
+    if part is not None and part.id == save_id and part.rank == rank:
         return part
-    raise_failure(storage, f"rank-{rank:05d}/", proposal.info.id, f"rank {rank} of {storage.url}")
+    raise_failure(storage, f"rank-{rank:05d}/", save_id, f"rank {rank} of {storage.url}")
     return None
 
 

@@ -17,7 +17,9 @@ from shardckpt.errors import CheckpointExistsError, OutOfReachError
 from shardckpt.format.chunks import ChunkLocation
 from shardckpt.format.manifest import Manifest
 from shardckpt.run.commit import commit
+from shardckpt.run.commit_wait import Patience
 from shardckpt.run.failure_reports import report_failure
+from shardckpt.run.keep_rules import KeepNewest
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import Place
 from shardckpt.run.proposal import Proposal
@@ -119,8 +121,8 @@ def persist_save(
                 list(pool.map(persist_one, packs))
         if proposal is None:
             return None
-        own_seconds = time.monotonic() - started
-        manifest = commit(place, proposal, timeout, is_given_up, own_seconds=own_seconds)
+        patience = Patience(timeout, is_given_up, time.monotonic() - started)
+        manifest = commit(place, proposal, patience)
     except Exception as error:
         if proposal is not None:
             report("", error)
@@ -130,11 +132,11 @@ def persist_save(
 
 
 def _prune(destination: Destination) -> None:
-    """Retention. A failure is logged only: the checkpoint is durable, and the next prune tries again."""
+    """Delete old checkpoints. A failure is logged only: the new one is durable, the next prune tries again."""
     place, keep_last = destination.place, destination.tier.keep_last
     if keep_last is None:
         return
     try:
-        prune(place.root, keep_last, place)
+        prune(place.root, [KeepNewest(keep_last)], place)
     except OSError as error:
         _log.warning("old checkpoints of %s could not be deleted: %s", place.root.url, error)

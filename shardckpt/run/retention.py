@@ -1,33 +1,43 @@
-"""Retention: delete what is older than the checkpoints to keep."""
+"""Retention: delete the checkpoints that no rule keeps."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from shardckpt.format.manifest import MANIFEST
+from shardckpt.run.keep_rules import KeepRule, StoredCheckpoint, kept
 from shardckpt.run.places import Place, iter_places
 from shardckpt.storage import Storage
 
 __all__ = ["prune"]
 
 
-def prune(root: Storage, keep_last: int, newest: Place) -> list[str]:
-    """Delete what is older than the `keep_last` newest good checkpoints of the run up to `newest`.
+def prune(root: Storage, rules: Iterable[KeepRule], newest: Place) -> list[str]:
+    """Delete what no rule keeps of the run up to `newest`, which is always kept.
 
-    Unfinished saves that are older than `newest` go too: their writer has either given them up or
-    belongs to an attempt that is over. The manifest goes first, so a checkpoint that is half deleted
-    does not exist. Returns the paths that were deleted.
+    Unfinished saves that are older than `newest` go too: their writer has given them up, or belongs to an attempt
+    that is over. The manifest is deleted first, so a checkpoint that is half deleted does not exist. Returns the
+    paths that were deleted, the newest first. Raises StorageError; the next call deletes the rest.
     """
-    good, deleted = 0, []
-    for place in iter_places(root):
-        if place.order > newest.order:
+    older = [place for place in iter_places(root) if place.order <= newest.order]
+    committed = [_stored(place) for place in older if place.is_committed()]
+    keep = kept(rules, committed) | {newest.path}
+    unfinished = {place.path for place in older} - {checkpoint.path for checkpoint in committed}
+    deleted = []
+    for place in older:
+        if place.path in keep or (place.path in unfinished and _is_by_rival(place, newest)):
             continue
-        if place.is_committed():
-            bad = place.is_bad()
-            if good < keep_last or place.path == newest.path:
-                good += not bad
-                continue
-        elif place.order[0] == newest.order[0] and place.order[2] != newest.order[2]:
-            continue  # another writer with the same number, where the storage cannot tell them apart
         place.storage.delete(MANIFEST)
         place.storage.delete_tree("")
         deleted.append(place.path)
     return deleted
+
+
+def _stored(place: Place) -> StoredCheckpoint:
+    attempt, step, _ = place.order
+    return StoredCheckpoint(place.path, attempt, step, is_good=not place.is_bad())
+
+
+def _is_by_rival(place: Place, newest: Place) -> bool:
+    """True if another writer has the same attempt number, where the storage cannot keep two claims apart."""
+    return place.order[0] == newest.order[0] and place.order[2] != newest.order[2]

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from shardckpt.errors import OutOfReachError, SupersededError
-from shardckpt.run.commit_wait import wait_committed, was_committed
+from shardckpt.run.commit_wait import Patience, wait_committed, was_committed
 from shardckpt.run.failure_reports import report_lost
 from shardckpt.run.persist import StagedPack, persist_save
 from shardckpt.run.places import Place
@@ -328,8 +328,7 @@ class PersistTask:
         finally:
             held.end_reading()
         if proposal is None:  # another node commits, and without that nothing is safe
-            own_seconds = time.monotonic() - begun
-            wait_committed(place, save_id, timeout, is_given_up, own_seconds=own_seconds)
+            wait_committed(place, save_id, Patience(timeout, is_given_up, time.monotonic() - begun))
 
     def _may_wait(self, error: OutOfReachError) -> bool:
         """True if the save may be tried again: not if its attempt has no place, which was waited for already."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shardckpt.environment import is_first_on_node
 from shardckpt.errors import SaveError, SaverError, SaverSilentError, public_api
 from shardckpt.progress import alive, doing
-from shardckpt.run.commit_wait import wait_committed
+from shardckpt.run.commit_wait import Patience, wait_committed
 from shardckpt.run.places import Place
 from shardckpt.run.tiers import MEMORY, Destination
 
@@ -199,7 +199,7 @@ class SaveHandle:
         self._wait_until(lambda: state.is_over)
         if state.error is None and not state.is_committed:  # another node commits
             try:
-                wait_committed(self._places[tier], self._id, self._timeout)
+                wait_committed(self._places[tier], self._id, Patience(self._timeout))
                 state.is_committed = True
             except Exception as error:
                 state.error = error

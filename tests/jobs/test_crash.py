@@ -18,6 +18,7 @@ import torch
 
 import shardckpt
 from shardckpt.errors import SaveError, ShardckptError
+from shardckpt.run.keep_rules import KeepNewest
 from shardckpt.run.places import Place, iter_places
 from shardckpt.run.retention import prune
 from shardckpt.storage import Storage, open_storage
@@ -159,7 +160,7 @@ def test_death_in_a_prune(kind: type[FaultyStorage], run: Storage) -> None:
         newest = next(iter_places(root))
         faulty = kind(root, fail_at)
         try:
-            prune(faulty, 2, Place(faulty, newest.path))
+            prune(faulty, [KeepNewest(2)], Place(faulty, newest.path))
         except Killed:
             died = True
         else:
@@ -168,7 +169,7 @@ def test_death_in_a_prune(kind: type[FaultyStorage], run: Storage) -> None:
         for place in iter_places(root):
             if place.is_committed():
                 shardckpt.open(place.url).verify()
-        prune(root, 2, Place(root, newest.path))
+        prune(root, [KeepNewest(2)], Place(root, newest.path))
         assert [place.order[1] for place in iter_places(root)] == [5, 4]
         if not died:
             assert fail_at > 6

@@ -24,6 +24,7 @@ from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.loading.fill import fill
 from shardckpt.ranks.world import Alone, Ranks, acting_as
 from shardckpt.run.commit import commit
+from shardckpt.run.commit_wait import Patience
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import Place, read_manifest
 from shardckpt.run.proposal import Proposal
@@ -209,7 +210,9 @@ def save_local(root: Storage, world: Sequence[Sequence[TensorShard]]) -> tuple[S
         buffer.fill(Copies(plan.writes(rank), tensors))
         persist(root, buffer.content, plan.locations(rank), save_id="test", rank=rank, per_rank={})
     values = {tensor.name: {"$tensor": tensor.name} for tensor in plan.tensors}
-    return plan, commit(place, Proposal(SaveInfo("test", "", 1, 0, len(world)), {}, values, plan), LIMIT)
+    return plan, commit(
+        place, Proposal(SaveInfo("test", "", 1, 0, len(world)), {}, values, plan), Patience(LIMIT)
+    )
 
 
 def load_local(root: Storage, world: Sequence[Sequence[TensorShard]]) -> None:

@@ -18,6 +18,7 @@ from shardckpt.format.manifest import MANIFEST, Manifest
 from shardckpt.format.manifest_codec import decode_manifest
 from shardckpt.format.save_plan import Layout, plan_save
 from shardckpt.run.commit import commit
+from shardckpt.run.commit_wait import Patience
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import Place
 from shardckpt.run.proposal import Proposal
@@ -119,7 +120,7 @@ def write_checkpoint(
             rank=rank,
             per_rank=per_rank[rank] if per_rank else {},
         )
-    commit(place, proposal, 5)
+    commit(place, proposal, Patience(5))
     return decode_manifest(place.storage.read(MANIFEST), place.url)
 
 

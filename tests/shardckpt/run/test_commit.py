@@ -19,10 +19,9 @@ from shardckpt.errors import OutOfReachError, SaveError, SaverError, StorageErro
 from shardckpt.format.manifest import MANIFEST, Manifest
 from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.ranks.world import Alone
-from shardckpt.run import commit_wait as module
 from shardckpt.run.attempts import claim_attempt
 from shardckpt.run.commit import commit
-from shardckpt.run.commit_wait import wait_committed
+from shardckpt.run.commit_wait import Patience, wait_committed
 from shardckpt.run.failure_reports import report_failure
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.places import BAD, FAILED, Place, Succession, iter_places, step_path, succession
@@ -105,22 +104,16 @@ class Waiting:
 
     def commit(self, timeout: float = FOR_EVER, **options: Any) -> Manifest:
         proposal = Proposal(SaveInfo("x", self.place.path, 1, 1, 2), {}, self._flat[0].values, self._plan)
-        return commit(self.place, proposal, timeout, **options)
+        return commit(self.place, proposal, Patience(timeout, **{"own_seconds": 0.0, **options}))
 
     @contextmanager
     def committing(self, **options: Any) -> Iterator[Future[Manifest]]:
         """Does so in the background, and has looked for newer attempts at least once."""
         with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(self.commit, **options)
+            future = pool.submit(self.commit, look_every=0.0, **options)
             for _ in range(2):
                 assert self._looked.acquire(timeout=LIMIT)
             yield future
-
-
-@pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits looks for newer attempts all the time."""
-    monkeypatch.setattr(module, "_LOOK_EVERY", 0.0)
 
 
 @pytest.fixture
@@ -128,7 +121,6 @@ def waiting(tmp_path: Path) -> Waiting:
     return Waiting(tmp_path)
 
 
-@pytest.mark.usefixtures("often")
 def test_a_newer_checkpoint_ends_the_wait(waiting: Waiting) -> None:
     with waiting.committing() as future:
         assert not future.done()
@@ -138,7 +130,6 @@ def test_a_newer_checkpoint_ends_the_wait(waiting: Waiting) -> None:
     assert committed(waiting.run) == [(2, 1)]
 
 
-@pytest.mark.usefixtures("often")
 def test_a_newer_checkpoint_does_not_hurry_who_writes_as_long_as_this_one_did(waiting: Waiting) -> None:
     save_alone(waiting.run)
     with waiting.committing(own_seconds=LIMIT) as future:
@@ -147,22 +138,17 @@ def test_a_newer_checkpoint_does_not_hurry_who_writes_as_long_as_this_one_did(wa
     assert committed(waiting.run) == [(2, 1), (1, 1)]
 
 
-@pytest.mark.usefixtures("often")
-def test_that_a_newer_attempt_has_started_leaves_some_time(
-    waiting: Waiting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_that_a_newer_attempt_has_started_leaves_some_time(waiting: Waiting) -> None:
     claim_attempt(open_storage(waiting.run))
     with waiting.committing() as future:
         waiting.write(1)
         future.result(LIMIT)
     waiting = Waiting(waiting.run)
     claim_attempt(open_storage(waiting.run))
-    monkeypatch.setattr(module, "_AFTERMATH", 0.1)
-    with waiting.committing() as future, pytest.raises(SupersededError):
+    with waiting.committing(aftermath=0.1) as future, pytest.raises(SupersededError):
         future.result(LIMIT)
 
 
-@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("refuses", [False, True])
 def test_without_a_newer_attempt_it_waits_and_then_has_failed(refuses: bool, waiting: Waiting) -> None:
     """Nor do older attempts, or what cannot be listed, end the wait."""
@@ -170,7 +156,7 @@ def test_without_a_newer_attempt_it_waits_and_then_has_failed(refuses: bool, wai
     newest = Waiting(waiting.run)
     newest.refuses = refuses
     with pytest.raises(SaveError, match=r"rank 1 of 2 did not finish writing: .* for 0\.2 s") as error:
-        newest.commit(0.2)
+        newest.commit(0.2, look_every=0.0)
     assert not isinstance(error.value, SupersededError)
     assert newest.looks
 
@@ -178,27 +164,26 @@ def test_without_a_newer_attempt_it_waits_and_then_has_failed(refuses: bool, wai
 def test_who_waits_for_the_commit_hears_why_there_is_none(waiting: Waiting) -> None:
     """What the committer has given up is no failure for the others either."""
     with pytest.raises(SaveError, match=r"no commit was seen for 0\.1 s"):
-        wait_committed(waiting.place, "x", 0.1)
+        wait_committed(waiting.place, "x", Patience(0.1))
     assert not waiting.looks
     report_failure(waiting.place.storage, "", "another", StorageError("full"))
     with pytest.raises(SaveError, match="no commit was seen"):
-        wait_committed(waiting.place, "x", 0.1)
+        wait_committed(waiting.place, "x", Patience(0.1))
     report_failure(waiting.place.storage, "", "x", StorageError("full"))
     with pytest.raises(SaveError, match="StorageError: full") as error:
-        wait_committed(waiting.place, "x", FOR_EVER)
+        wait_committed(waiting.place, "x", Patience(FOR_EVER))
     assert not isinstance(error.value, SupersededError)
     report_failure(waiting.place.storage, "", "x", SupersededError("of no use"))
     with pytest.raises(SupersededError, match="of no use"):
-        wait_committed(waiting.place, "x", FOR_EVER)
+        wait_committed(waiting.place, "x", Patience(FOR_EVER))
 
 
-@pytest.mark.usefixtures("often")
 def test_a_newer_checkpoint_ends_the_wait_for_a_commit(waiting: Waiting) -> None:
     with pytest.raises(SupersededError, match="has not committed it"):
-        wait_committed(waiting.place, "x", FOR_EVER, lambda: True, own_seconds=LIMIT)
+        wait_committed(waiting.place, "x", Patience(FOR_EVER, lambda: True, LIMIT, look_every=0.0))
     save_alone(waiting.run)
     with pytest.raises(SupersededError, match=r"newer attempt, and rank 0's process has not committed it"):
-        wait_committed(waiting.place, "x", FOR_EVER, own_seconds=0.1)
+        wait_committed(waiting.place, "x", Patience(FOR_EVER, own_seconds=0.1, look_every=0.0))
 
 
 def test_looks_are_rare(waiting: Waiting) -> None:
@@ -212,7 +197,7 @@ def test_who_waits_for_the_commit_lists_nothing(waiting: Waiting) -> None:
     """It asks up to four times a second, on every node."""
     storage = FaultyStorage(waiting.place.root)
     with pytest.raises(SaveError, match="no commit was seen"):
-        wait_committed(Place(storage, waiting.place.path), "x", 0.1)
+        wait_committed(Place(storage, waiting.place.path), "x", Patience(0.1))
     assert {method for method, _ in storage.calls} == {"read"}
 
 
@@ -306,7 +291,6 @@ def nodes(tmp_path: Path, savers: list[SaverThread], monkeypatch: pytest.MonkeyP
     return Nodes(tmp_path / "run", savers, monkeypatch)
 
 
-@pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("node", [0, 1])
 def test_a_saver_whose_node_was_left_behind_ends(
     node: int, nodes: Nodes, savers: list[SaverThread]
@@ -327,7 +311,6 @@ def test_a_saver_whose_node_was_left_behind_ends(
     assert committed(nodes.run) == [(2, 1)]
 
 
-@pytest.mark.usefixtures("often")
 def test_what_all_savers_persist_is_not_lost_to_a_newer_attempt(
     nodes: Nodes, savers: list[SaverThread]
 ) -> None:
