@@ -1,4 +1,4 @@
-"""A load: manifest, plan, fetch, verify, apply.
+"""Load a checkpoint: manifest -> plan -> fetch -> verify -> apply.
 
 `load.py` is the flow. Imports `saver`, `state`, `run` and below.
 """

@@ -1,4 +1,4 @@
-"""Open a checkpoint and look into it: without torch, and without loading what is not asked for."""
+"""Open a checkpoint and read single tensors and values of it. Free of torch."""
 
 from __future__ import annotations
 
@@ -29,15 +29,24 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 
 _COMPARED, _LONGEST = 10_000, 200
-"""Names, and their characters, among which one is sought that is like a wrong one: that takes quadratic time."""
+"""Names, and characters of a name, that are compared with an unknown name: that takes quadratic time."""
 
 
 class Checkpoint:
-    """One checkpoint in storage, open for reading. Safe to use from several threads.
+    """One checkpoint in storage, open for reading; `shardckpt.open` returns it. Safe to use from several threads.
 
     Attributes:
-        url: where it is.
-        manifest: its record.
+        url: the checkpoint's URL.
+        manifest: its record (docs/format.md).
+
+    >>> import tempfile, torch, shardckpt
+    >>> state = {"weight": torch.arange(6.0).reshape(2, 3), "lr": 0.1}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     shardckpt.save(folder, state)
+    ...     checkpoint = shardckpt.open(folder)
+    ...     column = checkpoint.read("weight", (slice(None), 1))
+    >>> column, checkpoint.entry("weight").shape, checkpoint.values["lr"]
+    (array([1., 4.], dtype=float32), (2, 3), 0.1)
     """
 
     def __init__(self, place: Place, storage_options: Mapping[str, Any] | None = None) -> None:
@@ -62,18 +71,18 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
-        """Every tensor by name: global `.shape`, `.dtype` (a name), `.nbytes`."""
+        """Every tensor's entry by name: global `shape`, `dtype` (its name), `nbytes`."""
         return {tensor.name: tensor for tensor in self.manifest.tensors}
 
     @cached_property
     def values(self) -> Any:
-        """The plain values of the state; a TensorRef or PerRankRef stands where one of these was."""
+        """Everything in the state that is not a tensor; a reference stands for each tensor and PerRank."""
         return decode_value(self.manifest.values)
 
     def per_rank(self, path: str) -> list[Any]:
-        """What each rank saved in the PerRank at `path`, by rank. Raises MissingKeysError.
+        """What each rank saved in the PerRank at `path` of the state, by rank. Raises MissingKeysError.
 
-        A checkpoint resharded for more ranks has no values of those beyond the ones that saved it.
+        A checkpoint that was resharded for more ranks has the values of the ranks that saved it only.
         """
         saved = [decode_value(values[path]) for values in self.manifest.per_rank if path in values]
         if not saved:
@@ -85,12 +94,17 @@ class Checkpoint:
         return index_chunks(self.manifest)
 
     def read(self, name: str, index: Any = ...) -> npt.NDArray[Any]:
-        """The tensor `name`, or `index` of it (integers and slices, as NumPy has them), as a new array.
+        """Read a tensor, or a part of it, as a new array.
 
-        Only the chunks that the index touches are read, and each is verified. bfloat16 and float8
-        have ml_dtypes' types. Raises MissingKeysError for an unknown name, IndexError, CorruptError.
+        Args:
+            name: the tensor's name.
+            index: as NumPy has it, of integers, slices and an ellipsis.
+
+        Only the chunks that the index touches are read, and each is verified. The array has the tensor's type;
+        bfloat16 and float8 are ml_dtypes' types. Raises MissingKeysError for an unknown name, IndexError,
+        CorruptError, StorageError.
         """
-        tensor = self.tensor(name)
+        tensor = self.entry(name)
         box, rest = _bounds(index, tensor.shape)
         fetcher = Fetcher(self._place, self.manifest)
         reads = plan_reads(self.manifest, [(name, box)], self._index)
@@ -105,8 +119,8 @@ class Checkpoint:
         fetcher.verify(reads, take)
         return np.asarray(result[rest])
 
-    def tensor(self, name: str) -> TensorEntry:
-        """The tensor's record. Raises MissingKeysError, which suggests names that are alike."""
+    def entry(self, name: str) -> TensorEntry:
+        """The tensor's entry in the manifest. Raises MissingKeysError, which suggests similar names."""
         if name not in self.tensors:
             import difflib
 
@@ -117,18 +131,21 @@ class Checkpoint:
         return self.tensors[name]
 
     def zarr(self) -> zarr.Group:
-        """The tensors as a read-only zarr.Group, which fetches chunks when they are indexed.
+        """The tensors as a read-only zarr.Group, which reads and verifies chunks when it is indexed.
 
-        Raises CorruptError if a pack in a local folder is not there, or has another size.
+        Raises CorruptError if a pack in a local folder is missing or has another size.
         """
         if isinstance(self._place.root, LocalStorage):  # elsewhere it takes a request for each
             Fetcher(self._place, self.manifest).check_all_sizes()
         return open_group(self.url, self._options, manifest=self.manifest)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> int:
-        """Read every chunk and compare it with its checksum. Returns the bytes checked.
+        """Read every chunk and compare it with its checksum.
 
-        Raises CorruptError, which names the first bad chunk. `progress` is called with bytes done.
+        Args:
+            progress: called with the bytes of each finished request; from several threads.
+
+        Returns the bytes of the chunks. Raises CorruptError, which names the first bad chunk; StorageError.
         """
         boxes = [(tensor.name, Box.whole(tensor.shape)) for tensor in self.manifest.tensors]
         reads = plan_reads(self.manifest, [b for b in boxes if b[1].volume])
@@ -140,15 +157,19 @@ class Checkpoint:
 def open_checkpoint(
     url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """Open the checkpoint at `url`, or the newest good one of the run at `url`.
+    """Open a checkpoint for reading. Only its manifest is read.
 
-    Only its manifest is read. Raises NotACheckpointError, FormatError, StorageError.
+    Args:
+        url: a checkpoint, or a run, of which the newest good checkpoint is opened.
+        storage_options: for `url`, as docs/storage.md has them.
+
+    Raises NotACheckpointError, FormatError, StorageError.
     """
     return Checkpoint(find_place(url, storage_options), storage_options)
 
 
 def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[Box, tuple[Any, ...]]:
-    """The smallest box that holds what `index` selects, and what selects it from the box."""
+    """The smallest box that contains what `index` selects, and the index that selects it from the box."""
     items = index if isinstance(index, tuple) else (index,)
     if sum(item is ... for item in items) > 1:
         raise IndexError("an index can have one ellipsis only")

@@ -1,4 +1,4 @@
-"""Load: manifest, plan, fetch, verify, assemble, apply; on every rank or on none."""
+"""Load: manifest -> plan -> fetch -> verify -> apply, on every rank or on none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardckpt.errors import CheckpointError, ShardckptError, public_api
+from shardckpt.errors import public_api
 from shardckpt.format.manifest import Manifest
 from shardckpt.format.manifest_codec import decode_checked, decode_manifest
 from shardckpt.loading.fetch import Fetcher
@@ -16,7 +16,7 @@ from shardckpt.loading.fill import fill
 from shardckpt.loading.pack_reader import Source
 from shardckpt.memory import no_garbage_collection
 from shardckpt.progress import doing
-from shardckpt.ranks.world import Ranks, agree, current_ranks
+from shardckpt.ranks.world import Ranks, agreement, current_ranks
 from shardckpt.run.places import Place, exact_place, find_place, read_decoded
 from shardckpt.run.tiers import tier_name
 from shardckpt.state.load_targets import LoadTargets
@@ -29,21 +29,21 @@ __all__ = ["Loaded", "load", "load_place", "load_source"]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a load did.
+    """What was loaded, from where.
 
     Attributes:
         url: the checkpoint's URL.
-        tier: where it was read from: "memory", "local" or "remote".
+        tier: the tier that it was read from: "memory", "local" or "remote".
         step: optimizer steps done when it was saved.
-        attempt: number of the attempt that saved it; 0 outside a run.
-        world_size: number of ranks that saved it.
-        metrics: the metrics given when it was saved.
-        nbytes: bytes that this rank read.
-        seconds: how long it took.
-        missing: with strict=False, names of the state that the checkpoint lacks; they are unchanged.
-        unexpected: with strict=False, names of the checkpoint that the state's objects lack.
-        unused: top-level entries of the checkpoint that the state did not ask for.
-        kept: paths of PerRank values that this rank keeps, since the checkpoint's world was smaller.
+        attempt: the number of the attempt that saved it; 0 outside a run.
+        world_size: ranks that saved it.
+        metrics: the metrics that were given when it was saved.
+        nbytes: bytes of the chunks that this rank needed.
+        seconds: duration of the load.
+        missing: with strict=False, names in the state that the checkpoint lacks; their values are unchanged.
+        unexpected: with strict=False, names in the checkpoint that the state's objects lack.
+        unused: top-level entries of the checkpoint that the state does not have.
+        kept: paths of PerRank values that this rank keeps, since fewer ranks saved the checkpoint.
     """
 
     url: str
@@ -68,26 +68,39 @@ def load(
     strict: bool = True,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """Load a checkpoint into `state`, in place, on any world size and in any layout. Collective.
+    """Load a checkpoint into `state`, in place, on any number of ranks and in any layout. Collective.
 
-    `url` is a checkpoint, or a run, of which the newest good checkpoint is taken. Only the top-level entries
-    that `state` has are loaded; below these the names must agree, unless `strict` is False. Tensors,
-    modules and optimizers are filled. So are dicts, lists, sets and NumPy arrays of plain values, which have then
-    what was saved, and nothing else; other values are replaced. Modules, optimizers and objects with hooks or
-    methods of their own get what was saved through their load_state_dict. Raises, with nothing changed:
-    NotACheckpointError, FormatError, CorruptError, StorageError, MissingKeysError, ShapeMismatchError,
-    StateError.
+    Args:
+        url: a checkpoint, or a run, of which the newest good checkpoint is loaded.
+        state: a dict with string keys, of modules, optimizers, tensors (also DTensors, of any sharding), NumPy
+            arrays, objects with state_dict() and load_state_dict(), and plain values. Only the top-level entries
+            that it has are loaded.
+        strict: the names below each of these entries must agree with the checkpoint's. If False, names that only
+            one side has are skipped, and returned in `Loaded.missing` and `Loaded.unexpected`.
+        storage_options: for `url`, as docs/storage.md has them.
+
+    Tensors, modules and optimizers are filled in place. So are dicts, lists, sets and NumPy arrays of plain
+    values: they have then what was saved, and nothing else. Other values are replaced. Modules, optimizers and
+    objects with hooks or methods of their own are given what was saved through their load_state_dict.
+
+    Raises, with the state unchanged: NotACheckpointError, FormatError, CorruptError, StorageError,
+    MissingKeysError, ShapeMismatchError, StateError.
+
+    >>> import tempfile, torch, shardckpt
+    >>> model = torch.nn.Linear(2, 2)
+    >>> state = {"model": torch.nn.Linear(2, 2), "step": 0}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     shardckpt.save(folder, {"model": model, "step": 7})
+    ...     loaded = shardckpt.load(folder, state)
+    >>> loaded.tier, state["step"], torch.equal(state["model"].weight, model.weight)
+    ('local', 7, True)
     """
     ranks = current_ranks()
     started = time.monotonic()
-    error: Exception | None = None
     path = ""
-    try:
+    with agreement(ranks):
         if ranks.rank == 0:
             path = find_place(url, storage_options).url
-    except Exception as failure:
-        error = failure
-    agree(ranks, error)
     found = ranks.broadcast(path.encode()).decode()
     place = find_place(url) if isinstance(url, Storage) else exact_place(found, storage_options)
     return load_place(place, state, ranks, strict=strict, started=started)
@@ -105,7 +118,12 @@ def load_place(
 ) -> Loaded:
     """Load the checkpoint at `place`, as `load` does. Collective.
 
-    `started` is when, by time.monotonic; `tier` what the place is called, if not by its storage.
+    Args:
+        place: of a committed checkpoint.
+        state, strict: as `load` has them.
+        ranks: of the job.
+        started: when the load began, by time.monotonic().
+        tier: the name of the place's tier; None: it follows from the place's storage.
     """
     manifest = _shared_manifest(place, ranks)
     tier = tier_name(place.root) if tier is None else tier
@@ -123,9 +141,21 @@ def load_source(
     started: float,
     tier: str,
 ) -> Loaded:
-    """Load what `manifest` describes from its packs, wherever these are. Collective. Raises as `load` does."""
+    """Load the checkpoint of `manifest` from the packs of `source`. Collective. Raises as `load` does.
+
+    The flow: bind the state to the manifest, fill the tensors (plan, fetch, verify, apply: `fill`), and hand the
+    values to the state's objects. Ranks agree after each step, and go on only if it succeeded on all of them.
+    """
     with doing("restore"):
-        targets, nbytes = _fill(source, manifest, state, ranks, strict=strict)
+        with agreement(ranks):
+            targets = _bind(source, manifest, state, ranks, strict=strict)
+        try:
+            nbytes = fill(source, manifest, targets.tensors, ranks, prepare=targets.prepare)
+        except BaseException:
+            targets.undo()
+            raise
+        with agreement(ranks):
+            targets.apply()
     return Loaded(
         url=source.url,
         tier=tier,
@@ -142,54 +172,26 @@ def load_source(
     )
 
 
-def _fill(
+def _bind(
     source: Source, manifest: Manifest, state: dict[str, Any], ranks: Ranks, *, strict: bool
-) -> tuple[LoadTargets, int]:
-    """Fill the state. Returns what was filled, and the bytes that this rank read."""
-    error: Exception | None = None
-    targets = LoadTargets()
+) -> LoadTargets:
+    """What the load fills on this rank. Changes nothing; raises as `bind_state` does."""
     try:
-        targets = bind_state(state, manifest, ranks.rank, strict=strict)
-    except CannotAllocateError as failure:
-        error = _larger_than_stored(source, manifest) or failure
-    except Exception as failure:  # of the state's own objects, too
-        error = failure
-    agree(ranks, error)
-    try:
-        nbytes = fill(source, manifest, targets.tensors, ranks, prepare=targets.prepare)
-    except BaseException:
-        targets.undo()
-        raise
-    try:
-        targets.apply()
-    except ShardckptError as failure:
-        error = failure
-    agree(ranks, error)
-    return targets, nbytes
-
-
-def _larger_than_stored(source: Source, manifest: Manifest) -> CheckpointError | None:
-    """What is wrong with the packs' sizes, which say how large the tensors are."""
-    try:
-        if isinstance(source, Place):
+        return bind_state(state, manifest, ranks.rank, strict=strict)
+    except CannotAllocateError:
+        if isinstance(source, Place):  # perhaps a forged size: raises if the packs are smaller than that
             Fetcher(source, manifest).check_all_sizes()
-    except CheckpointError as error:
-        return error
-    return None
+        raise
 
 
 def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
-    """The manifest as rank 0 reads and checks it: all ranks have the same, and it is fetched once."""
-    error: Exception | None = None
+    """The manifest, which rank 0 reads and checks for all ranks. Collective."""
     manifest: Manifest | None = None
     data = b""
-    try:
+    with agreement(ranks):
         if ranks.rank == 0:
             data, manifest = read_decoded(
                 place, lambda stored: (stored, decode_manifest(stored, place.url))
             )
-    except Exception as failure:
-        error = failure
-    agree(ranks, error)
-    told = ranks.broadcast(data)
-    return manifest if manifest is not None else decode_checked(told)
+    shared = ranks.broadcast(data)
+    return manifest if manifest is not None else decode_checked(shared)
