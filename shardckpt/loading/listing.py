@@ -28,17 +28,21 @@ __all__ = ["Row", "list_checkpoints"]
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint of a run, or a save that did not become one.
+    """One checkpoint of a run, or a save that has not become one.
 
     Attributes:
-        url: where it is.
-        attempt: from the folder's name; 0 outside a run.
-        step: from the manifest, or the folder's name.
+        url: the checkpoint's URL.
+        attempt: by the folder's name; 0 outside a run.
+        step: by the manifest, or else by the folder's name.
         state: "good" (its packs are there, with the right length); "bad" (marked by a reader whose verification
             failed); "damaged" (a pack is missing, or has another length); "unfinished" (under way, or given
             up); "failed" (the writer said so); "invalid" (its manifest cannot be read); "other version".
-        newest: whether it is the newest good one, which `restore` takes.
-        note: what is known of a failure.
+        newest: True for the newest good one, which `restore` loads.
+        created: seconds since the epoch; None without a manifest.
+        world_size: ranks that saved it; None without a manifest.
+        bytes: bytes of its packs; None without a manifest.
+        metrics: by name.
+        note: the error or the damage that is known.
     """
 
     url: str
@@ -54,9 +58,9 @@ class Row:
 
 
 def list_checkpoints(url: str, storage_options: Mapping[str, Any] | None = None) -> list[Row]:
-    """The checkpoints of the run at `url`, the newest last, or the one at `url`.
+    """List the checkpoints of the run at `url`, the newest last, or the one checkpoint at `url`.
 
-    Manifests are not checked beyond what the rows say. Raises NotACheckpointError, StorageError.
+    Of manifests only the summary is read and checked. Raises NotACheckpointError, StorageError.
     """
     exact = exact_place(url, storage_options)
     names = exact.storage.list()
@@ -110,7 +114,7 @@ def _row(place: Place, sizes: Callable[[str], dict[str, int]]) -> Row:
 
 
 def _pack_problem(place: Place, packs: Sequence[Pack], sizes: Callable[[str], dict[str, int]]) -> str:
-    """What the storage lacks of the packs, or has of another length: by a listing of the folders they are in."""
+    """Which packs are missing or have another size, by a listing of their folders; an empty string if none."""
     wrong = []
     for pack in packs:
         path = place.pack(pack)
@@ -124,7 +128,7 @@ def _pack_problem(place: Place, packs: Sequence[Pack], sizes: Callable[[str], di
 
 
 def _error_in(storage: Storage, name: str) -> str:
-    """The error in a report that a reader or writer has left."""
+    """The error in a report that a reader or a writer has written to the checkpoint's folder."""
     try:
         return str(read_small(storage, name).get("error", ""))
     except (FormatError, FileNotFoundError) as error:
@@ -132,4 +136,5 @@ def _error_in(storage: Storage, name: str) -> str:
 
 
 def _about(place: Place, error: Exception) -> str:
+    """The message without the checkpoint's URL, which the row shows."""
     return str(error).removeprefix(f"{place.url}: ")

@@ -1,4 +1,4 @@
-"""Restore: the newest good state of a run, from where it is nearest; the same on every rank."""
+"""Restore: load the newest good state of a run from its nearest copy, the same one on every rank."""
 
 from __future__ import annotations
 
@@ -37,29 +37,36 @@ __all__ = ["RestoreCandidates"]
 
 _log = logging.getLogger("shardckpt")
 
-_AGAIN = 2.0  # seconds between two tries of a storage that is out of reach
+_RETRY_PAUSE = 2.0  # seconds between two tries of a storage that is out of reach
 
 
 class _Candidate(msgspec.Struct, frozen=True):
-    """Something that may be resumed from: a snapshot, or the checkpoint at `path` in a durable tier."""
+    """A state that can be restored: a snapshot, or a checkpoint in a durable tier.
+
+    Attributes:
+        path: the checkpoint's, relative to the run.
+        tier: the number of the durable tier; of no meaning for a snapshot.
+        snapshot: None for a checkpoint.
+    """
 
     path: str
     tier: int = 0
-    """The durable tier's number."""
     snapshot: Snapshot | None = None
 
 
 class RestoreCandidates:
-    """A run's states, newest first, and of equal ones the nearest first. Every rank makes one.
+    """The states of a run that can be restored: the newest first, and of equal ones the nearest first.
+
+    Every rank makes one with the same arguments, but for `client`.
 
     Args:
-        url: the run's.
-        tiers: the durable tiers, nearest first: what each is called, and its root.
-        client: this node's saver, if there is one.
-        snapshots: those of the run in memory, the newest first.
+        url: of the run.
+        tiers: (name, root) of each durable tier, the nearest first.
+        client: this node's saver; None without one.
+        snapshots: of the run, in memory, the newest first.
         ranks: of the job that resumes.
-        patience: seconds to wait for the last tier, where it is out of reach.
-        is_reachable: whether the last tier is known to answer. If not, it is looked at last.
+        patience: seconds to wait for the last tier while it is out of reach.
+        is_reachable: True if the last tier is known to answer. Otherwise it is searched after all others.
     """
 
     def __init__(
@@ -77,24 +84,30 @@ class RestoreCandidates:
         self._snapshots = snapshots
         self._deadline = time.monotonic() + patience
         self._is_reachable = is_reachable
-        self._is_told = False
+        self._has_warned = False
         self._tiers = tiers
         self._client = client
         self._ranks = ranks
 
     @no_garbage_collection()
     def load(self, state: dict[str, Any], *, strict: bool, started: float) -> Loaded | None:
-        """Load the newest good one into `state`; None if there is none at all. Collective.
+        """Load the newest good candidate into `state`; None if there is no candidate. Collective.
 
-        One that fails verification is reported, marked as bad and passed over. Raises what went wrong if there
-        is no good one; UnknownVersionError for a newer one of another version, since nothing is wrong with it.
+        Args:
+            state: as `load` has it.
+            strict: as `load` has it.
+            started: when the restore began, by time.monotonic().
+
+        A candidate that fails verification is logged, marked as bad and passed over. If none is good, the last
+        error is raised. UnknownVersionError of a newer candidate is raised at once: that one is not damaged, and
+        to pass it over would lose its work.
         """
         failure: CheckpointError | StorageError | None = None
         for candidate in self._candidates():
             try:
                 loaded = self._load_patiently(candidate, state, strict=strict, started=started)
             except UnknownVersionError:
-                raise  # going back silently would lose work
+                raise
             except NotACheckpointError:
                 continue  # pruned since it was listed
             except StorageError as error:
@@ -120,7 +133,7 @@ class RestoreCandidates:
     def _load_patiently(
         self, candidate: _Candidate, state: dict[str, Any], *, strict: bool, started: float
     ) -> Loaded:
-        """Load a candidate, and wait if its storage is out of reach, which has nothing nearer."""
+        """Load a candidate; while its storage, the last tier, is out of reach, try again until the deadline."""
         while True:
             try:
                 return self._load(candidate, state, strict=strict, started=started)
@@ -128,13 +141,13 @@ class RestoreCandidates:
                 is_last = candidate.snapshot is None and candidate.tier == len(self._tiers) - 1
                 if not is_last or not any(self._ranks.maximum([time.monotonic() < self._deadline])):
                     raise
-                self._tell_waiting(error)
+                self._warn_waiting(error)
             alive()
-            time.sleep(_AGAIN)
+            time.sleep(_RETRY_PAUSE)
 
-    def _tell_waiting(self, error: OutOfReachError) -> None:
-        if not self._is_told and self._ranks.rank == 0:
-            self._is_told = True
+    def _warn_waiting(self, error: OutOfReachError) -> None:
+        if not self._has_warned and self._ranks.rank == 0:
+            self._has_warned = True
             left = max(0.0, self._deadline - time.monotonic())
             _log.warning("restore waits for %s, for up to %.0f s: %s", self._url, left, error)
 
@@ -146,10 +159,10 @@ class RestoreCandidates:
             return load_place(place, state, self._ranks, strict=strict, started=started, tier=tier)
         url = f"{self._url}/{candidate.path}"
         try:
-            recalled = open_snapshot(self._client, candidate.snapshot, url, self._ranks)
-            if recalled is None:
+            opened = open_snapshot(self._client, candidate.snapshot, url, self._ranks)
+            if opened is None:
                 raise NotACheckpointError(f"the snapshot of {url} is in no memory any more")
-            manifest, packs = recalled
+            manifest, packs = opened
             return load_source(
                 packs, manifest, state, self._ranks, strict=strict, started=started, tier=MEMORY
             )
@@ -161,10 +174,10 @@ class RestoreCandidates:
         return Place(self._tiers[candidate.tier][1], candidate.path)
 
     def _candidates(self) -> Iterator[_Candidate]:
-        """What may be resumed from, in order; the same on every rank.
+        """The candidates in order, the same on every rank. Collective.
 
-        Rank 0 looks, one at a time, and tells the others, however long that takes. Raises CorruptError if
-        there are only checkpoints that are marked as bad.
+        Rank 0 searches for one at a time and sends it to the others. Raises CorruptError if all checkpoints are
+        marked as bad.
         """
         candidates = self._merged(self._snapshots)
         what = f"looking for a checkpoint in {self._url}"
@@ -177,32 +190,32 @@ class RestoreCandidates:
             yield found
 
     def _merged(self, snapshots: Sequence[Snapshot]) -> Iterator[_Candidate]:
-        """As far as rank 0 can see: the newest of what each tier has next, the nearest tier first."""
+        """The candidates that rank 0 finds: the newest of each tier.s next ones, of equal ones the nearest."""
         sources = [iter([_Candidate(snapshot.info.path, snapshot=snapshot) for snapshot in snapshots])]
         sources += [self._durable(number) for number in range(len(self._tiers))]
         heads: dict[int, _Candidate] = {}
         failure: CorruptError | StorageError | None = None
         found = False
-        empty = set(range(len(sources)))
-        later = set() if self._is_reachable else {len(sources) - 1}
-        empty -= later
+        last = len(sources) - 1
+        postponed = set() if self._is_reachable else {last}
+        empty = set(range(len(sources))) - postponed
         while True:
             for number in sorted(empty):
                 try:
                     head = next(sources[number], None)
-                except CorruptError as error:  # this tier has bad ones only
+                except CorruptError as error:  # all of this tier are marked as bad
                     failure = error
                     continue
                 except StorageError as error:
-                    if number == len(sources) - 1:
+                    if number == last:
                         raise
                     _log.warning("resuming without the local tier: %s", error)
                     failure = error
                     continue
                 if head is not None:
                     heads[number] = head
-            if not heads and later:
-                empty, later = later, set()
+            if not heads and postponed:
+                empty, postponed = postponed, set()
                 continue
             if not heads:
                 break
@@ -214,7 +227,7 @@ class RestoreCandidates:
             raise failure
 
     def _durable(self, number: int) -> Iterator[_Candidate]:
-        """A tier's checkpoints. Of the last tier, as long as there is time: it is waited for."""
+        """The checkpoints of a durable tier, the newest first. The last tier is waited for until the deadline."""
         seen: set[str] = set()
         while True:
             try:
@@ -226,8 +239,8 @@ class RestoreCandidates:
             except OutOfReachError as error:
                 if number < len(self._tiers) - 1 or time.monotonic() >= self._deadline:
                     raise
-                self._tell_waiting(error)
-            time.sleep(_AGAIN)
+                self._warn_waiting(error)
+            time.sleep(_RETRY_PAUSE)
 
     def _warn(self, text: str, error: Exception) -> None:
         if self._ranks.rank == 0:
@@ -235,7 +248,7 @@ class RestoreCandidates:
 
 
 def _mark_bad(place: Place, error: Exception) -> None:
-    """Tell later readers that this checkpoint failed verification. Best effort."""
+    """Mark the checkpoint as bad for later readers: it failed verification. A failure to do so is logged."""
     record = records.encode_report(str(error), time=time.time())
     try:
         place.storage.write(BAD, record)

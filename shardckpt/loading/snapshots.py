@@ -1,8 +1,9 @@
-"""Snapshots in the memory of a job's nodes: which of them are whole, and what it takes to load one."""
+"""Snapshots in the memory of a job's nodes: find the complete ones, and open one for a load."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -19,43 +20,43 @@ __all__ = ["find_snapshots", "open_snapshot"]
 
 
 def find_snapshots(client: SaverClient | None, ranks: Ranks) -> list[Snapshot]:
-    """The snapshots of which the job's nodes together hold every rank's pack, the newest first. Collective."""
+    """The snapshots of which the job's nodes together hold every rank's pack, the newest first. Collective.
+
+    `client` is this node's saver; None without one. A saver that does not answer holds none.
+    """
     held: list[Snapshot] = []
     if client is not None:
-        try:
+        with suppress(SaverError):
             held = client.snapshots()
-        except SaverError:
-            held = []
-    told = ranks.gather(msgspec.msgpack.encode(held))
     found: dict[str, Snapshot] = {}
     packs: dict[str, set[int]] = {}
-    for data in told:
-        for snapshot in msgspec.msgpack.decode(data, type=list[Snapshot]):
+    for message in ranks.gather(msgspec.msgpack.encode(held)):
+        for snapshot in msgspec.msgpack.decode(message, type=list[Snapshot]):
             info = snapshot.info
-            if (
-                found.setdefault(info.id, snapshot).info.order < info.order
-            ):  # another node knows better where
+            known = found.setdefault(info.id, snapshot)
+            if known.info.order < info.order:  # this node knows of a later attempt
                 found[info.id] = snapshot
             packs.setdefault(info.id, set()).update(snapshot.ranks)
-    whole = [snapshot for key, snapshot in found.items() if len(packs[key]) == snapshot.info.world_size]
-    return sorted(whole, key=lambda snapshot: snapshot.info.order, reverse=True)
+    complete = [snapshot for key, snapshot in found.items() if len(packs[key]) == snapshot.info.world_size]
+    return sorted(complete, key=lambda snapshot: snapshot.info.order, reverse=True)
 
 
 def open_snapshot(
     client: SaverClient | None, snapshot: Snapshot, url: str, ranks: Ranks
 ) -> tuple[Manifest, MemoryPacks] | None:
-    """What it takes to load a snapshot; None if it is not there any more. Collective.
+    """The manifest and the packs of a snapshot; None if a part of it is gone. Collective.
 
-    Its memory stays as it is until `client.detach()`. `url` is what messages call it.
+    Args:
+        client: this node's saver; None without one. It keeps the packs unchanged until `client.detach()`.
+        snapshot: one of those that `find_snapshots` returned.
+        url: the snapshot's name in messages.
+        ranks: of the job.
     """
-    held = None
+    attached = None
     if client is not None:
-        try:
-            held = client.attach(snapshot.info.id)
-        except SaverError:
-            held = None
-    everywhere = _on_all_nodes(held.contents if held else Contents(), client, ranks)
-    contents = _joined(everywhere)
+        with suppress(SaverError):
+            attached = client.attach(snapshot.info.id)
+    contents = _joined(_gather(attached.contents if attached else Contents(), client, ranks))
     size = snapshot.info.world_size
     lacks = [len(contents.values) < size, len(contents.checksums) < size]
     is_gone, has_no_checksums = ranks.maximum([*lacks])
@@ -63,23 +64,24 @@ def open_snapshot(
         return None
     plan = decode_plan(contents.plan)
     proposal = Proposal.decode(contents.proposal, plan).at(snapshot.info.path)
-    checksums = _by_row(plan, contents) if not has_no_checksums else [0] * len(plan.writer)
+    checksums = _checksums(plan, contents) if not has_no_checksums else [0] * len(plan.writer)
     values = [msgspec.json.decode(contents.values[rank]) for rank in range(size)]
-    packs = MemoryPacks(url, held.packs if held else {}, has_checksums=not has_no_checksums)
+    packs = MemoryPacks(url, attached.packs if attached else {}, has_checksums=not has_no_checksums)
     return proposal.manifest(values, checksums), packs
 
 
-def _on_all_nodes(mine: Contents, client: SaverClient | None, ranks: Ranks) -> list[Contents]:
-    """What each node knows of the snapshot; one rank of each node tells it, if there are several."""
+def _gather(own: Contents, client: SaverClient | None, ranks: Ranks) -> list[Contents]:
+    """The contents that each node has, sent by one rank of the node. Collective."""
     nodes = ranks.gather((client.id if client is not None else "").encode())
     if len(set(nodes)) == 1:
-        return [mine]
-    speaks = nodes.index(nodes[ranks.rank]) == ranks.rank
-    told = ranks.gather(msgspec.msgpack.encode(mine) if speaks else b"")
-    return [msgspec.msgpack.decode(data, type=Contents) for data in told if data]
+        return [own]
+    is_first = nodes.index(nodes[ranks.rank]) == ranks.rank
+    messages = ranks.gather(msgspec.msgpack.encode(own) if is_first else b"")
+    return [msgspec.msgpack.decode(message, type=Contents) for message in messages if message]
 
 
 def _joined(parts: Sequence[Contents]) -> Contents:
+    """The contents of all nodes in one."""
     first = next((part for part in parts if part.proposal), Contents())
     return Contents(
         first.proposal,
@@ -89,8 +91,8 @@ def _joined(parts: Sequence[Contents]) -> Contents:
     )
 
 
-def _by_row(plan: SavePlan, contents: Contents) -> list[int]:
-    """The checksum of each row of the chunk table. A rank's chunks lie in its pack in the order of rows."""
+def _checksums(plan: SavePlan, contents: Contents) -> list[int]:
+    """The checksum of each row of the chunk table. A rank's checksums are in the order of its rows."""
     columns = {rank: iter(checksums) for rank, checksums in contents.checksums.items()}
     found = [0] * len(plan.writer)
     for row, writer in enumerate(plan.writer):

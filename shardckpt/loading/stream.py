@@ -1,8 +1,9 @@
-"""Read a checkpoint of any size in bounded memory: boxes one after another. Free of torch."""
+"""Read a checkpoint of any size in bounded memory, one box after another. Free of torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,17 @@ from shardckpt.run.places import Place
 __all__ = ["iter_boxes", "slabs"]
 
 _BATCH = 32 << 20
-"""Bytes that are held together where less would do."""
+"""Bytes of boxes that are read together, and of a slab."""
 
 
 def iter_boxes(
     place: Place, manifest: Manifest, boxes: Sequence[tuple[str, Box]]
 ) -> Iterator[npt.NDArray[Any]]:
-    """The content of each (name, box), in this order, as new C-ordered arrays; every chunk is verified.
+    """Yield the content of each (tensor name, box), in this order, as a new C-ordered array, verified.
 
-    Boxes that follow one another and share chunks are read together, so that no chunk is read twice for
-    them. Held at a time are these boxes, or 32 MiB of smaller ones, and the chunks under way. Raises
-    KeyError for an unknown name, and CorruptError, which names the chunk; what was yielded before that
-    is worthless.
+    Consecutive boxes that share chunks are read together, so that no chunk is read twice for them. Memory is
+    needed for these boxes, or 32 MiB of smaller ones, and for the chunks being read. Raises KeyError for an
+    unknown name, and CorruptError, which names the chunk: discard what was yielded before it.
     """
     dtypes = {tensor.name: tensor.dtype for tensor in manifest.tensors}
     fetcher = Fetcher(place, manifest)
@@ -52,10 +52,9 @@ def iter_boxes(
 
 
 def slabs(tensor: TensorEntry) -> list[Box]:
-    """The tensor cut along its first dimension where no chunk is cut: its content in order, piece by piece.
+    """Cut the tensor along its first dimension, between chunks, into boxes that follow one another in memory.
 
-    Each is a contiguous run of the tensor's elements, about 32 MiB or as little more as the chunks allow.
-    A tensor without elements has one, without elements.
+    Each has 32 MiB or more, as the chunks allow. A tensor without elements has one box, without elements.
     """
     whole = Box.whole(tensor.shape)
     if not tensor.shape or not whole.volume:
@@ -81,6 +80,7 @@ def slabs(tensor: TensorEntry) -> list[Box]:
 
 
 def _rows(tensor: TensorEntry, start: int, stop: int) -> Box:
+    """The box of the tensor's rows `start:stop`."""
     zeros = (0,) * (len(tensor.shape) - 1)
     return Box((start, *zeros), (stop - start, *tensor.shape[1:]))
 
@@ -88,7 +88,7 @@ def _rows(tensor: TensorEntry, start: int, stop: int) -> Box:
 def _groups(
     boxes: Sequence[tuple[str, Box]], reads: Sequence[ChunkRead], dtypes: dict[str, str]
 ) -> Iterator[tuple[range, list[ChunkRead]]]:
-    """Boxes that are read together, and what is read for them: none shares a chunk with a later one."""
+    """Groups of boxes and the reads for them; no box shares a chunk with a later group."""
     by_first: dict[int, list[ChunkRead]] = {}
     for read in reads:
         by_first.setdefault(min(part.wanted for part in read.copies), []).append(read)
@@ -97,15 +97,11 @@ def _groups(
     for number, (name, box) in enumerate(boxes):
         nbytes = box.volume * itemsize(dtypes[name])
         if number > start and number > reach and size + nbytes > _BATCH:
-            yield range(start, number), sorted(group, key=_place)
+            yield range(start, number), sorted(group, key=attrgetter("stored"))
             start, size, group = number, 0, []
         size += nbytes
         for read in by_first.pop(number, ()):
             group.append(read)
             reach = max(reach, max(part.wanted for part in read.copies))
     if boxes:
-        yield range(start, len(boxes)), sorted(group, key=_place)
-
-
-def _place(read: ChunkRead) -> tuple[int, int]:
-    return read.stored.pack, read.stored.offset
+        yield range(start, len(boxes)), sorted(group, key=attrgetter("stored"))

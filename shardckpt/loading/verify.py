@@ -18,15 +18,23 @@ from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import ChunkRead, plan_reads
 from shardckpt.run.places import Place, exact_place, read_manifest
 
-__all__ = ["Report", "check"]
+__all__ = ["VerifyReport", "verify_checkpoint"]
 
 
 _BATCH = 64 << 20
+"""Bytes that are verified together; if they are damaged, their chunks are verified one by one."""
 
 
 @dataclass
-class Report:
-    """What a check found: `problems` are damage, `notes` are not."""
+class VerifyReport:
+    """What a verification found.
+
+    Attributes:
+        chunks: number of chunks.
+        nbytes: bytes of their elements.
+        problems: damage.
+        notes: what is worth knowing, and no damage.
+    """
 
     chunks: int = 0
     nbytes: int = 0
@@ -34,9 +42,17 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def check(place: Place, manifest: Manifest, progress: Callable[[int, int], object]) -> Report:
-    """Read every chunk, and refs.json; go on after damage, to name all of it. Raises StorageError."""
-    report = Report()
+def verify_checkpoint(
+    place: Place, manifest: Manifest, progress: Callable[[int, int], object]
+) -> VerifyReport:
+    """Read every chunk and refs.json, and report all damage. Raises StorageError.
+
+    Args:
+        place: of the checkpoint.
+        manifest: its manifest.
+        progress: called with the bytes done and all bytes.
+    """
+    report = VerifyReport()
     boxes = [(t.name, box) for t in manifest.tensors if (box := Box.whole(t.shape)).volume]
     reads = [
         next(same) for _, same in groupby(plan_reads(manifest, boxes), key=lambda read: read.stored[:2])
@@ -68,7 +84,7 @@ def _is_whole(place: Place, manifest: Manifest, pack: int) -> bool:
 
 
 def _damage(place: Place, manifest: Manifest, reads: list[ChunkRead]) -> str:
-    """What is wrong with these chunks; the empty string if nothing is."""
+    """What is wrong with these chunks; an empty string if nothing is."""
     try:
         Fetcher(place, manifest).verify(reads)
     except CorruptError as error:
@@ -89,7 +105,7 @@ def _batches(reads: list[ChunkRead]) -> Iterator[list[ChunkRead]]:
         yield batch
 
 
-def _check_refs(place: Place, manifest: Manifest, report: Report) -> None:
+def _check_refs(place: Place, manifest: Manifest, report: VerifyReport) -> None:
     expected = _Refs(json.loads(encode_refs(manifest, place.url)))
     try:
         found = _Refs(json.loads(place.storage.read(REFS)))
@@ -129,7 +145,7 @@ def _check_refs(place: Place, manifest: Manifest, report: Report) -> None:
 
 
 class _Refs:
-    """What a reference file says: templates, and by its key each node's text or [URL, offset, bytes]."""
+    """A reference file: its templates, and its entries by key: a node's JSON text, or [URL, offset, bytes]."""
 
     def __init__(self, content: Any) -> None:
         if set(content) != {"version", "templates", "refs"} or content["version"] != 1:
@@ -148,7 +164,7 @@ def _same_entry(one: Any, other: Any) -> bool:
 
 
 def _same_node(one: Any, other: Any) -> bool:
-    """Whether two nodes' metadata are equal, but for a list of all nodes that a writer may leave out."""
+    """True if two nodes' metadata are equal, apart from a consolidated list of nodes that only one has."""
     if isinstance(one, dict) and isinstance(other, dict):
         for node, than in ((one, other), (other, one)):
             if "consolidated_metadata" not in than:
@@ -157,7 +173,7 @@ def _same_node(one: Any, other: Any) -> bool:
 
 
 def _is_consistent(found: Mapping[str, str], expected: Mapping[str, str]) -> bool:
-    """Whether templates are those of one checkpoint, wherever it is: its folder, and those above it."""
+    """True if the templates are the folder of one checkpoint, wherever it lies, and the folders above it."""
     folder = found.get("u", "").rstrip("/")
     return set(found) == set(expected) and all(
         found[name] == folder.rsplit("/", ups)[0] for ups, name in enumerate(TEMPLATES) if name in found
@@ -165,7 +181,7 @@ def _is_consistent(found: Mapping[str, str], expected: Mapping[str, str]) -> boo
 
 
 def _id_there(url: str) -> str | None:
-    """The id of the checkpoint in a local folder, as far as there is one."""
+    """The id of the checkpoint in a local folder; None if there is none, or `url` is not local."""
     if "://" in url:
         return None
     try:

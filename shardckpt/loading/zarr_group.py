@@ -21,14 +21,18 @@ __all__ = ["open_group"]
 def open_group(
     url: str, storage_options: Mapping[str, Any] | None = None, *, manifest: Manifest | None = None
 ) -> zarr.Group:
-    """The checkpoint at `url` as a read-only Zarr group, wherever it was moved or copied to.
+    """Open the checkpoint at `url` as a read-only Zarr group, wherever it was moved or copied to.
 
-    It goes by the manifest, not by refs.json: what is read lies inside the run, as decode_manifest
-    checks. `manifest` saves reading it again; `storage_options` are the arguments of the fsspec file
-    system. Chunks are read and verified when they are indexed. Raises NotACheckpointError if there is no
-    manifest, FormatError if it is invalid.
+    Args:
+        url: of the checkpoint.
+        storage_options: arguments of the fsspec file system.
+        manifest: the checkpoint's manifest; None: it is read.
+
+    The group is made from the manifest, not from refs.json, so that everything that is read lies inside the run,
+    as `decode_manifest` checks. Chunks are read and verified when the group is indexed. Raises
+    NotACheckpointError if there is no manifest, FormatError if it is invalid.
     """
-    # Zarr and fsspec take 0.3 s to import, which a run that only saves and loads need not spend.
+    # Imported here: Zarr and fsspec take 0.3 s, and a run that only saves and loads does not need them.
     import fsspec
     from fsspec.implementations.reference import ReferenceFileSystem
     from zarr import open_group as open_store

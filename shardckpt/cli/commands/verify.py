@@ -9,7 +9,7 @@ from shardckpt.cli.output import Progress, print_json, printable
 from shardckpt.cli.storage_options import storage_options
 from shardckpt.format.manifest import REFS
 from shardckpt.formatting import count, size
-from shardckpt.loading.verify import Report, check
+from shardckpt.loading.verify import VerifyReport, verify_checkpoint
 from shardckpt.run.places import find_place, read_manifest
 
 __all__ = ["DETAILS", "JSON_FIELDS", "SUMMARY", "add_arguments", "run"]
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     place = find_place(options.url, storage)
     manifest = read_manifest(place)
     with Progress("verifying") as progress:
-        report = check(place, manifest, progress)
+        report = verify_checkpoint(place, manifest, progress)
     if options.json:
         document = {
             "url": place.url,
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     return CORRUPT if report.problems else 0
 
 
-def _print(url: str, report: Report) -> None:
+def _print(url: str, report: VerifyReport) -> None:
     what = f"{count(report.chunks, 'chunk')}, {size(report.nbytes)}"
     if report.problems:
         print(f"{url} is corrupt: {count(len(report.problems), 'problem')} in {what}")

@@ -26,7 +26,7 @@ from shardckpt.format.manifest_codec import decode_part
 from shardckpt.interop.copy import copy
 from shardckpt.interop.export import merge
 from shardckpt.loading.listing import list_checkpoints
-from shardckpt.loading.verify import check
+from shardckpt.loading.verify import verify_checkpoint
 from shardckpt.run.places import BAD, FAILED, Place, read_manifest, read_small
 from shardckpt.run.refs import write_references
 from shardckpt.storage import open_storage
@@ -158,7 +158,7 @@ class TestFlips:
         manifest = read_manifest(place)
         for flipped in flips(good, most):
             path.write_bytes(flipped)
-            report = check(place, manifest, lambda *_: None)
+            report = verify_checkpoint(place, manifest, lambda *_: None)
             try:
                 is_same = nodes_of(flipped) == nodes_of(good)
             except (KeyError, ValueError):
@@ -276,7 +276,7 @@ def test_what_is_no_file(thing: str, name: str, run: Path, newest: Path, tmp_pat
         assert restored(run) == 2
     if name == REFS:
         place = Place(open_storage(run), "attempt-0001/step-00000002")
-        assert check(place, read_manifest(place), lambda *_: None).problems
+        assert verify_checkpoint(place, read_manifest(place), lambda *_: None).problems
 
 
 @pytest.mark.parametrize("folder", ["attempt-0001/step-00000003", "attempt-0002"])
@@ -549,7 +549,7 @@ def test_references_elsewhere(run: Path, newest: Path, tmp_path: Path) -> None:
     manifest = read_manifest(place)
 
     def report() -> tuple[bool, bool]:
-        found = check(place, manifest, lambda *_: None)
+        found = verify_checkpoint(place, manifest, lambda *_: None)
         return bool(found.problems), bool(found.notes)
 
     assert report() == (False, False)

@@ -17,7 +17,7 @@ from shardckpt.interop.copy import copy
 from shardckpt.interop.export import merge
 from shardckpt.interop.reshard import reshard
 from shardckpt.loading.checkpoint import open_checkpoint
-from shardckpt.loading.verify import check
+from shardckpt.loading.verify import verify_checkpoint
 from shardckpt.run.places import Place, read_manifest
 from shardckpt.storage import LocalStorage, Storage
 from tests.kit.faults import MisreadStorage
@@ -46,7 +46,7 @@ def _check_loaded(storage: Storage) -> None:
 
 def _check_verified(storage: Storage) -> None:
     place = Place(storage)
-    report = check(place, read_manifest(place), lambda _done, _total: None)
+    report = verify_checkpoint(place, read_manifest(place), lambda _done, _total: None)
     assert not report.problems
 
 
