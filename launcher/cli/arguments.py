@@ -1,7 +1,7 @@
 """The command line of `launch`, split into its own options and the script with the script's arguments.
 
-Not argparse. It could do 40 lines of this module's work and no more, since the environment, the YAML file and the
-schedulers give options too: the table in `config/options.py` and the parsers have to stay. And it cannot do these:
+Not argparse. It could do 40 lines of this module's work and no more: the environment, the YAML file and the
+schedulers give options too, so the table in `config/options.py` and the parsers have to stay. It cannot do these:
 
 - `launch -- prog` and `launch prog` are the same to it, and it takes the script's own `--` away
   (`launch train.py -- x` calls the script with `x`), in another way from one Python version to the next;
