@@ -81,9 +81,9 @@ class Room:
 
     def __str__(self) -> str:
         """What is left of what, for people."""
-        total = f"{self.total / 1e9:.1f} GB"
+        total = f"{self.total / (1 << 30):.1f} GiB"
         of = f"the cgroup limit of {total} ({self.group.path})" if self.group else f"the machine's {total}"
-        return f"{self.free / 1e9:.1f} GB of memory is left of {of}"
+        return f"{self.free / (1 << 30):.1f} GiB of memory is left of {of}"
 
 
 def memory_groups(root: Path = Path("/")) -> tuple[MemoryGroup, ...]:

@@ -19,18 +19,18 @@ __all__ = [
     "spans",
 ]
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
-    """`ranks 0-3, 5`"""
+    """`ranks 0-3, 5`, or `rank 5`."""
     found = spans(ranks)
     is_one = len(found) == 1 and "-" not in found[0]
     return f"rank{'' if is_one else 's'} {', '.join(found)}"
 
 
 def spans(ranks: Iterable[int]) -> list[str]:
-    """`["0-3", "5"]`"""
+    """Ranks as spans: `["0-3", "5"]`."""
     found: list[list[int]] = []
     for rank in sorted(ranks):
         if found and rank == found[-1][1] + 1:
@@ -41,35 +41,35 @@ def spans(ranks: Iterable[int]) -> list[str]:
 
 
 def count(number: int, what: str, several: str = "") -> str:
-    """`1 rank`, `8 ranks`"""
+    """`1 rank`, `8 ranks`; `several` is the plural, where it is no plain one with s."""
     return f"{number} {what if number == 1 else several or f'{what}s'}"
 
 
 def amount(size: float) -> str:
-    """`64.0 GB`"""
+    """`64.0 GiB`, of a number of bytes."""
     power = _power(size)
     return f"{_in_units(size, power)} {_UNITS[power]}"
 
 
 def part(done: float, total: float) -> str:
-    """`1.2 of 64.0 GB`"""
+    """`1.2 of 64.0 GiB`, of numbers of bytes."""
     power = _power(total)
     return f"{_in_units(done, power)} of {_in_units(total, power)} {_UNITS[power]}"
 
 
 def _power(size: float) -> int:
     power = 0
-    while size >= 1000 ** (power + 1) and power < len(_UNITS) - 1:
+    while size >= 1024 ** (power + 1) and power < len(_UNITS) - 1:
         power += 1
     return power
 
 
 def _in_units(size: float, power: int) -> str:
-    return f"{size / 1000**power:.{1 if power else 0}f}"
+    return f"{size / 1024**power:.{1 if power else 0}f}"
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `5 min 3 s`, `2 h 5 min`, `3 d 4 h`"""
+    """`42 s`, `5 min 3 s`, `2 h 5 min`, `3 d 4 h`, of a number of seconds."""
     whole = max(0, int(seconds))
     for unit, name, lower, lower_name in (
         (86400, "d", 3600, "h"),
@@ -83,6 +83,7 @@ def duration(seconds: float) -> str:
 
 
 def signal_name(code: int) -> str:
+    """The name of the signal that gave the exit code `code`, which is minus its number."""
     try:
         return signal.Signals(-code).name
     except ValueError:

@@ -13,7 +13,7 @@ import pytest
 from cgroup_memory import memory_groups, memory_room
 from tests.kit.machines import OWN, Machine, memory_cgroup
 
-GB = 10**9
+GIB = 1 << 30
 MIB = 1 << 20
 LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}
 USAGE = {1: "memory.usage_in_bytes", 2: "memory.current"}
@@ -23,7 +23,7 @@ TOP = {1: "sys/fs/cgroup/memory", 2: "sys/fs/cgroup"}
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     made = Machine(tmp_path)
-    made.room(50 * GB)
+    made.room(50 * GIB)
     return made
 
 
@@ -45,29 +45,29 @@ def free(machine: Machine) -> int:
 def test_a_limit_on_any_group_around_the_process_binds(machine: Machine, version: int, path: str) -> None:
     """As Slurm and systemd set them, not only at the top of what is mounted."""
     for other in (OWN, "/slurm", ""):
-        group(machine, version, other, "max" if version == 2 else "9223372036854771712", 2 * GB)
-    group(machine, version, path, str(8 * GB), 5 * GB)
+        group(machine, version, other, "max" if version == 2 else "9223372036854771712", 2 * GIB)
+    group(machine, version, path, str(8 * GIB), 5 * GIB)
     room = memory_room(root=machine.root)
     assert room is not None
-    assert (room.free, room.total) == (3 * GB, 8 * GB)
+    assert (room.free, room.total) == (3 * GIB, 8 * GIB)
     assert str(room) == (
-        f"3.0 GB of memory is left of the cgroup limit of 8.0 GB ({machine.root}/{TOP[version]}{path})"
+        f"3.0 GiB of memory is left of the cgroup limit of 8.0 GiB ({machine.root}/{TOP[version]}{path})"
     )
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_tightest_counts_which_need_not_be_the_smallest(machine: Machine, version: int) -> None:
-    group(machine, version, "/slurm", str(20 * GB), 19 * GB)
-    group(machine, version, OWN, str(8 * GB), 2 * GB)
-    assert free(machine) == 1 * GB
+    group(machine, version, "/slurm", str(20 * GIB), 19 * GIB)
+    group(machine, version, OWN, str(8 * GIB), 2 * GIB)
+    assert free(machine) == 1 * GIB
 
 
 def test_without_limits_the_machine_is_what_there_is(machine: Machine) -> None:
-    group(machine, 2, OWN, "max", 5 * GB)
+    group(machine, 2, OWN, "max", 5 * GIB)
     room = memory_room(root=machine.root)
-    assert str(room) == "50.0 GB of memory is left of the machine's 68.7 GB"
-    machine.room(GB // 10)
-    assert free(machine) // GB == 0
+    assert str(room) == "50.0 GiB of memory is left of the machine's 64.0 GiB"
+    machine.room(GIB // 10)
+    assert free(machine) // GIB == 0
 
 
 def test_nothing_is_known_of_nothing(tmp_path: Path) -> None:
@@ -80,27 +80,27 @@ def test_page_cache_is_not_used_memory(machine: Machine, version: int) -> None:
     """Whether it was read once or often; but a mapped file is, and memory without a file."""
     old = "total_" if version == 1 else ""
     mapped = "total_mapped_file" if version == 1 else "file_mapped"
-    cache = f"{old}inactive_file {4 * GB}\n{old}active_file {2 * GB}\n"
-    group(machine, version, OWN, str(8 * GB), 7 * GB, f"inactive_file 1\nactive_file 1\n{cache}")
-    assert free(machine) == 7 * GB
-    group(machine, version, OWN, str(8 * GB), 7 * GB, f"{cache}{mapped} {GB}\n")
-    assert free(machine) == 6 * GB
-    group(machine, version, OWN, str(8 * GB), 7 * GB, f"{cache}{mapped} {GB}\n{old}shmem {GB}\n")
-    assert free(machine) == 7 * GB, "what is mapped is no file"
-    group(machine, version, OWN, str(8 * GB), 7 * GB, f"{cache}{mapped} {9 * GB}\n")
-    assert free(machine) == 5 * GB
+    cache = f"{old}inactive_file {4 * GIB}\n{old}active_file {2 * GIB}\n"
+    group(machine, version, OWN, str(8 * GIB), 7 * GIB, f"inactive_file 1\nactive_file 1\n{cache}")
+    assert free(machine) == 7 * GIB
+    group(machine, version, OWN, str(8 * GIB), 7 * GIB, f"{cache}{mapped} {GIB}\n")
+    assert free(machine) == 6 * GIB
+    group(machine, version, OWN, str(8 * GIB), 7 * GIB, f"{cache}{mapped} {GIB}\n{old}shmem {GIB}\n")
+    assert free(machine) == 7 * GIB, "what is mapped is no file"
+    group(machine, version, OWN, str(8 * GIB), 7 * GIB, f"{cache}{mapped} {9 * GIB}\n")
+    assert free(machine) == 5 * GIB
 
 
 def test_where_the_kernel_throttles_is_a_bound_but_no_limit(machine: Machine) -> None:
     """memory.high: nothing is killed for it, but all of the group would crawl."""
-    group(machine, 2, OWN, str(8 * GB), 2 * GB)
-    machine.write(f"sys/fs/cgroup{OWN}/memory.high", f"{3 * GB}\n")
-    assert free(machine) == 1 * GB
-    assert memory_groups(machine.root)[0].limit == 8 * GB
+    group(machine, 2, OWN, str(8 * GIB), 2 * GIB)
+    machine.write(f"sys/fs/cgroup{OWN}/memory.high", f"{3 * GIB}\n")
+    assert free(machine) == 1 * GIB
+    assert memory_groups(machine.root)[0].limit == 8 * GIB
 
 
 def test_more_than_the_limit_leaves_nothing(machine: Machine) -> None:
-    group(machine, 2, OWN, str(GB), 2 * GB)
+    group(machine, 2, OWN, str(GIB), 2 * GIB)
     assert free(machine) == 0
 
 
@@ -108,9 +108,9 @@ def test_mount_points_with_blanks(machine: Machine) -> None:
     machine.version_2()
     mounted = machine.root / "proc/self/mountinfo"
     mounted.write_text(mounted.read_text().replace("/sys/fs/cgroup rw", "/my\\040groups rw"))
-    machine.write(f"my groups{OWN}/memory.max", f"{8 * GB}\n")
-    machine.write(f"my groups{OWN}/memory.current", f"{GB}\n")
-    assert free(machine) == 7 * GB
+    machine.write(f"my groups{OWN}/memory.max", f"{8 * GIB}\n")
+    machine.write(f"my groups{OWN}/memory.current", f"{GIB}\n")
+    assert free(machine) == 7 * GIB
 
 
 def test_a_real_nested_group_that_has_read_a_file(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Backlog:
         return self.is_overtaken and not (self.pending or self.failed)
 
     def __str__(self) -> str:
-        """`step 120: 1.2 of 2.0 GB (remote)`, and so on; empty if nothing is known to be pending."""
+        """`step 120: 1.2 of 2.0 GiB (remote)`, and so on; empty if nothing is known to be pending."""
         return ", ".join(
             f"step {save.step}: {part(save.done, save.total)} ({save.tier})"
             for save in self.pending.values()

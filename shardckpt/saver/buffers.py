@@ -83,7 +83,7 @@ class SnapshotMemory:
         room = self._room()
         if room is None or size + _share(room, _SPARE) <= room.free or _is_little(size, room.free):
             return ""
-        return f"{room}, and one more takes {size / 1e9:.1f} GB"
+        return f"{room}, and one more takes {size / (1 << 30):.1f} GiB"
 
     def pressure(self, held: int) -> Pressure:
         """How short memory is now. Never so if the `held` bytes of all buffers would make little difference."""

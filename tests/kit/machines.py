@@ -19,7 +19,7 @@ class Machine:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.write("proc/meminfo", "MemTotal:       62500000 kB\nMemFree: 1 kB\n")
+        self.write("proc/meminfo", "MemTotal:       67108864 kB\nMemFree: 1 kB\n")
         self.write("proc/vmstat", "nr_free_pages 1\noom_kill 7\n")
 
     def write(self, path: str, text: str) -> None:

@@ -43,7 +43,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (64e9, "64.0 GB"), (2e16, "20000.0 TB")],
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (2**36, "64.0 GiB"), (2**54, "16384.0 TiB")],
 )
 def test_amounts(size: float, text: str) -> None:
     assert amount(size) == text
@@ -54,7 +54,7 @@ def test_counts() -> None:
 
 
 def test_parts_are_in_the_units_of_the_whole() -> None:
-    assert part(5e8, 64e9) == "0.5 of 64.0 GB"
+    assert part(2**29, 2**36) == "0.5 of 64.0 GiB"
     assert part(12, 999) == "12 of 999 B"
 
 

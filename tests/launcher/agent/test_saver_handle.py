@@ -14,7 +14,7 @@ import pytest
 from launcher.cli.ask import ask
 from tests.kit.job import Job, read_until, wait_for_death
 
-PERSISTING = {"event": "persisting", "step": 7, "tier": "remote", "done": 1_200_000, "total": 2_000_000}
+PERSISTING = {"event": "persisting", "step": 7, "tier": "remote", "done": 1_258_291, "total": 2 << 20}
 PERSISTED = {"event": "persisted", "step": 7, "tier": "remote", "url": "s3://bucket/run", "seconds": 0.25}
 FAILED = {"event": "failed", "step": 7, "tier": "remote", "url": "s3://bucket/run", "error": "no space"}
 
@@ -70,7 +70,7 @@ def test_the_end_of_a_job_waits_for_what_is_not_durable(job: Job) -> None:
     done = job.run(job.script(FINISH), json.dumps(order))
     assert done.code == 0
     assert done.err.splitlines()[1:-1] == [
-        "launch: persisting step 7: 1.2 of 2.0 MB (remote)",
+        "launch: persisting step 7: 1.2 of 2.0 MiB (remote)",
         "launch: persisted step 7 to s3://bucket/run in 0.2 s",
     ]
     end = done.err.splitlines()[-1]
@@ -118,7 +118,7 @@ def test_kill_9_of_the_saver(job: Job) -> None:
     assert len(said) == 3
     assert re.fullmatch(
         r"launch: the saver was lost: killed by SIGKILL \(.*\); the snapshots in memory are gone, and of "
-        r"step 7: 1\.2 of 2\.0 MB \(remote\) what is missing; checkpoints that are committed are safe; "
+        r"step 7: 1\.2 of 2\.0 MiB \(remote\) what is missing; checkpoints that are committed are safe; "
         r"log: runs/train/logs/saver\.log",
         said[1],
     )
@@ -134,7 +134,7 @@ def test_what_lies_in_the_current_directory_is_not_the_savers(job: Job) -> None:
 def test_a_job_that_waits_for_its_saver_can_be_asked(job: Job) -> None:
     before = job.fifo("before")
     process = job.start(job.script(FINISH), json.dumps({"before": str(before), "then": [PERSISTING]}))
-    read_until(process, "1.2 of 2.0 MB")
+    read_until(process, "1.2 of 2.0 MiB")
     [answer] = ask(job.path / "runs/train", "status")
     assert answer["status"]["phase"] == "persisting"
     before.write_text("go on")

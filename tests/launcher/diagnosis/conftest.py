@@ -22,7 +22,7 @@ def oom(tmp_path: Path) -> OomWatch:
     """A machine whose kernel has killed once for want of memory since the round's start."""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/vmstat").write_text("oom_kill 0\n")
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 62500000 kB\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 67108864 kB\n")
     watch = OomWatch(tmp_path)
     (tmp_path / "proc/vmstat").write_text("oom_kill 1\n")
     return watch

@@ -61,7 +61,7 @@ def test_missing_files_are_no_evidence(tmp_path: Path) -> None:
 
 
 def test_whose_sigkill_it_was(files: RankFiles, oom: OomWatch) -> None:
-    assert "(the machine's 64.0 GB)" in (gathered(files, -9, oom).kill or "")
+    assert "(the machine's 64.0 GiB)" in (gathered(files, -9, oom).kill or "")
     assert gathered(files, -9, oom, is_ours=True).kill is None
     assert gathered(files, -11, oom).kill is None
     assert gathered(files, -9).kill is None

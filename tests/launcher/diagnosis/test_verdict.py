@@ -159,6 +159,6 @@ def test_verdict_on_other_trouble() -> None:
 
 
 def test_a_kill_by_the_kernel_is_the_cause() -> None:
-    death = died(0, -9, kill="killed by the kernel, out of memory (cgroup limit 64.0 GB)")
+    death = died(0, -9, kill="killed by the kernel, out of memory (cgroup limit 64.0 GiB)")
     assert verdict_on(death).cause == death.kill
     assert "it left no output" in "\n".join(verdict_on(death).render())

@@ -30,12 +30,12 @@ def test_counters_of_version_2(machine: Machine, path: str) -> None:
     """A counter of the own cgroup or of one around it has risen; the smallest limit is told."""
     machine.version_2()
     machine.events(2, path)
-    machine.write("sys/fs/cgroup/slurm/memory.max", "32000000000\n")
+    machine.write("sys/fs/cgroup/slurm/memory.max", f"{32 << 30}\n")
     machine.write("sys/fs/cgroup/slurm/job_1/memory.max", "max\n")
     watch = OomWatch(machine.root)
     assert watch.explain(1) is None
     machine.events(3, path)
-    assert watch.explain(1) == "killed by the kernel, out of memory (cgroup limit 32.0 GB)"
+    assert watch.explain(1) == "killed by the kernel, out of memory (cgroup limit 32.0 GiB)"
     watch.mark()
     assert watch.explain(1) is None
 
@@ -45,7 +45,7 @@ def test_a_group_kill_counts(machine: Machine) -> None:
     machine.events(0)
     watch = OomWatch(machine.root)
     machine.events(0, group_kills=1)
-    assert watch.explain(1) == "killed by the kernel, out of memory (the machine's 64.0 GB)"
+    assert watch.explain(1) == "killed by the kernel, out of memory (the machine's 64.0 GiB)"
 
 
 def test_in_a_container_the_mount_shows_a_part(machine: Machine) -> None:
@@ -69,11 +69,11 @@ def test_counters_of_version_1(machine: Machine) -> None:
     machine.version_1()
     control = f"sys/fs/cgroup/memory{OWN}/memory.oom_control"
     machine.write(control, "oom_kill_disable 0\nunder_oom 0\noom_kill 0\n")
-    machine.write(f"sys/fs/cgroup/memory{OWN}/memory.limit_in_bytes", "1000000000\n")
+    machine.write(f"sys/fs/cgroup/memory{OWN}/memory.limit_in_bytes", f"{1 << 30}\n")
     machine.write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")
     watch = OomWatch(machine.root)
     machine.write(control, "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
-    assert watch.explain(1) == "killed by the kernel, out of memory (cgroup limit 1.0 GB)"
+    assert watch.explain(1) == "killed by the kernel, out of memory (cgroup limit 1.0 GiB)"
 
 
 def test_the_machine_ran_out(machine: Machine) -> None:
@@ -97,7 +97,7 @@ def test_the_kernel_log_names_the_process(machine: Machine) -> None:
     machine.log("x" * 500, f"Memory cgroup out of memory: {KILLED}")
     for _ in range(2):
         text = watch.explain(1234)
-        assert text == "killed by the kernel, out of memory (the machine's 64.0 GB; it held 1.5 GB)"
+        assert text == "killed by the kernel, out of memory (the machine's 64.0 GiB; it held 1.4 GiB)"
     assert watch.explain(123) is None
     watch.mark()
     assert watch.explain(1234) is None
@@ -138,4 +138,4 @@ def test_a_real_kill(cgroup: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     plain, eater = result.stdout.splitlines()
     assert plain == "None"
-    assert eater.startswith("True killed by the kernel, out of memory (cgroup limit 67.1 MB")
+    assert eater.startswith("True killed by the kernel, out of memory (cgroup limit 64.0 MiB")

@@ -45,7 +45,7 @@ def test_more_than_a_nested_group_leaves_is_refused(machine: Machine) -> None:
     """And some is left to training, which the kernel would kill else."""
     use(machine, 4 * GIB - 100 * MIB)
     with pytest.raises(
-        MemoryError, match=r"0\.1 GB of memory is left of the cgroup limit of 4\.3 GB \(.*slurm"
+        MemoryError, match=r"0\.1 GiB of memory is left of the cgroup limit of 4\.0 GiB \(.*slurm"
     ):
         SnapshotMemory(machine.root).allocate(64 * MIB)
     SnapshotMemory(machine.root).allocate(32 * MIB)
@@ -60,7 +60,7 @@ def test_memory_that_runs_out_meanwhile_is_noticed(machine: Machine) -> None:
             use(machine, 4 * GIB)  # training has taken it
 
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(MemoryError, match=r"0\.0 GB"):
+    with pytest.raises(MemoryError, match=r"0\.0 GiB"):
         Racing(machine.root).allocate(200 * MIB)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
@@ -69,7 +69,7 @@ def test_spare_snapshots_leave_more_than_the_first(machine: Machine) -> None:
     memory = SnapshotMemory(machine.root)
     use(machine, 2 * GIB)
     assert memory.lacking(1 * GIB) == ""
-    assert "and one more takes 2.0 GB" in memory.lacking(1900 * MIB)
+    assert "and one more takes 1.9 GiB" in memory.lacking(1900 * MIB)
     machine.write("sys/fs/cgroup/slurm/memory.max", "max\n")
     assert memory.lacking(1900 * MIB) == ""
     assert "the machine" in memory.lacking(49 * GIB)
@@ -119,7 +119,7 @@ def test_a_real_limit_is_refused_rather_than_died_of() -> None:
         finally:
             inner.rmdir()
     assert re.search(
-        rf"MemoryError: 0\.\d GB of memory is left of the cgroup limit of .*{path}", result.stderr
+        rf"MemoryError: 0\.\d GiB of memory is left of the cgroup limit of .*{path}", result.stderr
     )
 
 

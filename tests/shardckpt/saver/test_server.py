@@ -834,7 +834,7 @@ class Memory(SnapshotMemory):
     def allocate(self, size: int) -> tuple[int, int]:
         if self.count is not None:
             if not self.count:
-                raise MemoryError("0.0 GB of memory is left of the machine's 1.0 GB")
+                raise MemoryError("0.0 GiB of memory is left of the machine's 1.0 GiB")
             self.count -= 1
         return super().allocate(size)
 
@@ -866,7 +866,7 @@ def test_no_memory_is_an_error_of_this_save_only(monkeypatch: pytest.MonkeyPatch
     with saver_in_a_thread(monkeypatch, memory):
         client = SaverClient("run", [], 2, LIMIT, linger=0)
         client.plan(protocol.ChunkTable(1, [], [], [], 100, b""), 2)
-        with pytest.raises(MemoryError, match=r"no memory for a snapshot of .*GB of memory is left"):
+        with pytest.raises(MemoryError, match=r"no memory for a snapshot of .*GiB of memory is left"):
             client.take()
         memory.count = None
         with contextlib.suppress(MemoryError):  # asked for before
