@@ -1,8 +1,8 @@
 """`launch`: starts the ranks of a training job, and starts them again when one fails.
 
->>> import launcher
->>> config = launcher.Config(command=launcher.Command(launcher.Kind.SCRIPT, "train.py"), nproc=8)
->>> exit_code = launcher.run(config)
+    import launcher
+    config = launcher.Config(command=launcher.Command(launcher.Kind.SCRIPT, "train.py"), nproc=8)
+    exit_code = launcher.run(config)
 
 In a worker, `launcher.report(step, loss=loss)` tells how far it is. Importing this package imports
 nothing else until a name is used, and never torch.

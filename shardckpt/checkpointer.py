@@ -106,9 +106,7 @@ class Checkpointer:
         check_count("keep_last", keep_last)
         if local is None and local_every_steps is not None:
             raise ValueError("local_every_steps needs local, the folder that these saves go to")
-        held = environment.snapshots() if snapshots is None else snapshots
-        if isinstance(held, bool) or held not in (0, 1, 2):
-            raise ValueError(f"snapshots must be 0, 1 or 2; it is {held!r}")
+        held = _checked_snapshots(snapshots)
         root = open_run(url, storage_options)
         self.url = root.url
         self._tiers = open_tiers(root, local, schedule, keep_last=keep_last, options=storage_options)
@@ -120,18 +118,9 @@ class Checkpointer:
             self._saver = make_saver_backend(root.url, tiers, held, commit_timeout)
         self._session = SaveSession(self._ranks, commit_timeout, self._saver)
         self._unsaved = UnsavedStep(self, self.url, logs=self._ranks.rank == 0)
-        self._saves = RunSaves(
-            root,
-            self._tiers,
-            schedule,
-            ranks=self._ranks,
-            session=self._session,
-            saver=self._saver,
-            unsaved=self._unsaved,
-        )
+        self._saves = RunSaves(root, self._tiers, schedule, self._session, self._saver, self._unsaved)
         self._has_cadence = every_steps is not None
         self._is_prepared = False
-        self._warns_unsaved = not self._has_cadence
         self._has_left = False
         self._drain = DrainWatch.of_worker(self._ranks)
         self._progress = ProgressFile.of_worker()
@@ -229,7 +218,7 @@ class Checkpointer:
             raise self._leave(step, state, metrics, request)
         self._unsaved.arguments = (step, state, metrics)
         if not self._has_cadence:
-            self._warn_not_saved(step)
+            self._unsaved.warn_once()
         elif self._saves.is_due(step):
             return self._saves.save_if_due(step, state, metrics)
         elif not self._is_prepared:
@@ -256,7 +245,7 @@ class Checkpointer:
 
         Raises StateError, and RankMismatchError if ranks make different calls.
         """
-        self._warns_unsaved = False
+        self._unsaved.knows_save()
         return self._saves.save(Call.SAVE, step, state, metrics)
 
     @public_api
@@ -339,17 +328,15 @@ class Checkpointer:
             self._drain = None
             self._tell(drains=None)
 
-    def _warn_not_saved(self, step: int) -> None:
-        """Log once that `step` does not save: without a cadence a script may take it for what saves."""
-        if self._warns_unsaved and self._ranks.rank == 0:
-            _log.warning(
-                "step %d is not saved, nor are those after it: every_steps is not given, so that only `save` "
-                "saves, and `close` the last step",
-                step,
-            )
-        self._warns_unsaved = False
-
     def _tell(self, **facts: Any) -> None:
         """Report facts of the worker contract, under a launcher."""
         if self._progress is not None:
             self._progress.tell(**facts)
+
+
+def _checked_snapshots(snapshots: int | None) -> int:
+    """Return how many snapshots a node holds; raise ValueError for a number that makes no sense."""
+    number = environment.snapshots() if snapshots is None else snapshots
+    if isinstance(number, bool) or number not in (0, 1, 2):
+        raise ValueError(f"snapshots must be 0, 1 or 2; it is {number!r}")
+    return number

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 __all__ = [
@@ -175,21 +175,43 @@ T = TypeVar("T")
 
 
 def public_api(function: Callable[P, T]) -> Callable[P, T]:
-    """Have a public function raise what a storage or a checkpoint is wrong about without the errors below it.
+    """Decorate a public function: its errors are short, and name the keyword that a call should have used.
 
-    Their chain, of a hundred lines and more, is logged at debug level. What is wrong about the state keeps its
-    chain: its cause may be in the user's own code.
+    Errors of a storage or a checkpoint come without the errors below them, whose chain of a hundred lines and
+    more is logged at debug level. Errors about the state keep their chain: its cause may be in the user's code.
     """
 
     @functools.wraps(function)
     def public(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
+        except TypeError:
+            if (text := _unknown_keyword(function, kwargs)) is None:
+                raise
+            raise TypeError(text) from None
         except (StorageError, CheckpointError, SaveError) as error:
             _log.debug("%s failed", function.__qualname__, exc_info=True)
             raise error.with_traceback(None) from _cause_of(error)
 
     return public
+
+
+def _unknown_keyword(function: Callable[..., object], keywords: Iterable[str]) -> str | None:
+    """Say what keywords a function has, if one of `keywords` is none of them; None if all are."""
+    import difflib
+    import inspect
+
+    parameters = inspect.signature(function).parameters.values()
+    known = [
+        each.name for each in parameters if each.kind is not each.POSITIONAL_ONLY and each.name != "self"
+    ]
+    unknown = next((name for name in keywords if name not in known), None)
+    if unknown is None or any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    alike = difflib.get_close_matches(unknown, known, n=1)
+    listed = f"did you mean {alike[0]}? It has" if alike else "it has"
+    name = function.__qualname__.removesuffix(".__init__")
+    return f"{name} has no argument {unknown!r}; {listed} {', '.join(known)}"
 
 
 def _cause_of(error: Exception) -> BaseException | None:

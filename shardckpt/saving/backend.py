@@ -1,4 +1,4 @@
-"""Where a staged pack goes: to the node's saver, which outlives this process, or to a thread of its own."""
+"""SaveBackend: who persists what this rank has staged, the node's saver or a thread of this process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from shardckpt.errors import (
-    ShardckptError,
-)
+from shardckpt.errors import ShardckptError
 from shardckpt.format.save_plan import SavePlan
 from shardckpt.run.attempt_keeper import AttemptKeeper, Condition
 from shardckpt.run.attempts import Attempt
@@ -22,24 +20,22 @@ from shardckpt.saving.handle import SaveHandle
 from shardckpt.saving.staging import StagingBuffer
 from shardckpt.storage import Storage
 
-__all__ = ["END_TIMEOUT", "JobAttempt", "Save", "SaveBackend", "report_missing_part"]
+__all__ = ["JobAttempt", "Save", "SaveBackend", "report_missing_part"]
 
 _log = logging.getLogger("shardckpt")
-
-END_TIMEOUT = 5.0  # seconds for a run's storage to take note that its job has ended
 
 
 @dataclass(frozen=True)
 class Save:
-    """A save that this rank stages its part of.
+    """This rank's part of a save.
 
     Attributes:
         info: which save it is.
         rank: this rank's number.
-        local_ranks: number of ranks that have the same sink.
-        destinations: the durable tiers that it goes to.
+        local_ranks: number of ranks that have the same backend, this one included.
+        destinations: the durable tiers that the save goes to.
         values: this rank's PerRank values by path.
-        proposal: of rank 0, what the manifest says; else None.
+        proposal: on rank 0, what the manifest will contain; None on others.
     """
 
     info: SaveInfo
@@ -51,12 +47,12 @@ class Save:
 
     @property
     def is_of_run(self) -> bool:
-        """Whether it lies in an attempt of a run, rather than alone."""
+        """True if the checkpoint lies in an attempt of a run, False if it lies alone."""
         return bool(self.info.path)
 
     @property
     def is_shared(self) -> bool:
-        """Whether other processes than this rank's sink wait in the storage for its part."""
+        """True if other processes than this rank's backend wait in storage for its part."""
         return self.info.world_size > self.local_ranks
 
 
@@ -65,10 +61,10 @@ class JobAttempt:
     """The attempt that a job saves as.
 
     Attributes:
-        attempt: as all of its ranks know it.
-        root: the run.
-        claims: whether this rank's sink claims it.
-        tell: called by another thread with what becomes of the claim.
+        attempt: as all ranks of the job know it.
+        root: the run's storage.
+        claims: True if this rank's backend claims it; other backends wait for the claim in storage.
+        tell: called with each change of the claim, by another thread.
     """
 
     attempt: Attempt
@@ -78,71 +74,74 @@ class JobAttempt:
 
 
 class SaveBackend(Protocol):
-    """Gives out buffers to stage into, and sees to what is staged."""
+    """Provides buffers to stage into, and persists what is staged, while training goes on."""
 
     @property
     def id(self) -> str:
-        """Equal for two ranks only if the same process sees to what they stage."""
+        """Equal for two ranks only if one process persists what both stage."""
 
     @property
     def outlives_trainer(self) -> bool:
-        """Whether what is submitted is seen to even if this process ends at once, and kept for the next one."""
+        """True if what is submitted is persisted even if this process ends at once, and kept for the next one."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether `begin` need not wait for an earlier save."""
+        """True if `begin` would not wait for an earlier save."""
 
     @property
     def is_lost(self) -> bool:
-        """Whether it must be prepared again before it can be used."""
+        """True if it has to be prepared again before it can be used."""
 
     @property
     def last_staged(self) -> StagingBuffer | None:
-        """The buffer that `begin` gave last, if it was by the present plan."""
+        """The buffer that `begin` returned last; None if that was for another plan."""
 
     def adopt(self, job: JobAttempt) -> None:
-        """Saves are of this attempt from now on: has it claimed in the background, if this rank's sink is to
-        do that.
+        """Have later saves belong to this attempt, and claim it in the background if `job.claims`.
 
         Raises SaverError.
         """
 
     def learn(self, name: str) -> None:
-        """The attempt is claimed, and this is its folder's name."""
+        """Take in the name of the attempt's folder, now that the attempt is claimed."""
 
     def wait_claimed(self, patience: float, *, is_urgent: bool) -> str:
-        """The name of the attempt's folder; empty if that is not known after `patience` seconds.
+        """Wait until the attempt is claimed.
 
-        `is_urgent`: also as soon as the storage has been found to be out of reach. Raises why it cannot be
-        claimed; SaverError.
+        Args:
+            patience: seconds to wait at most.
+            is_urgent: True to return also as soon as the storage is found to be out of reach.
+
+        Returns the name of the attempt's folder; empty if it is not known yet. Raises StorageError if the attempt
+        cannot be claimed; SaverError.
         """
 
     def prepare(self, plan: SavePlan, rank: int) -> None:
         """Get buffers for the rank's packs by this plan, in the background if that takes long.
 
-        Raises SaverError if it cannot, MemoryError or OSError if there is no memory.
+        Raises SaverError if the saver cannot be reached; MemoryError or OSError if there is no memory.
         """
 
     def begin(self, save: Save, /) -> StagingBuffer:
-        """A buffer to stage the rank's part of a save in. Waits until there is one.
+        """Return a buffer to stage the rank's part of a save in. Waits until there is one.
 
         Raises SaverError or MemoryError; then nothing is to be submitted.
         """
 
     def submit(self, save: Save, handle: SaveHandle) -> None:
-        """See to what was staged in the buffer that `begin` gave last. Tells the handle what becomes of it."""
+        """Persist what is staged in the buffer that `begin` returned last, and note the outcome in the handle."""
 
     def abandon(self, save: Save, error: BaseException, /) -> None:
-        """Nothing will be staged for this save after all: has those told that wait for it."""
+        """Tell those that wait for this rank's part that it will not be staged."""
 
     def probe(self, seconds: float, /) -> None:
-        """See whether it is still at work, for so many seconds at most; if not, it is lost from now on."""
+        """Wait for a sign of life, at most so many seconds; without one, the backend is lost from now on."""
 
     def limit_silence(self, seconds: float, /) -> None:
-        """From now on it is lost if it has not answered for so many seconds, or less."""
+        """From now on, take the backend for lost after so many seconds without an answer, or fewer."""
 
     def close(self) -> None:
-        """No more saves will come, from no process of this job. What was submitted is seen to."""
+        """Take no more saves. What was submitted is persisted."""
 
 
 def report_missing_part(
@@ -152,10 +151,17 @@ def report_missing_part(
     error: BaseException,
     patience: float,
 ) -> None:
-    """Have it reported in the storage that this rank's part will not come, if anyone waits for it there.
+    """Write a failure marker to storage, in the background, so that the committing process stops waiting.
 
-    In the background, since the storage may be slow, and it may not be known yet where the attempt is; not
-    waited for at the process's end, which others notice.
+    Does nothing if no other process waits for this rank's part. The end of this process does not wait for the
+    marker: other processes notice that end.
+
+    Args:
+        save: the save that lacks this rank's part.
+        keeper: knows, or finds, where the attempt is; None for a checkpoint that lies alone.
+        destinations: where to write the marker.
+        error: why the part is missing.
+        patience: seconds to wait for the attempt's place.
     """
     reason = f"{type(error).__name__}: {error}"
 
@@ -165,7 +171,7 @@ def report_missing_part(
             if keeper is not None:
                 path = f"{keeper.wait(patience)}/{path.partition('/')[2]}"
         except ShardckptError as failure:
-            _log.debug("nobody is told that a part of %s will not come: %s", save.info.path, failure)
+            _log.debug("no marker for the missing part of %s: %s", save.info.path, failure)
             return
         for destination in destinations:
             report_lost(destination.place.root.at(path), [save.rank], save.info.id, reason)

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shardckpt.environment import is_first_on_node
 from shardckpt.errors import SaveError, SaverError, SaverSilentError, public_api
 from shardckpt.progress import alive, doing
 from shardckpt.run.commit_wait import Patience, wait_committed
 from shardckpt.run.places import Place
 from shardckpt.run.tiers import MEMORY, Destination
+from shardckpt.saving.failure_log import FailureLog
 
-__all__ = ["FailureLog", "SaveHandle"]
+__all__ = ["SaveHandle"]
 
-_log = logging.getLogger("shardckpt")
-
-_BEAT = 1.0  # seconds between two signs of life of a trainer that waits
-
-
-class FailureLog:
-    """Logs why saves fail: in full where a tier has a new reason. On one rank of each node."""
-
-    def __init__(self) -> None:
-        self._reasons: dict[str, str] = {}
-
-    def tell(self, step: int, tier: str, error: BaseException) -> None:
-        """A save has failed in a tier."""
-        if not is_first_on_node():
-            return
-        reason = re.sub(r"\d+", "#", str(error))  # steps, ranks and free bytes differ
-        is_known = self._reasons.get(tier) == reason
-        self._reasons[tier] = reason
-        _log.error("step %d is not saved (%s): %s", step, tier, "the same" if is_known else error)
+_BEAT = 1.0  # seconds between two signs of life to the launcher
 
 
 @dataclass
 class _State:
-    """What is known here of a save in one tier."""
+    """What this process knows of a save in one tier."""
 
     is_over: bool = False
     is_committed: bool = False
@@ -49,12 +29,19 @@ class _State:
 
 
 class SaveHandle:
-    """A save under way. Training may go on; `wait` tells when it is durable.
+    """A save under way, which `save` and `save_async` return. Training may go on; `wait` waits for it.
+
+    Safe to drop: the save goes on, and a failure is logged.
 
     Attributes:
-        url: where it becomes a checkpoint, in the last of its tiers.
         step: optimizer steps done.
-        tiers: what it goes to: "memory", and "local" and "remote" as they are due.
+        tiers: what the save goes to: "memory", then "local" and "remote" as far as they are due.
+
+    >>> import shardckpt, torch
+    >>> handle = shardckpt.save_async("memory://example/handle", {"weight": torch.ones(3)}, step=7)
+    >>> handle.wait()
+    >>> handle
+    SaveHandle('memory://example/handle', step=7, committed)
     """
 
     def __init__(
@@ -81,31 +68,33 @@ class SaveHandle:
 
     @property
     def url(self) -> str:
-        """See the class. The attempt's name in it may change until the save is durable, if it began without the
-        storage."""
+        """Where the save becomes a checkpoint, in the last of its tiers; "memory" if it goes to no other.
+
+        Until it is durable, the attempt's name in it may change, if the attempt began without the storage.
+        """
         with self._changed:
             last = list(self._places.values())[-1:]
         return last[0].url if last else MEMORY
 
     def moved(self, tier: str, place: Place) -> None:
-        """Note where the save lies in a tier, now that this is known."""
+        """Take in where the save lies in a tier, now that this is known."""
         with self._changed:
             self._places[tier] = place
 
     @property
     def busy(self) -> bool:
-        """Whether this node is still at work on it."""
+        """True while this node is at work on it."""
         with self._changed:
             return not all(state.is_over for state in self._states.values())
 
     @property
     def failed(self) -> bool:
-        """Whether it is known here that the save has failed in some tier; `wait` raises why."""
+        """True if this process knows that the save has failed in some tier; `wait` raises why."""
         return any(self.failures)
 
     @property
     def failures(self) -> tuple[bool, ...]:
-        """By tier, in the order of `tiers`: whether it is known here that the save has failed there."""
+        """For each of `tiers`: True if this process knows that the save has failed there."""
         with self._changed:
             return tuple(state.error is not None for state in self._states.values())
 
@@ -116,7 +105,13 @@ class SaveHandle:
             return state is None or state.error is not None
 
     def note(self, tier: str, error: BaseException | None = None, *, committed: bool = False) -> None:
-        """Note what became of this rank's part in a tier. Later word about the same tier is ignored."""
+        """Record what became of this rank's part in a tier. The first record counts.
+
+        Args:
+            tier: one of `tiers`.
+            error: why it failed; None: it is durable.
+            committed: True if the checkpoint is committed, and not only this rank's part is durable.
+        """
         state = self._states[tier]
         if state.is_over:
             return
@@ -128,7 +123,7 @@ class SaveHandle:
 
     @property
     def is_saver_answerable(self) -> bool:
-        """Whether all that has failed was in the hands of a saver that knows, or will once it goes on."""
+        """True if a saver reports all that has failed, now or when it goes on."""
         with self._changed:
             errors = [state.error for state in self._states.values() if state.error is not None]
         return not any(
@@ -137,11 +132,11 @@ class SaveHandle:
         )
 
     def _is_left_to_saver(self, error: BaseException) -> bool:
-        """Whether a saver has the data, and is only not waited for any longer."""
+        """True if a saver has the data, and this process has only stopped waiting for it."""
         return self._is_submitted and isinstance(error, SaverSilentError)
 
     def outcome(self) -> SaveError | None:
-        """Wait as `wait` does; what it would raise."""
+        """Wait as `wait` does, and return what it would raise."""
         try:
             self.wait()
         except SaveError as error:
@@ -149,9 +144,9 @@ class SaveHandle:
         return None
 
     def settle(self, failures: Sequence[bool]) -> None:
-        """Note in which tiers it has failed, as all ranks know once none is at work on it any more.
+        """Record in which tiers the save has failed on any rank, once no rank is at work on it.
 
-        From then on `wait` does not look at the storage, where retention may have deleted the checkpoint.
+        From then on `wait` does not look at storage, where retention may have deleted the checkpoint.
         """
         with self._changed:
             for state, failed in zip(self._states.values(), failures, strict=True):
@@ -160,15 +155,15 @@ class SaveHandle:
                 state.is_committed = state.error is None
 
     def submitted(self) -> None:
-        """Note that its data is in the saver's hands."""
+        """Record that the saver has its data."""
         self._is_submitted = True
 
     def join(self) -> None:
-        """Return when this node is done with it, whatever the outcome."""
+        """Wait until this node has finished with it, whatever the outcome."""
         self._wait_until(lambda: all(state.is_over for state in self._states.values()))
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition, and tell the launcher meanwhile that the trainer does not hang."""
+        """Wait for a condition. Tells the launcher meanwhile that this trainer does not hang."""
         with self._changed:
             if condition():
                 return
@@ -180,14 +175,15 @@ class SaveHandle:
 
     @public_api
     def wait(self, tier: str | None = None) -> None:
-        """Return when the save is safe in `tier`; None: in all of its tiers.
+        """Wait until the save is safe. May be called on any ranks, any number of times.
 
-        In "memory" it is safe from the death of trainers, once all ranks of this node have staged their part;
-        in "local" and "remote" it is a checkpoint: every rank's data is durable there, and the commit.
+        Args:
+            tier: one of `tiers`; None: all of them. In "memory" the save is safe from the death of trainers, once
+                all ranks of this node have staged their part; in "local" and "remote" it is a checkpoint: every
+                rank's data is durable there, and so is the commit.
 
-        May be called on any ranks, any number of times. Raises ValueError for a tier that this save does not
-        go to; SaveError, from what went wrong, if it failed there: then there is no checkpoint of it, and those
-        before it are untouched.
+        Raises ValueError for a tier that this save does not go to; SaveError, from what went wrong, if it failed
+        there: then there is no checkpoint of it, and those before it are untouched.
         """
         if tier is not None and tier not in self.tiers:
             raise ValueError(f"this save goes to {', '.join(self.tiers)}, and not to {tier!r}")

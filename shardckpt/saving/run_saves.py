@@ -10,7 +10,7 @@ from typing import Any
 from shardckpt.environment import has_one_node
 from shardckpt.errors import SaveError
 from shardckpt.ranks.calls import Call
-from shardckpt.ranks.world import Ranks, agree
+from shardckpt.ranks.world import agree
 from shardckpt.run.tiers import MEMORY, Destination
 from shardckpt.saving.claim import RunClaim
 from shardckpt.saving.pending import PendingSaves
@@ -38,7 +38,6 @@ class RunSaves:
         root: the run's storage.
         tiers: its durable tiers, nearest first.
         schedule: when `save_if_due` saves.
-        ranks: the world.
         session: makes the saves.
         saver: the session's backend, if that is the node's saver.
         unsaved: the last step that training reported, which is forgotten once it is saved.
@@ -53,8 +52,6 @@ class RunSaves:
         root: Storage,
         tiers: Sequence[RunTier],
         schedule: SaveSchedule,
-        *,
-        ranks: Ranks,
         session: SaveSession,
         saver: SaverBackend | None,
         unsaved: UnsavedStep,
@@ -64,7 +61,7 @@ class RunSaves:
         self._root = root
         self._tiers = tiers
         self._schedule = schedule
-        self._ranks = ranks
+        self._ranks = session.ranks
         self._session = session
         self._saver = saver
         self._unsaved = unsaved

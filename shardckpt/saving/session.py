@@ -1,7 +1,7 @@
-"""A save, from the state to a checkpoint: flatten, plan, stage; then, while training goes on, persist, commit.
+"""A save: flatten, plan, stage, hand over. Then training goes on, and the backend persists and commits.
 
-`SaveSession.start` is the first half and collective; the second half is the sink's affair, and the ranks meet
-in the storage only.
+`SaveSession.start` is the flow. It is collective; what comes after is the backend's work, in which ranks meet in
+storage only.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ import crc32c
 import msgspec
 
 from shardckpt.environment import is_first_on_node
-from shardckpt.errors import RankMismatchError, SaverError, StateError, public_api
+from shardckpt.errors import SaverError, StateError, public_api
 from shardckpt.format.save_plan import Layout, SavePlan, plan_save
 from shardckpt.memory import no_garbage_collection
-from shardckpt.ranks.world import Ranks, agree, current_ranks
+from shardckpt.ranks.world import Ranks, agree, agreement, current_ranks
 from shardckpt.run.persist import check_free
 from shardckpt.run.places import Place, attempt_for
 from shardckpt.run.proposal import Proposal
 from shardckpt.run.save_info import SaveInfo
 from shardckpt.run.tiers import Destination, Tier, tier_name
 from shardckpt.saving.backend import JobAttempt, Save, SaveBackend
-from shardckpt.saving.handle import FailureLog, SaveHandle
+from shardckpt.saving.failure_log import FailureLog
+from shardckpt.saving.handle import SaveHandle
 from shardckpt.saving.replica_check import ReplicaCheck
 from shardckpt.saving.staging import Copies
 from shardckpt.saving.thread_backend import ThreadBackend
+from shardckpt.saving.value_check import raise_if_values_differ
 from shardckpt.state.cache import StateDictCache
 from shardckpt.state.flatten import FlatState, flatten
 from shardckpt.storage import Storage, open_storage
@@ -41,7 +43,7 @@ __all__ = ["COMMIT_TIMEOUT", "SaveHandle", "SaveSession", "save", "save_async"]
 _log = logging.getLogger("shardckpt")
 
 COMMIT_TIMEOUT = 600.0
-"""Seconds without any progress of another rank after which a save has failed."""
+"""Seconds without progress of another rank after which a save has failed."""
 
 
 @dataclass(frozen=True)
@@ -54,68 +56,77 @@ class _Prepared:
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """What was saved last, beside its tensors, which are in the buffer that they were staged in."""
+class _Content:
+    """What a save stores beside tensors.
+
+    Attributes:
+        values: plain values, as JSON.
+        per_rank: this rank's PerRank values by path, as JSON.
+        metrics: by name; what is not finite as text.
+    """
 
     values: Any
     per_rank: dict[str, Any]
     metrics: dict[str, float | str]
 
-    def covers(self, flat: FlatState, metrics: dict[str, float | str]) -> bool:
-        """Whether nothing of these would be lost if they were not saved."""
-        is_same = (self.values, self.per_rank) == (flat.values, flat.per_rank)
-        return is_same and metrics.items() <= self.metrics.items()
+    def covers(self, other: _Content) -> bool:
+        """Return True if nothing of `other` would be lost if only this is stored."""
+        is_same = (self.values, self.per_rank) == (other.values, other.per_rank)
+        return is_same and other.metrics.items() <= self.metrics.items()
 
 
 class SaveSession:
-    """Saves of one process. Keeps the plan and the buffers from one save to the next."""
+    """The saves of one process. Keeps the plan and the buffers from one save to the next.
+
+    Args:
+        ranks: the world.
+        commit_timeout: seconds without progress of another rank after which a save has failed.
+        backend: persists what is staged; None: a thread of this process.
+    """
 
     def __init__(self, ranks: Ranks, commit_timeout: float, backend: SaveBackend | None = None) -> None:
-        """`backend`: where staged packs go; None: a thread of this process."""
-        self._ranks = ranks
+        self.ranks = ranks
         self._timeout = commit_timeout
         self._backend: SaveBackend = backend if backend is not None else ThreadBackend(commit_timeout)
         self._cache = StateDictCache()
         self._prepared: _Prepared | None = None
         self._failures = FailureLog()
-        self._secret = ""
+        self._secret = ""  # makes the ids of this session's saves unique
         self._count = 0
         self._job: JobAttempt | None = None
         self._name = ""  # of the attempt's folder, once it is known
-        self._substitute: ThreadBackend | None = None  # which claims, where there is no saver to do it
-        self._saved: _Saved | None = None
+        self._substitute: ThreadBackend | None = None  # claims, where there is no saver to do it
+        self._saved: _Content | None = None  # last; its tensors are in the buffer that was staged last
 
     @property
     def is_ready(self) -> bool:
-        """Whether this rank could stage now, without waiting for an earlier save."""
+        """True if this rank could stage now, without waiting for an earlier save."""
         return self._backend.is_ready
 
     @property
     def outlives_trainer(self) -> bool:
-        """Whether what is staged is kept and seen to even if this process ends at once. The same on all ranks,
-        once something was prepared."""
+        """True if what is staged is kept and persisted even if this process ends at once.
+
+        The same on all ranks, once something was prepared.
+        """
         return self._backend.outlives_trainer
 
     def adopt(self, job: JobAttempt) -> None:
-        """Saves are of this attempt from now on; it is claimed in the background."""
+        """Have later saves belong to this attempt, which is claimed in the background."""
         self._job, self._name = job, ""
         self._substitute = None  # it claims for the attempt before
-        self._hand_over()
+        self._introduce_job()
 
     def learn(self, name: str) -> None:
-        """The attempt is claimed, and this is its folder's name."""
+        """Take in the name of the attempt's folder, now that the attempt is claimed."""
         self._name = name
         self._backend.learn(name)
 
     def wait_claimed(self, patience: float, *, is_urgent: bool) -> str:
-        """The name of the attempt's folder; empty if it is not known after `patience` seconds.
-
-        `is_urgent`: also as soon as the storage has been found to be out of reach. Raises why it cannot be
-        claimed.
-        """
+        """Wait until the attempt is claimed: see SaveBackend. Without a saver, this process claims it."""
         try:
             return self._backend.wait_claimed(patience, is_urgent=is_urgent)
-        except SaverError as error:  # there is none, or it died: then this process claims
+        except SaverError as error:  # there is none, or it died
             _log.debug("the saver does not claim: %s", error)
         assert self._job is not None
         if self._substitute is None:
@@ -123,28 +134,16 @@ class SaveSession:
             self._substitute.adopt(self._job)
         return self._substitute.wait_claimed(patience, is_urgent=is_urgent)
 
-    def _hand_over(self) -> None:
-        """Tell the sink which attempt its saves are of."""
-        if self._job is None:
-            return
-        try:
-            self._backend.adopt(self._job)
-        except SaverError as error:  # which is told when something is to be saved
-            _log.debug("there is no saver yet: %s", error)
-        if self._name:
-            self._backend.learn(self._name)
-
     def has_changed(self, state: dict[str, Any], metrics: Mapping[str, float] | None) -> bool:
-        """Whether anything would be lost on any rank if this were not saved beside what was saved last.
-        Collective.
+        """Return True if the last save lacks anything of this, on any rank. Collective.
 
         Compares every byte. Raises what `start` raises about the state.
         """
-        flat, numbers, _, copies = self._prepare(state, metrics)
+        content, _, copies = self._prepare(state, metrics)
         known, staged = self._saved, self._backend.last_staged
-        is_same = known is not None and known.covers(flat, numbers)
+        is_same = known is not None and known.covers(content)
         is_same = is_same and staged is not None and staged.holds(copies)
-        return any(self._ranks.maximum([not is_same]))
+        return any(self.ranks.maximum([not is_same]))
 
     def start(
         self,
@@ -156,29 +155,32 @@ class SaveSession:
         attempt: int,
         metrics: Mapping[str, float] | None = None,
     ) -> SaveHandle:
-        """Copy the state; it is seen to in the background. Collective: every rank calls it.
+        """Copy the state, and have it persisted in the background. Collective: every rank calls it.
 
-        When it returns, the state may change. `path` is the checkpoint's below its run, by the name that its
-        attempt began with; empty for one that lies alone. No storage is asked for anything. Raises StateError,
-        on all ranks, before anything is written.
+        When it returns, the state may change. No storage is asked for anything.
+
+        Args:
+            path: the checkpoint's path below its run, by the name with which its attempt began; empty for a
+                checkpoint that lies alone.
+            destinations: the durable tiers that it goes to.
+            state: what is saved.
+            step: optimizer steps done.
+            attempt: number of the attempt; 0 for a checkpoint that lies alone.
+            metrics: numbers by name.
+
+        Raises StateError, on all ranks, before anything is written.
         """
         with no_garbage_collection():
-            flat, numbers, prepared, copies = self._prepare(state, metrics)
+            content, prepared, copies = self._prepare(state, metrics)
             self._saved = None
             self._count += 1
-            save_id = f"{self._secret}-{self._count}"
-            handle = SaveHandle(save_id, step, destinations, self._timeout, self._failures)
-            rank, plan = self._ranks.rank, prepared.plan
-            info = SaveInfo(save_id, path, step, attempt, self._ranks.size)
-            proposal = Proposal(info, numbers, flat.values, plan) if rank == 0 else None
-            save = Save(
-                info,
-                rank,
-                prepared.local_ranks,
-                destinations,
-                flat.per_rank,
-                proposal,
-            )
+            rank = self.ranks.rank
+            info = SaveInfo(f"{self._secret}-{self._count}", path, step, attempt, self.ranks.size)
+            handle = SaveHandle(info.id, step, destinations, self._timeout, self._failures)
+            proposal = None
+            if rank == 0:
+                proposal = Proposal(info, content.metrics, content.values, prepared.plan)
+            save = Save(info, rank, prepared.local_ranks, destinations, content.per_rank, proposal)
             try:
                 self._backend.begin(save).fill(copies)
             except (SaverError, MemoryError) as error:  # this save is lost, and training is not
@@ -189,84 +191,94 @@ class SaveSession:
             except BaseException as error:
                 self._backend.abandon(save, error)
                 raise
-        self._saved = _Saved(flat.values, flat.per_rank, numbers)
+        self._saved = content
         self._backend.submit(save, handle)
         return handle
 
     def prepare(self, state: dict[str, Any]) -> None:
-        """Plan, and get the buffers' memory in the background, so that the first save need not. Collective.
+        """Plan, and get memory in the background, so that the first save need not. Collective.
 
         Raises what `start` raises about the state.
         """
         self._prepare(state, None)
 
     def probe(self, seconds: float) -> None:
-        """Find out whether the saver still answers: the next save is not entrusted to one that does not."""
+        """Find out, within so many seconds, whether the saver answers: the next save needs one that does."""
         self._backend.probe(seconds)
 
     def limit_silence(self, seconds: float) -> None:
-        """From now on, wait no longer than so many seconds for a saver that answers nothing."""
+        """From now on, wait no longer than so many seconds for a saver that does not answer."""
         self._backend.limit_silence(seconds)
 
     def close(self) -> None:
-        """No more saves will come."""
+        """Take no more saves."""
         self._cache.clear()
         self._saved = None
         self._backend.close()
         if self._substitute is not None:
             self._substitute.close()
 
+    def _introduce_job(self) -> None:
+        """Tell the backend to which attempt its saves belong."""
+        if self._job is None:
+            return
+        try:
+            self._backend.adopt(self._job)
+        except SaverError as error:  # logged when something is saved
+            _log.debug("there is no saver yet: %s", error)
+        if self._name:
+            self._backend.learn(self._name)
+
     def _prepare(
-        self,
-        state: dict[str, Any],
-        metrics: Mapping[str, float] | None,
-    ) -> tuple[FlatState, dict[str, float | str], _Prepared, Copies]:
-        """Flatten, and plan if any rank's structure has changed; all ranks checked to agree."""
+        self, state: dict[str, Any], metrics: Mapping[str, float] | None
+    ) -> tuple[_Content, _Prepared, Copies]:
+        """Flatten, and plan if any rank's structure has changed, with a check that all ranks agree."""
         error: Exception | None = None
         flat = FlatState([], None, {})
         layouts: list[Layout] = []
         numbers: dict[str, float | str] = {}
         try:
             numbers = _checked_metrics(metrics)
-            flat = flatten(state, self._ranks.rank, self._cache)
+            flat = flatten(state, self.ranks.rank, self._cache)
             layouts = self._cache.derived("layouts", flat.tensors, flat.layouts)
         except Exception as failure:  # of the state's own objects, too
             error = failure
         values = crc32c.crc32c(msgspec.json.encode(flat.values))
         stale = self._prepared is None or self._prepared.layouts != layouts or self._backend.is_lost
         known = 0 if self._prepared is None else self._prepared.plan.fingerprint
-        failed, changed, *differ = self._ranks.maximum(
+        failed, changed, *differ = self.ranks.maximum(
             [error is not None, stale, values, -values, known, -known]
         )
         if failed:
-            agree(self._ranks, error)
+            agree(self.ranks, error)
         if differ[0] != -differ[1]:
-            self._raise_values_differ(flat)
+            raise_if_values_differ(self.ranks, flat.values)
         fresh = bool(changed) or differ[2] != -differ[3]
         prepared = self._plan(layouts) if fresh or self._prepared is None else self._prepared
-        plan, rank = prepared.plan, self._ranks.rank
+        plan, rank = prepared.plan, self.ranks.rank
         inputs = [plan, *flat.tensors]
         replicas = self._cache.derived("replicas", inputs, lambda: ReplicaCheck(plan, flat.tensors, rank))
-        replicas.check(self._ranks, turn=self._count, whole=fresh)
+        replicas.check(self.ranks, turn=self._count, whole=fresh)
         self._prepared = prepared  # kept only once its replicas have been compared whole
         copies = self._cache.derived("copies", inputs, lambda: Copies(plan.writes(rank), flat.tensors))
-        return flat, numbers, prepared, copies
+        return _Content(flat.values, flat.per_rank, numbers), prepared, copies
 
     def _plan(self, layouts: list[Layout]) -> _Prepared:
-        encoded = self._ranks.gather(msgspec.msgpack.encode(layouts))
+        """Plan the save of a new structure, and get buffers for it. Collective."""
+        encoded = self.ranks.gather(msgspec.msgpack.encode(layouts))
         plan = plan_save([msgspec.msgpack.decode(data, type=list[Layout]) for data in encoded])
-        if not self._secret:  # what makes the names of this session's saves unique
-            self._secret = self._ranks.broadcast(secrets.token_hex(16).encode()).decode()
+        if not self._secret:
+            self._secret = self.ranks.broadcast(secrets.token_hex(16).encode()).decode()
         self._prepared = None
         local_ranks = self._prepare_backend(plan)
         return _Prepared(layouts, plan, local_ranks)
 
     def _prepare_backend(self, plan: SavePlan) -> int:
-        """Have the sink get buffers; the number of ranks that have the same sink.
+        """Have the backend get buffers. Returns the number of ranks that have the same backend.
 
-        Where a rank's saver cannot be reached, all ranks go on without.
+        Where a rank's saver cannot be reached, all ranks go on without savers.
         """
-        rank = self._ranks.rank
+        rank = self.ranks.rank
         error: Exception | None = None
         unreachable: SaverError | None = None
         try:
@@ -275,29 +287,18 @@ class SaveSession:
             unreachable = failure
         except (OSError, MemoryError) as failure:
             error = StateError(f"no memory for a copy of {plan.pack_sizes[rank]} bytes: {failure}")
-        agree(self._ranks, error)
-        if any(self._ranks.maximum([unreachable is not None])):
+        agree(self.ranks, error)
+        if any(self.ranks.maximum([unreachable is not None])):
             if unreachable is not None and is_first_on_node():
                 _log.warning(
                     "%s; from now on saves are written by the trainers, and end with them", unreachable
                 )
             self._backend.close()
             self._backend = ThreadBackend(self._timeout)
-            self._hand_over()
+            self._introduce_job()
             return self._prepare_backend(plan)
-        sinks = self._ranks.gather(self._backend.id.encode())
-        return sinks.count(sinks[rank])
-
-    def _raise_values_differ(self, flat: FlatState) -> None:
-        everyone = [msgspec.json.decode(v) for v in self._ranks.gather(msgspec.json.encode(flat.values))]
-        for rank, values in enumerate(everyone):
-            if (found := _first_difference(everyone[0], values, "")) is not None:
-                path, first, other = found
-                raise RankMismatchError(
-                    f"state[{path!r}] is {first!r} on rank 0 and {other!r} on rank {rank}. Plain values are "
-                    "stored once, so they must be equal on all ranks; wrap what every rank has its own of in "
-                    "shardckpt.PerRank."
-                )
+        backends = self.ranks.gather(self._backend.id.encode())
+        return backends.count(backends[rank])
 
 
 @public_api
@@ -311,10 +312,26 @@ def save_async(
 ) -> SaveHandle:
     """Save `state` as one checkpoint at `url`, in the background. Collective.
 
-    When it returns, the state has been copied and may change; `handle.wait()` returns when the
-    checkpoint is durable. It is written by this process, whose end waits for it. The storage is not asked for
-    anything before: a checkpoint that is there already is left as it is, and `wait` raises SaveError. Raises
-    StateError on all ranks, with nothing written.
+    When it returns, the state has been copied and may change; `handle.wait()` returns when the checkpoint is
+    durable. A thread of this process writes it, and the end of the process waits for that. No storage is asked
+    for anything before: a checkpoint that is at `url` already stays as it is, and `wait` raises SaveError.
+
+    Args:
+        url: where the checkpoint is to be: a folder, local or in object storage, the same for all ranks.
+        state: tensors, modules, optimizers and plain values by name.
+        step: optimizer steps done, which the checkpoint tells.
+        metrics: numbers by name, which are stored with it.
+        storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
+
+    Raises StateError, on all ranks and with nothing written.
+
+    >>> import shardckpt, torch
+    >>> state = {"weight": torch.ones(3)}
+    >>> handle = shardckpt.save_async("memory://example/async", state, metrics={"loss": 0.5})
+    >>> state["weight"] += 1  # while the copy is written
+    >>> handle.wait()
+    >>> shardckpt.open("memory://example/async").read("weight")
+    array([1., 1., 1.], dtype=float32)
     """
     return _start(open_storage(url, storage_options), current_ranks(), state, step, metrics)
 
@@ -330,17 +347,25 @@ def save(
 ) -> None:
     """Save `state` as one checkpoint at `url`; it is durable when this returns. Collective.
 
+    Args:
+        url: where the checkpoint is to be: a folder, local or in object storage, the same for all ranks.
+        state: tensors, modules, optimizers and plain values by name.
+        step: optimizer steps done, which the checkpoint tells.
+        metrics: numbers by name, which are stored with it.
+        storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
+
     Raises StateError, or CheckpointExistsError if there is a checkpoint already, on all ranks and with nothing
     written; SaveError if it did not become durable.
+
+    >>> import shardckpt, torch
+    >>> shardckpt.save("memory://example/once", {"weight": torch.ones(3)}, step=7)
+    >>> shardckpt.open("memory://example/once").step
+    7
     """
     ranks, storage = current_ranks(), open_storage(url, storage_options)
-    error: Exception | None = None
-    try:
+    with agreement(ranks):
         if ranks.rank == 0:
             check_free(Place(storage))
-    except Exception as failure:
-        error = failure
-    agree(ranks, error)
     _start(storage, ranks, state, step, metrics).wait()
 
 
@@ -355,27 +380,9 @@ def _start(
 
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float | str]:
-    """Metrics by name as JSON has them: what is not finite as text."""
+    """Return metrics by name as JSON has them: what is not finite as text. Raises StateError."""
     try:
         numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
     except (TypeError, ValueError) as error:
         raise StateError(f"metrics must be numbers by name, as in {{'loss': 1.2}}: {error}") from error
     return {name: value if math.isfinite(value) else repr(value) for name, value in numbers.items()}
-
-
-def _first_difference(one: Any, other: Any, path: str) -> tuple[str, Any, Any] | None:
-    """The first place at which two JSON trees differ, with what they have there."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in {**one, **other}:
-            below = f"{path}/{key}" if path else key
-            if key not in one or key not in other:
-                return below, one.get(key, "absent"), other.get(key, "absent")
-            if (found := _first_difference(one[key], other[key], below)) is not None:
-                return found
-        return None
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for number, (a, b) in enumerate(zip(one, other, strict=True)):
-            if (found := _first_difference(a, b, f"{path}/{number}")) is not None:
-                return found
-        return None
-    return None if repr(one) == repr(other) else (path, one, other)  # 1, 1.0 and True differ, and -0.0

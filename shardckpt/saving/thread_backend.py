@@ -1,4 +1,4 @@
-"""Persist with a thread of the trainer's own, where no saver is used."""
+"""Persist in a thread of the trainer, where there is no saver."""
 
 from __future__ import annotations
 
@@ -18,15 +18,23 @@ from shardckpt.run.attempt_keeper import AttemptKeeper
 from shardckpt.run.persist import StagedPack, persist_save
 from shardckpt.run.places import Place
 from shardckpt.run.tiers import MEMORY, Destination
-from shardckpt.saving.backend import END_TIMEOUT, JobAttempt, Save, report_missing_part
+from shardckpt.saving.backend import JobAttempt, Save, report_missing_part
 from shardckpt.saving.handle import SaveHandle
 from shardckpt.saving.staging import StagingBuffer
 
 __all__ = ["ThreadBackend"]
 
+_END_TIMEOUT = 5.0  # seconds for the end of the job to be written to the attempt's lease
+
 
 class ThreadBackend:
-    """Persists in a thread of this process. One buffer: a save waits for the one before it."""
+    """A SaveBackend that persists in a thread of this process.
+
+    It has one buffer, so a save waits for the one before it. The interpreter's exit waits for the thread.
+
+    Args:
+        commit_timeout: seconds without progress of another rank after which a save has failed.
+    """
 
     outlives_trainer = False
 
@@ -50,7 +58,7 @@ class ThreadBackend:
         before, self._keeper = self._keeper, AttemptKeeper(job.attempt, lambda: job.root, tell=job.tell)
         if before is not None:
             before.retire()
-        weakref.finalize(self, self._keeper.retire)  # whoever forgets to close it
+        weakref.finalize(self, self._keeper.retire)  # in case nothing calls `close`
         if job.claims:
             self._keeper.claim()
 
@@ -85,7 +93,7 @@ class ThreadBackend:
         return self._buffer
 
     def submit(self, save: Save, handle: SaveHandle) -> None:
-        """See SaveBackend. The interpreter's exit waits for the thread."""
+        """See SaveBackend."""
         assert self._buffer is not None
         pack = StagedPack(save.rank, self._buffer.content, self._writes, save.values)
         keeper = self._keeper if save.is_of_run else None
@@ -129,7 +137,7 @@ class ThreadBackend:
     def close(self) -> None:
         """See SaveBackend."""
         if self._keeper is not None:
-            self._keeper.end(END_TIMEOUT, stop=True)
+            self._keeper.end(_END_TIMEOUT, stop=True)
 
     def _join(self) -> None:
         if self._thread is not None:

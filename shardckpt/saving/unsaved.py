@@ -29,14 +29,35 @@ class UnsavedStep:
 
     def __init__(self, owner: object, url: str, *, logs: bool) -> None:
         self.arguments: tuple[int, dict[str, Any], Mapping[str, float] | None] | None = None
-        weakref.finalize(owner, self._warn, url, logs=logs)
+        self._logs = logs
+        self._warns = True
+        weakref.finalize(owner, self._warn_of_end, url)
+
+    def warn_once(self) -> None:
+        """Log, the first time, that `step` does not save without a cadence, unless the script calls `save`."""
+        if self._logs and self._warns and self.arguments is not None:
+            _log.warning(
+                "step %d is not saved, nor are those after it: every_steps is not given, so that only `save` "
+                "saves, and `close` the last step",
+                self.arguments[0],
+            )
+        self._warns = False
+
+    def knows_save(self) -> None:
+        """Note that the script calls `save`: it does not take `step` for what saves."""
+        self._warns = False
 
     def forget(self) -> None:
         """Drop the step: it is saved, or its state is not what it was any more."""
         self.arguments = None
 
-    def _warn(self, url: str, *, logs: bool) -> None:
-        if self.arguments is not None and self.arguments[0] and logs and not hasattr(sys, "last_value"):
+    def _warn_of_end(self, url: str) -> None:
+        if (
+            self.arguments is not None
+            and self.arguments[0]
+            and self._logs
+            and not hasattr(sys, "last_value")
+        ):
             _log.warning(
                 "step %d is not saved in %s: training has ended without Checkpointer.close, which saves the last "
                 "step; so does the end of `with Checkpointer(...)`",
