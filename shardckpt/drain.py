@@ -1,10 +1,10 @@
 """Drain requests: the launcher asks a job to save and leave, and all ranks do so after the same step.
 
 A request reaches the nodes of a job at different times, so the ranks have to agree. They do it in-band: at a
-*check*, which is the same call of `step` on every rank, each starts an all-reduce of what it has seen, and waits
-for the outcome of the one that was started at the check before. So a whole step of training lies between the two,
-and hardly ever has anyone to wait. The same all-reduce tells how long a step takes, from which all ranks get the
-same number of steps until the next check.
+*check*, which is the same call of `step` on every rank, each rank starts an all-reduce of what it has read, and
+waits for the result of the one that it started at the check before. At least a whole step of training lies
+between the two, so a rank hardly ever waits. The all-reduce also carries how long a step takes, from which all
+ranks compute the same number of steps until the next check.
 """
 
 from __future__ import annotations
@@ -47,26 +47,34 @@ _REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
 class Scope(IntEnum):
-    """What a drain has to reach before the ranks leave. Of two requests, the higher one counts."""
+    """Where the state has to be safe before the ranks leave. Of two requests, the higher one counts."""
 
     NONE = 0  # there is no request
-    MEMORY = 1  # the memory of the nodes' savers: the job goes on here at once
-    DURABLE = 2  # every tier
+    MEMORY = 1  # in the memory of the nodes' savers: the job goes on here at once
+    DURABLE = 2  # in every tier
 
 
 class Drained(SystemExit):
-    """Training ends here, as the launcher has asked: the process exits with code 75, "resume me".
+    """Raised by `Checkpointer.step` when the launcher asks the job to leave. The process exits with code 75.
 
-    `Checkpointer.step` raises it on all ranks after the same step, once that step is saved. A script need do
-    nothing about it. As a SystemExit it passes through `except Exception`, runs every `finally`, and leaves
-    `with Checkpointer(...)` in order; a script may catch it to tidy up, and then has to let it go on
-    (`raise`): the launcher ends a process that stays. The Checkpointer's `wait` and `close` return at once
-    from then on.
+    All ranks raise it after the same step, once that step is saved. A script need not handle it. As a SystemExit
+    it passes through `except Exception`, runs every `finally`, and leaves `with Checkpointer(...)` in order. A
+    script may catch it to clean up, and then has to raise it again: the launcher ends a process that stays. From
+    then on, `wait` and `close` of the Checkpointer return at once.
 
     Attributes:
         step: optimizer steps done.
-        reason: "preemption": the job is to end; "restart": it goes on at once, maybe on other ranks.
-        is_saved: whether `step` is saved. If not, the log says why; the job resumes from the checkpoint before.
+        reason: "preemption": the job ends, to be started again; "restart": it goes on at once, maybe on other
+            ranks.
+        is_saved: True if `step` is saved. If not, the log says why, and the job resumes from the checkpoint
+            before.
+
+    >>> import shardckpt
+    >>> try:
+    ...     raise shardckpt.Drained(120, "preemption", is_saved=True)  # as `step` does
+    ... except shardckpt.Drained as end:
+    ...     print(f"step {end.step}: {end.reason}, exit code {end.code}")
+    step 120: preemption, exit code 75
     """
 
     def __init__(self, step: int, reason: Reason, *, is_saved: bool) -> None:
@@ -77,7 +85,7 @@ class Drained(SystemExit):
 
 
 class _Line(msgspec.Struct, frozen=True):
-    """A request as it is in the file."""
+    """A request, as it stands in the file."""
 
     reason: Reason
     tiers: Literal["durable", "memory"]
@@ -85,7 +93,12 @@ class _Line(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Request:
-    """That all ranks save and leave."""
+    """A request that all ranks save and leave.
+
+    Attributes:
+        scope: where the state has to be safe before they leave.
+        reason: see `Drained`.
+    """
 
     scope: Scope
     reason: Reason
@@ -94,7 +107,7 @@ class Request:
 class DrainFile:
     """The file in which the launcher asks this node's workers for a drain.
 
-    Where it cannot be read there is no request, which is logged: the other nodes' ranks may still see one.
+    A file that cannot be read is logged and contains no request: the ranks of other nodes may still read one.
     """
 
     def __init__(self, path: str) -> None:
@@ -108,11 +121,11 @@ class DrainFile:
 
     @property
     def is_open(self) -> bool:
-        """Whether a request in it would be seen."""
+        """True if the file could be opened, so that a request in it is found."""
         return self._descriptor is not None
 
     def read(self) -> Request | None:
-        """What is asked for now. What cannot be understood is logged once, and is no request."""
+        """Return the request in the file; None if there is none. An invalid line is logged once, and ignored."""
         line = self._content()
         if not line.endswith(b"\n") or line == self._refused:
             return None  # none, or not whole yet, or known
@@ -130,7 +143,7 @@ class DrainFile:
         return Request(Scope[asked.tiers.upper()], asked.reason)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -160,9 +173,9 @@ def steps_until_next(before: int, micros_per_step: int, interval: float = CHECK_
 
 
 class DrainWatch:
-    """Watches for a request on all ranks, and tells all of them of it at the same step.
+    """Reads drain requests on all ranks, and returns the same one to all of them after the same step.
 
-    Only one in a process: a request is answered once.
+    A process has only one, since a request is answered once.
     """
 
     def __init__(self, file: DrainFile, ranks: Ranks, *, interval: float = CHECK_INTERVAL) -> None:
@@ -184,19 +197,19 @@ class DrainWatch:
 
     @classmethod
     def of_worker(cls, ranks: Ranks) -> DrainWatch | None:
-        """For the file of LAUNCH_DRAIN_FILE; None without a launcher, or if it is watched already."""
+        """Watch LAUNCH_DRAIN_FILE. Returns None without a launcher, or if this process watches it already."""
         path = drain_path()
         return cls(DrainFile(path), ranks) if path and path not in _watched else None
 
     def poll(self) -> Request | None:
-        """Call it once every step. What is asked for, on all ranks in the same call."""
+        """Return the request, on all ranks in the same call; None if there is none. Call it after every step."""
         if self._ranks.size == 1:
             return self.file.read()
         self._left -= 1
         return self._check() if self._left == 0 else None
 
     def close(self) -> None:
-        """Answer nothing any more. An all-reduce that is under way ends by itself, and nobody looks at it."""
+        """Stop watching. An all-reduce under way ends by itself, and its result is dropped."""
         self._outcome = None
         _watched.discard(self.file.path)
         self.file.close()
@@ -219,4 +232,4 @@ class DrainWatch:
 
 _NOTHING = Request(Scope.NONE, "restart")
 _watched: set[str] = set()
-"""The files that someone in this process watches."""
+"""The files that this process watches."""

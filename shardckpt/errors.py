@@ -19,9 +19,9 @@
     |   +-- OutOfReachError         it does not answer for now, as in an outage: wait
     |   +-- RunInUseError           another job is at work in the run: take another URL, or stop that job
     +-- SaveError               a save did not become durable: the checkpoint before it stands
-    |   +-- SupersededError         a newer attempt goes on, and nobody needs this save any more
+    |   +-- SupersededError         a newer attempt goes on, which does not need this save
     +-- SaverError              this node's saver is gone: save again, with a new one
-        +-- SaverSilentError        it exists, and answers nothing: it may go on later
+        +-- SaverSilentError        it exists and does not answer: it may go on later
 
 Every message names the rank, the tensor or the path; what was expected; what was found; and the remedy.
 """
@@ -66,12 +66,12 @@ LOAD_ANOTHER = "Load another checkpoint of this run (shardckpt ls), and have the
 
 
 def finding(error: Exception) -> str:
-    """What an error found, without the remedy that whoever tells of it sees to."""
+    """Return what an error found, without the remedy, for a message of code that applies the remedy itself."""
     return str(error).removesuffix(LOAD_ANOTHER).strip().rstrip(".")
 
 
 class ShardckptError(Exception):
-    """Every error that this library raises by itself."""
+    """Base class of the errors that this library raises."""
 
 
 class StateError(ShardckptError, ValueError):
@@ -130,7 +130,7 @@ class StorageError(ShardckptError, OSError):
 
 
 class InvalidUrlError(StorageError):
-    """What was given as the URL of a storage names none."""
+    """The URL of a storage is malformed."""
 
 
 class StorageFullError(StorageError):
@@ -138,7 +138,7 @@ class StorageFullError(StorageError):
 
 
 class CredentialsError(StorageError, PermissionError):
-    """The storage wants credentials, or the ones given do not permit this."""
+    """The storage needs credentials, or those given do not permit this."""
 
 
 class OutOfReachError(StorageError):
@@ -215,7 +215,7 @@ def _unknown_keyword(function: Callable[..., object], keywords: Iterable[str]) -
 
 
 def _cause_of(error: Exception) -> BaseException | None:
-    """What programs may look at: why a save failed, if that is more than another SaveError. Not in turn why."""
+    """Return the cause that a program may examine: why a save failed, if that is not just another SaveError."""
     cause = error.__cause__ if isinstance(error, SaveError) else None
     if type(cause) is SaveError:  # a saver's words, which `error` repeats
         return None

@@ -1,6 +1,6 @@
-"""Memory as the kernel provides it: read ahead, faulted in, in huge pages. Free of torch.
+"""Advice to the kernel about memory: pages to read ahead, to fault in, to drop, or to make huge. Free of torch.
 
-Advice to the kernel goes through libc, since `mmap.madvise` holds up every other thread meanwhile.
+The advice goes through libc, since `mmap.madvise` holds the interpreter lock meanwhile.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _FEW_PAGES = 64 << 10
 
 
 def populate(content: npt.NDArray[np.uint8]) -> bool:
-    """Have the pages of a mapped file read and mapped. Whether they can be read now.
+    """Have the kernel read and map the pages of a mapped file. Returns True if they can be read now.
 
-    Touching a mapped page that cannot be read ends the process (SIGBUS): the file was truncated, or the
-    disk fails. This finds it out instead. False, too, where the kernel cannot do it.
+    Touching a mapped page that cannot be read, of a file that was truncated or on a disk that fails, ends the
+    process (SIGBUS). Returns False for such pages, and where the kernel is too old.
     """
     address = _address(content)
     start = address // mmap.PAGESIZE * mmap.PAGESIZE
@@ -41,7 +41,7 @@ def populate(content: npt.NDArray[np.uint8]) -> bool:
 
 
 def drop(content: npt.NDArray[np.uint8]) -> None:
-    """Unmap the whole pages of a mapped file in here: they count as this process's memory no longer.
+    """Unmap the whole pages of a mapped file that lie in `content`, so that they do not count as this process's.
 
     They stay in the page cache, and are mapped again when they are touched.
     """
@@ -53,9 +53,9 @@ def drop(content: npt.NDArray[np.uint8]) -> None:
 
 
 def prefer_huge_pages(address: int, nbytes: int) -> None:
-    """Ask for huge pages where they fit.
+    """Ask for huge pages where whole ones fit into `nbytes` bytes at `address`.
 
-    Restoring into small ones takes 1.6 times as long (scripts/bench/memory).
+    Restoring into small pages takes 1.6 times as long (scripts/bench/memory).
     """
     start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
@@ -64,10 +64,10 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
 
 
 def provide(address: int, nbytes: int) -> None:
-    """Have memory that nobody has written to yet faulted in at once.
+    """Fault in memory that has not been written to yet, all at once: `nbytes` bytes at `address`.
 
-    Restoring into memory that is faulted in page by page takes 1.5 times as long (scripts/bench/memory).
-    Whether somebody has is told by its middle.
+    Restoring into memory that is faulted in page by page takes 1.5 times as long (scripts/bench/memory). Memory
+    whose middle page is resident counts as written to.
     """
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
@@ -80,7 +80,10 @@ def provide(address: int, nbytes: int) -> None:
 
 
 def writable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The same memory as an array that says it can be written to. Only for who does not: torch has no other."""
+    """Return the same memory as an array with the writable flag, which `torch.from_numpy` demands.
+
+    Only for callers that do not write to a memory that is read-only.
+    """
     return array if array.flags.writeable else np.asarray(_Writable(array))
 
 
@@ -108,9 +111,9 @@ def _libc() -> ctypes.CDLL:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Collections would look at every object of torch, which takes longer than a save's own work.
+    """Turn off garbage collection in a block or a decorated function.
 
-    Also a decorator of functions.
+    A collection visits every object of torch, which takes longer than a save's own work.
     """
     was_enabled = gc.isenabled()
     gc.disable()

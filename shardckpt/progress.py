@@ -1,4 +1,4 @@
-"""The progress file, by which a worker tells the launcher how far it is; see docs/worker-contract.md."""
+"""The progress file, in which a worker reports its progress to the launcher; see docs/worker-contract.md."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _log = logging.getLogger("shardckpt")
 _LINE_BYTES = 42
 _FACTS_BYTES = 470
 _LONGEST_PHASE = 120  # bytes in the file, where every other key may have its longest value too
-_BEAT = 1.0  # seconds between two signs of life, however often they are given
+_BEAT = 1.0  # seconds between two signs of life in the file
 _NO_STEP = -1
 _compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass
 class ProgressFile:
-    """One rank's progress file at `path`. Best effort: training does not stop for it."""
+    """The progress file of one rank, at `path`. A file that cannot be written is logged, and training goes on."""
 
     path: str
     _descriptor: int | None = field(default=None, repr=False)
@@ -39,22 +39,22 @@ class ProgressFile:
 
     @classmethod
     def of_worker(cls) -> ProgressFile | None:
-        """The file that the launcher named in LAUNCH_PROGRESS_FILE, if there is a launcher.
-
-        The same for all who ask in this process.
-        """
+        """Return the file of LAUNCH_PROGRESS_FILE, one object for the process; None without a launcher."""
         path = progress_path()
         return _files.setdefault(path, cls(path)) if path else None
 
     def tell(self, **facts: Any) -> None:
-        """Tell some of the facts of the contract. What was told before stands, until it is told to be None."""
+        """Report facts of the worker contract that are not reported yet; None removes one.
+
+        A fact that was reported before stays as it is.
+        """
         with self._best_effort():
             line, known = self._read()
             merged = {**facts, **known}
             self._write(line, {name: v for name, v in merged.items() if facts.get(name, v) is not None})
 
     def step(self, step: int, loss: object = None) -> None:
-        """Tell that `step` optimizer steps are done. A loss that is no number on this host is left out."""
+        """Report that `step` optimizer steps are done, with the loss if that is a number on this host."""
         news: dict[str, Any] = {} if loss is None else _loss(loss)
         with self._best_effort():
             if self._has_stepped and not news:
@@ -64,19 +64,19 @@ class ProgressFile:
             self._has_stepped = True
 
     def alive(self) -> None:
-        """Tell that this process gets on, in whatever it does. Cheap, and safe from any thread.
+        """Report a sign of life, at most once a second. Cheap, and safe from any thread.
 
-        For what may take long besides a step: without it, the launcher takes the process for hung.
+        For work besides steps that may take long: without it, the launcher takes the process for hung.
         """
         if time.monotonic() >= self._beat:
             self._tell_phase()
 
     def over(self) -> None:
-        """Tell that all is trained that was to be: there will be no more steps."""
+        """Report that training is complete: no more steps will come."""
         self._correct(over=now())
 
     def committed(self, tier: str, step: int) -> None:
-        """Tell that this process has committed a step's checkpoint itself, without a saver. From any thread."""
+        """Report that this process has committed the checkpoint of `step`, without a saver. From any thread."""
         with self._best_effort():
             line, known = self._read()
             before = known.get("saved")
@@ -85,7 +85,7 @@ class ProgressFile:
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Tell what the process does in the block, beside what it does around it."""
+        """Report what the process does in the block, beside what it does around it."""
         self._phases.append(what)
         self._tell_phase()
         try:
@@ -102,7 +102,7 @@ class ProgressFile:
         self._correct(phase=phase or None, alive=now())
 
     def _correct(self, **facts: Any) -> None:
-        """Tell facts, whatever was told of them before."""
+        """Report facts in place of what was reported of them before; None removes one."""
         with self._best_effort():
             line, known = self._read()
             told = {**known, **facts}
@@ -122,7 +122,7 @@ class ProgressFile:
         return self._descriptor
 
     def _read(self) -> tuple[bytes, dict[str, Any]]:
-        """The file's first line and its facts, which others in this process may have told."""
+        """Return the file's first line and its facts, which other code in this process may have written."""
         data = os.pread(self._open(), _LINE_BYTES + _FACTS_BYTES, 0)
         line = data[:_LINE_BYTES]
         if len(line) != _LINE_BYTES or not line.endswith(b"\n"):
@@ -134,7 +134,7 @@ class ProgressFile:
         return line, facts if isinstance(facts, dict) else {}
 
     def _write(self, line: bytes, facts: Mapping[str, Any]) -> None:
-        """In one system call, so that nobody reads half of it."""
+        """Write in one system call, so that no reader sees half of it."""
         os.pwrite(self._open(), line + _compact(facts).encode().ljust(_FACTS_BYTES - 1) + b"\n", 0)
 
 
@@ -142,25 +142,25 @@ _files: dict[str, ProgressFile] = {}
 
 
 def now() -> float:
-    """Seconds since the epoch, as the launcher has them: steps of the system's clock do not change them."""
+    """Return the seconds since the epoch, by a clock that steps of the system's clock do not change."""
     offset = clock_offset()
     return time.time() if offset is None else offset + time.monotonic()
 
 
 def alive() -> None:
-    """Tell the launcher, if there is one, that this process gets on. See `ProgressFile.alive`."""
+    """Report a sign of life, if there is a launcher: see `ProgressFile.alive`."""
     if (file := ProgressFile.of_worker()) is not None:
         file.alive()
 
 
 def committed(tier: str, step: int) -> None:
-    """Tell the launcher, if there is one, of a checkpoint. See `ProgressFile.committed`."""
+    """Report a checkpoint, if there is a launcher: see `ProgressFile.committed`."""
     if (file := ProgressFile.of_worker()) is not None:
         file.committed(tier, step)
 
 
 def doing(what: str) -> contextlib.AbstractContextManager[None]:
-    """Tell the launcher, if there is one, what this process does in a block. For its main thread."""
+    """Report what this process does in a block, if there is a launcher. For the main thread."""
     file = ProgressFile.of_worker()
     return contextlib.nullcontext() if file is None else file.doing(what)
 
@@ -170,7 +170,7 @@ def _line(step: int) -> bytes:
 
 
 def _loss(loss: Any) -> dict[str, Any]:
-    """As JSON has it. Nothing waits for a device here, which would hold up every step."""
+    """Return the loss as JSON has it; nothing for one on a device, for which every step would have to wait."""
     if not getattr(loss, "is_cpu", True):
         return {}
     try:

@@ -1,1 +1,1 @@
-"""What the ranks of a world agree on. Imports the bottom modules only."""
+"""What the ranks of a world exchange and agree on. `world.py` is the seam. Imports the bottom modules only."""

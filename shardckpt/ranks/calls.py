@@ -1,5 +1,4 @@
-"""Do all ranks make the same call? Told with the first thing that they tell each other in it, at no further
-cost."""
+"""Do all ranks make the same call? Checked in the first collective of the call, so it costs nothing."""
 
 from __future__ import annotations
 
@@ -12,15 +11,14 @@ from shardckpt.ranks.world import Ranks
 __all__ = ["PAYLOAD", "Call", "check", "meet", "words"]
 
 PAYLOAD = 20
-"""Numbers that the ranks may tell each other along with a call. All calls tell equally many, or some would not
-meet."""
+"""Numbers that the ranks may exchange along with a call. Equally many for all calls, or some would not meet."""
 
 _LARGEST_STEP = 1 << 40
 _CALLS = 8  # more than there are kinds of them
 
 
 class Call(IntEnum):
-    """What ranks call together."""
+    """A call that all ranks make together."""
 
     RESTORE = 1
     STEP = 2
@@ -30,7 +28,7 @@ class Call(IntEnum):
     NEXT_STEP = 5  # `step` without a save, which looks for a drain request
 
     def at(self, step: int) -> str:
-        """How a script would write it."""
+        """Return the call as a script writes it."""
         return {
             Call.RESTORE: "restore",
             Call.STEP: f"step({step}, ...), which saves",
@@ -42,7 +40,13 @@ class Call(IntEnum):
 
 
 def meet(ranks: Ranks, call: Call, step: int, payload: Sequence[int] = ()) -> list[int]:
-    """The elementwise maximum of all ranks' payloads, if they all make this call. Collective.
+    """Return the elementwise maximum of all ranks' payloads, if they all make this call. Collective.
+
+    Args:
+        ranks: the world.
+        call: the call that this rank makes.
+        step: the argument of the call; 0 if it has none.
+        payload: at most `PAYLOAD` numbers; the result has `PAYLOAD`.
 
     Raises RankMismatchError on every rank that makes a call together with ranks that make another one.
     """
@@ -51,7 +55,7 @@ def meet(ranks: Ranks, call: Call, step: int, payload: Sequence[int] = ()) -> li
 
 
 def words(ranks: Ranks, call: Call, step: int, payload: Sequence[int]) -> list[int]:
-    """What a rank tells for `meet`; the maximum of it over all ranks is for `check`."""
+    """Return the numbers that this rank contributes to `meet`; their maximum over all ranks goes to `check`."""
     # The greatest and the smallest of all ranks' calls, each with a rank that makes it.
     key = min(max(step, 0), _LARGEST_STEP) * _CALLS + call
     return [
@@ -63,7 +67,7 @@ def words(ranks: Ranks, call: Call, step: int, payload: Sequence[int]) -> list[i
 
 
 def check(ranks: Ranks, call: Call, step: int, told: Sequence[int]) -> list[int]:
-    """The payload in the maximum of all ranks' `words`. Raises RankMismatchError if they were not of one call."""
+    """Return the payload in the maximum of all ranks' `words`. Raises RankMismatchError if calls differ."""
     high, high_rank = divmod(told[0], ranks.size)
     low, low_rank = -(told[1] // ranks.size), told[1] % ranks.size
     if high == low:

@@ -1,4 +1,4 @@
-"""Waiting for what rank 0 does, on all ranks, however long it takes."""
+"""Wait on all ranks for work of rank 0, however long it takes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from shardckpt.ranks.world import Ranks, agree
 
 __all__ = ["wait_together"]
 
-_SLICE = (
-    5.0  # seconds that the other ranks wait for rank 0 without a word, far less than process groups allow
-)
+_SLICE = 5.0  # seconds between two collectives of the waiting ranks, far less than the timeout of a process group
 
 T = TypeVar("T")
 
 
 def wait_together(ranks: Ranks, work: Callable[[], T], what: str) -> T:
-    """What `work` returns or raises on rank 0, where it may take long, on every rank. Collective.
+    """Return or raise, on every rank, what `work` returns or raises on rank 0. Collective.
 
-    Its result is data. The launcher is told that all ranks get on.
+    Meanwhile the ranks exchange signs of life, so that neither the process group nor the launcher takes them for
+    hung.
+
+    Args:
+        ranks: the world.
+        work: may take long. Its result can be encoded as msgpack.
+        what: what `launch status` shows that the ranks do.
     """
     future: Future[T] = Future()
 

@@ -1,4 +1,4 @@
-"""What the ranks of a world tell each other, in the foreground only."""
+"""The ranks of a world and their collectives: one seam, over torch.distributed or for a world of one."""
 
 from __future__ import annotations
 
@@ -25,43 +25,52 @@ __all__ = ["Alone", "Ranks", "TorchRanks", "acting_as", "agree", "agreement", "c
 
 _log = logging.getLogger("shardckpt")
 
-_LATE = timedelta(seconds=10)
-_TO_TELL = 1.0  # seconds
+_LATE = timedelta(seconds=10)  # after which a rank that waits for others logs for which
+_TO_ANSWER = 1.0  # seconds in which the other ranks that wait say so in the job's store
 
 
 class Ranks(Protocol):
-    """A world of ranks that call each method together, in the same order."""
+    """A world of ranks that call each method together, in the same order.
+
+    Attributes:
+        rank: this rank's number, from 0.
+        size: number of ranks.
+        node: equal for two ranks only if they are on the same machine.
+    """
 
     rank: int
     size: int
     node: str
-    """Equal for two ranks only if they are on the same machine."""
 
     def gather(self, data: bytes) -> list[bytes]:
-        """Every rank's `data`, by rank, on every rank."""
+        """Return every rank's `data`, by rank, on every rank."""
 
     def broadcast(self, data: bytes) -> bytes:
-        """Rank 0's `data`, on every rank."""
+        """Return rank 0's `data`, on every rank."""
 
     def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:
-        """The elementwise maximum over the ranks of equally many 64-bit integers.
+        """Return the elementwise maximum over all ranks.
 
-        `doing` is what a log line calls it, should other ranks be long in coming.
+        Args:
+            values: 64-bit integers, equally many on all ranks.
+            doing: the call that is logged if other ranks are late.
         """
 
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
-        """`maximum` in the background: returns at once. Call what it returns, once, to wait for the result.
+        """Start `maximum` in the background. Returns a function that waits for the result, to be called once.
 
-        Other methods may be called in between. Ranks that never ask for the result leave nothing behind.
+        Other methods may be called in between. It is safe never to call the function.
         """
 
     def exchange(
         self, sends: Sequence[tuple[int, memoryview]], receives: Sequence[tuple[int, memoryview]]
     ) -> None:
-        """Send bytes to other ranks, and fill buffers with what they send to this one.
+        """Send bytes to other ranks, and fill buffers with what they send. Collective, also without messages.
 
-        Each is a rank and a buffer that is not empty. The i-th send from a to b fills the i-th receive at b
-        from a, which is as long. Collective, though a rank may have nothing to do.
+        Args:
+            sends: rank to send to, and its bytes, at least one.
+            receives: rank to receive from, and a writable buffer. The i-th buffer for a rank is filled with the
+                i-th message of that rank to this one, and as long.
         """
 
 
@@ -93,7 +102,7 @@ class Alone:
     ) -> None:
         """See Ranks. There is no other rank."""
         if sends or receives:
-            raise ValueError("a world of one has nobody to exchange anything with")
+            raise ValueError("a world of one has no other rank to exchange anything with")
 
 
 class TorchRanks:
@@ -143,7 +152,7 @@ class TorchRanks:
         return [int(value) for value in tensor.tolist()]
 
     def _wait(self, work: Any, doing: str) -> None:
-        """Wait for the other ranks; where they are long in coming, tell which, and go on waiting."""
+        """Wait for the other ranks. If they are late, log which, and go on waiting."""
         self._calls += 1
         try:
             work.wait(_LATE)
@@ -169,12 +178,12 @@ class TorchRanks:
         )
 
     def _missing(self) -> list[int]:
-        """The ranks that do not wait where this one does, as far as the job's store tells."""
+        """Return the ranks that do not wait in the same call as this one, as far as the job's store knows."""
         try:
             store = dist.distributed_c10d._get_default_store()
             names = [f"shardckpt/{self._calls}/{rank}" for rank in range(self.size)]
             store.set(names[self.rank], "waits")
-            time.sleep(_TO_TELL)  # so long it may take the others to tell it too
+            time.sleep(_TO_ANSWER)
             return [rank for rank, name in enumerate(names) if not store.check([name])]
         except Exception as error:
             _log.debug("it is not known which ranks are late: %s", error)
@@ -218,7 +227,7 @@ def _tensor(buffer: memoryview) -> torch.Tensor:
 
 
 def _numbered(messages: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int, int, memoryview]]:
-    """Messages with the number of each among those of the same peer, by which they find each other."""
+    """Number the messages of each peer: the number is the tag by which a send finds its receive."""
     numbers: Counter[int] = Counter()
     for peer, buffer in messages:
         yield peer, numbers[peer], buffer
@@ -226,14 +235,14 @@ def _numbered(messages: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int,
 
 
 _groups: list[tuple[Any, TorchRanks]] = []
-"""The world that was last asked for, and its ranks."""
+"""The newest world, and its ranks."""
 
 
 def current_ranks() -> Ranks:
-    """The world of torch.distributed, or Alone where it is not initialized.
+    """Return the world of torch.distributed, or Alone where it is not initialized.
 
-    Where the default process group cannot move CPU tensors (NCCL), a gloo group is made beside it, once;
-    every rank must therefore call this for the first time together.
+    Where the default process group cannot move CPU tensors (NCCL), this makes a gloo group beside it, once. So
+    all ranks have to make the first call together.
     """
     if (ranks := getattr(_thread, "ranks", None)) is not None:
         return cast("Ranks", ranks)
@@ -264,10 +273,10 @@ def acting_as(ranks: Ranks) -> Iterator[None]:
 
 
 def agree(ranks: Ranks, error: Exception | None) -> None:
-    """Raise on every rank if any rank has an error: the lowest such rank's own there, elsewhere one like it.
+    """Raise on every rank if any rank has an error. Collective.
 
-    Every rank must call it. Without it, the ranks that are well would wait for the others for ever; and if
-    each raised its own, they would not agree on what to do next.
+    The lowest rank that has one raises its own; the others raise one of the same class and text, so that all can
+    handle it alike. Without this, ranks without an error would wait for the others forever.
     """
     if not any(ranks.maximum([error is not None])):
         return
@@ -292,6 +301,6 @@ def agreement(ranks: Ranks) -> Iterator[None]:
 
 
 def _kind(error: Exception) -> str:
-    """The name of the library's nearest class for an error."""
+    """Return the name of the library's class that is nearest to an error's."""
     names = (kind.__name__ for kind in type(error).__mro__)
     return next((name for name in names if name in errors.__all__), errors.ShardckptError.__name__)

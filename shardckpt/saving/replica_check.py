@@ -1,8 +1,7 @@
-"""Do ranks that hold the same box hold the same content? Small digests instead of the content.
+"""Do ranks that hold the same box hold the same content? Compared by digests.
 
-A checkpoint stores such a box once. If the holders disagree, storing any one of them would silently
-lose the others, so it is an error. Whenever the plan is new, every byte is compared; from save to save a part of
-it, another one each time, and from the start again once all of it was.
+A checkpoint stores such a box once. If its holders differ, to store one of them would silently lose the others,
+so that is an error. For a new plan every byte is compared. Later saves compare a part each, in turn.
 """
 
 from __future__ import annotations
@@ -50,7 +49,13 @@ _LISTED = 8
 
 
 class ReplicaCheck:
-    """What this rank holds that others hold too: worked out once, for any number of saves."""
+    """Compares what several ranks hold. Prepared once, for any number of saves.
+
+    Args:
+        plan: the save's plan, equal on all ranks.
+        tensors: this rank's tensors.
+        rank: this rank's number.
+    """
 
     def __init__(self, plan: SavePlan, tensors: Sequence[TensorShard], rank: int) -> None:
         by_name = {tensor.name: tensor for tensor in tensors}
@@ -64,10 +69,13 @@ class ReplicaCheck:
         ]
 
     def check(self, ranks: Ranks, *, turn: int, whole: bool) -> None:
-        """Raise RankMismatchError, on all ranks, if two holders of a box differ. Every rank calls it.
+        """Raise RankMismatchError, on all ranks, if two holders of a box differ. Collective.
 
-        With `whole` every byte counts. Otherwise small boxes in CPU memory (64 KiB or less) are compared whole,
-        and of the others the part whose turn it is; `turn` goes up by one from save to save, on all ranks.
+        Args:
+            ranks: the world.
+            turn: number of the save, one more each time, equal on all ranks: which part is compared.
+            whole: True to compare every byte. Otherwise boxes of 64 KiB or less in CPU memory are compared whole,
+                and of the others the part whose turn it is.
         """
         if not self._groups:
             return
@@ -96,7 +104,7 @@ class _Group:
     views: Sequence[_View] | None
 
     def digest(self, turn: int, *, whole: bool) -> int | None:
-        """A checksum of what is compared at this turn; None if this rank holds nothing of it."""
+        """Return a checksum of what is compared at this turn; None if this rank does not hold the boxes."""
         if self.views is None:
             return None
         checksum = 0
@@ -128,7 +136,7 @@ class _Group:
         return [view for view in self.views or () if not view.is_on_cpu]
 
     def _due(self, turn: int) -> Iterator[tuple[_View, int, int]]:
-        """Which bytes of which larger boxes are compared at this turn."""
+        """Yield the larger boxes that are compared at this turn, each with its range of bytes."""
         total = sum(view.nbytes for view in self._large)
         size = max(_PER_BOX * len(self._large), _AT_LEAST, -(-total // _MOST_SAVES))
         parts = max(1, -(-total // size))
@@ -143,7 +151,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _View:
-    """A box in this rank's memory; its bytes, where they lie there one after another."""
+    """A box in this rank's memory, and its bytes if they are contiguous there."""
 
     data: torch.Tensor
     content: npt.NDArray[np.uint8] | None
@@ -162,14 +170,14 @@ class _View:
         return self.data.nbytes
 
     def checksum(self, before: int = 0) -> int:
-        """The CRC-32C of what came before and all of the content."""
+        """Return the CRC-32C of all of the content, continued from `before`."""
         content = self.content
         if content is None:
             content = as_array(flat_bytes(dense(self.data).cpu()), np.uint8)
         return int(crc32c.crc32c(content.data, before))
 
     def part_checksum(self, start: int, stop: int, before: int) -> int:
-        """The CRC-32C of what came before and a range of the content's bytes."""
+        """Return the CRC-32C of a range of the content's bytes, continued from `before`."""
         if self.content is not None:
             return int(crc32c.crc32c(self.content[start:stop].data, before))
         row = self.nbytes // self.data.shape[0]  # a box without dimensions is small
@@ -180,10 +188,10 @@ class _View:
 
 
 def column_sums(content: torch.Tensor) -> torch.Tensor:
-    """The sums, modulo 2^64, of 64-bit words in 1021 columns; the bytes left over are added to the first ones.
+    """Return the sums, modulo 2^64, of 64-bit words in 1021 columns, with the bytes left over in the first ones.
 
-    A device makes them where the content is, at the speed of its memory; two contents that differ have the same
-    ones only by a coincidence.
+    The device that has the content computes them, at the speed of its memory. Contents that differ have equal
+    sums only by coincidence.
     """
     rows = content.numel() // 8 // _WORDS
     body, left = content[: rows * _WORDS * 8], content[rows * _WORDS * 8 :]
@@ -198,7 +206,10 @@ def column_sums(content: torch.Tensor) -> torch.Tensor:
 
 
 def _raise_if_different(groups: Sequence[_Group], checksums: Sequence[Sequence[Sequence[int]]]) -> None:
-    """`checksums` has for each rank, for each group, that of each box, or none."""
+    """Raise RankMismatchError for the first box that differs.
+
+    `checksums`: for each rank and group, the checksum of each box; none if the rank does not hold them.
+    """
     found = [
         (name, box, group.holders[0], rank)
         for number, group in enumerate(groups)

@@ -1,6 +1,6 @@
-"""Stage: copy what this rank writes into a buffer that is laid out as its pack will be.
+"""Stage: copy this rank's chunks into a buffer that has the layout of its pack.
 
-This copy is all that training waits for. The buffer is reused from save to save.
+Training waits for this copy only. The buffer is reused from save to save.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class StagingBuffer:
-    """Memory for one rank's pack."""
+    """Memory for one rank's pack.
+
+    Args:
+        writes: the chunks of the pack, in its order.
+        size: bytes of the pack.
+        memory: at least as large; None: new memory of this process.
+    """
 
     def __init__(self, writes: Sequence[ChunkWrite], size: int, memory: mmap.mmap | None = None) -> None:
-        """Room for a pack of `size` bytes with these chunks: in `memory`, or in new memory of this process."""
         self.size = size
         self._is_own = memory is None
-        self._map = _own_cachery(size) if memory is None else memory
+        self._map = _own_memory(size) if memory is None else memory
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._writes = writes
         self._lock = threading.Lock()
@@ -47,14 +52,14 @@ class StagingBuffer:
         return memoryview(self._map)[: self.size]
 
     def touch(self) -> None:
-        """Have the kernel provide the memory, which takes several times as long as a later copy into it."""
+        """Have the kernel provide the memory now: that takes several times as long as a later copy into it."""
         with self._lock:
             if self._is_own and not self._is_touched:
                 self._bytes.zero_()
                 self._is_touched = True
 
     def fill(self, copies: Copies) -> None:
-        """Copy the live tensors here; when it returns, they may change again."""
+        """Copy the live tensors to this buffer. When this returns, they may change again."""
         with self._lock, torch.no_grad():
             self._is_touched = True
             self._clean()
@@ -71,7 +76,7 @@ class StagingBuffer:
                     torch.cuda.current_stream(device).synchronize()
 
     def holds(self, copies: Copies) -> bool:
-        """Whether the live tensors have, in every byte, what was copied here last."""
+        """Return True if the live tensors equal, in every byte, what was copied here last."""
         base = self._bytes.data_ptr()
         with self._lock, torch.no_grad():
             for offset, address, nbytes in copies.plain:
@@ -85,12 +90,12 @@ class StagingBuffer:
         return True
 
     def _target(self, write: ChunkWrite) -> torch.Tensor:
-        """Where a chunk's elements go; what lies beyond its box is padding."""
+        """Return the elements of a chunk that its box fills; the others are padding."""
         chunk = chunk_view(self._bytes, write.location.offset, write.dtype, write.chunk)
         return chunk[tuple(slice(0, n) for n in write.box.shape)]
 
     def _clean(self) -> None:
-        """Zero what no copy writes to, where another pack may have been."""
+        """Zero the bytes that no copy writes to, where the memory may have held another pack."""
         if self._is_clean:
             return
         self._is_clean = True
@@ -106,9 +111,9 @@ class StagingBuffer:
         ctypes.memset(base + end, 0, self.size - end)
 
     def _pin(self) -> None:
-        """Let a GPU write here without a copy in between; where the driver refuses, it makes that copy.
+        """Pin the memory, so that a GPU writes to it directly. If the driver refuses, copies take a detour.
 
-        Written by CUDA's documentation of cudaHostRegister, and not yet measured.
+        Follows CUDA's documentation of cudaHostRegister; not measured yet.
         """
         if not self._is_pinned:
             self._is_pinned = True
@@ -119,11 +124,15 @@ class StagingBuffer:
 
 
 class Copies:
-    """What is copied into a staging buffer: worked out once, for any number of saves and buffers.
+    """The copies that stage a state, computed once for any number of saves and buffers.
+
+    Args:
+        writes: the chunks that this rank writes.
+        tensors: this rank's tensors, which are kept alive.
 
     Attributes:
-        plain: (offset in the pack, address, bytes) of what is copied as it lies in memory.
-        others: by device, the chunks to copy element by element, each with its live tensor.
+        plain: (offset in the pack, address, bytes) of each chunk that lies in CPU memory as it does in the pack.
+        others: by device, the chunks to copy by torch, each with its live tensor.
     """
 
     def __init__(self, writes: Sequence[ChunkWrite], tensors: Sequence[TensorShard]) -> None:
@@ -141,7 +150,7 @@ class Copies:
                 self.others.setdefault(source.device, []).append((write, source))
 
 
-def _own_cachery(size: int) -> mmap.mmap:
+def _own_memory(size: int) -> mmap.mmap:
     """Zeroed memory of this process, page-aligned."""
     memory = mmap.mmap(-1, max(_PAGE, -(-size // _PAGE) * _PAGE), mmap.MAP_PRIVATE)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults in the first save
@@ -151,7 +160,7 @@ def _own_cachery(size: int) -> mmap.mmap:
 
 
 def shard_slices(tensor: TensorShard, box: Box) -> tuple[slice, ...]:
-    """What selects `box` from this rank's memory. The box must lie in one of the tensor's pieces."""
+    """Return the slices that select `box` from this rank's memory; it must lie in one of the shard's pieces."""
     for piece in tensor.pieces:
         if box.intersect(piece.box) is not None or not box.shape:
             shift = tuple(a - o for a, o in zip(piece.at, piece.box.offsets, strict=True))
@@ -162,7 +171,7 @@ def shard_slices(tensor: TensorShard, box: Box) -> tuple[slice, ...]:
 
 
 def chunk_view(buffer: torch.Tensor, offset: int, dtype: str, chunk: Sequence[int]) -> torch.Tensor:
-    """The chunk at `offset` of a byte tensor, as a tensor that shares its memory."""
+    """Return the chunk at byte `offset` of a byte tensor, as a tensor of shape `chunk` that shares its memory."""
     kind = torch_dtype(dtype)
     count = math.prod(chunk) * kind.itemsize
     return buffer[offset : offset + count].view(kind).view(tuple(chunk))
