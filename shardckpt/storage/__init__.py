@@ -1,4 +1,4 @@
-"""Where checkpoints live: a folder of files or objects behind one small seam, `Storage`."""
+"""Where checkpoints live: folders of files or objects behind one protocol, `Storage`. Imports `errors` only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory as the bytes that it holds."""
+"""Views of memory as bytes, and their cutting into blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["as_bytes", "blocks", "cut"]
 def as_bytes(buffer: bytes | memoryview) -> memoryview:
     """A view of a contiguous buffer of any shape and type as a flat one of bytes, without a copy."""
     view = memoryview(buffer)
-    # What holds nothing may have a shape that cannot be cast.
+    # An empty array may have a shape that cannot be cast.
     return view.cast("B") if view.nbytes else memoryview(bytearray())
 
 
@@ -26,7 +26,7 @@ def cut(view: memoryview, size: int, before: Before | None) -> Iterator[memoryvi
 
 
 def blocks(pieces: Iterable[memoryview], allocate: Callable[[], memoryview]) -> Iterator[memoryview]:
-    """The bytes of all pieces, in order, in blocks that fill what `allocate` returns, the last one less."""
+    """The bytes of all pieces, in order, in blocks that `allocate` makes; the last may be shorter."""
     block, used = memoryview(b""), 0
     for piece in pieces:
         view = as_bytes(piece)

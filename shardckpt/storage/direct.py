@@ -1,4 +1,4 @@
-"""Large files past the page cache: it costs several times a write, and may not be what is on the disk."""
+"""Large files past the page cache, which costs several times a write and may differ from the disk."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ _BLOCK = 16 << 20  # one write at a time fills the disk's queue; a second one ga
 
 
 def write_file(path: str, view: memoryview, before: Before | None = None) -> None:
-    """Create `path` with the bytes of `view`; its content is durable on return.
+    """Create a file with the bytes of `view`; its content is durable on return.
 
-    Space for all of it is reserved first, so that a full disk is found at once. Goes past the page
-    cache (O_DIRECT) where the file system permits, straight from the buffer where its address is a
-    multiple of 4096, else through an aligned buffer of one block. `before` runs for a block while
-    the one or two ahead of it are written. Raises OSError as the system does, and what `before` raises; what
-    was written until then stays.
+    Space for all of it is reserved first, so that a full disk is found at once. Goes past the page cache
+    (O_DIRECT) if the file system permits, straight from the buffer if its address is a multiple of 4096, else
+    through an aligned buffer of one block.
+
+    Args:
+        path: of the file, which does not exist.
+        view: its content, flat.
+        before: see `Storage.write_pack`. Runs for a block while the one or two ahead of it are written.
+
+    Raises OSError, and what `before` raises; what was written until then stays.
     """
     fd = _open(path)
     try:
@@ -43,10 +48,10 @@ def write_file(path: str, view: memoryview, before: Before | None = None) -> Non
 
 
 def write_pieces(path: str, size: int, pieces: Iterable[memoryview]) -> None:
-    """Create `path` with the bytes of the pieces, `size` in all, as `write_file` does.
+    """Create a file with the bytes of the pieces, `size` in all, as `write_file` does.
 
-    Straight from their memory where its addresses are those of the file, as in a mapped one, else through a
-    block. Raises what the pieces raise.
+    Straight from their memory if it is aligned as the file is, as in a mapped one, else through a block. Raises
+    OSError, ValueError if the pieces have another size in all, and what the pieces raise.
     """
     fd = _open(path)
     try:
@@ -92,13 +97,13 @@ def write_pieces(path: str, size: int, pieces: Iterable[memoryview]) -> None:
 
 
 def read_file(fd: int, offset: int, view: memoryview) -> int:
-    """Fill `view` from the disk, as far as the open file goes; how far that is. What is cached is not trusted.
+    """Fill `view` from the disk, not from the page cache. Returns how many bytes there were, by the file's end.
 
-    Where the file system has no O_DIRECT, the kernel is asked to forget what it has cached. The descriptor is
-    not good for other reads afterwards.
+    If the file system has no O_DIRECT, the kernel is asked to drop what it has cached. The descriptor is not
+    usable for other reads afterwards.
     """
     with contextlib.suppress(OSError):
-        os.fdatasync(fd)  # what is not written yet cannot be forgotten
+        os.fdatasync(fd)  # dirty pages cannot be dropped
     os.posix_fadvise(fd, offset, len(view), os.POSIX_FADV_DONTNEED)
     with contextlib.suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
@@ -141,9 +146,9 @@ def _open(path: str) -> int:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Allocate the file's blocks, where the file system can without writing them.
+    """Allocate the file's blocks, if the file system can without writing them.
 
-    Not os.posix_fallocate: where the file system cannot, that writes a byte to every block.
+    os.posix_fallocate would write a byte to every block otherwise.
     """
     if not size:
         return
@@ -178,11 +183,11 @@ def _write_blocks(fd: int, view: memoryview, before: Before | None) -> None:
 
 @contextlib.contextmanager
 def _in_order_beside(write: Callable[[int, int], None]) -> Iterator[Callable[[int, int], None]]:
-    """Yields what has `write` called, in order, in a thread of its own; at the end all is written.
+    """Yield a function that queues calls of `write` for a thread of its own; at the end all are done.
 
-    An error of `write` ends its work, and is raised by the next call or at the end.
+    After an error `write` is not called any more; the next queued call, or the end of the block, raises it.
     """
-    # No executor: those refuse work once the interpreter begins to exit, which waits for running saves.
+    # An executor would refuse work once the interpreter begins to exit, which waits for running saves.
     waiting: queue.Queue[tuple[int, int] | None] = queue.Queue(1)
     errors: list[BaseException] = []
 
@@ -211,7 +216,7 @@ def _in_order_beside(write: Callable[[int, int], None]) -> Iterator[Callable[[in
 
 
 def _write_block(fd: int, straight: memoryview, rest: memoryview, offset: int, bounce: memoryview) -> None:
-    """Write what is aligned, then the rest through `bounce`. Zeros follow, up to the end of the page."""
+    """Write the aligned part, then the rest through `bounce`, with zeros up to the end of the page."""
     _write_all(fd, straight, offset)
     if rest:
         end = -(-len(rest) // _PAGE) * _PAGE
@@ -231,7 +236,7 @@ def _write_all(fd: int, view: memoryview, offset: int) -> None:
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
                 raise
-            # This file system or device wants another alignment: go through the page cache.
+            # This file system or device needs another alignment: go through the page cache.
             fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 

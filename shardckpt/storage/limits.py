@@ -1,4 +1,4 @@
-"""How long a transfer may take: one place for every storage that is reached over a network."""
+"""How long a transfer over a network may take."""
 
 from __future__ import annotations
 
@@ -32,22 +32,29 @@ class Limits:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], *, read_timeout: float = 0.0) -> Limits:
-        """What the storage options say, else the environment, else the defaults. Raises StorageError.
+        """The limits in the storage options, else in the environment, else the defaults.
 
-        By default, a deadline leaves room for two answers that come after `read_timeout` seconds.
+        Args:
+            options: storage options; `transfer_deadline` and `transfer_least_rate` count.
+            read_timeout: seconds that the client waits for an answer; the default deadline has room for two.
+
+        Raises StorageError for a limit that is no number above 0.
         """
         deadline = _number(options, _DEADLINE, max(cls.deadline, 2 * read_timeout))
         return cls(deadline, _number(options, _LEAST_RATE, cls.least_rate))
 
     def seconds(self, nbytes: int) -> float:
-        """The longest that a transfer of so many bytes may take, where its progress cannot be seen."""
+        """Seconds that a transfer of `nbytes` may take in all, for clients that do not report progress."""
         return self.deadline + nbytes / self.least_rate
 
 
 class Patience:
-    """The time that a transfer has left: `seconds` from the start, and never more than that.
+    """The deadline of a transfer, which moves on while bytes move.
 
-    Bytes that arrive at the least rate, or faster, keep it from running out.
+    Args:
+        seconds: from now to the deadline, and never more than that from any later moment.
+        least_rate: bytes per second that keep the deadline from coming nearer.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, seconds: float, least_rate: float, clock: Callable[[], float]) -> None:
@@ -66,7 +73,7 @@ class Patience:
 
 
 def client_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options that are meant for the client's library: all but the limits."""
+    """The options for the client's library: all but the limits."""
     return {name: value for name, value in (options or {}).items() if name not in (_DEADLINE, _LEAST_RATE)}
 
 
@@ -75,7 +82,7 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Give up each call to a storage that this thread makes in the block once so much time has passed."""
+    """Give up the storage calls that this thread makes in the block once `seconds` have passed."""
     before = getattr(_thread, "until", math.inf)
     _thread.until = min(before, time.monotonic() + seconds)
     try:
@@ -85,7 +92,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def remaining() -> float | None:
-    """The seconds that `at_most` leaves this thread; None if it is in no such block."""
+    """Seconds that `at_most` leaves this thread; None outside such a block."""
     until = getattr(_thread, "until", math.inf)
     return None if math.isinf(until) else max(0.0, until - time.monotonic())
 

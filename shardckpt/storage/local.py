@@ -1,4 +1,4 @@
-"""A folder on a local or mounted file system."""
+"""Folders on local and mounted file systems."""
 
 # Names here are strings on their way to system calls, beside descriptors, for which Path has none.
 # ruff: noqa: PTH105, PTH108, PTH115, PTH120, PTH121, PTH208
@@ -134,7 +134,7 @@ class LocalStorage:
             try:
                 os.link(temporary, full)
             except FileExistsError:
-                # Over NFS the reply to a link that succeeded may be lost, and its repetition fails.
+                # Over NFS the reply to a successful link may be lost, and its repetition fails.
                 if not os.path.samefile(temporary, full):
                     raise
             except OSError as error:
@@ -226,15 +226,15 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[tuple[int, str]]:
-        """A descriptor of a regular file for reading, and the file's full name.
+        """Open a regular file for reading: its descriptor and full path.
 
-        Raises FileNotFoundError; FormatError for what is no file, which might never end or never begin, and
-        for a symbolic link that leads out of the storage's root, unless such are followed.
+        Raises FileNotFoundError; FormatError for what is no regular file, since a read might block for ever, and
+        for a symbolic link that leads out of the storage's root, unless links are followed.
         """
         full = join(self._path, path, self._path)
         with explained("read", full):
             try:
-                # Nobody may ever write to a FIFO; a file is not affected.
+                # O_NONBLOCK: a FIFO may never have a writer. Regular files are not affected.
                 fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
             except OSError as error:
                 if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
@@ -256,7 +256,7 @@ class LocalStorage:
             os.close(fd)
 
     def _check_inside(self, fd: int, full: str) -> None:
-        """Raise FormatError if an open file lies outside the root: a link in a copied run may lead anywhere."""
+        """Raise OutsideLinkError if an open file lies outside the root: links in a copied run may lead anywhere."""
         with contextlib.suppress(OSError):
             if self._is_inside(os.readlink(f"/proc/self/fd/{fd}")):
                 return
@@ -271,12 +271,12 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _new_file(self, path: str, size: int) -> Iterator[str]:
-        """The full name of a file that the block creates, in place of any earlier one; then it is durable."""
+        """The full path of a file for the block to create. An earlier one is removed; the name becomes durable."""
         full = join(self._path, path, self._path)
         folder = os.path.dirname(full)
         with explained("write", full, size):
             self._folders.make(folder)
-            # A new file, so that whoever still reads or maps the earlier one is not disturbed.
+            # A new file: readers and mappings of the earlier one keep its content.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(full)
             yield full
@@ -284,7 +284,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _temporary(self, full: str, data: bytes | memoryview) -> Iterator[str]:
-        """A file with `data`, durable, in the folder of `full`; its name is gone afterwards."""
+        """A durable file with `data` in the folder of `full`; its temporary name is removed at the end."""
         folder = os.path.dirname(full)
         self._folders.make(folder)
         temporary = f"{folder}/{temporary_name()}"
@@ -297,7 +297,7 @@ class LocalStorage:
 
 
 def _create_in_place(full: str, data: bytes | memoryview) -> None:
-    """Create a file and make its content durable. Nothing is left of it after a failure."""
+    """Create a file and make its content durable. After a failure it is removed."""
     fd = os.open(full, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         view = as_bytes(data)

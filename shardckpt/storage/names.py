@@ -12,25 +12,25 @@ _TEMPORARY = ".shardckpt-"
 
 
 def temporary_name() -> str:
-    """A name for a file that is not, or not yet, content. No two calls give the same."""
+    """A name for a file that is not content, or not yet. Each call returns another one."""
     return f"{_TEMPORARY}{uuid.uuid4().hex}"
 
 
 def is_temporary(name: str) -> bool:
-    """Whether `temporary_name` made this name."""
+    """True for names that `temporary_name` returns."""
     return name.startswith(_TEMPORARY)
 
 
 def without_temporary(path: str) -> str:
-    """What messages call `path`: its folder, if it ends in a name that nobody but this library knows."""
+    """`path` for messages: its folder if it ends in a temporary name, which means nothing to users."""
     folder, _, name = path.rpartition("/")
     return folder if is_temporary(name) else path
 
 
 def join(base: str, path: str, url: str) -> str:
-    """The path below `base`, which may be empty. An empty path is the base itself.
+    """Join a base, which may be empty, and a path below it. An empty path gives the base itself.
 
-    Raises StorageError, which names the `url` of the base, for a path that is not strictly below.
+    Raises StorageError, which names the base by its `url`, for a path that is not strictly below.
     """
     if not path:
         return base

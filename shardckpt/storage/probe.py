@@ -1,4 +1,4 @@
-"""Asking a store whether it honours create-only writes."""
+"""Find out whether a store honours create-only writes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["ExclusiveProbe"]
 
 
 class ExclusiveProbe:
-    """Finds out once, for all folders that share it, whether `create` is exclusive."""
+    """Finds out whether `create` is exclusive: once for all folders that share the probe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._answer: bool | None = None
 
     def ask(self, storage: Storage) -> bool:
-        """Create the same temporary file twice, and remove it: is the second refused?
+        """True if the storage refuses to create the same temporary file a second time. It is removed again.
 
-        Raises what `storage.create` raises; the next call asks again then.
+        Raises what `storage.create` raises; then the next call tries again.
         """
         with self._lock:
             if self._answer is None:

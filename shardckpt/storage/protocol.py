@@ -1,4 +1,4 @@
-"""The seam: what the library asks of a storage, and nothing more."""
+"""`Storage`: everything that the library asks of a place where checkpoints live."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Before: TypeAlias = Callable[[int, int], object]
 
 
 MAX_WHOLE = 1 << 30
-"""Bytes of the largest file that is read whole, without saying how much of it is wanted."""
+"""Bytes of the largest file that is read whole, without a range."""
 
 
 def check_whole(name: str, size: int) -> int:
-    """The size of a file that is to be read whole. Raises FormatError if that is more than any has."""
+    """The size of a file that is about to be read whole. Raises FormatError above `MAX_WHOLE`."""
     if size > MAX_WHOLE:
         raise FormatError(f"{name} has {size} bytes: no file of this kind has more than {MAX_WHOLE}")
     return size
@@ -28,11 +28,15 @@ def check_whole(name: str, size: int) -> int:
 class Storage(Protocol):
     """A folder of files or objects. Synchronous; safe to use from several threads.
 
-    A `path` is relative to the folder, with `/` between names, and never leaves it: an absolute
-    path, an empty name, `.` and `..` are refused with StorageError. Folders come into being with
-    their first file. Every error is a StorageError that names the URL, or one of the three that
-    are a part of the contract: FileNotFoundError, FileExistsError, CorruptError. What is there and is no file,
-    like a FIFO, is a FormatError.
+    Implement it for a place of your own, and pass an instance wherever a URL is taken.
+    `tests/shardckpt/storage/test_contract.py` checks the guarantees below.
+
+    A `path` is relative to the folder, with `/` between names, and never leaves it: an absolute path, an empty
+    name, `.` and `..` raise StorageError. A folder exists once there is a file in it.
+
+    Every error is a StorageError that names the URL, or one of four that callers rely on: FileNotFoundError and
+    FileExistsError as the system raises them, CorruptError for a file that is too short, FormatError for what is
+    no regular file (a FIFO, a device).
     """
 
     @property
@@ -40,87 +44,105 @@ class Storage(Protocol):
         """The canonical URL: an absolute path for local storage, else `protocol://place/folder`."""
 
     def at(self, path: str) -> Storage:
-        """The folder `path` below. Touches nothing."""
+        """The folder at `path` below this one. Reads and writes nothing, and need not exist."""
 
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The bytes [start, stop) of a file, fewer where it ends before `stop`, as in a slice.
+        """Read a part of a file.
 
-        Without `stop` it is for small files, and larger ones than `MAX_WHOLE` may be refused with
-        FormatError. Raises FileNotFoundError if there is no such file.
+        Args:
+            path: the file.
+            start: offset of the first byte.
+            stop: offset behind the last byte; behind the file's end, the result is shorter, as in a slice. None
+                stands for the end, for small files: above `MAX_WHOLE` bytes FormatError may be raised.
+
+        Raises FileNotFoundError, also for a folder.
         """
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of the file from `offset` on.
+        """Fill a buffer from a file.
 
-        Raises FileNotFoundError if there is no such file, and CorruptError if it ends too early;
-        the buffer's content is undefined then.
+        Args:
+            path: the file.
+            offset: of the first byte in the file.
+            buffer: contiguous, writable, of any shape and type. Its content is undefined after an error.
+
+        Raises FileNotFoundError; CorruptError if the file ends before the buffer is full.
         """
 
     def size(self, path: str) -> int:
-        """The number of bytes in a file. Raises FileNotFoundError if there is no such file."""
+        """The length of a file in bytes. Raises FileNotFoundError, also for a folder."""
 
     def write(self, path: str, data: bytes | memoryview) -> None:
-        """Put a small file there whole or not at all, in place of any earlier one.
+        """Write a small file, whole or not at all, in place of any earlier one.
 
-        Durable when it returns.
+        It is durable when this returns: it survives a power cut. After an error either the earlier file is there
+        or the new one.
         """
 
     def create(self, path: str, data: bytes) -> None:
-        """Put a small file there, whole or not at all, only if none is there.
+        """Write a small file, whole or not at all, only if none is there.
 
-        Durable when it returns. Raises FileExistsError if there is one, which is left as it is.
-        Of several racers exactly one wins, if `exclusive()`.
+        It is durable when this returns. Of several callers at the same time, on any machines, exactly one
+        succeeds if `exclusive()`. Raises FileExistsError if there is a file, which is left as it is.
         """
 
     def write_pack(self, path: str, buffer: memoryview, before: Before | None = None) -> None:
-        """Put a large file there, in place of any earlier one, straight from `buffer`.
+        """Write a large file straight from a buffer, in place of any earlier one.
 
-        Durable when it returns. After a failure some of it may remain on a local disk. One writer
-        per path at a time.
+        It is durable when this returns. After a failure some of it may remain on a local disk, and the earlier
+        file may be gone. One writer per path at a time.
 
-        `before(start, stop)` is called once for each block of the buffer's bytes, in ascending order and
-        one call at a time, from any thread: together the blocks are all of it, and an empty buffer has
-        none. It may change bytes from `start` on, as checksums are filled in. Meanwhile blocks before are
-        on their way. Apart from that the buffer must not change before `write_pack` returns. What
-        `before` raises is raised here. It must not wait for a storage itself.
+        Args:
+            path: the file.
+            buffer: contiguous, of any shape and type. It must not change before this returns, except by
+                `before`.
+            before: called once for each block of the buffer's bytes, in ascending order, one call at a time, from
+                any thread, while earlier blocks are written. Together the blocks are the whole buffer. It may
+                change bytes from `start` on, so that checksums are filled in. It must not use a storage. What it
+                raises is raised here.
         """
 
     def write_pieces(self, path: str, size: int, pieces: Iterable[memoryview]) -> None:
-        """Put a large file of `size` bytes there, in place of any earlier one, piece by piece.
+        """Write a large file piece by piece, in place of any earlier one. Holds about 128 MiB at most.
 
-        The pieces, of any lengths, are asked for by the calling thread, in order; each one's memory may be used
-        again once the next one is asked for. What they raise is raised here, and then the file is not there, or
-        not complete. Durable when it returns. Holds about 128 MiB at most. One writer per path at a time.
+        It is durable when this returns. After a failure the file is not there, or not complete, and the earlier
+        one may be gone. One writer per path at a time.
+
+        Args:
+            path: the file.
+            size: its length in bytes.
+            pieces: its content, in pieces of any length, `size` bytes in all. Consumed by the calling thread;
+                the memory of a piece may be reused once the next one is asked for. What it raises is raised here.
         """
 
     def list(self, path: str = "") -> list[str]:
-        """The sorted names of the files and folders right below; [] if there is no such folder.
+        """The sorted names of the files and folders right below `path`; [] if there is no such folder.
 
         Temporary files of this library are left out.
         """
 
     def sizes(self, path: str = "") -> dict[str, int]:
-        """The bytes of every file below, by its path from there; {} if there is no such folder.
+        """The length in bytes of every file below `path`, by its path from there; {} if there is no such folder.
 
-        Takes a request for a thousand files or so, not one for each. Temporary files of this library are left
-        out, and so is what `size` refuses.
+        Takes one request for about a thousand files, not one for each. Temporary files of this library are left
+        out, and what is no regular file.
         """
 
     def delete(self, path: str) -> None:
-        """Remove a file for good. An absent one is fine."""
+        """Remove a file for good. It need not exist."""
 
     def delete_tree(self, path: str) -> None:
-        """Remove a folder and all that is in it, in no particular order. An absent one is fine."""
+        """Remove a folder and everything in it, in no particular order. It need not exist."""
 
     def fresh(self) -> Storage:
         """The same folder, read past caches: from the disk itself, or over connections of its own.
 
-        For reading again what was found to be wrong; slower than the folder itself.
+        Slower than the folder itself; for reading again what was found to be wrong.
         """
 
     def exclusive(self) -> bool:
-        """Whether `create` refuses to overwrite even in a race.
+        """True if `create` never overwrites, even in a race.
 
-        False for an object store without conditional puts; there `create` is only a check and a
-        write. Asked of the store itself, once, at the first call.
+        False for an object store without conditional puts; there `create` checks, then writes. The first call
+        asks the store by creating a temporary file twice; the answer is kept. Raises StorageError.
         """

@@ -41,9 +41,15 @@ _CREATING = threading.Lock()
 def open_fsspec(
     protocol: str, rest: str, options: dict[str, Any], *, own_connections: bool = False
 ) -> FsspecStorage:
-    """The storage at `protocol://rest`. Touches nothing but the options, and a host that the URL names.
+    """Open `protocol://rest`. Some file systems connect to the host in the URL; nothing else is read.
 
-    Its connections are shared with all storages of the same options, unless they are to be its own.
+    Args:
+        protocol: one that fsspec knows.
+        rest: the URL behind `://`.
+        options: arguments of the file system, and `transfer_deadline` and `transfer_least_rate`.
+        own_connections: False shares connections with all storages of the same options.
+
+    Raises StorageError, OutOfReachError.
     """
     url = f"{protocol}://{rest}"
     folder = join("", rest.strip("/"), f"{protocol}:/")
@@ -64,10 +70,10 @@ def open_fsspec(
 
 
 class FsspecStorage:
-    """A folder of any fsspec file system. See `Storage` for what each method guarantees.
+    """A folder of an fsspec file system. See `Storage` for what each method guarantees.
 
-    `create` is the file system's own `mode="create"`, and a write is as atomic and durable
-    as it makes it: object stores are both.
+    `create` is the file system's own `mode="create"`, and a write is as atomic and durable as the file system
+    makes it; in object stores it is both.
     """
 
     def __init__(self, protocol: str, folder: str, options: dict[str, Any], system: Any) -> None:
@@ -103,7 +109,7 @@ class FsspecStorage:
             self.size(path)
             return b""
         nbytes = _PIECE if stop is None else stop - start
-        return bytes(self._do("read", path, self._system.cat_file, nbytes=nbytes, start=start, end=stop))
+        return bytes(self._call("read", path, self._system.cat_file, nbytes=nbytes, start=start, end=stop))
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         view = as_bytes(buffer)
@@ -121,7 +127,7 @@ class FsspecStorage:
 
     def size(self, path: str) -> int:
         self._system.invalidate_cache()
-        info = self._do("read", path, self._system.info)
+        info = self._call("read", path, self._system.info)
         if info["type"] != "file":
             raise FileNotFoundError(errno.ENOENT, "No such file (there is a folder)", self._name(path))
         return int(info["size"])
@@ -144,8 +150,8 @@ class FsspecStorage:
         file = self._open_new(path)
         try:
             for piece in pieces:
-                self._do("write", path, lambda _, piece=piece: file.write(piece), nbytes=len(piece))
-            self._do("write", path, lambda _: file.close(), nbytes=_PIECE)
+                self._call("write", path, lambda _, piece=piece: file.write(piece), nbytes=len(piece))
+            self._call("write", path, lambda _: file.close(), nbytes=_PIECE)
         except BaseException as error:
             with cleanup(error, f"an unfinished {self._name(path)} may be left"):
                 self._discard(path, file)
@@ -154,7 +160,7 @@ class FsspecStorage:
     def list(self, path: str = "") -> list[str]:
         self._system.invalidate_cache()
         try:
-            entries = self._do("read", path, self._system.ls, detail=False)
+            entries = self._call("read", path, self._system.ls, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = {str(entry).rstrip("/").rpartition("/")[2] for entry in entries}
@@ -165,7 +171,7 @@ class FsspecStorage:
     def sizes(self, path: str = "") -> dict[str, int]:
         self._system.invalidate_cache()
         try:
-            found = self._do("read", path, self._system.find, detail=True)
+            found = self._call("read", path, self._system.find, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         start = len(self._system._strip_protocol(self._name(path)).rstrip("/")) + 1
@@ -177,19 +183,19 @@ class FsspecStorage:
 
     def delete(self, path: str) -> None:
         try:
-            self._do("delete", path, self._system.rm_file)
+            self._call("delete", path, self._system.rm_file)
         except FileNotFoundError:
             pass
 
     def delete_tree(self, path: str) -> None:
         self._system.invalidate_cache()
         try:
-            found = self._do("delete", path, self._system.find, withdirs=True, detail=True)
+            found = self._call("delete", path, self._system.find, withdirs=True, detail=True)
         except FileNotFoundError:
             return
         for name in [name for name, info in found.items() if info["type"] == "file"]:
             try:
-                self._do("delete", path, lambda _, name=name: self._system.rm_file(name))
+                self._call("delete", path, lambda _, name=name: self._system.rm_file(name))
             except FileNotFoundError:
                 pass
         folders = [name for name, info in found.items() if info["type"] != "file"]
@@ -213,41 +219,41 @@ class FsspecStorage:
         return True
 
     def _put(self, verb: str, path: str, data: bytes, mode: str) -> None:
-        put = partial(self._do, verb, path, self._system.pipe_file, data, nbytes=len(data), mode=mode)
+        put = partial(self._call, verb, path, self._system.pipe_file, data, nbytes=len(data), mode=mode)
         self._in_folder(path, put)
 
     def _open_new(self, path: str) -> Any:
-        """A file to write to, which takes the place of any earlier one, at the latest when it is closed."""
-        put = partial(self._do, "write", path, self._system.open, "wb", block_size=_PIECE)
+        """Open a file for writing. It replaces an earlier one, at the latest when it is closed."""
+        put = partial(self._call, "write", path, self._system.open, "wb", block_size=_PIECE)
         return self._in_folder(path, put)
 
     def _in_folder(self, path: str, put: Callable[[], T]) -> T:
-        """What `put` returns, which may need the folder of `path`."""
+        """The result of `put`, which is called again if the folder of `path` has to be made first."""
         try:
             return put()
         except FileNotFoundError:
             parent = self._name(path).rpartition("/")[0]
-            self._do("write", path, lambda _: self._system.makedirs(parent, exist_ok=True))
+            self._call("write", path, lambda _: self._system.makedirs(parent, exist_ok=True))
             return put()
 
     def _discard(self, path: str, file: Any) -> None:
-        """Remove a file that is not written to its end. What is in it by then must not be taken for all of it."""
+        """Remove a file that was not written to its end, without completing it."""
 
         def discard(name: str) -> None:
             if hasattr(file, "discard"):
                 file.discard()
-            file.closed = True  # closing it for good would complete it, where that is what completes a file
+            file.closed = True  # a real close would complete the upload
             with contextlib.suppress(FileNotFoundError):
                 self._system.rm_file(name)
 
-        self._do("delete", path, discard)
+        self._call("delete", path, discard)
 
-    def _do(
+    def _call(
         self, verb: str, path: str, call: Callable[..., Any], *args: Any, nbytes: int = 0, **kw: Any
     ) -> Any:
-        """Call a method of the file system on a path, within the limits, and explain what it raises.
+        """Call a method of the file system on a path, within the limits, and translate its errors.
 
-        `nbytes`: how much is transferred.
+        `nbytes` is how much it transfers.
         """
         name = self._name(path)
         seconds = self._limits.seconds(nbytes)

@@ -1,4 +1,4 @@
-"""Reading again what was found to be wrong, before anything is called damaged."""
+"""Read again, past caches, what was found to be wrong, before it is called damaged."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 def read_twice(storage: Storage, read: Callable[[Storage], T]) -> T:
-    """What `read` makes of the storage.
+    """The result of `read(storage)`.
 
-    If it raises CorruptError or FormatError, which may come of a bit that flipped on the way, it is called once
-    more with the storage past its caches, and what comes of that counts.
+    If it raises CorruptError or FormatError, it is called once more with `storage.fresh()`, since a bit may have
+    flipped on the way; the second outcome counts.
     """
     try:
         return read(storage)
@@ -32,7 +32,7 @@ def read_twice(storage: Storage, read: Callable[[Storage], T]) -> T:
 
 
 def warn_misread(what: str) -> None:
-    """Log that what was read first was wrong, and is right when it is read again."""
+    """Log that data was wrong when it was read first, and right when it was read again."""
     _log.warning(
         "%s But read again it is right: nothing is wrong with what is stored. Have this machine's memory, its "
         "network and its disks checked",

@@ -12,8 +12,8 @@ _PIECE = 128 << 10
 class Body:
     """Bytes of a buffer as the body of a request, without a copy.
 
-    botocore signs it as a file; aiohttp sends it as an asynchronous iterable, piece by piece as the
-    connection takes them, where it would copy bytes whole into the connection's own buffer.
+    To botocore, which signs it, it is a file; to aiohttp an asynchronous iterable, which it sends piece by piece.
+    Bytes it would copy as a whole into the connection's own buffer.
 
     Args:
         view: the bytes.

@@ -1,4 +1,4 @@
-"""Requests to an S3 server, as s3fs sends them: repeated while their failure may pass, and within limits."""
+"""Requests to an S3 server through s3fs: repeated, within limits, while their failure may pass."""
 
 from __future__ import annotations
 
@@ -83,13 +83,17 @@ class S3Client:
         return outcome(self.start(work))
 
     def name(self, key: str) -> str:
-        """What messages call a key."""
+        """The URL of a key, for messages."""
         return f"s3://{self._bucket}/{key}".rstrip("/")
 
     async def request(self, method: str, key: str = "", *, about: str = "", **arguments: Any) -> Any:
-        """The answer to one of the client's methods, tried until the server gives one.
+        """The answer to a request, which is repeated until there is one.
 
-        `about` is what messages name where there is no key.
+        Args:
+            method: of the boto client, like "get_object".
+            key: the object's, if the request is about one.
+            about: stands for the key in messages where there is none.
+            arguments: of the method.
         """
         about = key or about or str(arguments.get("Prefix", ""))
         return await self.repeat(
@@ -145,13 +149,13 @@ class S3Client:
     async def call(
         self, method: str, key: str, progress: Progress, *, about: str = "", **arguments: Any
     ) -> Any:
-        """One request, tried once."""
+        """Send one request, once. Arguments are those of `request`."""
         if key:
             arguments["Key"] = key
         if "Body" in arguments:  # its position moves: every attempt needs one of its own
             arguments["Body"] = Body(arguments["Body"], progress)
         with self.explained(key or about):
-            # As s3fs's own `call_s3` does; its other methods remember listings, or lack options.
+            # As s3fs's own `call_s3` does; its other methods cache listings, or lack options.
             await self._system.set_session()
             client = await self._system.get_s3(self._bucket)
             client.meta.events.register("before-sign.s3", _expect_nothing, unique_id="shardckpt")
@@ -166,7 +170,7 @@ class S3Client:
 
     @contextlib.contextmanager
     def explained(self, key: str) -> Iterator[None]:
-        """Errors about `key`, as this library's or the storage's contract's."""
+        """Raise errors of the block, about `key`, as this library's or the contract's."""
         try:
             yield
         except StorageError:
@@ -175,7 +179,7 @@ class S3Client:
             raise explain(error, self.name(without_temporary(key))) from error
 
     async def _attempt(self, key: str, work: Callable[[Progress], Awaitable[T]], patience: Patience) -> T:
-        """One attempt. It ends at half the deadline without progress, so that another connection is tried."""
+        """Run `work` once. Half the deadline without progress ends it, so that another connection is tried."""
         loop = asyncio.get_running_loop()
         own = Patience(self._limits.deadline / 2, self._limits.least_rate, loop.time)
 
@@ -219,7 +223,7 @@ class S3Client:
     def _last(
         self, error: TransientError | RefusedError, attempts: int, seconds: float, *, was_sent: bool
     ) -> StorageError:
-        """The last error of a request that is given up."""
+        """The error of a request that is given up."""
         tries = "1 attempt" if attempts == 1 else f"{attempts} attempts"
         gave_up = f"Gave up after {tries}"
         if seconds:

@@ -1,4 +1,4 @@
-"""Credentials that are renewed while a process runs: looked up again once a server refuses them."""
+"""Credentials that are renewed while a process runs: they are looked up again when a server refuses them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ __all__ = ["Credentials", "Found", "credentials_of"]
 
 _log = logging.getLogger("shardckpt")
 
-_PAUSE = 0.5  # seconds between two looks: the requests that are under way are all refused at once
+_PAUSE = 0.5  # seconds between two look-ups: all requests under way are refused at the same time
 _EXPLICIT = ("key", "secret", "token", "username", "password", "session")
 _EXPLICIT_OF_CLIENT = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 
 
 class Found(Enum):
-    """What there is where credentials come from."""
+    """What a look-up of credentials has found."""
 
-    OTHERS = 0  # than those that were refused: they are in use from now on
+    OTHERS = 0  # other ones than were refused; they are in use from now on
     THE_SAME = 1
-    NOTHING = 2  # that can be read, though there was something: perhaps it is being written just now
+    NOTHING = 2  # none that can be read, though there were some: they may be being written
 
 
 class Credentials:
-    """The credentials of one s3fs file system. For its event loop only.
+    """The credentials of one s3fs file system. For use in its event loop only.
 
-    Those that the user has passed as storage options are the user's to replace. All others (the environment,
-    ~/.aws, a credential_process, SSO, a web identity, the machine's role) are looked up as at the start, by a
-    session of their own.
+    Credentials in the storage options can be replaced by the user only. All others (the environment, ~/.aws, a
+    credential_process, SSO, a web identity, the machine's role) are looked up as at the start, by a new session.
     """
 
     def __init__(self, system: Any, options: Mapping[str, Any]) -> None:
@@ -48,7 +47,7 @@ class Credentials:
         self._looked_up = float("-inf")
         self._last = Found.OTHERS
         self.generation = 0
-        """Grows whenever other credentials are taken."""
+        """Counts how often other credentials were taken."""
 
     @property
     def can_change(self) -> bool:
@@ -56,9 +55,11 @@ class Credentials:
         return self._can_change
 
     async def look_up(self, generation: int, since: float) -> Found:
-        """See what there is now, after those of this generation were refused; other ones are taken at once.
+        """Look credentials up again, and use other ones from now on if there are any.
 
-        `since` is the loop's time when the request began: what others saw before that says nothing about it.
+        Args:
+            generation: of the credentials that were refused.
+            since: the loop's time when the refused request began; earlier look-ups do not count for it.
         """
         async with self._lock:
             if self.generation != generation:
@@ -74,7 +75,7 @@ class Credentials:
             return self._last
 
     async def _find(self, system: Any) -> Found:
-        """Raises nothing: a source that fails may be well the next time."""
+        """Look up. Raises nothing: a source that fails may work the next time."""
         source = new = held = None
         try:
             if system.session is not None:
@@ -103,7 +104,7 @@ _known: weakref.WeakKeyDictionary[Any, Credentials] = weakref.WeakKeyDictionary(
 
 
 def credentials_of(system: Any, options: Mapping[str, Any]) -> Credentials:
-    """The credentials of a file system, which fsspec may hand out to several storages."""
+    """The credentials of a file system, one object for all storages that share it."""
     return _known.setdefault(system, Credentials(system, options))
 
 

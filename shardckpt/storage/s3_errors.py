@@ -1,4 +1,4 @@
-"""What S3's and botocore's errors mean to the user of a checkpoint."""
+"""Errors of S3 and botocore, as this library's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NO_CREDENTIALS = (
     botocore.NoAuthTokenError,
     botocore.ProfileNotFound,
 )
-_NOT_RENEWED = (  # by credential_process, SSO, or the machine's role: they may be the next time
+_NOT_RENEWED = (  # by credential_process, SSO, or the machine's role: the next try may succeed
     botocore.CredentialRetrievalError,
     botocore.MetadataRetrievalError,
     botocore.TokenRetrievalError,
@@ -43,7 +43,7 @@ _BROKEN = (
     botocore.HTTPClientError,
     botocore.ConnectionError,
     botocore.IncompleteReadError,
-    botocore.FlexibleChecksumError,  # of an answer: damaged on its way
+    botocore.FlexibleChecksumError,  # an answer was damaged on its way
     ResponseParserError,
     aiohttp.ClientError,
     ConnectionError,
@@ -57,10 +57,10 @@ _REFUSED = {
     "InvalidToken",
     "SignatureDoesNotMatch",
     "UnrecognizedClientException",
-    "400",  # to a HEAD: why is not said
+    "400",  # the answer to a HEAD has no reason
 }
 _SOURCES = ("AssumeRole", "GetRoleCredentials", "GetSessionToken", "CreateToken")
-"""Operations that get credentials, when they begin so."""
+"""How the names of operations begin that get credentials."""
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
 _PASSING = {
     "SlowDown",
@@ -76,11 +76,11 @@ _PASSING = {
 
 
 class BeyondEndError(StorageError):
-    """A range begins behind the end of its object (416)."""
+    """A range begins behind the end of the object (416)."""
 
 
 class TransientError(OutOfReachError):
-    """It may pass: try again. Whether the request was carried out is not known."""
+    """The failure may pass: try again. It is not known whether the request was carried out."""
 
 
 class UnreachableError(TransientError):
@@ -96,11 +96,11 @@ class UnreachableError(TransientError):
 
 
 class RefusedError(CredentialsError):
-    """The server does not take the credentials, or there are none: with others the request may succeed.
+    """The server refuses the credentials, or there are none: with others the request may succeed.
 
     Attributes:
         summary: what was refused, and why, without what to do about it.
-        is_expired: whether these were good once, or are to be had, so that new ones can be expected.
+        is_expired: whether they were good once, or their source has failed, so that new ones can be expected.
     """
 
     def __init__(self, summary: str, advice: str = _CONVENTIONS, *, is_expired: bool = False) -> None:
@@ -110,7 +110,7 @@ class RefusedError(CredentialsError):
 
 
 def explain(error: Exception, url: str) -> Exception:
-    """The error of the library's tree, or of the storage's contract, that `error` amounts to."""
+    """Translate an error of botocore, aiohttp or s3fs to one of this library or of the `Storage` contract."""
     if isinstance(error, _NO_CREDENTIALS):
         return RefusedError(f"{url}: {error}")
     if _is_not_renewed(error):
@@ -131,12 +131,12 @@ def explain(error: Exception, url: str) -> Exception:
 
 
 def _is_not_renewed(error: BaseException | None) -> bool:
-    """Whether it comes of who provides credentials, not of the storage."""
+    """True if the error comes from the source of credentials, not from the storage."""
     if isinstance(error, RuntimeError) and "refreshed credentials" in str(error):  # botocore's own
         return True
     if isinstance(error, FileNotFoundError) and _response(error) is None:  # a web identity's token file
         return True
-    if isinstance(error, json.JSONDecodeError):  # what a program says; S3 itself has no JSON
+    if isinstance(error, json.JSONDecodeError):  # the output of a program; S3 itself has no JSON
         return True
     while error is not None:
         if isinstance(error, _NOT_RENEWED):
@@ -148,13 +148,13 @@ def _is_not_renewed(error: BaseException | None) -> bool:
 
 
 def _endpoint(error: botocore.BotoCoreError) -> str:
-    """Where a request was to go, without its path."""
+    """The endpoint of a request, without its path."""
     parts = urlsplit(str(error.kwargs.get("endpoint_url") or error.kwargs.get("proxy_url") or ""))
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else "the endpoint"
 
 
 def _reason(error: BaseException) -> str:
-    """Why there was no connection, in the system's words if it has said so."""
+    """Why there was no connection: the system's message, if there is one."""
     below = error.__cause__ or error.__context__
     while below is not None:
         if isinstance(below, socket.gaierror):
@@ -166,7 +166,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _response(error: BaseException | None) -> dict[str, Any] | None:
-    """The server's answer, from the botocore error that s3fs has translated."""
+    """The server's answer, from the botocore error below that of s3fs."""
     while error is not None:
         if isinstance(error, botocore.ClientError):
             return dict(error.response)

@@ -1,4 +1,4 @@
-"""From a URL to the storage that it names."""
+"""Open the storage that a URL names."""
 
 from __future__ import annotations
 
@@ -22,31 +22,34 @@ _REMOTE = (
     *("ftp", "sftp", "ssh", "smb", "oci", "oss", "memory"),
 )
 _USUAL = ("s3", "gs", "az", "abfs", "file", "sftp", "hdfs", "memory", "https")
-"""What somebody means who has mistyped a protocol."""
+"""Protocols that are suggested for a misspelt one."""
 _OBJECTS = ("gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss")
-"""Protocols whose URLs begin with a bucket."""
+"""Object stores: their URLs begin with a bucket."""
 _URL = re.compile(r"\s*(?P<protocol>[A-Za-z][A-Za-z0-9+._\-]*(?:::.*)?)://(?P<rest>.*)", re.DOTALL)
 _SLIP = re.compile(
     rf"\s*(?:(?P<remote>{'|'.join(_REMOTE)}):/?|(?P<local>{'|'.join(_LOCAL)}):)(?P<rest>.*)",
     re.DOTALL | re.IGNORECASE,
 )
-"""A URL of fsspec's that lacks slashes. As a path it would be a folder called "s3:"."""
+"""A URL that lacks slashes. As a path it would be a folder called "s3:"."""
 
 
 def open_storage(
     url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None
 ) -> Storage:
-    """The storage at a local path, a `file://` URL, an `s3://` URL or any other of fsspec's.
+    """Open a storage. Nothing is read or written: missing buckets and credentials are errors of the first call.
 
-    Nothing is read or written yet, so that a missing bucket or missing credentials are reported by
-    the first operation. `~` stands for the home directory in local paths; nothing is decoded: `%20` and `?`
-    in a URL stand for themselves. `storage_options` are the arguments of the fsspec file system (for S3: `key`,
-    `secret`, `token`, `profile`, `endpoint_url`, `anon`, `client_kwargs`, `config_kwargs`), and
-    `transfer_deadline` and `transfer_least_rate` (docs/storage.md). What they do not say comes from where the
-    protocol's own tools take it. A local path has one, `follow_links`: whether files are also read where a
-    symbolic link leads out of the run. A Storage is returned as it is. Raises InvalidUrlError for what names
-    none, also where slashes are missing, as in `s3:/bucket`, and TypeError for what is neither a path nor a
-    Storage.
+    Args:
+        url: a local path, in which `~` stands for the home directory; a URL (`file://`, `s3://` or another
+            protocol of fsspec), in which nothing is decoded: `%20` and `?` stand for themselves; or a Storage,
+            which is returned as it is.
+        storage_options: for a URL, the arguments of the fsspec file system (for S3: `key`, `secret`, `token`,
+            `profile`, `endpoint_url`, `anon`, `client_kwargs`, `config_kwargs`), `transfer_deadline` in seconds
+            and `transfer_least_rate` in bytes per second (docs/storage.md). Other settings come from where the
+            protocol's own tools take them. For a local path, `follow_links`: whether files are also read where
+            a symbolic link leads out of the run.
+
+    Raises InvalidUrlError for a URL that names no storage, also for one that lacks a slash, as in `s3:/bucket`;
+    StorageError for wrong options or a missing package; TypeError for what is neither a path nor a Storage.
     """
     if not isinstance(url, str | os.PathLike):
         _check_is_storage(url)
@@ -85,7 +88,7 @@ def protocol_of(url: str) -> str:
 
 
 def _check_is_storage(thing: object) -> None:
-    """Raises TypeError, which says what a user's own Storage lacks."""
+    """Raise TypeError, which names the methods that a user's own Storage lacks."""
     if isinstance(thing, Storage):
         return
     wanted = [name for name in vars(Storage) if not name.startswith("_")]

@@ -1,4 +1,4 @@
-"""Calls that are carried out by another thread, and can be given up by the one that waits for them."""
+"""Calls that run in another thread, and that the waiting thread can give up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CLEANUP = 1.2
 
 
 class Interruption:
-    """Ends what a group of threads waits for in storages, and what they would begin to wait for.
+    """Ends the storage calls that a group of threads waits for, and all later ones.
 
     Each thread works inside `joined()`.
     """
@@ -38,7 +38,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
-        """This thread's waits in the block are ended by `set`."""
+        """Have `set` end the waits of this thread in the block."""
         _thread.interruption = self
         try:
             yield
@@ -46,7 +46,7 @@ class Interruption:
             del _thread.interruption
 
     def set(self) -> None:
-        """End the waits, now and from now on: they raise StorageError."""
+        """End all waits, the present and the later ones: they raise StorageError."""
         with self._lock:
             self._is_set = True
             works = list(self._works)
@@ -72,8 +72,8 @@ class Work(Generic[T]):
     """A call under way.
 
     Args:
-        future: of its outcome.
-        cancel: asks for its end; the outcome tells when it has come. Safe from any thread.
+        future: completes with the call's result or error, also after `cancel`.
+        cancel: requests its end, from any thread.
     """
 
     def __init__(self, future: Future[T], cancel: Callable[[], object]) -> None:
@@ -81,10 +81,13 @@ class Work(Generic[T]):
         self.cancel = cancel
 
     def result(self, seconds: float | None = None, *, stop_it: bool = True) -> T:
-        """What the call returns or raises.
+        """Wait for the call, and return or raise its outcome.
 
-        If this thread is interrupted, so is the call, unless not `stop_it`. Raises StorageError where that is by
-        an `Interruption`, OutOfReachError where the call takes longer than `seconds`, or than `at_most` grants.
+        Args:
+            seconds: to wait at most; `at_most` may grant less. None waits without a limit of its own.
+            stop_it: whether an interrupt of this thread (KeyboardInterrupt) cancels the call.
+
+        Raises StorageError if an `Interruption` ends the wait, OutOfReachError if the call takes too long.
         """
         interruption = getattr(_thread, "interruption", None)
         granted = remaining()
@@ -110,14 +113,14 @@ class Work(Generic[T]):
 
 
 def stop(works: Sequence[Work[Any]]) -> None:
-    """Have these calls end, and wait a moment for that."""
+    """Cancel these calls, and wait a moment for them to end."""
     for work in works:
         work.cancel()
     wait([work.future for work in works], _STOP)
 
 
 def in_loop(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> Work[T]:
-    """Run a coroutine in a loop of another thread. Its outcome comes when it has ended, cancelled or not."""
+    """Run a coroutine in the event loop of another thread. `cancel` takes effect once the coroutine has ended."""
     future: Future[T] = Future()
     tasks: list[asyncio.Task[T]] = []
 
@@ -131,7 +134,7 @@ def in_loop(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) 
 
 
 def in_thread(function: Callable[[], T]) -> Work[T]:
-    """Run a function in a thread of its own. It cannot be stopped: given up, it is left to itself."""
+    """Run a function in a thread of its own. It cannot be stopped: a cancelled one runs on, unobserved."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -148,10 +151,12 @@ def in_thread(function: Callable[[], T]) -> Work[T]:
 
 @contextlib.contextmanager
 def cleanup(error: BaseException, left: str) -> Iterator[None]:
-    """For tidying up after `error`: what fails in the block is added to the error as a note, `left`.
+    """Clean up after an error; if the block fails, `left` is added to the error as a note.
 
-    After an interrupt there is little time for it, all blocks for the same one together; after any other error
-    as much as the storage needs.
+    Args:
+        error: the error that is being handled. After an interrupt (no Exception) all blocks for it together have
+            1.2 s; after another error a block has the time that the storage needs.
+        left: what is left behind if the block fails.
     """
     try:
         if isinstance(error, Exception):
@@ -180,5 +185,5 @@ def _settle(future: Future[T], task: asyncio.Task[T]) -> None:
 
 
 def _try_set(setter: Callable[[], None]) -> None:
-    with contextlib.suppress(Exception):  # nobody waits for it any more
+    with contextlib.suppress(Exception):  # it was cancelled
         setter()
