@@ -1,4 +1,4 @@
-"""Where checkpoints live: folders of files or objects behind one protocol, `Storage`. Imports `errors` only."""
+"""Where checkpoints live: folders of files or objects behind one protocol. Imports the lowest layer only."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ class LocalStorage:
             os.close(fd)
 
     def _check_inside(self, fd: int, full: str) -> None:
-        """Raise OutsideLinkError if an open file lies outside the root: links in a copied run may lead anywhere."""
+        """Raise OutsideLinkError for an open file outside the root: links in a copied run may lead anywhere."""
         with contextlib.suppress(OSError):
             if self._is_inside(os.readlink(f"/proc/self/fd/{fd}")):
                 return
@@ -271,7 +271,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _new_file(self, path: str, size: int) -> Iterator[str]:
-        """The full path of a file for the block to create. An earlier one is removed; the name becomes durable."""
+        """The path of a file for the block to create, in place of an earlier one; its name becomes durable."""
         full = join(self._path, path, self._path)
         folder = os.path.dirname(full)
         with explained("write", full, size):
