@@ -6,7 +6,7 @@ __all__ = ["age", "count", "size"]
 
 
 def size(nbytes: int) -> str:
-    """Bytes, to be read by people."""
+    """A number of bytes in binary units: `48.1 KiB`."""
     amount = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if amount < 1000 or unit == "TiB":
@@ -16,7 +16,7 @@ def size(nbytes: int) -> str:
 
 
 def age(seconds: float) -> str:
-    """A time span, to be read by people."""
+    """A time span in seconds, in the largest unit of which it has two: `3 min`."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

@@ -114,7 +114,7 @@ def _copy_packs(source: Fetcher, copied: Place, made: Manifest, counter: Counter
 def _pieces(
     source: Fetcher, chunks: Sequence[StoredChunk], size: int, counter: Counter
 ) -> Generator[memoryview]:
-    """The bytes of a pack, from its first to its last: verified chunks, and zeros between them."""
+    """The bytes of a pack in order: verified chunks, and zeros between them."""
     groups = list(coalesced(chunks, _PIECE))
     position = 0
     with closing(source.fetch_ahead(groups)) as contents:
@@ -146,7 +146,7 @@ def _is_right(target: Fetcher, chunks: Sequence[StoredChunk], counter: Counter) 
 
 
 def _chunks_by_pack(manifest: Manifest) -> list[list[StoredChunk]]:
-    """The chunks of each pack, in order, each once: tied tensors have rows of their own for the same bytes."""
+    """The chunks of each pack by offset, each once: tied tensors have rows of their own for the same bytes."""
     nbytes = np.repeat(
         [content_bytes(t.dtype, a.chunk) for t in manifest.tensors for a in t.arrays],
         np.diff(manifest.first_rows),

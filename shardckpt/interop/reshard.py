@@ -49,11 +49,11 @@ class Resharded:
     """What a reshard wrote.
 
     Attributes:
-        source: the checkpoint it was made from.
-        url: the new one.
-        world_size: its number of ranks.
-        nbytes: bytes of its packs.
-        dropped: ranks of the source whose PerRank values are not in it, since it has fewer ranks.
+        source: URL of the checkpoint that was read.
+        url: URL of the new one.
+        world_size: number of ranks of the new one.
+        nbytes: size of its packs in bytes.
+        dropped: ranks of the source whose PerRank values were left out, since the new one has fewer ranks.
     """
 
     source: str
@@ -193,7 +193,7 @@ def _part(proposal: Proposal, rank: int, checksums: Mapping[int, int], manifest:
 
 
 def _layouts(manifest: Manifest, world_size: int) -> list[list[Layout]]:
-    """What each rank of the new world would hold."""
+    """The layout of each rank of the new world: the boxes of tensors that it would save."""
     tied = tied_names(manifest)
     owners = {name: rank for rank in range(manifest.world_size) for name in _per_rank_names(manifest, rank)}
     layouts: list[list[Layout]] = [[] for _ in range(world_size)]
@@ -221,7 +221,7 @@ def _even_part(shape: tuple[int, ...], world_size: int, rank: int) -> tuple[Box,
 
 
 def _per_rank_names(manifest: Manifest, rank: int) -> Iterator[str]:
-    """The tensors in the rank's PerRank values."""
+    """Names of the tensors in the rank's PerRank values."""
     for value in manifest.per_rank[rank].values():
         for reference in iter_references(decode_value(value)):
             if isinstance(reference, TensorRef):

@@ -120,7 +120,7 @@ def _check_refs(place: Place, manifest: Manifest, report: VerifyReport) -> None:
         for key in {*found.entries, *expected.entries}
         if not _same_entry(found.entries.get(key), expected.entries.get(key))
     )
-    written = f"`shardckpt refs {place.url}` writes it for where it is now"
+    written = f"`shardckpt refs {place.url}` updates it"
     if wrong:
         report.problems.append(
             f"{REFS} disagrees with the manifest about {count(len(wrong), 'key')}, like {wrong[0]!r}: plain "
@@ -140,7 +140,8 @@ def _check_refs(place: Place, manifest: Manifest, report: VerifyReport) -> None:
             )
         elif not _is_same_folder(there, place.url):
             report.notes.append(
-                f"{REFS} is for {there}, from where it was moved or copied: plain Zarr looks there; {written}"
+                f"{REFS} points to {there}: the checkpoint was moved or copied from there. Zarr readers would "
+                f"look there, shardckpt does not; {written}"
             )
 
 

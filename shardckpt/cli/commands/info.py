@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _fields(url: str, manifest: Manifest, chunks: Mapping[str, int]) -> list[tuple[str, str]]:
-    """What is known of the checkpoint as a whole."""
+    """Names and values that describe the checkpoint as a whole."""
     packs, stored = count(len(manifest.packs), "pack"), count(sum(chunks.values()), "chunk")
     fields = [
         ("checkpoint", url),
@@ -119,7 +119,7 @@ def _fields(url: str, manifest: Manifest, chunks: Mapping[str, int]) -> list[tup
 
 
 def _groups(tensors: Sequence[TensorEntry], *, every: bool) -> list[list[TensorEntry]]:
-    """Tensors that differ in the numbers of their names only, together; in the order of the first."""
+    """Group tensors of one shape and type whose names differ in numbers only, in the order of each first one."""
     if every:
         return [[tensor] for tensor in tensors]
     groups: dict[object, list[TensorEntry]] = {}
@@ -142,7 +142,7 @@ def _cells(group: Sequence[TensorEntry], chunks: Mapping[str, int]) -> tuple[str
 
 
 def _pattern(names: Sequence[str]) -> str:
-    """Names that differ in numbers only, as one: `layers.{0..31}.weight`."""
+    """One pattern for names that differ in numbers only: `layers.{0..31}.weight`."""
     if len(names) == 1:
         return names[0]
     parts = _NUMBER.split(names[0])
@@ -164,7 +164,7 @@ def _numbers(found: set[str]) -> str:
 
 
 def _values(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every plain value by path, as text; a list of plain values is one."""
+    """Every plain value as (path, text); a list of plain values counts as one."""
     if isinstance(value, TensorRef):
         return
     if isinstance(value, PerRankRef):

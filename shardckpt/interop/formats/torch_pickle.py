@@ -22,7 +22,7 @@ __all__ = ["pickle_state"]
 _MOST_BITS = 255 * 8 - 1  # beside the sign, in pickle's short form
 
 _LOADABLE = (torch.Size, torch.dtype, torch.device, bytearray)
-"""Of the types with a form of their own, those that weights_only knows."""
+"""Types that weights_only reads as they are."""
 
 _STORAGES = {
     "bool": "BoolStorage",
@@ -38,7 +38,7 @@ _STORAGES = {
     "complex64": "ComplexFloatStorage",
     "complex128": "ComplexDoubleStorage",
 }
-"""Types that torch.save writes as typed storages; younger ones are untyped bytes."""
+"""Types that torch.save writes as typed storages; it writes newer types as untyped bytes."""
 
 
 def pickle_state(
@@ -76,7 +76,7 @@ class _Storage:
 
 
 class _Placeholder:
-    """Pickled as the tensor that will be there."""
+    """Stands for a tensor, and is pickled as one."""
 
     def __init__(self, tensor: TensorEntry, storage: _Storage) -> None:
         self.tensor = tensor
@@ -84,7 +84,7 @@ class _Placeholder:
 
 
 class _NoBytes:
-    """Pickled as empty bytes in the way of others: pickle has one for them that weights_only refuses."""
+    """Stands for empty bytes: weights_only refuses the form that pickle has for them, so another one is written."""
 
 
 _NO_BYTES = _NoBytes()
@@ -122,7 +122,7 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _replaced(value: Any, tensor: Callable[[str], _Placeholder]) -> Any:
-    """A tree of values as weights_only has them: tensors in place, and plain data for types that it refuses."""
+    """The tree with a placeholder for each tensor, and plain data for types that weights_only refuses."""
     if isinstance(value, TensorRef):
         return tensor(value.name)
     items = [_replaced(item, tensor) for _, item in children(value)]
@@ -148,7 +148,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value without items as one that weights_only reads. Raises StateError if there is none."""
+    """The value, or plain data for it, that weights_only reads. Raises StateError if there is none."""
     if isinstance(value, EnumRef):
         return _plain(value.value)
     if type(value) is bytes and not value:

@@ -62,7 +62,7 @@ def test_help_lists_the_commands_and_exit_codes(call: Call, monkeypatch: pytest.
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(call: Call, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own arguments and fields; what holds for all commands is said once, and no line is wider than 80."""
+    """Its own arguments and fields, not what holds for all commands; no line is wider than 80."""
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")

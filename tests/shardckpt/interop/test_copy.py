@@ -85,13 +85,13 @@ class TestResume:
             copy(source, tmp_path / "out")
         assert not list((tmp_path / "out").rglob("data.pack"))
 
-    def test_progress_is_told_within_a_pack(self, tmp_path: Path) -> None:
+    def test_progress_is_reported_within_a_pack(self, tmp_path: Path) -> None:
         save(tmp_path / "in", {str(n): torch.zeros(20 * MIB, dtype=torch.uint8) for n in range(4)})
-        told: list[tuple[int, int]] = []
-        copy(tmp_path / "in", tmp_path / "out", progress=lambda *at: told.append(at))
-        assert len(told) >= 4
-        assert told == sorted(told)
-        assert told[-1][0] == told[-1][1]
+        seen: list[tuple[int, int]] = []
+        copy(tmp_path / "in", tmp_path / "out", progress=lambda *at: seen.append(at))
+        assert len(seen) >= 4
+        assert seen == sorted(seen)
+        assert seen[-1][0] == seen[-1][1]
 
 
 @pytest.mark.parametrize("direction", ["to S3", "local"])
@@ -160,9 +160,9 @@ class TestInterrupt:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
             assert hit.wait(60)
             child.send_signal(signal.SIGINT)
-            said = child.communicate(timeout=60)[1]
-        assert child.returncode == 130, said
-        return said.strip().splitlines()[-1]
+            message = child.communicate(timeout=60)[1]
+        assert child.returncode == 130, message
+        return message.strip().splitlines()[-1]
 
     @pytest.mark.parametrize("command", ["verify", "copy", "merge", "reshard", "ls"])
     @pytest.mark.parametrize("fault", ["ignore", "trickle"])
@@ -177,13 +177,13 @@ class TestInterrupt:
         out = {"merge": [tmp_path / "x.pt"], "copy": [tmp_path / "x"]}.get(command, [])
         if command == "reshard":
             out = [tmp_path / "x", "--world-size", "2"]  # type: ignore[list-item]
-        said = self.run(
+        message = self.run(
             proxy,
             [command, url, *out],
             lambda method, path: method == "GET" and ("data.pack" in path or command == "ls"),
             lambda method, _path: fault if method == "GET" else None,
         )
-        assert said == "shardckpt: interrupted; nothing half-written is left"
+        assert message == "shardckpt: interrupted; nothing half-written is left"
         assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
     @pytest.mark.parametrize("command", ["copy", "reshard"])
@@ -194,12 +194,12 @@ class TestInterrupt:
         moto_s3: S3Server,
         tmp_path: Path,
     ) -> None:
-        """The upload is aborted; packs that are whole are removed, or stay for the next copy, which is said."""
+        """The upload is aborted; complete packs are removed, or the message names them for the next copy."""
         save(tmp_path / "in", {"w": torch.zeros(80 * MIB, dtype=torch.uint8)})
         reshard(tmp_path / "in", tmp_path / "two", 2)
         proxy, out = proxied[0], moto_s3.url("out")
         arguments: list[object] = [command, tmp_path / "two", out]
-        said = self.run(
+        message = self.run(
             proxy,
             [*arguments, "--world-size", "2"] if command == "reshard" else arguments,
             lambda method, path: method == "PUT" and "rank-00001" in path and "partNumber=2" in path,
@@ -207,10 +207,10 @@ class TestInterrupt:
         )
         left = open_storage(out, moto_s3.options).list()
         if command == "reshard":
-            assert said == "shardckpt: interrupted; nothing half-written is left"
+            assert message == "shardckpt: interrupted; nothing half-written is left"
             assert left == []
         else:
-            assert re.search(r"interrupted; 1 of 2 packs are at s3://.*the same command goes on", said)
+            assert re.search(r"interrupted; 1 of 2 packs are at s3://.*the same command goes on", message)
             assert left == ["rank-00000"]
         assert _uploads(moto_s3, out) == []
 
@@ -220,16 +220,16 @@ class TestInterrupt:
         moto_s3: S3Server,
         tmp_path: Path,
     ) -> None:
-        """What may be left, and where, is said."""
+        """The message names what may be left, and where."""
         save(tmp_path / "in", {"w": torch.zeros(40 * MIB, dtype=torch.uint8)})
         proxy, out = proxied[0], moto_s3.url("out")
-        said = self.run(
+        message = self.run(
             proxy,
             ["copy", tmp_path / "in", out],
             lambda method, path: method == "PUT" and "partNumber=2" in path,
             lambda _method, _path: "ignore",
         )
-        assert f"parts of an unfinished upload to {out}/rank-00000/data.pack may be left" in said
+        assert f"parts of an unfinished upload to {out}/rank-00000/data.pack may be left" in message
         assert len(_uploads(moto_s3, out)) == 1
 
 

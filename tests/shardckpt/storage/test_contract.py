@@ -117,9 +117,7 @@ def test_create_leaves_what_is_there(store: Storage) -> None:
         assert store.read("folder/file") == b"first"
 
 
-def test_exclusive_is_told_and_leaves_nothing_behind(
-    store: Storage, request: pytest.FixtureRequest
-) -> None:
+def test_exclusive_leaves_nothing_behind(store: Storage, request: pytest.FixtureRequest) -> None:
     assert store.exclusive() is ("rclone" not in request.node.name)
     assert store.at("below").exclusive() is store.exclusive()
     assert store.list() == []
@@ -231,15 +229,15 @@ def test_before_each_block_of_a_pack(store: Storage, size: int) -> None:
     """It sees every byte once, in order, and what it changes is what is stored."""
     memory = mmap.mmap(-1, size + 4096)
     view = memoryview(memory)[:size]
-    told: list[tuple[int, int]] = []
+    seen: list[tuple[int, int]] = []
 
     def before(start: int, stop: int) -> None:
-        told.append((start, stop))
+        seen.append((start, stop))
         view[start:stop] = noise(size)[start:stop]
 
     store.write_pack("pack", view, before)
-    ends = [0, *(stop for _, stop in told)]
-    assert told == list(itertools.pairwise(ends))
+    ends = [0, *(stop for _, stop in seen)]
+    assert seen == list(itertools.pairwise(ends))
     assert ends[-1] == size
     assert ends == sorted(set(ends))
     assert store.read("pack") == noise(size)

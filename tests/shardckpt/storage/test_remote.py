@@ -52,15 +52,15 @@ def test_packs_stream(sink: Storage) -> None:
     size = 8 * PART
     with mmap.mmap(-1, size) as memory, memoryview(memory) as view:
         sink.write_pack("ready", view[: PART + 1])
-        told: list[tuple[int, int]] = []
+        seen: list[tuple[int, int]] = []
         tracemalloc.start()
         try:
-            sink.write_pack("pack", view, lambda *block: told.append(block))
+            sink.write_pack("pack", view, lambda *block: seen.append(block))
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
     assert _Sink.written["run/pack"] == size
-    assert told == [(start, start + PART) for start in range(0, size, PART)]
+    assert seen == [(start, start + PART) for start in range(0, size, PART)]
     assert peak < 4 * PART
 
 

@@ -1,4 +1,4 @@
-"""What is read wrongly once is read again; only what is wrong twice is corrupt."""
+"""Data that is wrong is read again; only what is wrong twice is corrupt."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ USES: dict[str, Callable[[Storage, Path], None]] = {
 def test_a_bit_that_is_wrong_once_does_no_harm(
     use: str, name: str, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whoever reads; and it is told, since something is wrong with the machine or the network."""
+    """In every use; it is logged, since something is wrong with the machine or the network."""
     storage = MisreadStorage(LocalStorage(str(made)), name)
     USES[use](storage, tmp_path / "out")
     assert storage.is_done

@@ -177,7 +177,7 @@ def test_a_server_that_is_none_of_s3(proxied: tuple[Storage, FaultyProxy]) -> No
             call()
 
 
-def test_answers_whose_length_is_not_told(proxied: tuple[Storage, FaultyProxy]) -> None:
+def test_answers_without_a_length(proxied: tuple[Storage, FaultyProxy]) -> None:
     storage, proxy = proxied
     content = noise(5000)
     storage.write("a", content)

@@ -123,11 +123,11 @@ def test_one_part_of_an_upload_fails_once(proxied: tuple[Storage, FaultyProxy], 
     storage, proxy = proxied
     data = noise(3 * SMALL_PART)
     proxy.faults = once("PUT", fault, "partNumber=2")
-    told: list[tuple[int, int]] = []
-    storage.write_pack("data.pack", memoryview(data), lambda *block: told.append(block))
+    seen: list[tuple[int, int]] = []
+    storage.write_pack("data.pack", memoryview(data), lambda *block: seen.append(block))
     assert proxy.count("PUT", "partNumber=2") == 2
     assert proxy.count("PUT") == 4
-    assert told == [(0, SMALL_PART), (SMALL_PART, 2 * SMALL_PART), (2 * SMALL_PART, 3 * SMALL_PART)]
+    assert seen == [(0, SMALL_PART), (SMALL_PART, 2 * SMALL_PART), (2 * SMALL_PART, 3 * SMALL_PART)]
     assert storage.read("data.pack") == data
 
 

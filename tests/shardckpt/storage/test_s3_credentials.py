@@ -150,7 +150,7 @@ def test_that_come_right_after_a_request_has_failed(
     assert [path.endswith("/pack") for _, path in proxy.requests].count(True) == 2
 
 
-def test_a_permission_that_lacks_is_told_at_once(opened: tuple[Storage, FaultyProxy]) -> None:
+def test_a_missing_permission_is_an_error_at_once(opened: tuple[Storage, FaultyProxy]) -> None:
     storage, proxy = opened
     proxy.faults = lambda _method, _path: "denied"
     proxy.requests.clear()

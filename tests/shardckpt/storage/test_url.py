@@ -35,7 +35,7 @@ def test_s3_spellings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("", "empty"),
         ("s3://", "bucket is missing"),
@@ -49,8 +49,8 @@ def test_s3_spellings() -> None:
         ("simplecache::s3://bucket/run", "chained"),
     ],
 )
-def test_a_wrong_url_says_what_is_wrong(url: str, said: str) -> None:
-    with pytest.raises(StorageError, match=said) as caught:
+def test_a_wrong_url_says_what_is_wrong(url: str, message: str) -> None:
+    with pytest.raises(StorageError, match=message) as caught:
         open_storage(url)
     assert url in str(caught.value)
 
@@ -108,7 +108,7 @@ def test_a_host_in_the_url() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("file://host/data/run", r"the machine 'host': did you mean file:///host/data/run\?"),
         ("file://data/run", r"did you mean file:///data/run\?"),
@@ -128,8 +128,8 @@ def test_a_host_in_the_url() -> None:
         ("   ", "empty"),
     ],
 )
-def test_what_is_refused_and_what_is_meant(url: str, said: str) -> None:
-    with pytest.raises(StorageError, match=said):
+def test_what_is_refused_and_what_is_meant(url: str, message: str) -> None:
+    with pytest.raises(StorageError, match=message):
         open_storage(url)
 
 

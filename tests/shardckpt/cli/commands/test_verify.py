@@ -90,8 +90,8 @@ def test_references_that_are_missing(call: Call, newest: Path) -> None:
 
 
 def test_a_moved_checkpoint_is_good(call: Call, newest: Path, made: Path) -> None:
-    """Only plain Zarr needs to be told: that is a note, and not damage."""
+    """Only Zarr readers need an update: that is a note, not damage."""
     code, out, _ = call("verify", newest)
     assert code == 0
-    assert f"refs.json is for {made}/attempt-0002/step-00000150, from where it was moved or copied" in out
+    assert f"refs.json points to {made}/attempt-0002/step-00000150: the checkpoint was moved" in out
     assert "note:" not in call("verify", made)[1]
