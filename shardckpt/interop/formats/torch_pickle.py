@@ -84,7 +84,7 @@ class _Placeholder:
 
 
 class _NoBytes:
-    """Stands for empty bytes: weights_only refuses the form that pickle has for them, so another one is written."""
+    """Stands for empty bytes: weights_only refuses the way in which pickle writes them by default."""
 
 
 _NO_BYTES = _NoBytes()
