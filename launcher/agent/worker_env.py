@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from launcher import clock
 from launcher.config.job import Config
-from launcher.system.devices import count_gpus
 from launcher.zygote.orders import WorkerOrder
 
 if TYPE_CHECKING:  # the zygote needs this module first of all, and these not at all
@@ -53,7 +52,7 @@ def worker_orders(
         "LAUNCH_DRAIN_FILE": str(drain),
         "LAUNCH_CLOCK": repr(clock.ANCHOR),
         "LAUNCH_DRAIN_TIMEOUT": f"{config.drain_timeout:g}",
-        **_visible_devices(plan.slots, count_gpus()),
+        **_visible_devices(plan.slots, config.gpus or 0),
     }
     return [
         WorkerOrder(

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config.job import Config, config_from_settings, settings_from_environ, settings_from_file
+from launcher.config.job import Config
 from launcher.config.options import OPTIONS, Option, Setting, find_option
 from launcher.config.schedulers import settings_from_scheduler
 from launcher.config.secret import VARIABLE
+from launcher.config.settings import config_from_settings, settings_from_environ, settings_from_file
 from launcher.errors import UsageError
 
 __all__ = ["JOB_COMMAND_NAMES", "CommandLine", "asks_a_job", "configure", "parse", "split"]
@@ -49,12 +50,17 @@ def asks_a_job(words: Sequence[str]) -> bool:
     return bool(words) and words[0] in JOB_COMMAND_NAMES and not Path(words[0]).is_file()
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """The job that a command line describes. Raises `UsageError` for anything that makes no sense."""
-    return configure(split(argv))
+def parse(argv: Sequence[str], gpus: int | None = None) -> Config:
+    """The job that a command line describes. Raises `UsageError` for anything that makes no sense.
+
+    Args:
+        argv: options, and the script with its arguments.
+        gpus: GPUs of this node that workers can see; None: they are counted.
+    """
+    return configure(split(argv), gpus)
 
 
-def configure(line: CommandLine) -> Config:
+def configure(line: CommandLine, gpus: int | None = None) -> Config:
     """The job that `line` describes, together with the environment, the configuration file and the scheduler."""
     if not line.words or not line.words[0]:
         raise UsageError("nothing to run: give a script, `-m module`, or `-- command` (launch --help)")
@@ -70,6 +76,7 @@ def configure(line: CommandLine) -> Config:
         settings_from_scheduler(),
         is_program=line.is_program,
         secret=os.environ.get(VARIABLE),
+        gpus=gpus,
     )
 
 

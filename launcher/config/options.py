@@ -1,4 +1,4 @@
-"""The options of `launch`: their names, how each is read, and why some of torchrun's are refused."""
+"""The options of `launch`: names, parsers and help, and why some of torchrun's are refused."""
 
 from __future__ import annotations
 
@@ -13,17 +13,29 @@ __all__ = ["OPTIONS", "Option", "Setting", "find_option", "parse_setting"]
 
 @dataclass(frozen=True)
 class Option:
-    """One option. `parse` turns its text into a value, or raises ValueError saying what it expects."""
+    """One option of the command line and the configuration file.
+
+    Args:
+        name: with dashes.
+        parse: from its text to its value; raises ValueError with what it expects.
+        help: its line in `launch --help`.
+        metavar: its value there; empty: it is a switch.
+        group: its section there; empty: it is not listed.
+        aliases: other names.
+        short: its letter.
+        torchrun: true if torchrun has it: then PET_<NAME> in the environment sets it too.
+        refusal: why it is never accepted, and what to do instead.
+    """
 
     name: str
     parse: Callable[[str], object]
     help: str
-    metavar: str = ""  # none: a switch
+    metavar: str = ""
     group: str = ""
     aliases: tuple[str, ...] = ()
     short: str = ""
-    torchrun: bool = False  # then PET_<NAME> in the environment sets it too
-    refusal: str = ""  # why it is never accepted, and what to do instead
+    torchrun: bool = False
+    refusal: str = ""
 
     @property
     def is_switch(self) -> bool:
@@ -36,7 +48,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Setting:
-    """The text that one source gives for one option. `source` is how messages name it."""
+    """The text that one source has for one option; `source` is its name in messages."""
 
     option: Option
     text: str
@@ -44,7 +56,7 @@ class Setting:
 
 
 def find_option(name: str, source: str) -> Option:
-    """The option called `name` (dashes or underscores). Raises `UsageError` with the nearest name."""
+    """The option with a name, in dashes or underscores. Raises `UsageError` with the nearest name."""
     wanted = name.replace("_", "-")
     option = _BY_NAME.get(wanted)
     if option is None:
@@ -58,13 +70,17 @@ def find_option(name: str, source: str) -> Option:
     return option
 
 
-def parse_setting(setting: Setting) -> object:
-    """The value of a setting. Raises `UsageError` that names the source, what it expects and found."""
+def parse_setting(setting: Setting, gpus: int) -> object:
+    """The value of a setting, on a node with so many GPUs.
+
+    Raises `UsageError` with the source, what is expected, and what was found.
+    """
     option = setting.option
     if option.refusal:
         raise UsageError(f"{setting.source} is not supported by launch: {option.refusal}")
     try:
-        return option.parse(setting.text)
+        value = option.parse(setting.text)
+        return value.count(gpus) if isinstance(value, parsers.WorkerRange) else value
     except ValueError as error:
         raise UsageError(f"{setting.source}: expected {error}, found {setting.text!r}") from None
 
@@ -77,7 +93,7 @@ _TORCHRUN = "torchrun's spellings"
 OPTIONS: tuple[Option, ...] = (
     Option(
         "nproc",
-        parsers.nproc,
+        parsers.worker_range,
         "workers per node (default 1); auto: GPUs, or else CPUs; MIN:MAX: go on with fewer if need be",
         "N|auto|gpu|cpu|MIN:MAX",
         _JOB,

@@ -1,32 +1,35 @@
-"""From the text of an option to its value. Each raises ValueError saying what it expects."""
+"""Parsers of option values, from text. Each raises ValueError with what it expects."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.system.devices import count_cpus, count_gpus
+from launcher.system.devices import count_cpus
 
 __all__ = [
     "RDZV_CONF",
+    "WorkerRange",
     "endpoint",
     "modules",
     "nnodes",
     "nothing",
-    "nproc",
     "one_of",
     "port",
     "ranks",
     "rdzv_conf",
     "seconds",
+    "slots",
     "stop_signals",
     "storage_url",
     "streams",
     "switch",
     "text",
     "whole",
+    "worker_range",
 ]
 
 
@@ -39,7 +42,7 @@ _ELASTIC = {
     "keep_alive_max_attempt": int,
     "read_timeout": int,
 }
-_SECRET = {"secret": str}  # launch's own
+_SECRET = {"secret": str}  # a key of launch's own
 RDZV_CONF: Mapping[str, Mapping[str, type]] = {
     "c10d": {**_ELASTIC, **_SECRET, "store_type": str, "is_host": bool},
     "etcd-v2": {
@@ -62,19 +65,22 @@ RDZV_CONF: Mapping[str, Mapping[str, type]] = {
     },
     "static": {"timeout": int, **_SECRET},
 }
-"""What --rdzv-conf may hold: rendezvous backend -> key -> type, as torch reads them, but for the secret."""
+"""What --rdzv-conf may hold: rendezvous backend -> key -> type, as torch reads them, and the secret."""
 
 
-def whole(minimum: int, what: str) -> Callable[[str], int]:
+def whole(minimum: int, expected: str) -> Callable[[str], int]:
+    """A parser of whole numbers from `minimum` on; `expected` describes them."""
+
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d+", text.strip()) or int(text) < minimum:
-            raise ValueError(what)
+            raise ValueError(expected)
         return int(text)
 
     return parse
 
 
 def seconds(text: str) -> float:
+    """A finite number of seconds, 0 or more."""
     try:
         value = float(text)
     except ValueError:
@@ -85,6 +91,7 @@ def seconds(text: str) -> float:
 
 
 def switch(text: str) -> bool:
+    """true, yes, on and 1, or false, no, off and 0."""
     words = {"true": True, "yes": True, "on": True, "1": True}
     words |= {"false": False, "no": False, "off": False, "0": False}
     if text.lower() not in words:
@@ -93,6 +100,7 @@ def switch(text: str) -> bool:
 
 
 def text(text: str) -> str:
+    """Any text but an empty one."""
     if not text:
         raise ValueError("some text")
     return text
@@ -101,8 +109,8 @@ def text(text: str) -> str:
 def storage_url(text: str) -> str:
     """A local path or a URL of a run.
 
-    Not a URL that lacks a slash, which as a path would be a folder called "s3:"; nor a checkpoint's, into which
-    the job would write another run.
+    Refused are a URL that lacks a slash, which would be a local folder called "s3:", and a checkpoint or an
+    attempt inside a run.
     """
     if slip := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", text):
         meant = f"{slip[1]}://{text[slip.end() :]}"
@@ -119,6 +127,8 @@ def storage_url(text: str) -> str:
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
+    """A parser of a few words."""
+
     def parse(text: str) -> str:
         if text not in choices:
             raise ValueError(" or ".join(choices))
@@ -127,29 +137,38 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+_DEVICES = ("auto", "gpu", "cpu")
 _WORKERS = "a number of workers of at least 1, or auto, gpu or cpu, or MIN:MAX of these"
 
 
-def nproc(text: str) -> tuple[int, int]:
-    """The fewest and the most workers: N, or MIN:N, where N may be a word for the node's devices."""
-    least, colon, most = text.rpartition(":")
-    found = _workers(most)
-    return (whole(1, _WORKERS)(least) if colon else found), found
+@dataclass(frozen=True)
+class WorkerRange:
+    """The fewest and the most workers of a node, the most maybe in words: "auto", "gpu" or "cpu"."""
 
+    least: int | None
+    """None: as many as the most."""
+    most: int | str
 
-def _workers(text: str) -> int:
-    if text == "cpu":
-        return count_cpus()
-    if text in ("gpu", "auto"):
-        gpus = count_gpus()
-        if text == "gpu" and not gpus:
+    def count(self, gpus: int) -> tuple[int, int]:
+        """The fewest and the most workers on a node with `gpus` GPUs. Raises ValueError for "gpu" without any."""
+        most = self.most if isinstance(self.most, int) else self._count_devices(gpus)
+        return most if self.least is None else self.least, most
+
+    def _count_devices(self, gpus: int) -> int:
+        if self.most == "gpu" and not gpus:
             raise ValueError("a node with GPUs that torch can use, or --nproc N, or --nproc cpu")
-        return gpus or count_cpus()
-    return whole(1, _WORKERS)(text)
+        return count_cpus() if self.most == "cpu" or not gpus else gpus
+
+
+def worker_range(text: str) -> WorkerRange:
+    """N, or MIN:N, where N may be "auto", "gpu" or "cpu"."""
+    least, colon, most = text.rpartition(":")
+    number = whole(1, _WORKERS)
+    return WorkerRange(number(least) if colon else None, most if most in _DEVICES else number(most))
 
 
 def nnodes(text: str) -> tuple[int, int]:
-    """The fewest and the most nodes."""
+    """The fewest and the most nodes: N or MIN:MAX."""
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text.strip())
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
@@ -158,6 +177,7 @@ def nnodes(text: str) -> tuple[int, int]:
 
 
 def modules(text: str) -> tuple[str, ...]:
+    """Dotted module names, separated by commas."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not all(part.isidentifier() for name in names for part in name.split(".")):
         raise ValueError("module names separated by commas")
@@ -165,10 +185,12 @@ def modules(text: str) -> tuple[str, ...]:
 
 
 def ranks(text: str) -> frozenset[int] | None:
+    """Ranks, separated by commas; None if there are none."""
     return _numbers(text, "ranks separated by commas, as 0,1") if text else None
 
 
 def slots(text: str) -> frozenset[int]:
+    """Device slots, separated by commas."""
     return _numbers(text, "slots separated by commas, as 0,3")
 
 
@@ -179,7 +201,7 @@ def _numbers(text: str, expected: str) -> frozenset[int]:
 
 
 def streams(text: str) -> Mapping[int | None, int]:
-    """torchrun's bit mask (1 stdout, 2 stderr) for every rank (key None), or rank by rank."""
+    """torchrun's bit masks (1 stdout, 2 stderr): one for every rank (key None), or by rank."""
     if re.fullmatch(r"[0-3]", text):
         return {None: int(text)}
     if not re.fullmatch(r"\d+:[0-3](,\d+:[0-3])*", text):
@@ -189,7 +211,7 @@ def streams(text: str) -> Mapping[int | None, int]:
 
 
 def endpoint(text: str) -> tuple[str, int | None]:
-    """A host and a port; without a port, None. An IPv6 address with a port stands in brackets."""
+    """A host, and a port or None. An IPv6 address with a port is in brackets."""
     address = r"[0-9a-fA-F]*:[0-9a-fA-F.]*:[0-9a-fA-F:.]*(?:%\w+)?"
     match = re.fullmatch(rf"(?:\[({address})\]|([\w.-]+))(?::(\d{{1,5}}))?|({address})", text.strip())
     if match is None or int(match[3] or 0) > 65535:
@@ -198,7 +220,7 @@ def endpoint(text: str) -> tuple[str, int | None]:
 
 
 def rdzv_conf(text: str) -> Mapping[str, str]:
-    """Pairs KEY=VALUE with commas between them; every key is one that some backend of torch reads."""
+    """KEY=VALUE pairs, separated by commas, with keys that some backend knows. Which backend is checked later."""
     known = {key: kind for keys in RDZV_CONF.values() for key, kind in keys.items()}
     pairs = {}
     for pair in text.split(",") if text.strip() else ():
@@ -222,6 +244,7 @@ def _check_conf(key: str, value: str, kind: type) -> None:
 
 
 def port(text: str) -> int:
+    """A port; 0: any free one."""
     port = whole(0, "a port from 0 (any free one) to 65535")(text)
     if port > 65535:
         raise ValueError("a port from 0 (any free one) to 65535")
@@ -229,6 +252,7 @@ def port(text: str) -> int:
 
 
 def stop_signals(text: str) -> str:
+    """The signals that always end a job, which cannot be changed."""
     if set(text.split(",")) - {"SIGUSR1"} != {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"}:
         raise ValueError(
             "SIGTERM,SIGINT,SIGHUP,SIGQUIT, which always end the job (so does SIGUSR1; SIGUSR2 never)"
@@ -237,4 +261,5 @@ def stop_signals(text: str) -> str:
 
 
 def nothing(text: str) -> str:
+    """Never called: the option is refused before its value is parsed."""
     raise AssertionError(text)

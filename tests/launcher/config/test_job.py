@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import pytest
 
 from launcher.cli import parse
 from launcher.config.command import Command, Kind
-from launcher.config.job import Config, settings_from_environ
+from launcher.config.job import Config
 from launcher.config.options import OPTIONS, find_option
+from launcher.config.settings import settings_from_environ
 from launcher.errors import NotFoundError, UsageError
 from launcher.system.devices import count_cpus, count_gpus
 
@@ -469,33 +472,50 @@ def test_gpus_are_counted_without_torch(folder: Path, monkeypatch: pytest.Monkey
     assert count_gpus({}, folder) == 0
 
 
-def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.config.job.count_gpus", lambda: 2)
-    assert parse(["--nproc", "2", "train.py"]).nproc == 2
+def test_more_workers_than_gpus_are_refused() -> None:
+    assert parse(["--nproc", "2", "train.py"], gpus=2).nproc == 2
+    assert parse(["--nproc", "3", "--", "ls"], gpus=2).nproc == 3  # it may need none
     for asked in ("3", "1:3", "3:3"):
         with pytest.raises(UsageError, match=r"expected at most 2, the GPUs .* found 3"):
-            parse(["--nproc", asked, "train.py"])
+            parse(["--nproc", asked, "train.py"], gpus=2)
 
 
-def test_fewer_gpus_than_the_minimum_are_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("job", "parsers"):
-        monkeypatch.setattr(f"launcher.config.{module}.count_gpus", lambda: 2)
-    assert (
-        parse(["--nproc", "1:auto", "train.py"]).min_nproc,
-        parse(["--nproc", "auto", "train.py"]).nproc,
-    ) == (1, 2)
+def test_workers_by_gpus() -> None:
+    """Fewer GPUs than the minimum are one clear line."""
+    for words in ("auto", "gpu"):
+        config = parse(["--nproc", f"1:{words}", "train.py"], gpus=2)
+        assert (config.min_nproc, config.nproc) == (1, 2)
+        assert parse(["--nproc", words, "train.py"], gpus=2).min_nproc == 2
+    assert parse(["--nproc", "auto", "train.py"], gpus=0).nproc == count_cpus()
     with pytest.raises(UsageError, match=r"a minimum of at most 2, the most workers .* found 4"):
-        parse(["--nproc", "4:auto", "train.py"])
+        parse(["--nproc", "4:auto", "train.py"], gpus=2)
 
 
-def test_more_workers_than_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The soft limit is raised; of a hard one that is too low users are told in numbers that make sense."""
-    monkeypatch.setattr("resource.getrlimit", lambda _: (24, 256))
-    assert parse(["--nproc=96", "train.py"]).nproc == 96
-    with pytest.raises(
-        UsageError, match=r"97 workers need 258 open files, and 256 .*, or ask for at most 96$"
-    ):
-        parse(["--nproc=97", "train.py"])
-    monkeypatch.setattr("resource.getrlimit", lambda _: (24, 24))
-    with pytest.raises(UsageError, match=r"1 worker needs 66 open files, and 24 .* \(`ulimit -Hn`\)$"):
-        parse(["--nproc=1", "train.py"])
+@pytest.mark.parametrize(
+    ("limit", "nproc", "message"),
+    [
+        (256, 96, ""),
+        (
+            256,
+            97,
+            "97 workers need 258 open files, and 256 are allowed here: raise the hard limit (`ulimit -Hn`), ",
+        ),
+        (
+            24,
+            1,
+            "1 worker needs 66 open files, and 24 are allowed here: raise the hard limit (`ulimit -Hn`)\n",
+        ),
+    ],
+)
+def test_more_workers_than_files_may_be_open(limit: int, nproc: int, message: str) -> None:
+    """The soft limit is raised; the message about a hard limit that is too low has numbers that make sense."""
+    code = (
+        "import resource, sys; from launcher.cli import parse; from launcher.errors import UsageError\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (24, {limit}))\n"
+        f"try: assert parse(['--nproc={nproc}', 'train.py'], gpus=0).nproc == {nproc}\n"
+        "except UsageError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert message in done.stdout
+    assert bool(done.stdout) == bool(message)
+    assert "or ask for at most 96\n" in done.stdout or nproc != 97

@@ -34,10 +34,9 @@ def said(environ: Mapping[str, str]) -> dict[str, str]:
 
 def configure(monkeypatch: pytest.MonkeyPatch, environ: Mapping[str, str], *argv: str) -> Config:
     """The job that `launch *argv train.py` would be in `environ`."""
-    monkeypatch.setattr("launcher.config.job.count_gpus", lambda: 0)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    return parse([*argv, __file__])
+    return parse([*argv, __file__], gpus=0)
 
 
 @pytest.mark.parametrize(
