@@ -1,8 +1,8 @@
-"""What of a state is as it was at the save before, so that it need not be walked again.
+"""Cache of state_dict walks, reused while the module's and optimizer's tensors are the same objects.
 
-A walk over a large model and its optimizer takes as long as copying hundreds of megabytes. Modules and
-optimizers that are built as usual are therefore walked once, and then compared: as long as all their dicts
-hold the very same objects, and all tensors the same memory, the walk would find the same.
+A walk over a large model and its optimizer takes as long as copying hundreds of megabytes. Modules and optimizers
+whose state_dict is torch's own are therefore walked once, and compared at later saves: while their dicts hold the
+same objects, and their tensors the same memory, another walk would find the same.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from shardckpt.state.overrides import is_patched, optimizer_saves_plainly, saves
 from shardckpt.state.tensors import TensorShard
 from shardckpt.state.wrapped import PLAIN_TYPES, flat, is_wrapper, memory_parts, own_part
 
-__all__ = ["Known", "StateDictCache"]
+__all__ = ["CachedWalk", "StateDictCache"]
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a walk over a module or an optimizer has found: its tensors, and its JSON form."""
+class CachedWalk:
+    """What a walk over a module or an optimizer found: its tensors, and its JSON form."""
 
     tensors: Sequence[TensorShard]
     encoded: Any
@@ -37,15 +37,15 @@ class Known:
 @dataclass(frozen=True)
 class _Entry:
     owner: weakref.ref[Any]
-    looks: list[Any]
-    known: Known
+    signature: list[Any]
+    walk: CachedWalk
     guards: Sequence[weakref.ref[torch.Tensor]]
 
 
 class StateDictCache:
-    """What the walks over one process's state have found.
+    """The walks over the state of one process.
 
-    It holds the memory of tensors, but only as long as all the tensors that it was told of live.
+    It keeps tensors alive, but drops everything as soon as one of the live tensors is deleted.
     """
 
     def __init__(self) -> None:
@@ -54,37 +54,45 @@ class StateDictCache:
         self._derived: dict[str, tuple[Sequence[object], Any]] = {}
 
     def begin(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
-        """Begin a walk over a state that has these modules. The names of parameters depend on all of them."""
+        """Begin a save of a state with these modules. If one has changed, everything is dropped, since the names
+        of parameters depend on all modules.
+        """
         found = [(path, id(module)) for path, module in modules]
         if found != self._modules or not all(self._holds(path, module) for path, module in modules):
             self.clear()
             self._modules = found
 
-    def recall(self, path: str, value: nn.Module | torch.optim.Optimizer) -> Known | None:
-        """What the walk over `value` at `path` would find, if that is known."""
-        if (path, id(value)) in self._modules and path in self._entries:  # `begin` has looked
-            return self._entries[path].known
-        return self._entries[path].known if self._holds(path, value) else None
+    def find(self, path: str, value: nn.Module | torch.optim.Optimizer) -> CachedWalk | None:
+        """What a walk over `value` at `path` would find; None if it has to be walked."""
+        if (path, id(value)) in self._modules and path in self._entries:  # compared by `begin`
+            return self._entries[path].walk
+        return self._entries[path].walk if self._holds(path, value) else None
 
-    def remember(
+    def add(
         self,
         path: str,
         value: nn.Module | torch.optim.Optimizer,
         tensors: Sequence[TensorShard],
         encoded: Any,
     ) -> None:
-        """Note what a walk has found, if one can tell whether another one would find the same."""
+        """Add what a walk over `value` found, if a signature can tell whether another would find the same."""
         if not _has_default_state_dict(value):
             return
         live = list(_tensors(value))
         memory = {_storage(part) for tensor in live for part in memory_parts(tensor)}
         if all(not tensor.data.numel() or _storage(tensor.data) in memory for tensor in tensors):
             guards = [weakref.ref(tensor, lambda _: self.clear()) for tensor in live]
-            known = Known(tuple(tensors), encoded)
-            self._entries[path] = _Entry(weakref.ref(value), _signature(value), known, guards)
+            walk = CachedWalk(tuple(tensors), encoded)
+            self._entries[path] = _Entry(weakref.ref(value), _signature(value), walk, guards)
 
     def derived(self, name: str, inputs: Sequence[object], make: Callable[[], T]) -> T:
-        """What `make` makes of these very objects: made once, until others are given under this name."""
+        """What `make` returns for these very objects. It is called again once other objects are passed.
+
+        Args:
+            name: of what is made; one result is kept for each.
+            inputs: the objects that the result depends on, compared by identity.
+            make: called without arguments.
+        """
         if (found := self._derived.get(name)) is not None:
             former, made = found
             if len(former) == len(inputs) and all(map(is_, former, inputs)):
@@ -95,17 +103,17 @@ class StateDictCache:
 
     def _holds(self, path: str, value: nn.Module | torch.optim.Optimizer) -> bool:
         entry = self._entries.get(path)
-        return entry is not None and entry.owner() is value and entry.looks == _signature(value)
+        return entry is not None and entry.owner() is value and entry.signature == _signature(value)
 
     def clear(self) -> None:
-        """Know nothing, and hold nothing."""
+        """Drop everything."""
         self._entries.clear()
         self._derived.clear()
         self._modules = []
 
 
 def _has_default_state_dict(value: nn.Module | torch.optim.Optimizer) -> bool:
-    """Whether what state_dict() gives depends on nothing but what `_signature` looks at."""
+    """True if what state_dict() returns depends on nothing but what `_signature` contains."""
     if isinstance(value, torch.optim.Optimizer):
         return optimizer_saves_plainly(value) and all(
             isinstance(v, torch.Tensor) for state in value.state.values() for v in state.values()
@@ -123,28 +131,28 @@ def _tensors(value: nn.Module | torch.optim.Optimizer) -> Iterator[torch.Tensor]
 
 
 def _signature(value: nn.Module | torch.optim.Optimizer) -> list[Any]:
-    """Plain data that is equal to what it was before only if a walk finds what it found before."""
-    looks: list[Any] = []
+    """Plain data that is equal at two saves only if walks find the same at both."""
+    signature: list[Any] = []
     if isinstance(value, torch.optim.Optimizer):
         for group in value.param_groups:
-            looks += [len(group["params"]), *map(id, group["params"])]
+            signature += [len(group["params"]), *map(id, group["params"])]
         for parameter, state in value.state.items():
-            looks += [id(parameter), *state]
-            looks += map(_memory, state.values())
-        looks.append(optimizer_saves_plainly(value))
-        return looks
+            signature += [id(parameter), *state]
+            signature += map(_memory, state.values())
+        signature.append(optimizer_saves_plainly(value))
+        return signature
     for child in value.modules():
-        looks += [id(child), *child._modules, *child._non_persistent_buffers_set]
-        looks += [*child._state_dict_hooks, *child._state_dict_pre_hooks, is_patched(child)]
+        signature += [id(child), *child._modules, *child._non_persistent_buffers_set]
+        signature += [*child._state_dict_hooks, *child._state_dict_pre_hooks, is_patched(child)]
         for held in (child._parameters, child._buffers):
-            looks += held
-            looks += map(_memory, held.values())
-    return looks
+            signature += held
+            signature += map(_memory, held.values())
+    return signature
 
 
 def _memory(tensor: Any) -> Any:
-    """Which object it is, and where and how its elements lie."""
-    if type(tensor) in PLAIN_TYPES:  # nearly all are, and this is what each save costs
+    """Which object a tensor is, and where and how its elements lie."""
+    if type(tensor) in PLAIN_TYPES:  # nearly all are; this is most of the cost of each save
         where = id(tensor), tensor.data_ptr(), tensor.device, tensor.dtype
         return where, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
     if not isinstance(tensor, torch.Tensor):

@@ -1,7 +1,7 @@
-"""A loaded value as the type that the state has at its place.
+"""Conform: convert a loaded value to the type that the state has at its place.
 
-The format has numbers, texts, lists and dicts, but no classes of the user's: a member of an enum, a NumPy
-scalar or a dict of another class gets its type from the live object that it replaces.
+The format has numbers, texts, lists and dicts, but no classes of the user's. A member of an enum, a NumPy scalar
+or a dict of another class gets its type from the live object that it replaces.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from shardckpt.format.tree import EnumRef, Record
 __all__ = ["conform"]
 
 _BUILTIN = (int, float, str, bytes)
-"""Types that a number or text of a subclass was saved as."""
+"""Types as which numbers and texts of subclasses are saved."""
 
 
 def conform(value: Any, held: Any, path: str) -> Any:
-    """`value`, which was saved at `path`, as what the state holds there now.
+    """`value`, which was saved at `path`, in the type of `held`, which the state has there.
 
-    Where the types say nothing about each other, it stays as it was saved. Raises StateError for a member of an
-    enum that the state's enum lacks, or of one that the state has no member of; and for named tuples with other
-    names.
+    If the two types are unrelated, it is returned as it was saved. Raises StateError for a member that the
+    state's enum lacks, for a member where the state has none, and for named tuples with different names.
     """
     if isinstance(value, EnumRef) or (isinstance(held, Enum) and isinstance(value, (int, str, float))):
         return _member(value, held, path)
@@ -49,6 +48,7 @@ def conform(value: Any, held: Any, path: str) -> Any:
 
 
 def _member(value: Any, held: Any, path: str) -> Any:
+    """The member of the state's enum that has this value."""
     if not isinstance(held, Enum):
         raise StateError(
             f"state[{path!r}] was saved as the member {value.value!r} of the enum {value.type}, and is "
@@ -65,7 +65,7 @@ def _member(value: Any, held: Any, path: str) -> Any:
 
 
 def _scalar(value: complex, held: np.generic) -> Any:
-    """The value in the held type, if that can hold it exactly."""
+    """The value as a NumPy scalar of the type of `held`, if that represents it exactly."""
     try:
         made = held.dtype.type(value)
     except (OverflowError, TypeError, ValueError):
@@ -74,7 +74,7 @@ def _scalar(value: complex, held: np.generic) -> Any:
 
 
 def _of_subclass(value: Any, held: Any) -> Any:
-    """The value in the class of `held`, a number or text of the user's own, if that makes the same of it."""
+    """The value in the class of `held`, a subclass of a number or text, if it stays equal."""
     try:
         made = type(held)(value)
     except Exception:  # of the user's own code
@@ -83,7 +83,7 @@ def _of_subclass(value: Any, held: Any) -> Any:
 
 
 def _filled(held: Any, value: Any) -> Any:
-    """A copy of the held container with other content: it may know more than its items, as a defaultdict does."""
+    """A copy of `held` with the content of `value`: a defaultdict, for example, keeps its factory."""
     if type(value) is type(held) and not hasattr(held, "default_factory"):
         return value
     made = copy.copy(held)

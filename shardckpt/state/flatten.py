@@ -1,4 +1,4 @@
-"""Flatten: from the user's state to named tensors and plain values."""
+"""Flatten: from the state of a training script to named tensors and plain values."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ __all__ = ["FlatState", "PerRank", "check_state", "flatten", "per_rank_path"]
 
 
 class PerRank:
-    """Wraps a part of the state that every rank has its own of, such as a random generator's state.
+    """Wraps a value that differs between ranks, such as the state of a random generator.
 
-    `value` may be anything that a state may hold. A load puts back what this rank number saved, into
-    `value` itself; where the checkpoint's world was smaller, the ranks beyond it keep what they have.
+    Args:
+        value: anything that a state may contain, except another PerRank. A load replaces or fills it with what
+            the rank of the same number saved. If fewer ranks saved the checkpoint, the other ranks keep what they
+            have.
+
+    >>> state = {"rng": PerRank(torch.get_rng_state())}
     """
 
     def __init__(self, value: Any) -> None:
@@ -51,9 +55,9 @@ class FlatState:
     """A state as this rank holds it.
 
     Attributes:
-        tensors: every tensor that this rank holds a part of, or none of its elements.
-        values: everything else, as JSON (see `shardckpt.format.values`); the same on every rank.
-        per_rank: the content of each PerRank by path, as JSON.
+        tensors: every tensor of the state, also one of which this rank holds no element.
+        values: everything else in its JSON form (`shardckpt.format.value_encoding`); the same on every rank.
+        per_rank: path of each PerRank -> the JSON form of its value.
     """
 
     tensors: list[TensorShard]
@@ -61,7 +65,7 @@ class FlatState:
     per_rank: dict[str, Any]
 
     def layouts(self) -> list[Layout]:
-        """What the plan needs to know, with tied tensors recognised by their memory."""
+        """The tensors as `plan_save` takes them. Tied tensors are recognised by their memory."""
         first: dict[Any, str] = {}
         layouts = []
         for tensor in self.tensors:
@@ -72,7 +76,7 @@ class FlatState:
 
 
 def check_state(state: object) -> None:
-    """Raise StateError unless `state` is a dict with string keys, which the top level must be."""
+    """Raise StateError unless `state` is a dict with string keys."""
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise StateError(
             f"the state must be a dict with string keys, like {{'model': model, 'optimizer': optimizer}}, "
@@ -80,35 +84,46 @@ def check_state(state: object) -> None:
         )
 
 
-def flatten(state: dict[str, Any], rank: int, memo: StateDictCache | None = None) -> FlatState:
-    """Named tensors and plain values of a state, without copying a tensor.
+def flatten(state: dict[str, Any], rank: int, cache: StateDictCache | None = None) -> FlatState:
+    """Take a state apart into named tensors and plain values, without copying a tensor.
 
-    With a `memo`, modules and optimizers that are as they were are not walked again. Raises
-    UnsupportedValueError, which names the path, for what cannot be stored as data.
+    Args:
+        state: a dict with string keys; see `load` for what it may contain.
+        rank: this rank.
+        cache: walks over modules and optimizers to reuse while their tensors are the same objects; None: walk
+            all.
+
+    Raises StateError, and UnsupportedValueError, which names the path, for what cannot be stored as data.
+
+    >>> flat = flatten({"layer": torch.nn.Linear(2, 1), "lr": 0.1}, rank=0)
+    >>> [(tensor.name, tensor.shape) for tensor in flat.tensors]
+    [('layer/weight', (1, 2)), ('layer/bias', (1,))]
+    >>> flat.values
+    {'layer': {'weight': {'$tensor': 'layer/weight'}, 'bias': {'$tensor': 'layer/bias'}}, 'lr': 0.1}
     """
     check_state(state)
     modules = list(iter_modules(state))
     reshard(module for _, module in modules)
-    if memo is not None:
-        memo.begin(modules)
-    walk = _Walk(rank, dict(modules), memo)
-    with torch.no_grad():  # local parts of DTensors are taken without a graph
+    if cache is not None:
+        cache.begin(modules)
+    walk = _Walk(rank, dict(modules), cache)
+    with torch.no_grad():  # shards of DTensors are taken without a graph
         values = encode_value(dict(state), "", walk.leaf)
     return FlatState(walk.tensors, values, walk.per_rank)
 
 
 def per_rank_path(path: str, rank: int) -> str:
-    """Below which name `rank` keeps the tensors of the PerRank at `path`."""
+    """The name below which the tensors of a rank's PerRank at `path` are stored."""
     return f"{path}/rank-{rank:05d}"
 
 
 @dataclass
 class _Walk:
-    """The leaves of one walk over a state."""
+    """One walk over a state: handles what is not plain data, and collects the tensors."""
 
     rank: int
     modules: Mapping[str, nn.Module]
-    memo: StateDictCache | None
+    cache: StateDictCache | None
     tensors: list[TensorShard] = field(default_factory=list)
     per_rank: dict[str, Any] = field(default_factory=dict)
     unsynced: set[str] = field(default_factory=set)
@@ -117,11 +132,11 @@ class _Walk:
 
     @cached_property
     def names(self) -> Mapping[int, tuple[str, str]]:
-        """Of parameters; see `parameter_names`."""
+        """See `parameter_names`."""
         return parameter_names(self.modules)
 
     def leaf(self, value: Any, path: str) -> Any:
-        """The JSON form of what is not plain data; tensors are noted on the way."""
+        """The JSON form of a value that is not plain data; its tensors are collected."""
         if isinstance(value, torch.Tensor):
             reference, parts = expand(value, path, first_holder=path in self.unsynced)
             self.tensors += parts
@@ -135,15 +150,15 @@ class _Walk:
                 NotImplemented if plain is value else encode_value(plain, path)
             )  # longdouble is its own item
         if isinstance(value, PerRank):
-            return self._own(value, path)
+            return self._per_rank_form(value, path)
         if isinstance(value, (nn.Module, torch.optim.Optimizer)):
-            return self._walked(value, path)
+            return self._object_form(value, path)
         if isinstance(value, Stateful) and not isinstance(value, type):
             return encode_value(state_of(value, path), path, self.leaf)
         return NotImplemented
 
-    def _own(self, value: PerRank, path: str) -> Any:
-        """The JSON form of a PerRank, whose content is noted."""
+    def _per_rank_form(self, value: PerRank, path: str) -> Any:
+        """The JSON form of a PerRank, whose value is collected."""
         if self.inside is not None:
             raise UnsupportedValueError(
                 f"state[{path!r}] is a PerRank inside the PerRank at state[{self.inside!r}], which is this "
@@ -156,19 +171,19 @@ class _Walk:
             self.inside = None
         return {"$per_rank": path}
 
-    def _walked(self, value: nn.Module | torch.optim.Optimizer, path: str) -> Any:
-        """The JSON form of a module or an optimizer, whose tensors are noted: as they are known, if they are."""
-        known = self.memo.recall(path, value) if self.memo is not None else None
-        if known is not None:
-            self.tensors += known.tensors
+    def _object_form(self, value: nn.Module | torch.optim.Optimizer, path: str) -> Any:
+        """The JSON form of a module or an optimizer, whose tensors are collected; cached if possible."""
+        cached = self.cache.find(path, value) if self.cache is not None else None
+        if cached is not None:
+            self.tensors += cached.tensors
             if isinstance(value, nn.Module):
-                return known.encoded
+                return cached.encoded
             groups = [
                 {**{k: v for k, v in group.items() if k != "params"}, "params": before["params"]}
-                for group, before in zip(value.param_groups, known.encoded["param_groups"], strict=True)
+                for group, before in zip(value.param_groups, cached.encoded["param_groups"], strict=True)
             ]
             return {
-                **known.encoded,
+                **cached.encoded,
                 "param_groups": encode_value(groups, join(path, "param_groups"), self.leaf),
             }
         first = len(self.tensors)
@@ -177,13 +192,13 @@ class _Walk:
             encoded = encode_value(module_state(value, path).tree, path, self.leaf)
         else:
             encoded = encode_value(optimizer_tree(value, self.names, path), path, self.leaf)
-        if self.memo is not None:
-            self.memo.remember(path, value, self.tensors[first:], encoded)
+        if self.cache is not None:
+            self.cache.add(path, value, self.tensors[first:], encoded)
         return encoded
 
 
 def _from_numpy(array: np.ndarray[Any, Any], path: str) -> torch.Tensor:
-    """The array as a tensor that shares its memory where it can."""
+    """The array as a tensor, which shares its memory if torch can address it."""
     if type(array) not in (np.ndarray, np.memmap):
         raise UnsupportedValueError(
             f"state[{path!r}] is a {type(array).__module__}.{type(array).__qualname__}, of which only the array "

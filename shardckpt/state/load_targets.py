@@ -1,4 +1,4 @@
-"""What a load fills: memory, and what is done with it once all of it is verified."""
+"""What a load fills, and what it does once everything is verified and once everything is filled."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ Undo = Callable[[], object]
 
 
 class _Use(Enum):
-    """What becomes of a value that a load makes."""
+    """What happens to a value that a load makes."""
 
     GIVEN = auto()
-    """An object gets it, which has to be able to go on with it."""
+    """An object of the state is given it, and must be able to use it."""
     OFFERED = auto()
-    """A module gets it, which judges it."""
+    """A module is given it, and may refuse it."""
     REFILLED = auto()
-    """It takes the place of the user's own, which is filled if it can be."""
+    """It replaces the user's value, which is refilled in place where that is possible."""
 
 
 @dataclass
 class LoadTargets:
     """What a load fills.
 
-    Once all new memory is filled, and before any of the state's own is, call `prepare`; when every tensor is
-    filled, `apply`. Should the load fail in between, on this rank or another, call `undo`.
+    Call `prepare` when all new memory is filled and before any memory of the state is; call `apply` when every
+    tensor is filled. If the load fails in between, on this rank or another, call `undo`.
 
     Attributes:
-        tensors: memory to fill; partly the state's own, partly new and handed over by `apply`.
-        missing: names that the state has and the checkpoint has not.
-        unexpected: names that the checkpoint has, in an object of the state, and the state has not.
-        unused: top-level names of the checkpoint that the state does not ask for.
-        kept: PerRank paths of which this rank has no saved value, because the world was smaller.
+        tensors: memory to fill: the state's own, and new memory that `apply` hands to the state's objects.
+        missing: names in the state that the checkpoint lacks.
+        unexpected: names in the checkpoint that an object of the state lacks.
+        unused: top-level names of the checkpoint that the state does not have.
+        kept: paths of PerRank values that this rank keeps, since fewer ranks saved the checkpoint.
     """
 
     tensors: list[TensorShard] = field(default_factory=list)
@@ -63,30 +63,30 @@ class LoadTargets:
     unused: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     _live: list[torch.Tensor] = field(default_factory=list)
-    _prepare: list[tuple[str, Callable[[], Undo | None]]] = field(default_factory=list)
+    _on_verified: list[tuple[str, Callable[[], Undo | None]]] = field(default_factory=list)
     _undo: list[Undo] = field(default_factory=list)
-    _finish: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
+    _on_filled: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
 
     def prepare(self) -> None:
-        """Do what may still refuse the checkpoint. Raises StateError and others; `undo` takes it back."""
-        for path, action in self._prepare:
+        """Do everything that may still refuse the checkpoint. Raises StateError and others; `undo` reverts it."""
+        for path, action in self._on_verified:
             with doing(f"load_state_dict of {path!r}"):
                 undo = action()
             if undo is not None:
                 self._undo.append(undo)
 
     def undo(self) -> None:
-        """Take back what `prepare` has changed."""
+        """Revert what `prepare` has changed."""
         while self._undo:
             self._undo.pop()()
 
     def apply(self) -> None:
-        """Hand what was loaded to the state's objects. Call once, when every tensor is filled."""
+        """Hand what was loaded to the state's objects, once. Raises StateError if one does not accept it."""
         torch.autograd.graph.increment_version(self._live)
-        for path, finish in self._finish:
+        for path, action in self._on_filled:
             try:
-                with doing(f"load_state_dict of {path!r}"):  # of the user's own, which may hang
-                    finish()
+                with doing(f"load_state_dict of {path!r}"):  # reported if the user's code hangs
+                    action()
             except Exception as error:
                 raise StateError(
                     f"state[{path!r}] did not accept what was loaded: {type(error).__name__}: {error}. "
@@ -97,19 +97,21 @@ class LoadTargets:
 class TargetBuilder:
     """Collects what a load of one checkpoint fills. Changes nothing of the state.
 
-    `is_sharded` tells whether the state's modules are sharded. It is asked where it matters.
+    In all methods, `path` is the place of a value in the state, `saved` the decoded value that was saved there,
+    and `held` or `like` the live value.
     """
 
     def __init__(self, manifest: Manifest, is_sharded: Callable[[], bool]) -> None:
+        """`is_sharded` returns whether the state's modules are sharded; it is called only where that matters."""
         self.targets = LoadTargets()
         self._manifest = manifest
         self._is_sharded = is_sharded
         self._tensors: dict[str, TensorEntry] = {tensor.name: tensor for tensor in manifest.tensors}
         self._live: list[tuple[str, TensorShard]] = []
-        self._taken: dict[int, tuple[object, object]] = {}
+        self._claims: dict[int, tuple[object, object]] = {}
 
-    def find(self, name: str, path: str) -> TensorEntry:
-        """The record of the tensor that the value at `path` refers to."""
+    def entry(self, name: str, path: str) -> TensorEntry:
+        """The manifest's entry of the tensor `name`. Raises FormatError, which names `path`, if there is none."""
         if name not in self._tensors:
             raise FormatError(
                 f"the checkpoint's values refer to the tensor {name!r} at {path!r}, which it lacks"
@@ -117,81 +119,81 @@ class TargetBuilder:
         return self._tensors[name]
 
     def fits(self, held: object, saved: Any, path: str) -> bool:
-        """Whether `held` is a tensor of the saved one's type and shape; of a wrapper, whether both are one."""
+        """True if `held` is a tensor of the saved tensor's type and shape, or if both are wrapper subclasses."""
         if not isinstance(held, torch.Tensor):
             return False
         if isinstance(saved, WrapperRef) or is_wrapper(own_part(held)):
             return isinstance(saved, WrapperRef) and is_wrapper(own_part(held))
         if not isinstance(saved, TensorRef):
             return False
-        tensor = self.find(saved.name, path)
+        tensor = self.entry(saved.name, path)
         return tuple(held.shape) == tensor.shape and str(held.dtype) == f"torch.{tensor.dtype}"
 
     def check_fit(self, held: torch.Tensor, path: str, saved: Any) -> None:
         """Raise ShapeMismatchError or StateError unless `fill` would accept it."""
         for part, name in self._paired(held, saved, path):
-            _check_fit(self.find(name, part.name), part, part.name)
+            _check_fit(self.entry(name, part.name), part, part.name)
 
     def fill(self, held: torch.Tensor, path: str, saved: Any) -> None:
-        """Fill a tensor of the state, which lies at `path`; of a wrapper, what it consists of."""
+        """Fill a tensor of the state in place; of a wrapper subclass, the tensors that it consists of."""
         for part, name in self._paired(held, saved, path):
             self._fill_live(part, part.name, name)
         self.targets._live += memory_parts(held) if isinstance(saved, WrapperRef) else [held]
 
-    def made(self, saved: Any, like: Any, path: str) -> Callable[[], Any]:
-        """What makes the saved value, to be called when tensors are filled.
+    def new_value(self, saved: Any, like: Any, path: str) -> Callable[[], Any]:
+        """A function that returns the saved value; call it when every tensor is filled.
 
-        Its tensors are new, laid out like those of `like` at the same place.
+        The value's tensors are new, and laid out like the tensors at the same place in `like`.
         """
         return self._made(saved, like, path, _Use.GIVEN)
 
-    def offered(self, saved: Any, like: Any, path: str) -> Callable[[], Any]:
-        """The same for a module that judges what it gets: it may be whole where the module is sharded."""
+    def offered_value(self, saved: Any, like: Any, path: str) -> Callable[[], Any]:
+        """As `new_value`, for a module that may refuse it: a tensor may be whole where the module is sharded."""
         return self._made(saved, like, path, _Use.OFFERED)
 
-    def refilled(self, saved: Any, held: Any, path: str) -> Callable[[], Any]:
-        """What makes the saved value out of `held`, so that whoever refers to that sees what was loaded.
+    def refilled_value(self, saved: Any, held: Any, path: str) -> Callable[[], Any]:
+        """A function that puts the saved value into `held`, and returns it; call it when every tensor is filled.
 
-        Dicts, lists, sets, NumPy arrays and their like are filled: they have then what was saved, and nothing
-        else. Where two values were saved for one object, it gets the first, and the other is new, as is what
-        cannot be filled.
+        Dicts, lists, sets, NumPy arrays and the like are refilled in place, so that other references to them see
+        what was loaded: they have then what was saved, and nothing else. A value of any other type is new. If two
+        values were saved for one object, it gets the first, and the second is new.
         """
         return self._made(saved, held, path, _Use.REFILLED)
 
     def is_refillable(self, held: Any, saved: Any) -> bool:
-        """Whether `held` is a container that can have what was saved, and nothing else was saved for it."""
+        """True if `held` is a container that can be refilled with `saved`, and gets no other value."""
         is_alike = (
             (isinstance(held, MutableMapping) and isinstance(saved, dict))
             or any(isinstance(held, kind) and type(saved) is kind for kind in (list, set, bytearray))
             or (isinstance(held, deque) and isinstance(saved, deque) and held.maxlen == saved.maxlen)
         )
-        return is_alike and self._is_taken(held, saved)
+        return is_alike and self._claim(held, saved)
 
-    def finish(self, path: str, action: Callable[[], object]) -> None:
-        """Do something for the object at `path` when every tensor is filled."""
-        self.targets._finish.append((path, action))
+    def on_filled(self, path: str, action: Callable[[], object]) -> None:
+        """Have `action` called for the object at `path` when every tensor is filled."""
+        self.targets._on_filled.append((path, action))
 
-    def prepare(self, path: str, action: Callable[[], Undo | None]) -> None:
-        """Do something when new memory is filled. It may raise, and returns what takes it back."""
-        self.targets._prepare.append((path, action))
+    def on_verified(self, path: str, action: Callable[[], Undo | None]) -> None:
+        """Have `action` called when all new memory is filled. It may raise, and may return what reverts it."""
+        self.targets._on_verified.append((path, action))
 
-    def missing(self, path: str) -> None:
-        """Note a name that the checkpoint lacks."""
+    def add_missing(self, path: str) -> None:
+        """Add a name that the checkpoint lacks."""
         self.targets.missing.append(path)
 
-    def unexpected(self, saved: Any, path: str) -> None:
-        """Note the names below an entry that the state has no place for."""
+    def add_unexpected(self, saved: Any, path: str) -> None:
+        """Add the names in `saved`, for which the state has no place."""
         if isinstance(saved, dict) and saved:
             for key, value in saved.items():
-                self.unexpected(value, join_shown(path, key))
+                self.add_unexpected(value, join_shown(path, key))
         else:
             self.targets.unexpected.append(path)
 
-    def done(self) -> LoadTargets:
-        """What was collected. LoadTargets that overlap are checked: one must not undo what another one gets.
+    def build(self) -> LoadTargets:
+        """What was collected, with targets that overlap in memory made safe.
 
-        Those that are the same memory are filled once, if one content was saved for them. Others are filled when
-        it is known that their memory can hold all that was saved for them.
+        Targets that are the same memory, and for which the same chunks were saved, are filled in place. Others
+        that overlap are filled once it is known that their memory can hold everything that was saved for them.
         """
         for group in find_overlaps([target.data for _, target in self._live]):
             members = [self._live[number] for number in group]
@@ -232,7 +234,7 @@ class TargetBuilder:
         return lambda: value
 
     def _made_tensor(self, ref: TensorRef, like: Any, path: str, use: _Use) -> Callable[[], Any]:
-        tensor = self.find(ref.name, path)
+        tensor = self.entry(ref.name, path)
         is_refilled = use is _Use.REFILLED and ref.ndarray and isinstance(like, np.ndarray)
         if is_refilled and self._is_array_refillable(like, tensor):
             self._fill_live(tensor_shard(torch.from_numpy(like), path), path, ref.name)
@@ -249,7 +251,7 @@ class TargetBuilder:
         return (lambda: made.numpy()) if ref.ndarray else (lambda: made)
 
     def _made_wrapper(self, saved: WrapperRef, like: Any, path: str) -> Callable[[], Any]:
-        """What makes a wrapper as `like` is: only its class, which is not in the checkpoint, can do it."""
+        """A function that returns a wrapper like `like`: its class is not in the checkpoint, and must be here."""
         if not isinstance(like, torch.Tensor) or not is_wrapper(own_part(like)):
             raise StateError(
                 f"state[{path!r}] was saved as a tensor subclass {saved.type}, and there is none here to "
@@ -262,7 +264,7 @@ class TargetBuilder:
         return lambda: made
 
     def _paired(self, held: torch.Tensor, saved: Any, path: str) -> list[tuple[TensorShard, str]]:
-        """The tensors with memory that `held` consists of, each with its name in the checkpoint."""
+        """The tensors with memory of their own that `held` consists of, each with its name in the checkpoint."""
         if not isinstance(saved, (TensorRef, WrapperRef)):
             raise mismatch(path, "tensor", saved)
         if isinstance(saved, WrapperRef):
@@ -272,19 +274,19 @@ class TargetBuilder:
         return [(part, names[part.name]) for part in parts]
 
     def _without_late_parts(self, wrapper: torch.Tensor, saved: WrapperRef, path: str) -> WrapperRef:
-        """What was saved of a wrapper, without the inner tensors that the live one lacks so far: it gets them.
+        """What was saved of a wrapper, without inner tensors for which the live one has None: it is given these.
 
-        Such a one is an attribute that is None so far, as the precomputed scale of a float8 weight is.
+        The precomputed scale of a float8 weight is one: it is None until the first step.
         """
         present = set(inner_names(wrapper)) if is_wrapper(wrapper) else set(saved)
         late = [name for name in saved if name not in present and getattr(wrapper, name, wrapper) is None]
         for name in late:
-            make = self.made(saved[name], None, join(path, name))
-            self.finish(path, partial(_set_part, wrapper, name, make))
+            make = self.new_value(saved[name], None, join(path, name))
+            self.on_filled(path, partial(_set_part, wrapper, name, make))
         return saved.with_tensors({name: part for name, part in saved.items() if name not in late})
 
     def _is_array_refillable(self, array: npt.NDArray[Any], saved: TensorEntry) -> bool:
-        """Whether the array can hold what was saved, and nothing else was saved for its memory."""
+        """True if the array can be filled with what was saved, and its memory gets nothing else."""
         owner: Any = array
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
@@ -294,15 +296,15 @@ class TargetBuilder:
             and array.dtype.isnative
             and array.flags.writeable
             and array.flags.c_contiguous
-            and self._is_taken(owner, saved.name)
+            and self._claim(owner, saved.name)
         )
 
-    def _is_taken(self, held: object, saved: object) -> bool:
-        """Take an object of the user's to hold what was saved; False if it has to hold something else."""
-        return bool(self._taken.setdefault(id(held), (held, saved))[1] == saved)
+    def _claim(self, held: object, saved: object) -> bool:
+        """Claim an object of the state for `saved`; False if it is claimed for another value."""
+        return bool(self._claims.setdefault(id(held), (held, saved))[1] == saved)
 
     def _fill_live(self, target: TensorShard, path: str, name: str) -> None:
-        """Note a tensor of the state to fill from the checkpoint's `name`."""
+        """Add a tensor of the state, at `path`, to fill from the checkpoint's tensor `name`."""
         data = target.data
         if overlaps_itself(data):
             raise StateError(
@@ -312,15 +314,15 @@ class TargetBuilder:
         self._live.append((path, self._fill(target, path, name, is_new=False)))
 
     def _fill(self, target: TensorShard, path: str, name: str, *, is_new: bool = True) -> TensorShard:
-        """Note memory to fill from the checkpoint's `name`."""
-        _check_fit(self.find(name, path), target, path)
-        noted = TensorShard(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
-        self.targets.tensors.append(noted)
-        return noted
+        """Add memory to fill from the checkpoint's tensor `name`."""
+        _check_fit(self.entry(name, path), target, path)
+        added = TensorShard(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
+        self.targets.tensors.append(added)
+        return added
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
-        """Where each tensor of the checkpoint has its first chunk; tied ones have it in the same place."""
+        """(pack, offset) of each tensor's first chunk: the same for tied tensors."""
         firsts = self._manifest.first_rows.tolist()
         chunks = self._manifest.chunks
         places = {}
@@ -335,7 +337,7 @@ class TargetBuilder:
         return self._places.get(name, name)
 
     def _fill_together(self, members: Sequence[tuple[str, TensorShard]]) -> None:
-        """Read what was saved for targets that overlap into new memory, and copy it if all of it has room."""
+        """Load what was saved for overlapping targets into new memory, and copy it if they can hold all of it."""
         targets = [target for _, target in members]
         owned = {id(target) for target in targets}
         self.targets.tensors = [target for target in self.targets.tensors if id(target) not in owned]
@@ -359,11 +361,12 @@ class TargetBuilder:
                 for target, content in zip(targets, contents, strict=True):
                     target.data.copy_(content)
 
-        self.prepare(members[0][0], check)
-        self.targets._finish.insert(0, (members[0][0], copy))
+        self.on_verified(members[0][0], check)
+        self.targets._on_filled.insert(0, (members[0][0], copy))
 
 
 def _check_fit(saved: TensorEntry, target: TensorShard, path: str) -> None:
+    """Raise ShapeMismatchError unless shape and type agree."""
     if saved.shape != target.shape:
         raise ShapeMismatchError(
             f"state[{path!r}] has the shape {list(target.shape)}, but in the checkpoint it is "
@@ -377,7 +380,7 @@ def _check_fit(saved: TensorEntry, target: TensorShard, path: str) -> None:
 
 
 def mismatch(path: str, kind: str, saved: Any) -> StateError:
-    """The error that the checkpoint has something else than a `kind` at `path`."""
+    """An error: the checkpoint has no `kind` at `path`, as the state has."""
     found = {TensorRef: "tensor", PerRankRef: "PerRank"}.get(type(saved), type(saved).__qualname__)
     return StateError(
         f"state[{path!r}] is {_with_article(kind)} here, but {_with_article(found)} in the checkpoint. Pass "
@@ -394,7 +397,7 @@ def _set_part(wrapper: torch.Tensor, name: str, make: Callable[[], torch.Tensor]
 
 
 def _refill(held: Any, value: Any) -> Any:
-    """The container with what the value has, and nothing else."""
+    """Replace the container's content by that of `value`; return the container."""
     held.clear()
     if isinstance(held, MutableMapping):
         for key, item in value.items():

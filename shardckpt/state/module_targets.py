@@ -24,15 +24,15 @@ from shardckpt.state.wrapped import inner_names, is_wrapper, memory_parts, own_p
 __all__ = ["bind_module"]
 
 _EXTRA_STATE = "_extra_state"
-"""The end of a state_dict key whose value is the module's own affair, of any type and shape."""
+"""The last part of a state_dict key whose value has any type and shape: only the module knows it."""
 
 
 def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str, *, strict: bool) -> None:
-    """Note what loading `saved` into the module at `path` fills.
+    """Add to `builder` what a load of `saved` into the module at `path` fills.
 
-    A plain module's tensors are filled in place, and nothing of it is called. Where a module has hooks, methods
-    or extra state of its own, its load_state_dict is called, with new memory for all values that such code sees.
-    If such code may accept other names or shapes than the module has, it is asked before anything is changed.
+    A plain module's tensors are filled in place, and no method of it is called. Where a module has hooks, methods
+    or extra state of its own, its load_state_dict is called, with new memory for every value that such code sees.
+    If names or shapes differ, which such code may accept, it is called before anything else of the state changes.
     """
     if not isinstance(saved, dict):
         raise mismatch(path, "module", saved)
@@ -55,30 +55,30 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
     for name, held in state.tree.items():
         place = join(path, name)
         if name not in saved:
-            builder.missing(place)
+            builder.add_missing(place)
         elif not isinstance(held, torch.Tensor) or _is_extra(name):
-            handed[state.key(name)] = builder.made(saved[name], held, place)
+            handed[state.key(name)] = builder.new_value(saved[name], held, place)
         elif not isinstance(saved[name], (TensorRef, WrapperRef)):
             raise mismatch(place, "tensor", saved[name])
         elif overrides.see(name) or not storages(held) <= memory:
-            handed[state.key(name)] = builder.made(saved[name], held, place)
+            handed[state.key(name)] = builder.new_value(saved[name], held, place)
         else:
             builder.fill(held, place, saved[name])
             if name in live:
-                builder.finish(path, partial(_drop_caches, own_part(live[name]), own_part(held)))
+                builder.on_filled(path, partial(_drop_caches, own_part(live[name]), own_part(held)))
             filled[state.key(name)] = held
     for name, value in saved.items():
         if name not in state.tree:
-            builder.unexpected(value, join(path, name))
+            builder.add_unexpected(value, join(path, name))
     if handed or overrides:
-        builder.finish(
+        builder.on_filled(
             path,
             lambda: _load(module, state, {**filled, **_made(handed)}, strict=None if strict else False),
         )
 
 
 def _wrappers(module: nn.Module, state: ModuleState) -> dict[str, torch.Tensor]:
-    """The module's own wrapper subclasses by clean name; state_dict() has others, of the same memory."""
+    """The module's wrapper subclasses by clean name; state_dict() returns other objects of the same memory."""
     tensors = itertools.chain(
         module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     )
@@ -86,13 +86,13 @@ def _wrappers(module: nn.Module, state: ModuleState) -> dict[str, torch.Tensor]:
 
 
 def _drop_caches(wrapper: torch.Tensor, detached: torch.Tensor) -> None:
-    """Forget inner tensors that detach() does not keep: the scale of a float8 weight, of its old elements."""
+    """Clear inner tensors that detach() does not keep, as the scale of a float8 weight's old elements."""
     for name in set(inner_names(wrapper)) - set(inner_names(detached)):
         setattr(wrapper, name, None)
 
 
 def _agrees(builder: TargetBuilder, tree: Mapping[str, Any], saved: dict[str, Any], path: str) -> bool:
-    """Whether names, shapes and types are the module's own, so that its code will accept them."""
+    """True if names, shapes and types are those of the module, so that its code will accept them."""
     held = _tensors(tree)
     for name, tensor in held.items():
         expand(tensor, join(path, name))  # refuses what cannot be loaded into
@@ -114,14 +114,14 @@ def _offer(
     *,
     strict: bool,
 ) -> None:
-    """Give the module all that was saved, before anything else of the state is changed: only it can judge that.
+    """Have the module's load_state_dict called with everything that was saved, before the state changes.
 
-    What it may rename, reshape or do without is known to its hooks and methods alone. If it refuses, or the load
-    fails later, its tensors get back what they held.
+    Only its hooks and methods know what they rename, reshape or do without. If it refuses, or if the load fails
+    later, its tensors get their former content.
     """
     lacking = {name: held for name, held in state.tree.items() if name not in saved}
     handed = {
-        state.key(name): builder.offered(
+        state.key(name): builder.offered_value(
             value, state.tree.get(name, _same_shape(builder, value, lacking, path)), join(path, name)
         )
         for name, value in saved.items()
@@ -158,19 +158,19 @@ def _offer(
             _report(builder, state, path, result, missing, unexpected)
         return undo
 
-    builder.prepare(path, load)
+    builder.on_verified(path, load)
 
 
 def _same_shape(builder: TargetBuilder, saved: Any, lacking: Mapping[str, Any], path: str) -> Any:
-    """Which of the tensors that get nothing a saved one of another name may be for, and be laid out like."""
+    """A tensor of the module that gets nothing, of the saved tensor's shape: the layout for that one."""
     if not isinstance(saved, TensorRef):
         return None
-    shape = builder.find(saved.name, path).shape
+    shape = builder.entry(saved.name, path).shape
     return next((t for t in lacking.values() if isinstance(t, torch.Tensor) and t.shape == shape), None)
 
 
 def _load(module: nn.Module, state: ModuleState, values: dict[str, Any], *, strict: bool | None) -> Any:
-    """Call the module's load_state_dict. `strict` None: what it has of names was compared already."""
+    """Call the module's load_state_dict. `strict` is None if the names have been compared already."""
     tree: Any = OrderedDict(values)
     if state.metadata is not None:
         tree._metadata = state.metadata
@@ -199,7 +199,7 @@ def _report(
     missing: list[str],
     unexpected: list[str],
 ) -> None:
-    """Note which names were not loaded: as the module tells, or, where it does not, all that differ."""
+    """Add the names that were not loaded: those that load_state_dict returned, or else all that differ."""
     for attribute, names, told in (
         ("missing_keys", missing, builder.targets.missing),
         ("unexpected_keys", unexpected, builder.targets.unexpected),
@@ -213,7 +213,7 @@ def _made(values: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
 
 
 def _is_count(name: str, saved: Any) -> bool:
-    """Whether this is what an AveragedModel has more than the module in it."""
+    """True for the counter that an AveragedModel adds to the names of its module."""
     return isinstance(saved, TensorRef) and name.rpartition(".")[2] == AVERAGED_COUNT
 
 

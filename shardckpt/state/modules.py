@@ -1,9 +1,8 @@
-"""Modules and optimizers as named trees, whatever wraps them.
+"""Modules as named trees, whatever wraps them.
 
-Names are those of the plain model: the prefixes of DDP, torch.compile, activation checkpointing and
-AveragedModel are left out, so that a checkpoint does not depend on them
-(`torch.distributed.checkpoint.state_dict` has the same names, but for AveragedModel's). An optimizer's state is
-keyed by the names of its parameters, not by their order.
+Names are those of the plain model: the prefixes of DDP, torch.compile, activation checkpointing and AveragedModel
+are removed, so that a checkpoint does not depend on them (`torch.distributed.checkpoint.state_dict` has the same
+names, except AveragedModel's).
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ __all__ = [
 ]
 
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
-"""What activation checkpointing puts into parameter names, and takes out of state_dict keys itself."""
+"""What activation checkpointing adds to parameter names, and removes from state_dict keys itself."""
 
 AVERAGED_COUNT = "n_averaged"
-"""What AveragedModel adds to the names of its module: a number that a plain model has no use for."""
+"""The counter that AveragedModel adds to the names of its module, and a plain model does not need."""
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything that can give its state as data and take it back."""
+    """An object that returns its state as data, and takes it back."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as a tree of tensors and plain values."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Take over a state."""
+        """Replace the state."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ class ModuleState:
     """A module's state_dict under clean names.
 
     Attributes:
-        tree: by clean name; its tensors share memory with the module's.
-        metadata: what torch keeps beside a state_dict: the version of each submodule's layout.
+        tree: clean name -> value; its tensors share memory with the module's.
+        metadata: what torch keeps beside a state_dict: the version of each submodule's state_dict.
     """
 
     tree: dict[str, Any]
@@ -72,7 +71,7 @@ class ModuleState:
     _prefixes: Sequence[tuple[str, str]]
 
     def key(self, name: str) -> str:
-        """What the module's own state_dict calls a clean name; one that it lacks, as if it had it."""
+        """The key of a clean name in the module's own state_dict, also of a name that it lacks."""
         if name in self._keys:
             return self._keys[name]
         for prefix, clean in reversed(self._prefixes):
@@ -88,8 +87,8 @@ class ModuleState:
 def module_state(module: nn.Module, where: str) -> ModuleState:
     """The module's state_dict under clean names.
 
-    Raises UnsupportedValueError for FSDP version 1, whose flat parameters the library does not store, and as
-    `state_of` does.
+    `where` is the module's path in the state. Raises UnsupportedValueError for FSDP version 1, whose flat
+    parameters are not supported; and as `state_of` does.
     """
     fsdp1 = _loaded_class("torch.distributed.fsdp", "FullyShardedDataParallel")
     for name, child in module.named_modules() if fsdp1 else ():
@@ -118,7 +117,7 @@ def module_state(module: nn.Module, where: str) -> ModuleState:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether it has parameters of which a rank holds a part."""
+    """True if it has parameters of which each rank holds a part only."""
     return any(
         isinstance(parameter, DTensor)
         and any(not placement.is_replicate() for placement in parameter.placements)
@@ -127,10 +126,10 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def loading_module(module: nn.Module) -> nn.Module:
-    """The module whose load_state_dict is to be called for a load into `module`.
+    """The module whose load_state_dict a load into `module` calls.
 
-    It is the module itself, unless that is a wrapper around one with a load_state_dict of its own, which the
-    wrapper's would pass by.
+    It is the module itself, unless that wraps one with a load_state_dict of its own, which the wrapper's
+    load_state_dict would not call.
     """
     inner = module
     while (inside := _wrapped(inner)) is not None:
@@ -139,10 +138,10 @@ def loading_module(module: nn.Module) -> nn.Module:
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Have modules of fully_shard hold their shards, as between two steps of training.
+    """Reshard modules of fully_shard, as they are between two steps of training.
 
-    After a forward pass without a backward pass the root holds whole parameters, which are other objects than
-    those that the optimizer has. state_dict() reshards them too.
+    After a forward pass without a backward pass the root has whole parameters, which are other objects than the
+    optimizer's. state_dict() reshards them, too.
     """
     fsdp = _loaded_class("torch.distributed.fsdp", "FSDPModule")
     if not fsdp:
@@ -170,7 +169,7 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, st
 
 
 def state_of(value: Stateful, where: str) -> Any:
-    """What the object's own state_dict() returns. Raises StateError, which names `where`, if it raises."""
+    """What `value.state_dict()` returns. Raises StateError, which names `where`, if that raises."""
     try:
         return value.state_dict()
     except ShardckptError:
@@ -202,7 +201,7 @@ def unsynced_buffers(module: nn.Module) -> set[str]:
 
 
 def iter_modules(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, nn.Module]]:
-    """Every module in a state's dicts, lists and tuples, with its path; none deeper than a state can be."""
+    """(path, module) of every module in a state's dicts, lists and tuples, down to MAX_DEPTH levels."""
     if isinstance(state, nn.Module):
         yield path, state
     elif depth > MAX_DEPTH or not isinstance(state, (Mapping, list, tuple)):
@@ -215,13 +214,13 @@ def iter_modules(state: Any, path: str = "", depth: int = 0) -> Iterator[tuple[s
 
 
 def _loaded_class(module: str, name: str) -> tuple[type, ...]:
-    """What isinstance takes: the class, if its module is imported, which takes torch a second; else nothing."""
+    """A class for isinstance if its module is imported, which may take a second; otherwise nothing."""
     found = getattr(sys.modules.get(module), name, None)
     return (found,) if isinstance(found, type) else ()
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    """What a wrapper that adds nothing to the state wraps; None for other modules."""
+    """The module in a wrapper that adds nothing to the state; None for any other module."""
     name = _inner_name(module)
     if type(module).__name__ == "CheckpointWrapper":
         name = _CHECKPOINT_WRAPPER.removesuffix(".")
@@ -229,7 +228,7 @@ def _wrapped(module: nn.Module) -> nn.Module | None:
 
 
 def _inner_name(module: nn.Module) -> str | None:
-    """Under which name a wrapper has what it wraps, where that is part of the names in its state_dict."""
+    """The name under which a wrapper has its module, if that is a part of the keys of its state_dict."""
     if isinstance(module, (DistributedDataParallel, AveragedModel)):
         return "module"
     return (
@@ -240,7 +239,7 @@ def _inner_name(module: nn.Module) -> str | None:
 
 
 def _wrapper_prefixes(module: nn.Module) -> list[tuple[str, str]]:
-    """(prefix of a wrapped module's keys, what it should be), the innermost first."""
+    """(prefix of a wrapped module's keys, prefix in clean names) of each wrapper, the innermost first."""
     prefixes = []
     for path, child in module.named_modules(remove_duplicate=False):
         inner = _inner_name(child)
@@ -251,7 +250,7 @@ def _wrapper_prefixes(module: nn.Module) -> list[tuple[str, str]]:
 
 
 def _clean(key: str, prefixes: Sequence[tuple[str, str]]) -> str:
-    """The key without wrapper prefixes; the innermost is taken away first, so that paths stay true."""
+    """The key without wrapper prefixes, the innermost removed first: prefixes contain those around them."""
     key = key.replace(_CHECKPOINT_WRAPPER, "")
     for prefix, clean in prefixes:
         if key.startswith(prefix):

@@ -1,4 +1,4 @@
-"""Optimizers as targets of a load: state by the names of parameters, options by group."""
+"""Optimizers as targets of a load: state by parameter name, options by group."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from shardckpt.state.wrapped import own_part, storages
 __all__ = ["bind_optimizer", "with_layouts"]
 
 _DEPTH = 4
-"""How far into an object its optimizers are looked for."""
+"""Levels of an object's attributes that are searched for optimizers."""
 
 _OWN = ("params", "param_names")
-"""What of a group is the optimizer's own: which parameters it has, in which order, and what it calls them."""
+"""Keys of a group that are not loaded: the parameters of the live group, and their names."""
 
 
 def bind_optimizer(
@@ -34,17 +34,18 @@ def bind_optimizer(
     path: str,
     names: Mapping[int, tuple[str, str]],
 ) -> None:
-    """Note what loading `saved` into the optimizer at `path` fills, and that its load_state_dict is called.
+    """Add to `builder` what a load of `saved` into the optimizer at `path` fills, and call its load_state_dict.
 
-    State goes by parameter names, so neither the order of parameters nor their groups need to agree. State of a
-    plain optimizer is filled where it fits; one with hooks or methods of its own gets new memory for all of it.
+    State is matched by parameter name, so that neither the order of parameters nor their groups need to agree.
+    The state of a plain optimizer is filled in place where it fits; one with hooks or methods of its own is given
+    new memory for all of it. `names` is what `parameter_names` returns for the state's modules.
     """
     check_optimizer(optimizer, path)
     is_plain = optimizer_loads_plainly(optimizer)
     tree = None if is_plain else state_of(optimizer, path)
     if tree is not None and not is_by_number(tree, optimizer):
-        make = builder.made(saved, with_layouts(optimizer, path), path)
-        builder.finish(path, lambda: optimizer.load_state_dict(make()))
+        make = builder.new_value(saved, with_layouts(optimizer, path), path)
+        builder.on_filled(path, lambda: optimizer.load_state_dict(make()))
         return
     if not _is_by_name(saved):
         raise mismatch(path, "optimizer", saved)
@@ -55,7 +56,7 @@ def bind_optimizer(
     for number, (name, parameter) in enumerate(parameters):
         live = optimizer.state.get(parameter, {}) if tree is None else tree["state"].get(number, {})
         if name not in groups:
-            builder.missing(join(place, name))
+            builder.add_missing(join(place, name))
             state[number] = partial(_same, live)
         elif name in saved["state"]:
             state[number] = _made_state(
@@ -64,13 +65,13 @@ def bind_optimizer(
     own = {name for name, _ in parameters}
     for name in groups:
         if name not in own:
-            builder.unexpected(None, join(place, name))
+            builder.add_unexpected(None, join(place, name))
     for key, value in saved["state"].items():
         if key not in groups:  # of no parameter
-            state[key] = builder.made(value, optimizer.state.get(key), join(place, key))
+            state[key] = builder.new_value(value, optimizer.state.get(key), join(place, key))
     made_groups = _made_groups(builder, optimizer, [name for name, _ in parameters], groups, path)
     rest = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
-    others = builder.made(rest, tree, path)
+    others = builder.new_value(rest, tree, path)
 
     def finish() -> None:
         filled = {key: make() for key, make in state.items()}
@@ -86,14 +87,14 @@ def bind_optimizer(
         if not has_override(optimizer, "load_state_dict", [torch.optim.Optimizer.load_state_dict]):
             _keep_precision(optimizer, [p for _, p in parameters], filled)
 
-    builder.finish(path, finish)
+    builder.on_filled(path, finish)
 
 
 def with_layouts(held: Stateful, path: str) -> Any:
-    """The state_dict of an object, which shows how the tensors that it is to be given are laid out.
+    """The object's state_dict, which shows how the tensors that it will be given are laid out.
 
-    Where it has an optimizer's, and the object an optimizer of that form, state that the optimizer lacks is
-    laid out as its parameter is.
+    If it contains the state_dict of an optimizer among the object's attributes, state that this optimizer lacks
+    is laid out like its parameter.
     """
     tree = state_of(held, path)
     optimizers = list(_optimizers(held))
@@ -101,7 +102,7 @@ def with_layouts(held: Stateful, path: str) -> Any:
 
 
 def _is_by_name(saved: Any) -> bool:
-    """Whether this is what `optimizer_tree` makes of it."""
+    """True if this has the form that `optimizer_tree` returns."""
     return has_groups(saved) and all(
         isinstance(saved["state"].get(name, {}), dict)
         for group in saved["param_groups"]
@@ -118,10 +119,10 @@ def _made_state(
     *,
     in_place: bool,
 ) -> Callable[[], Any]:
-    """What makes a parameter's state: its own tensors filled where they fit, else new ones laid out like it.
+    """A function that returns a parameter's state: live tensors that are filled, or new ones laid out like it.
 
-    A live tensor that shares the parameter's memory is never filled, as the parameter has its own value; nor is
-    one whose elements share theirs.
+    A live tensor is not filled if it shares memory with the parameter, which has a value of its own, or if its
+    elements share memory.
     """
     memory = storages(parameter)
     parts: dict[str, Callable[[], Any]] = {}
@@ -135,7 +136,7 @@ def _made_state(
             builder.fill(cast("torch.Tensor", held), place, value)
             parts[key] = partial(_same, held)
         else:
-            parts[key] = builder.made(value, held if is_own else parameter, place)
+            parts[key] = builder.new_value(value, held if is_own else parameter, place)
     return lambda: {key: make() for key, make in parts.items()}
 
 
@@ -146,9 +147,9 @@ def _made_groups(
     saved: Mapping[str, dict[str, Any]],
     path: str,
 ) -> list[Callable[[], dict[str, Any]]]:
-    """What makes each group as load_state_dict wants it: the saved options, and its own parameters.
+    """A function for each group that returns it as load_state_dict expects it: saved options, live parameters.
 
-    `names` has all parameters' names in order, and `saved` the saved group of each name.
+    `names` has all parameters' names in order; `saved` has the saved group of each name.
     """
     made: list[Callable[[], dict[str, Any]]] = []
     numbers = iter(range(len(names)))
@@ -165,7 +166,7 @@ def _made_groups(
             )
         source = next(iter(sources.values()), group)
         options = {key: value for key, value in source.items() if key not in _OWN}
-        make = builder.made(options, group, join(join(path, "param_groups"), index))
+        make = builder.new_value(options, group, join(join(path, "param_groups"), index))
         made.append(partial(_joined, make, own))
     return made
 
@@ -181,7 +182,7 @@ def _joined(make: Callable[[], dict[str, Any]], own: dict[str, Any]) -> dict[str
 def _keep_precision(
     optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], filled: Mapping[Any, Any]
 ) -> None:
-    """Undo load_state_dict's cast of state to the parameter's type: what was saved comes back exactly."""
+    """Revert load_state_dict's cast of state to the parameter's type, so that it has exactly what was saved."""
     for number, parameter in enumerate(parameters):
         held = optimizer.state.get(parameter)
         if held is not None and number in filled:
@@ -189,7 +190,7 @@ def _keep_precision(
 
 
 def _exact(held: Any, loaded: Any) -> Any:
-    """What load_state_dict made of a loaded value, but of the loaded one's type where it was only cast."""
+    """The value that load_state_dict made of `loaded`, in the type of `loaded` where it was only cast."""
     if isinstance(held, torch.Tensor) and isinstance(loaded, torch.Tensor):
         is_cast = held.dtype != loaded.dtype and torch.equal(held, loaded.to(held))
         return loaded.to(held.device) if is_cast else held
@@ -201,7 +202,7 @@ def _exact(held: Any, loaded: Any) -> Any:
 
 
 def _optimizers(held: object, depth: int = 0) -> Iterator[torch.optim.Optimizer]:
-    """The optimizers among an object's attributes, also inside wrappers, lists and dicts of them."""
+    """The optimizers among an object's attributes, also in wrappers, lists and dicts."""
     values: Iterable[Any] = ()
     if isinstance(held, torch.optim.Optimizer) and depth:
         yield held
@@ -217,7 +218,7 @@ def _optimizers(held: object, depth: int = 0) -> Iterator[torch.optim.Optimizer]
 
 
 def _laid_out(tree: Any, optimizers: list[torch.optim.Optimizer]) -> Any:
-    """The tree, where each optimizer's state_dict has a layout for whatever its parameters may have."""
+    """The tree, in which each optimizer's state_dict shows a layout for any state of its parameters."""
     if not isinstance(tree, Mapping):
         return tree
     found = next((o for o in optimizers if is_by_number(tree, o)), None)
@@ -229,7 +230,7 @@ def _laid_out(tree: Any, optimizers: list[torch.optim.Optimizer]) -> Any:
 
 
 class _LikeParameter(dict[Any, Any]):
-    """A parameter's state, which has the parameter where it lacks something."""
+    """A parameter's state, in which the parameter stands for every key that it lacks."""
 
     def __init__(self, state: Mapping[Any, Any], parameter: torch.Tensor) -> None:
         super().__init__(state)

@@ -16,11 +16,11 @@ __all__ = ["check_optimizer", "has_groups", "is_by_number", "optimizer_parameter
 def optimizer_parameters(
     optimizer: torch.optim.Optimizer, names: Mapping[int, tuple[str, str]]
 ) -> list[tuple[str, torch.Tensor]]:
-    """The optimizer's parameters in its own order, each with its name.
+    """(name, parameter) of each of the optimizer's parameters, in its own order.
 
-    The name is the parameter's name in its module; with the module's path before it where the
-    optimizer has parameters of several modules; and its number where it is in no module of the state.
-    Should a name be taken already, the number follows it.
+    The name is the parameter's name in its module, after the module's path if the optimizer has parameters of
+    several modules; or the parameter's number if it is in no module of the state. A name that is taken is
+    followed by the number. `names` is what `parameter_names` returns for the state's modules.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     several = len({names[id(p)][0] for p in parameters if id(p) in names}) > 1
@@ -35,9 +35,9 @@ def optimizer_parameters(
 def optimizer_tree(
     optimizer: torch.optim.Optimizer, names: Mapping[int, tuple[str, str]], where: str
 ) -> Any:
-    """The optimizer's state_dict with parameters by name. Its tensors share memory with the optimizer's.
+    """The optimizer's state_dict with parameters by name; its tensors share memory with the optimizer's.
 
-    One that is not in torch's form is returned as it is. Raises as `check_optimizer` does.
+    A state_dict that does not have torch's form is returned as it is. Raises as `check_optimizer` does.
     """
     check_optimizer(optimizer, where)
     tree = state_of(optimizer, where)
@@ -53,7 +53,7 @@ def optimizer_tree(
 
 
 def is_by_number(tree: Any, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this is the form of torch's state_dict() of this optimizer: parameters in groups, by number."""
+    """True if this has the form of torch's state_dict() of this optimizer: parameters in groups, by number."""
     if not has_groups(tree):
         return False
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -62,7 +62,7 @@ def is_by_number(tree: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def has_groups(tree: Any) -> bool:
-    """Whether this has the parts of an optimizer's state_dict: state, and groups of parameters."""
+    """True if this has the parts of an optimizer's state_dict: state, and groups of parameters."""
     return (
         isinstance(tree, Mapping)
         and isinstance(tree.get("state"), Mapping)
@@ -72,7 +72,7 @@ def has_groups(tree: Any) -> bool:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, where: str) -> None:
-    """Raise UnsupportedValueError, which names `where`, where an optimizer has state that cannot be named."""
+    """Raise UnsupportedValueError, which names `where`, if the optimizer has state that has no name."""
     if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
         raise UnsupportedValueError(
             f"state[{where!r}] is a ZeroRedundancyOptimizer, whose state is nowhere complete: each rank "

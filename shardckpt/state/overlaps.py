@@ -1,4 +1,4 @@
-"""Tensors that share memory: a load that fills one changes the others."""
+"""Tensors that share memory, where a load that fills one changes another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALIGNMENT = 16
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a strided tensor share memory, so that it cannot hold any content."""
+    """True if two elements of a strided tensor share memory, so that some content cannot be loaded into it."""
     if tensor.is_contiguous() or not tensor.numel():
         return False
     dims = sorted((stride, n) for stride, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1)
@@ -27,7 +27,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
             break
         reach += stride * (n - 1)
     else:
-        return False  # each dimension steps over all that the smaller ones reach
+        return False  # each stride exceeds the reach of all smaller ones
     if dims[0][0] == 0:
         return True
     places: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
@@ -37,7 +37,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def find_overlaps(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Groups of tensors, by their numbers, whose memory may overlap. Tensors that share none are in no group."""
+    """Groups of tensors, by number, whose memory may overlap. A tensor that shares no memory is in no group."""
     spans = sorted(
         (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + extent(tensor), number)
         for number, tensor in enumerate(tensors)
@@ -59,9 +59,9 @@ def find_overlaps(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
 def find_conflict(
     targets: Sequence[torch.Tensor], contents: Sequence[torch.Tensor]
 ) -> tuple[int, int] | None:
-    """Two of the targets, parts of one storage, that cannot both have their content; None if all can.
+    """Numbers of two targets in one storage that cannot both have their content; None if all can.
 
-    Nothing is written to the targets: it is tried in memory of the same layout.
+    Nothing is written to the targets: it is tried in other memory of the same layout.
     """
     storage = targets[0].untyped_storage().data_ptr()
     first = min(target.data_ptr() for target in targets) - storage
@@ -88,7 +88,7 @@ def find_conflict(
 
 
 def _same_view(memory: torch.Tensor, tensor: torch.Tensor, offset: int) -> torch.Tensor:
-    """`tensor` as it would be at `offset` of other memory."""
+    """A tensor with the layout of `tensor`, at `offset` of other memory."""
     flat = memory.view(tensor.dtype)
     view = flat.as_strided(tensor.shape, tensor.stride(), offset // tensor.itemsize)
     view = view.conj() if tensor.is_conj() else view
@@ -96,4 +96,5 @@ def _same_view(memory: torch.Tensor, tensor: torch.Tensor, offset: int) -> torch
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if all elements are equal in every bit, also NaNs."""
     return torch.equal(flat_bytes(dense(one)), flat_bytes(dense(other)))

@@ -1,7 +1,7 @@
-"""Which modules and optimizers have code of their own for saving and loading.
+"""Overrides: which modules and optimizers have code of their own for saving and loading.
 
-What has none is plain: its state_dict is its tensors under their names, and filling these tensors is what
-load_state_dict does. Everything else goes through its own methods.
+Those without are plain: state_dict() returns their tensors by name, and load_state_dict() fills these tensors.
+All others are saved and loaded through their own methods.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _PLAIN_LOAD_HOOKS = (
     "torch.distributed._composable.",
     "torch.distributed.algorithms._checkpoint.",  # puts back a prefix that its state_dict() lacks
 )
-"""Modules of torch whose hooks have nothing to do where tensors are filled in place."""
+"""Modules of torch whose hooks do nothing that matters where tensors are filled in place."""
 
 
 @dataclass(frozen=True)
 class LoadOverrides:
-    """What code of its own a module has that takes part in loading.
+    """The code of its own that a module runs when it is loaded.
 
     Attributes:
         prefixes: paths of submodules, each with a final dot, whose code sees all values below it; "" is the
-            whole module.
-        is_called: whether there is code that is called after a load, and sees no values.
+            module itself.
+        is_called: True if there is code that is called after a load without seeing values.
     """
 
     prefixes: tuple[str, ...]
@@ -55,12 +55,12 @@ class LoadOverrides:
         return bool(self.prefixes) or self.is_called
 
     def see(self, name: str) -> bool:
-        """Whether the value of this name passes through code of the module's own."""
+        """True if code of the module's own sees the value of this name."""
         return name.startswith(self.prefixes)
 
 
 def load_overrides(module: nn.Module, clean: Callable[[str], str]) -> LoadOverrides:
-    """What torch's `load_state_dict` would call beside its own code. `clean` makes names of paths."""
+    """What torch's load_state_dict would call beside torch's code. `clean` turns a path into a clean name."""
     prefixes = [""] if has_override(module, "load_state_dict", [nn.Module.load_state_dict]) else []
     is_called = False
     for path, child in module.named_modules(remove_duplicate=False):
@@ -73,7 +73,7 @@ def load_overrides(module: nn.Module, clean: Callable[[str], str]) -> LoadOverri
 
 
 def saves_plainly(module: nn.Module) -> bool:
-    """Whether what the module itself puts into state_dict() depends on its tensors and their names alone."""
+    """True if what the module itself adds to state_dict() depends on its tensors and their names alone."""
     hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
     return (
         not has_override(module, "state_dict", [nn.Module.state_dict])
@@ -85,13 +85,13 @@ def saves_plainly(module: nn.Module) -> bool:
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether what the module saves was replaced in this very object, which can happen at any time."""
+    """True if a method that saves was replaced in this very object, which may happen at any time."""
     own = module.__dict__
     return "state_dict" in own or "_save_to_state_dict" in own
 
 
 def optimizer_saves_plainly(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether state_dict() is torch's, and no hook sees what it returns."""
+    """True if state_dict() is torch's, and no hook sees what it returns."""
     return not (
         has_override(optimizer, "state_dict", [torch.optim.Optimizer.state_dict])
         or optimizer._optimizer_state_dict_pre_hooks
@@ -100,7 +100,7 @@ def optimizer_saves_plainly(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def optimizer_loads_plainly(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether state_dict() and load_state_dict() are torch's, and no hook sees what passes through them."""
+    """True if state_dict() and load_state_dict() are torch's, and no hook sees what passes through them."""
     return not (
         has_override(optimizer, "load_state_dict", [torch.optim.Optimizer.load_state_dict])
         or not optimizer_saves_plainly(optimizer)
@@ -109,7 +109,7 @@ def optimizer_loads_plainly(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def has_override(value: object, name: str, plain: Iterable[Callable[..., Any]]) -> bool:
-    """Whether the class of `value`, or `value` itself, has a method of this name that is none of `plain`."""
+    """True if `value` or its class has a method `name` that is none of `plain`."""
     method = getattr(value, name)
     return getattr(method, "__func__", method) not in plain
 
@@ -119,5 +119,5 @@ def _are_plain(hooks: Iterable[Any]) -> bool:
 
 
 def _origin(hook: Any) -> str:
-    """The name of the Python module that the hook's function is from."""
+    """The name of the Python module that defines the hook."""
     return getattr(hook, "__module__", None) or ""

@@ -1,10 +1,11 @@
-"""Tensors of every kind as named tensors with memory of their own, for saving them and for loading into them.
+"""Expand: from tensors of every kind to named tensors with memory of their own, to save them or to load into
+them.
 
-A plain tensor and a DTensor are one named tensor. A wrapper subclass is one for each tensor that it consists of,
-below its own name. A DTensor of a wrapper is sharded: where an inner tensor has the shape of the local part, its
-elements are placed as the DTensor's are, and any other world can load it. Of other inner tensors (scales of
-blocks, packed codes) only the wrapper knows what belongs to which element: each shard's is stored by itself, and
-loads into the same sharding only.
+A plain tensor and a DTensor are one named tensor each. A wrapper subclass is one for each tensor that it consists
+of, below its own name. A DTensor of a wrapper is sharded. If an inner tensor has the shape of the DTensor's local
+tensor, its elements are placed as the DTensor's are, and it can be loaded in any other sharding. Of other inner
+tensors (scales of blocks, packed codes) only the wrapper knows which elements they belong to: each shard's is
+stored by itself, and can be loaded in the same sharding only.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ __all__ = ["empty_wrapper", "expand", "pair"]
 def expand(
     tensor: torch.Tensor, path: str, *, first_holder: bool = False
 ) -> tuple[TensorRef | WrapperRef, list[TensorShard]]:
-    """What stands for the tensor at `path` among the values, and this rank's part of the tensors that it names.
+    """The reference to the tensor at `path`, and this rank's shards of the named tensors that it refers to.
 
-    Raises UnsupportedValueError, which names the path, for a tensor without memory or of a type that the format
+    Args:
+        tensor: of any kind.
+        path: its place in the state.
+        first_holder: see `Layout`.
+
+    Raises UnsupportedValueError, which names the path, for a tensor without memory, or of a type that the format
     lacks.
     """
     if type(tensor) is torch.Tensor:  # most are
@@ -80,7 +86,7 @@ def _by_shard(
 
 
 def empty_wrapper(like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same classes as a wrapper, or a DTensor of one, that consists of new memory."""
+    """A tensor like a wrapper subclass, or a DTensor of one, that consists of new memory."""
     local: Any = own_part(like)
     if not is_wrapper(local):
         made = torch.empty_like(local, requires_grad=False)
@@ -94,10 +100,10 @@ def empty_wrapper(like: torch.Tensor) -> torch.Tensor:
 
 
 def pair(held: Any, saved: Any, path: str) -> Iterator[tuple[str, str]]:
-    """For a tensor of the state and what was saved at its place: each named tensor, and its name there.
+    """For a tensor of the state: (name, name in the checkpoint) of each named tensor that it consists of.
 
-    `held` is what `expand` gives. Raises StateError unless both consist of the same tensors, with the same
-    meaning.
+    `held` is the reference that `expand` returns for it, `saved` the reference that was saved at its place.
+    Raises StateError unless both consist of the same tensors, with the same meaning.
     """
     if isinstance(held, list) and isinstance(saved, list):
         for number, (one, other) in enumerate(zip(held, saved, strict=True)):

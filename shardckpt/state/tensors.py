@@ -1,4 +1,4 @@
-"""A tensor as one rank holds it: its global shape, and which boxes of it lie where in local memory."""
+"""TensorShard: what one rank holds of a tensor, and which boxes of it lie where in memory."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ __all__ = [
 ]
 
 _PARTS = (Replicate, Shard, _StridedShard)
-"""Placements that give a rank all of a tensor or a part that is known here; not subclasses, which may differ."""
+"""Placements of which it is known what part of a tensor a rank holds. Their subclasses may differ."""
 
 _shape_problem = lru_cache(maxsize=1 << 12)(shape_problem)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorShard:
-    """A named tensor of the state, as this rank holds it.
+    """What this rank holds of a named tensor: all of it, if the tensor is not sharded.
 
     Attributes:
-        name: its name in the checkpoint.
-        dtype: its element type's name.
+        name: the tensor's name in the checkpoint.
+        dtype: the name of its element type.
         shape: its global shape.
-        pieces: the boxes that this rank holds, with their place in `data`.
-        data: this rank's memory, detached: writing to it changes the state.
-        first_holder: see Layout.
-        is_new: whether `data` is memory made for a load, of which the state knows nothing yet.
+        pieces: the boxes that this rank holds, each with its place in `data`.
+        data: this rank's memory, detached; writing to it changes the state.
+        first_holder: see `Layout`.
+        is_new: True if `data` is new memory for a load, which is not yet a part of the state.
     """
 
     name: str
@@ -68,12 +68,12 @@ class TensorShard:
     is_new: bool = False
 
     def layout(self, alias: str | None) -> Layout:
-        """What the plan needs to know of it."""
+        """The shard as `plan_save` takes it. `alias` is the first name of the same memory on this rank."""
         boxes = tuple(piece.box for piece in self.pieces if piece.box.volume)
         return Layout(self.name, self.dtype, self.shape, boxes, alias, self.first_holder)
 
     def memory(self) -> tuple[Any, ...] | None:
-        """Equal for two tensors of one rank only if they are the same memory; None if it holds nothing."""
+        """Equal for two shards of one rank only if they are the same memory; None for a shard without elements."""
         data = self.data
         if not data.numel():
             return None
@@ -82,7 +82,7 @@ class TensorShard:
 
 
 def dtype_name(dtype: torch.dtype, where: str) -> str:
-    """The format's name of a torch type. Raises UnsupportedValueError, which names `where`."""
+    """The format's name of a torch type. Raises UnsupportedValueError, which names `where`, if it has none."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise UnsupportedValueError(
@@ -93,7 +93,7 @@ def dtype_name(dtype: torch.dtype, where: str) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch type of a name of the format. Raises UnsupportedValueError where this torch lacks it."""
+    """The torch type of a name of the format. Raises UnsupportedValueError if this torch lacks it."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UnsupportedValueError(f"torch {torch.__version__} has no element type {name!r}")
@@ -102,17 +102,17 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor, in the same memory."""
-    # view(-1) would keep the stride of a single element, which may be any
+    # view(-1) would keep the stride of a single element, which may be any number.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's elements one after another: the tensor itself where they lie so, else a copy."""
+    """The tensor in C order without conjugate or negative bits: the tensor itself if it is, otherwise a copy."""
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 def extent(tensor: torch.Tensor) -> int:
-    """Bytes from the first element of a tensor that has one to the end of the one furthest in memory."""
+    """Bytes from the first element of a tensor, which must have one, to the end of the furthest in memory."""
     if tensor.is_contiguous():
         return tensor.nbytes
     reach = sum(stride * (n - 1) for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
@@ -120,9 +120,9 @@ def extent(tensor: torch.Tensor) -> int:
 
 
 def as_array(tensor: torch.Tensor, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """The memory of a strided CPU tensor as an array, whose `dtype` is as large as the tensor's.
+    """The memory of a strided CPU tensor as an array of `dtype`, whose elements are as large as the tensor's.
 
-    `tensor.numpy()` would leave the user's storage without the right to be resized, for good.
+    `tensor.numpy()` would make the storage of the user's tensor impossible to resize from then on.
     """
     return np.asarray(_Memory(tensor, np.dtype(dtype)))
 
@@ -140,7 +140,7 @@ class _Memory:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's elements are bytes of the CPU's memory, one after another."""
+    """True if the tensor's elements lie in CPU memory in C order, and mean what their bits say."""
     plain = tensor.device.type == "cpu" and tensor.is_contiguous()
     return plain and not tensor.is_conj() and not tensor.is_neg()
 
@@ -148,16 +148,16 @@ def is_plain(tensor: torch.Tensor) -> bool:
 def tensor_shard(
     tensor: torch.Tensor, name: str, *, own: torch.Tensor | None = None, first_holder: bool = False
 ) -> TensorShard:
-    """What this rank holds of `tensor`, a plain tensor (held whole) or a DTensor.
+    """This rank's shard of `tensor`: a plain tensor, of which each rank holds all, or a DTensor.
 
     Args:
-        tensor: says what its shape is, and which part of it is here.
-        name: its name in the checkpoint, for error messages too.
-        own: what is here, if it is not `own_part(tensor)`, but of the same shape.
-        first_holder: see Layout.
+        tensor: tells the global shape, and which part of it this rank holds.
+        name: its name in the checkpoint, also for error messages.
+        own: the memory, if it is not `own_part(tensor)`, but has the same shape.
+        first_holder: see `Layout`.
 
-    Raises UnsupportedValueError for what has no elements in memory of its own, such as sparse, quantized, nested,
-    meta and fake tensors, and for DTensors whose placements do not say which part of it is here.
+    Raises UnsupportedValueError for tensors whose elements do not lie in memory of their own (sparse, quantized,
+    nested, meta and fake tensors), and for DTensors whose placements do not tell which part this rank holds.
     """
     data = own_part(tensor) if own is None else own
     check_memory(data, name)
@@ -183,7 +183,7 @@ def tensor_shard(
 
 
 def check_memory(data: torch.Tensor, name: str) -> None:
-    """Raise UnsupportedValueError unless a local tensor has memory, in which its strides find its elements."""
+    """Raise UnsupportedValueError unless `data` has memory of its own for all its elements."""
     kind = remedy = None
     if type(data) not in PLAIN_TYPES and is_lazy(data):
         kind, remedy = "an uninitialized parameter or buffer", "Run the model once, which gives it a shape."
@@ -208,7 +208,7 @@ def check_memory(data: torch.Tensor, name: str) -> None:
 
 
 def _is_backed(data: torch.Tensor) -> bool:
-    """Whether the storage is real, and as long as shape and strides say."""
+    """True if the storage is real, and as large as shape and strides need."""
     if not data.numel():
         return True
     try:
@@ -220,9 +220,10 @@ def _is_backed(data: torch.Tensor) -> bool:
 
 
 def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | None) -> torch.Tensor:
-    """New memory of this type and global shape to load into: laid out as `like` is if it has that shape.
+    """A new tensor to load into, of this type and global shape.
 
-    Where it has not, or there is none, a plain tensor in the memory of the CPU.
+    It is laid out, and placed, as `like` is, if that has the same shape; otherwise it is a plain tensor in CPU
+    memory. Raises CannotAllocateError.
     """
     try:
         return _empty_like_saved(torch_dtype(dtype), shape, like)
@@ -235,7 +236,7 @@ def empty_like_saved(dtype: str, shape: tuple[int, ...], like: torch.Tensor | No
 
 
 class CannotAllocateError(StateError, MemoryError):
-    """There is no memory for a tensor of the checkpoint: it is too large here, or its size is a forgery."""
+    """There is no memory for a tensor of the checkpoint: it is too large, or its size is forged."""
 
 
 def _empty_like_saved(kind: torch.dtype, shape: tuple[int, ...], like: torch.Tensor | None) -> torch.Tensor:
@@ -265,9 +266,9 @@ class Sharding:
     """How a DTensor is split, and which part this rank has.
 
     Attributes:
-        splits: (dimension, parts, split factor) of each split, in their order.
-        index: the number of this rank's part, and `count`, of all; None where it is in none.
-        pieces: the boxes of that part, with their place in local memory.
+        splits: (dimension, parts, split factor) of each split, in order.
+        index: the number of this rank's part, from 0; None if it is not in the DTensor's mesh.
+        pieces: the boxes of that part, each with its place in the rank's memory.
     """
 
     splits: tuple[tuple[int, int, int], ...]
@@ -276,15 +277,15 @@ class Sharding:
 
     @property
     def count(self) -> int:
-        """The number of parts; replicas of one are not counted."""
+        """The number of different parts: replicas of a part count once."""
         return math.prod(parts for _, parts, _ in self.splits)
 
 
 def sharding_of(tensor: DTensor, name: str) -> Sharding:
-    """By the placements, applied from the left mesh dimension to the right.
+    """How a DTensor is split according to its placements, which apply from the left mesh dimension to the right.
 
-    torch's own helper gives the first offset only, which is not enough for a strided shard of a
-    dimension that does not divide evenly. Raises UnsupportedValueError for placements of another meaning.
+    torch's own helper returns the first offset only, which is not enough for a strided shard of a dimension that
+    does not divide evenly. Raises UnsupportedValueError, which names `name`, for other placements.
     """
     mesh = tensor.device_mesh
     for placement in tensor.placements:
@@ -315,7 +316,7 @@ def sharding_of(tensor: DTensor, name: str) -> Sharding:
 
 
 def _is_default_order(spec: DTensorSpec) -> bool:
-    """Whether the placements alone say how the tensor is split: torch 2.10 can give the order besides."""
+    """True if the placements alone tell how the tensor is split: since torch 2.10 a spec may have an order, too."""
     order = getattr(spec, "shard_order", None)
     if order is None or spec.use_strided_shard_as_shard_order:
         return True
@@ -329,7 +330,7 @@ def _default_order(placements: tuple[Placement, ...]) -> Any:
 
 @lru_cache(maxsize=1 << 16)
 def _pieces(shape: tuple[int, ...], splits: tuple[tuple[int, int, int, int], ...]) -> tuple[Piece, ...]:
-    """The boxes that are left of a shape after splits of (dimension, parts, own part, split factor)."""
+    """The boxes of a shape that a rank has after splits of (dimension, parts, own part, split factor)."""
     runs: list[Runs] = [((0, n),) for n in shape]
     for dim, parts, index, split_factor in splits:
         runs[dim] = split_strided(runs[dim], parts, index, split_factor)
@@ -340,11 +341,12 @@ def _pieces(shape: tuple[int, ...], splits: tuple[tuple[int, int, int, int], ...
 def _splits(
     placements: tuple[Placement, ...], sizes: tuple[int, ...], coordinate: tuple[int, ...]
 ) -> tuple[tuple[int, int, int, int], ...]:
-    """What splits a tensor on a mesh of these sizes: (dimension, parts, own part, split factor), in order.
+    """The splits of a tensor on a mesh of these sizes: (dimension, parts, own part, split factor), in order.
 
-    Mesh dimensions split from the left to the right, but a strided shard splits last what `split_factor`
-    parts to its right are already, as FSDP does after tensor parallelism. Only that order is right where a
-    dimension does not divide evenly. A factor that is no product of those parts' numbers is taken as it is.
+    Mesh dimensions split from the left to the right; but a strided shard is split last, after the mesh dimensions
+    to its right that make up its split factor, as FSDP does after tensor parallelism. Only this order is right
+    where a dimension does not divide evenly. A factor that is no product of those dimensions' sizes is used as it
+    is.
     """
     order: list[tuple[int, int]] = []
     dims = [getattr(placement, "dim", None) for placement in placements]

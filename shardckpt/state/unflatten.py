@@ -1,4 +1,4 @@
-"""The inverse of flatten: what a load fills, and how it is handed to the state's objects."""
+"""Unflatten: from a manifest and a state to what a load fills, and how it is handed to the state's objects."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ _LISTED = 8
 
 
 def bind_state(state: dict[str, Any], manifest: Manifest, rank: int, *, strict: bool) -> LoadTargets:
-    """What loading `manifest` into `state` fills on this rank. Changes nothing.
+    """Compare a state with a checkpoint, and return what a load fills on this rank. Changes nothing.
 
-    It compares the state with the checkpoint, and returns the tensors to fill, and what gives everything else to
-    the modules, optimizers and other objects. Raises ShapeMismatchError and StateError; with `strict` also
-    MissingKeysError, if the names below any top-level key of the state differ from the checkpoint's.
+    Args:
+        state: as `load` has it.
+        manifest: of the checkpoint.
+        rank: this rank.
+        strict: raise MissingKeysError if names below a top-level key of the state differ from the checkpoint's.
+
+    Raises ShapeMismatchError and StateError.
     """
     check_state(state)
     modules = dict(iter_modules(state))
@@ -41,7 +45,7 @@ def bind_state(state: dict[str, Any], manifest: Manifest, rank: int, *, strict: 
     walk = _Walk(builder, manifest, rank, parameter_names(modules), strict)
     saved = decode_value(manifest.values)
     walk.entries(state, saved, "")
-    targets = builder.done()
+    targets = builder.build()
     targets.unused = [key for key in saved if key not in state]
     if strict and (targets.missing or targets.unexpected):
         raise MissingKeysError(_difference(targets))
@@ -49,7 +53,7 @@ def bind_state(state: dict[str, Any], manifest: Manifest, rank: int, *, strict: 
 
 
 class _Walk:
-    """One walk over a state and, side by side, what was saved of it."""
+    """Walks over a state and, side by side, over what was saved of it."""
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class _Walk:
         self._strict = strict
 
     def entries(self, held: Any, saved: Any, path: str) -> None:
-        """The entries of a dict or list of the state that is not plain data throughout."""
+        """Bind the entries of a dict or list that contains tensors or objects."""
         is_dict = isinstance(held, Mapping)
         if not isinstance(saved, dict if is_dict else (list, tuple)):
             raise mismatch(path, type(held).__qualname__, saved)
@@ -77,11 +81,11 @@ class _Walk:
             self._entry(held, key, value, wanted.pop(key, _ABSENT), join(path, key))
         if path:
             for key, value in wanted.items():
-                self._builder.unexpected(value, join(path, key))
+                self._builder.add_unexpected(value, join(path, key))
 
     def _entry(self, parent: Any, key: Any, held: Any, saved: Any, path: str) -> None:
         if saved is _ABSENT:
-            self._builder.missing(path)
+            self._builder.add_missing(path)
         elif isinstance(held, PerRank):
             self._per_rank(held, saved, path)
         elif isinstance(held, nn.Module):
@@ -91,20 +95,20 @@ class _Walk:
         elif isinstance(held, torch.Tensor):
             self._builder.fill(held, path, saved)
         elif isinstance(held, Stateful) and not isinstance(held, type):
-            tree = self._builder.made(saved, with_layouts(held, path), path)
-            self._builder.finish(path, lambda: held.load_state_dict(tree()))
+            tree = self._builder.new_value(saved, with_layouts(held, path), path)
+            self._builder.on_filled(path, lambda: held.load_state_dict(tree()))
         elif isinstance(held, (Mapping, list, tuple)) and _has_objects(held):
             self.entries(held, saved, path)
         else:
             self._value(parent, key, held, saved, path)
 
     def _value(self, parent: Any, key: Any, held: Any, saved: Any, path: str) -> None:
-        """Plain data: filled, or put in the place of what is held."""
+        """Bind plain data: it is refilled, or replaces the live value."""
         if not isinstance(parent, tuple):
-            made = self._builder.refilled(saved, held, path)
-            self._builder.finish(path, lambda: parent.__setitem__(key, made()))
+            made = self._builder.refilled_value(saved, held, path)
+            self._builder.on_filled(path, lambda: parent.__setitem__(key, made()))
         elif self._builder.is_refillable(held, saved):
-            self._builder.finish(path, self._builder.refilled(saved, held, path))
+            self._builder.on_filled(path, self._builder.refilled_value(saved, held, path))
         elif isinstance(held, tuple) and isinstance(saved, tuple) and len(held) == len(saved):
             self.entries(held, saved, path)
         elif repr(saved := conform(saved, held, path)) != repr(held):
@@ -127,11 +131,11 @@ class _Walk:
         content = decode_value(saved_values[saved.path])
         holder = {"value": held.value}
         self._entry(holder, "value", held.value, content, per_rank_path(path, self._rank))
-        self._builder.finish(path, lambda: setattr(held, "value", holder["value"]))
+        self._builder.on_filled(path, lambda: setattr(held, "value", holder["value"]))
 
 
 def _has_objects(held: Any, depth: int = 0) -> bool:
-    """Whether something in this container is to be loaded into, and not just replaced."""
+    """True if the container has a tensor or an object in it, which is loaded into and not just replaced."""
     if depth > MAX_DEPTH:  # it contains itself
         return False
     if isinstance(held, Mapping):
@@ -144,6 +148,7 @@ def _has_objects(held: Any, depth: int = 0) -> bool:
 
 
 def _difference(targets: LoadTargets) -> str:
+    """Which names only one side has, for a message."""
     lines = ["the state and the checkpoint do not have the same names."]
     for names, what in (
         (targets.missing, "in the state but not in the checkpoint"),

@@ -1,7 +1,7 @@
 """Tensors that consist of other tensors: DTensors, and wrapper subclasses (quantized, float8, two-tensor ones).
 
-A wrapper subclass has no memory of its own. What it consists of is what `__tensor_flatten__` names, the protocol
-that torch.compile uses too.
+A wrapper subclass has no memory of its own. It names the tensors that it consists of in `__tensor_flatten__`, the
+protocol that torch.compile uses, too.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = [
 ]
 
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-"""Tensors of these very classes have memory of their own, if any."""
+"""Tensors of exactly these classes consist of no other tensors."""
 _OF_THIS_PROCESS = (torch.device, torch.Size, DeviceMesh, ProcessGroup)
-"""What a wrapper knows of its place, or of its local shape: another process may have another."""
+"""Types in a wrapper's context that describe its place or its shard's shape: they may differ between ranks."""
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, without a graph; waits for a collective that is still writing it."""
+    """A DTensor's local tensor, or another tensor itself. Waits for a collective that is writing it."""
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     while isinstance(local, AsyncCollectiveTensor):
         local = local.wait()
@@ -45,23 +45,23 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_wrapper(local: torch.Tensor) -> bool:
-    """Whether the tensor, of which a DTensor's local part is meant, has other tensors instead of memory."""
+    """True if a tensor, as `own_part` returns it, consists of other tensors instead of memory."""
     return type(local) not in PLAIN_TYPES and not local.is_nested and is_traceable_wrapper_subclass(local)
 
 
 def inner_names(wrapper: Any) -> list[str]:
-    """The attributes of a wrapper that hold the tensors that it consists of."""
+    """The attributes of a wrapper that have the tensors that it consists of."""
     return list(wrapper.__tensor_flatten__()[0])
 
 
 def flat(wrapper: Any) -> tuple[list[tuple[str, torch.Tensor]], Any]:
-    """The tensors that a wrapper consists of, by attribute, and what else it needs to know, as plain data."""
+    """(attribute, tensor) of each tensor that a wrapper consists of, and its context as plain data."""
     names, context = wrapper.__tensor_flatten__()
     return [(name, getattr(wrapper, name)) for name in names], describe(context)
 
 
 def memory_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors with memory of their own that make up this rank's part of a tensor."""
+    """The tensors with memory of their own that this rank's part of a tensor consists of."""
     local = tensor if type(tensor) in PLAIN_TYPES else own_part(tensor)
     if is_wrapper(local):
         for name in inner_names(local):
@@ -71,7 +71,7 @@ def memory_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def storages(tensor: torch.Tensor) -> set[tuple[torch.device, int]]:
-    """The memory that a tensor lies in, as far as this rank holds it; none, for what has none."""
+    """(device, address) of each storage in which this rank's part of a tensor lies; empty if it has no memory."""
     found = set()
     for part in memory_parts(tensor):
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
@@ -80,9 +80,10 @@ def storages(tensor: torch.Tensor) -> set[tuple[torch.device, int]]:
 
 
 def describe(context: Any) -> Any:
-    """A wrapper's context as plain data: equal if two wrappers mean the same by the same inner tensors.
+    """A wrapper's context as plain data: equal for two wrappers in which the same inner tensors mean the same.
 
-    Devices, meshes and local shapes are left out. What is no data is known by its class, or by its repr.
+    Devices, meshes and shapes of shards are left out. An object that is no data is described by its class or its
+    repr.
     """
     if context is None or isinstance(context, _OF_THIS_PROCESS):
         return None

@@ -167,34 +167,34 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_walk_would_find_the_same(change: Callable[[dict[str, Any]], None]) -> None:
-    state, memo = make(), StateDictCache()
+    state, cache = make(), StateDictCache()
     for _ in range(2):
-        assert_same(flatten(state, 0, memo), flatten(state, 0))
+        assert_same(flatten(state, 0, cache), flatten(state, 0))
     change(state)
     for _ in range(2):
-        assert_same(flatten(state, 0, memo), flatten(state, 0))
+        assert_same(flatten(state, 0, cache), flatten(state, 0))
 
 
 def test_a_method_of_the_instance_is_always_asked() -> None:
     """What it returns may change though no tensor does, as where only trainable weights are saved."""
-    state, memo = make(), StateDictCache()
+    state, cache = make(), StateDictCache()
     chosen = ["first.weight"]
     net = state["net"]
     net.state_dict = lambda: {name: net.get_parameter(name).detach() for name in chosen}
-    flatten(state, 0, memo)
+    flatten(state, 0, cache)
     chosen.append("first.bias")
-    assert_same(flatten(state, 0, memo), flatten(state, 0))
+    assert_same(flatten(state, 0, cache), flatten(state, 0))
 
 
 def test_what_has_not_changed_is_not_walked_again() -> None:
     """The very same tensors come back, and what is made of them is made once."""
-    state, memo = make(), StateDictCache()
-    first = flatten(state, 0, memo)
-    made = memo.derived("layouts", first.tensors, first.layouts)
+    state, cache = make(), StateDictCache()
+    first = flatten(state, 0, cache)
+    made = cache.derived("layouts", first.tensors, first.layouts)
     _another_step(state)
-    second = flatten(state, 0, memo)
+    second = flatten(state, 0, cache)
     assert all(one is other for one, other in zip(first.tensors, second.tensors, strict=True))
-    assert memo.derived("layouts", second.tensors, second.layouts) is made
+    assert cache.derived("layouts", second.tensors, second.layouts) is made
     assert second.values["step"] == 2
 
 
@@ -207,20 +207,20 @@ def test_an_object_with_a_state_dict_of_its_own_is_always_asked() -> None:
             self.calls = state["calls"]
 
     state: dict[str, Any] = {"net": Own(2, 2)}
-    memo = StateDictCache()
+    cache = StateDictCache()
     for calls in range(3):
         state["net"].calls = calls
-        assert_same(flatten(state, 0, memo), flatten(state, 0))
+        assert_same(flatten(state, 0, cache), flatten(state, 0))
 
 
 @pytest.mark.parametrize("part", ["net", "optimizer"])
 def test_it_does_not_keep_memory_that_the_state_has_given_up(part: str) -> None:
-    state, memo = make(), StateDictCache()
-    flat = flatten(state, 0, memo)
+    state, cache = make(), StateDictCache()
+    flat = flatten(state, 0, cache)
     noted: list[str] = []
     tensor = next(t.data for t in flat.tensors if t.name.startswith(part) and t.data.numel() == 9)
     weakref.finalize(tensor, noted.append, "gone")
-    memo.derived("something", flat.tensors, lambda made=tensor: made)
+    cache.derived("something", flat.tensors, lambda made=tensor: made)
     del tensor, flat
     if part == "net":
         state.clear()
