@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from shardckpt.errors import StateError
 from shardckpt.format.names import join
 from shardckpt.format.tree import TensorRef, WrapperRef
-from shardckpt.state.tensors import Sharding, TensorShard, sharding_of, tensor_shard
+from shardckpt.state.sharding import Sharding, sharding_of
+from shardckpt.state.tensors import TensorShard, tensor_shard
 from shardckpt.state.wrapped import flat, is_wrapper, own_part
 
 __all__ = ["empty_wrapper", "expand", "pair"]

@@ -1,0 +1,126 @@
+"""Sharding: how a DTensor is split, and which boxes of it this rank holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from shardckpt.errors import UnsupportedValueError
+from shardckpt.format.box import Piece, Runs, pieces_of_runs, split_strided
+
+__all__ = ["Sharding", "sharding_of"]
+
+
+_PARTS = (Replicate, Shard, _StridedShard)
+"""Placements of which it is known what part of a tensor a rank holds. Their subclasses may differ."""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a DTensor is split, and which part this rank has.
+
+    Attributes:
+        splits: (dimension, parts, split factor) of each split, in order.
+        index: the number of this rank's part, from 0; None if it is not in the DTensor's mesh.
+        pieces: the boxes of that part, each with its place in the rank's memory.
+    """
+
+    splits: tuple[tuple[int, int, int], ...]
+    index: int | None
+    pieces: tuple[Piece, ...]
+
+    @property
+    def count(self) -> int:
+        """The number of different parts: replicas of a part count once."""
+        return math.prod(parts for _, parts, _ in self.splits)
+
+
+def sharding_of(tensor: DTensor, name: str) -> Sharding:
+    """How a DTensor is split according to its placements, which apply from the left mesh dimension to the right.
+
+    torch's own helper returns the first offset only, which is not enough for a strided shard of a dimension that
+    does not divide evenly. Raises UnsupportedValueError, which names `name`, for other placements.
+    """
+    mesh = tensor.device_mesh
+    for placement in tensor.placements:
+        if type(placement) not in _PARTS:
+            remedy = (
+                "call redistribute() first" if isinstance(placement, Partial) else "replicate or shard it"
+            )
+            raise UnsupportedValueError(
+                f"state[{name!r}] is a DTensor with the placement {placement!r}, which is not a part of the "
+                f"tensor that is known here; {remedy}."
+            )
+    if not _is_default_order(tensor._spec):
+        raise UnsupportedValueError(
+            f"state[{name!r}] is a DTensor with placements {tensor.placements} in the explicit order "
+            f"{tensor._spec.shard_order}, which is not supported; redistribute() it to the default order, in "
+            "which mesh dimensions split from the left to the right."
+        )
+    coordinate = mesh.get_coordinate()
+    sizes = tuple(mesh.shape)
+    splits = _splits(tensor.placements, sizes, tuple(coordinate) if coordinate else (0,) * len(sizes))
+    ways = tuple((dim, parts, factor) for dim, parts, _, factor in splits)
+    if coordinate is None:  # this rank is not in the tensor's mesh
+        return Sharding(ways, None, ())
+    index = 0
+    for _, parts, own, _ in splits:
+        index = index * parts + own
+    return Sharding(ways, index, _pieces(tuple(tensor.shape), splits))
+
+
+def _is_default_order(spec: DTensorSpec) -> bool:
+    """True if the placements alone tell how the tensor is split: torch 2.10 may have an order besides."""
+    order = getattr(spec, "shard_order", None)
+    if order is None or spec.use_strided_shard_as_shard_order:
+        return True
+    return bool(order == _default_order(spec.placements))
+
+
+@lru_cache(maxsize=1 << 10)
+def _default_order(placements: tuple[Placement, ...]) -> Any:
+    return DTensorSpec.compute_default_shard_order(placements)
+
+
+@lru_cache(maxsize=1 << 16)
+def _pieces(shape: tuple[int, ...], splits: tuple[tuple[int, int, int, int], ...]) -> tuple[Piece, ...]:
+    """The boxes of a shape that a rank has after splits of (dimension, parts, own part, split factor)."""
+    runs: list[Runs] = [((0, n),) for n in shape]
+    for dim, parts, index, split_factor in splits:
+        runs[dim] = split_strided(runs[dim], parts, index, split_factor)
+    return pieces_of_runs(runs)
+
+
+@lru_cache(maxsize=1 << 12)
+def _splits(
+    placements: tuple[Placement, ...], sizes: tuple[int, ...], coordinate: tuple[int, ...]
+) -> tuple[tuple[int, int, int, int], ...]:
+    """The splits of a tensor on a mesh of these sizes: (dimension, parts, own part, split factor), in order.
+
+    Mesh dimensions split from the left to the right; but a strided shard is split last, after the mesh dimensions
+    to its right that make up its split factor, as FSDP does after tensor parallelism. Only this order is right
+    where a dimension does not divide evenly. A factor that is no product of those dimensions' sizes is used as it
+    is.
+    """
+    order: list[tuple[int, int]] = []
+    dims = [getattr(placement, "dim", None) for placement in placements]
+    for mesh_dim in reversed(range(len(dims))):
+        factor = int(getattr(placements[mesh_dim], "split_factor", 1))
+        left, at = factor, 0
+        while left > 1 and at < len(order):
+            other, parts = order[at][0], sizes[order[at][0]]
+            if dims[other] == dims[mesh_dim]:
+                left = left // parts if left % parts == 0 else 0
+            at += 1
+        order.insert(at if left == 1 else 0, (mesh_dim, 1 if left == 1 else factor))
+    return tuple(
+        (dim, sizes[mesh_dim], coordinate[mesh_dim], factor)
+        for mesh_dim, factor in order
+        if (dim := dims[mesh_dim]) is not None
+    )
