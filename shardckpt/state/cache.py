@@ -54,8 +54,9 @@ class StateDictCache:
         self._derived: dict[str, tuple[Sequence[object], Any]] = {}
 
     def begin(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
-        """Begin a save of a state with these modules. If one has changed, everything is dropped, since the names
-        of parameters depend on all modules.
+        """Begin a save of a state with these modules.
+
+        If one of them has changed, everything is dropped: the names of parameters depend on all modules.
         """
         found = [(path, id(module)) for path, module in modules]
         if found != self._modules or not all(self._holds(path, module) for path, module in modules):
