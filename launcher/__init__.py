@@ -4,8 +4,8 @@
     config = launcher.Config(command=launcher.Command(launcher.Kind.SCRIPT, "train.py"), nproc=8)
     exit_code = launcher.run(config)
 
-In a worker, `launcher.report(step, loss=loss)` tells how far it is. Importing this package imports
-nothing else until a name is used, and never torch.
+A worker reports its progress by `launcher.report(step, loss=loss)`. The import of this package imports nothing
+else until a name is used, and never torch.
 """
 
 from __future__ import annotations
@@ -33,10 +33,15 @@ _HOMES = {
 def run(config: Config) -> int:
     """Run a job to its end, and return the exit code that `launch` would end with.
 
-    Call it from the main thread: it handles signals, and raises the limit of open files (workers get the
-    former one). Children that this process has already are left alone, all that come while it runs are not,
-    but for a saver that still persists when it is not waited for any longer. Raises `LaunchError` if the job
-    cannot run at all.
+    Call it from the main thread: it handles signals, and raises the soft limit of open files (workers get the
+    former one). It ends all child processes of this process that begin while it runs, except a saver that
+    still persists.
+
+    Args:
+        config: The job.
+
+    Raises:
+        LaunchError: The job cannot run at all.
     """
     from launcher.system.processes import Subreaper, raise_file_limit
     from launcher.zygote.handle import ZygoteHandle

@@ -1,4 +1,4 @@
-"""Everything that the agent waits for, as one stream of events."""
+"""One stream of all the events that the agent waits for."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _HARMLESS = (signal.SIGUSR2,)
 
 
 class Source(Protocol):
-    """Something that events come from."""
+    """Where events come from: a process, a socket, a thread."""
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """File descriptors that become readable when `receive` has something to tell; none: never again."""
+        """File descriptors that become readable when `receive` has events; none: it never will again."""
 
     def receive(self) -> list[Event]:
-        """What has happened since the last call; does not wait."""
+        """The events since the last call; does not wait."""
 
 
 class Monitor:
-    """Waits for its sources, for signals, for one deadline at a time and for ticks, without polling.
+    """Waits for events of its sources, signals, one deadline at a time and ticks, without polling.
 
-    Entered as a context: it handles the signals that stop a job, and ignores SIGUSR2.
-    Signals that were ignored before (SIGHUP under nohup) stay so.
+    Enter it as a context: inside, the signals that stop a job are events, and SIGUSR2 is ignored. Signals that
+    were ignored before (SIGHUP under nohup) stay ignored.
     """
 
     def __init__(self) -> None:
@@ -67,16 +67,16 @@ class Monitor:
         os.close(self._wake_write)
 
     def watch(self, *sources: Source) -> None:
-        """Tell of these from now on, and of no others."""
+        """Take the events of these sources from now on, and of no others."""
         self._sources = sources
 
     def set_deadline(self, seconds: float | None) -> None:
-        """Yield `DeadlinePassed` in `seconds` from now, or not at all; replaces the one before."""
+        """Yield `DeadlinePassed` in `seconds` from now; None: never. Replaces the deadline before."""
         self._pending = deque(event for event in self._pending if not isinstance(event, DeadlinePassed))
         self._deadline = None if seconds is None else time.monotonic() + seconds
 
     def set_ticks(self, seconds: float | None) -> None:
-        """Yield `Tick` every so many seconds from now on, or never."""
+        """Yield `Tick` every so many seconds from now on; None: never."""
         self._period = seconds
         self._next_tick = time.monotonic() + (seconds or 0.0)
 
@@ -85,7 +85,7 @@ class Monitor:
         self._pending += events
 
     def events(self) -> Iterator[Event]:
-        """Wait for events, for ever. An event is handed over once, also across calls."""
+        """Yield events as they come, without an end. Each is yielded once, also across calls."""
         while True:
             while self._pending:
                 yield self._pending.popleft()
@@ -110,7 +110,7 @@ class Monitor:
             self._pending.append(Tick())
 
     def _timeout(self) -> float | None:
-        """Milliseconds until something is due."""
+        """Milliseconds until the deadline or the next tick; None: neither is set."""
         due = [] if self._deadline is None else [self._deadline]
         due += [] if self._period is None else [self._next_tick]
         return min(max(0.0, min(due) - time.monotonic()), _LONGEST_POLL) * 1000 if due else None

@@ -1,4 +1,4 @@
-"""What a worker is told: its environment and where its output goes."""
+"""The environment and the output files of each worker (docs/worker-contract.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher import clock
 from launcher.config.job import Config
 from launcher.zygote.orders import WorkerOrder
 
-if TYPE_CHECKING:  # the zygote needs this module first of all, and these not at all
+if TYPE_CHECKING:
     from launcher.rendezvous.team import RankAssignment
     from launcher.round.restart import History
     from launcher.run_dir import RankFiles
@@ -28,9 +28,15 @@ def worker_orders(
     saver: str,
     drain: Path,
 ) -> list[WorkerOrder]:
-    """The workers of a round on this node, as docs/worker-contract.md promises.
+    """The orders for the workers of a round on this node.
 
-    `saver` is the saver's address, `drain` the file with the request to save and end.
+    Args:
+        config: The job.
+        plan: The ranks and slots of this node, and where the workers meet.
+        history: For the number of restarts.
+        files: The files of each rank, in the order of the slots.
+        saver: Name of the saver's abstract unix socket.
+        drain: The file that holds the request to save and leave.
     """
     shared = {
         "WORLD_SIZE": str(plan.world),
@@ -77,7 +83,7 @@ def worker_orders(
 def _visible_devices(
     slots: Sequence[int], gpus: int, environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """CUDA_VISIBLE_DEVICES where a device is left out, so that LOCAL_RANK goes on to number devices."""
+    """CUDA_VISIBLE_DEVICES if a device is left out, so that LOCAL_RANK still numbers the devices."""
     if not gpus or tuple(slots) == tuple(range(len(slots))):
         return {}
     visible = environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")

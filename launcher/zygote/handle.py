@@ -1,4 +1,4 @@
-"""The agent's handle on its zygote: start it, have it fork and signal workers, hear of deaths."""
+"""The agent's handle on its zygote: start it, order forks and signals, receive events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from launcher.zygote.orders import WorkerOrder, shared_environment
 __all__ = ["ZygoteHandle"]
 
 _HOOK_DIR = Path(__file__).parent / "hook"
-_KILL_PATIENCE = 10.0  # seconds; a process in uninterruptible sleep does not even die of SIGKILL
+_KILL_SECONDS = 10.0  # until SIGKILL has an effect; on uninterruptible sleep it may have none
 _EVENTS = {
     "ready": ZygoteReady,
     "started": WorkerStarted,
@@ -40,13 +40,16 @@ _EVENTS = {
 
 
 class ZygoteHandle:
-    """A running zygote. It, its workers and all that they started die with this process.
+    """A running zygote. The zygote, its workers and all that they have started die with this process.
 
-    The constructor returns at once; the zygote imports torch meanwhile, and obeys after that.
+    The constructor returns at once. The zygote carries out orders once it has imported torch (`ZygoteReady`).
+
+    Raises:
+        InternalError: The interpreter or the command cannot be started.
     """
 
     def __init__(self, config: Config, reaper: Subreaper) -> None:
-        self._reaper = reaper  # of what a zygote leaves behind when it is killed
+        self._reaper = reaper  # ends what a killed zygote leaves behind
         ours, theirs = socket.socketpair()
         command = config.command
         orders = {
@@ -73,21 +76,23 @@ class ZygoteHandle:
         self._pidfd = os.pidfd_open(self._process.pid)
         self._unread = b""
         self.lost: ZygoteLost | None = None
-        """The last event, once it has been told."""
+        """The last event, once `receive` has returned it."""
+        self.is_ready = False
+        """True once it has imported what it should, and carries out orders."""
         self._is_killed = False  # by the agent
-        self.is_ready = False  # with its imports; until then it does not obey
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """File descriptors that become readable when `receive` has something to tell."""
+        """File descriptors that become readable when `receive` has events; none after the last."""
         return () if self.lost else (self._socket.fileno(), self._pidfd)
 
     @property
     def pid(self) -> int:
+        """Its process ID."""
         return self._process.pid
 
     def spawn(self, workers: Sequence[WorkerOrder]) -> None:
-        """Have `workers` forked, as soon as the imports are done."""
+        """Order the fork of `workers`; it happens once the imports are done."""
         self._send(spawn=[asdict(worker) for worker in workers])
 
     def signal(self, signum: int) -> None:
@@ -95,9 +100,9 @@ class ZygoteHandle:
         self._send(signal=int(signum))
 
     def receive(self) -> list[Event]:
-        """What has happened since the last call; does not wait.
+        """The events since the last call; does not wait.
 
-        After `ZygoteLost`, which is the last event, no process of its workers' trees is left.
+        `ZygoteLost` is the last event: no process of the workers' trees is left then.
         """
         try:
             received = self._socket.recv(1 << 16, socket.MSG_DONTWAIT)
@@ -109,18 +114,18 @@ class ZygoteHandle:
         events = [_decode(line) for line in lines]
         self.is_ready = self.is_ready or any(isinstance(event, ZygoteReady) for event in events)
         if not received and self._process.poll() is not None:
-            self._reaper.end_children(_KILL_PATIENCE)
+            self._reaper.end_children(_KILL_SECONDS)
             self.lost = ZygoteLost(self._process.returncode, time.monotonic(), self._is_killed)
             events.append(self.lost)
         return events
 
     def kill(self) -> None:
-        """Kill the zygote; `receive` tells of the end."""
+        """Kill the zygote; `ZygoteLost` follows."""
         self._is_killed = True
         self._process.kill()
 
-    def close(self, patience: float = _KILL_PATIENCE) -> None:
-        """End the zygote and everything below it, and wait until nothing is left, `patience` seconds at most."""
+    def close(self, patience: float = _KILL_SECONDS) -> None:
+        """End the zygote and everything below it; wait until nothing is left, for `patience` seconds at most."""
         deadline = time.monotonic() + patience
         self._socket.close()
         if not self.is_ready:
@@ -137,11 +142,11 @@ class ZygoteHandle:
         try:
             self._socket.sendall(json.dumps(order).encode() + b"\n")
         except (BrokenPipeError, ConnectionResetError):
-            pass  # `receive` tells that it is dead
+            pass  # `ZygoteLost` follows
 
 
 def _command_line(config: Config, environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """How to start the zygote, warm or cold."""
+    """The command and environment that start the zygote, warm or cold."""
     if not config.is_warm:
         return [sys.executable, "-S", "-E", str(_HOOK_DIR / "sitecustomize.py")], environment
     path = environment.get("PYTHONPATH")

@@ -1,43 +1,42 @@
-"""What the zygote is told of each worker that it forks."""
+"""What the zygote needs to know of each worker that it forks, and of all of them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from launcher.config.job import Config
-
-if TYPE_CHECKING:  # the zygote needs this module first of all, and these not at all
-    pass
 
 __all__ = ["LARGE_COPIES", "WorkerOrder", "shared_environment"]
 
 
 LARGE_COPIES = f"glibc.cpu.x86_non_temporal_threshold={1 << 20:#x}"
-"""Of GLIBC_TUNABLES: bytes from which on memcpy goes past the cache, which halves its traffic on the memory bus.
+"""A setting of GLIBC_TUNABLES: copies above this many bytes bypass the cache, which halves their bus traffic.
 
-glibc's own choice is 3/4 of a thread's share of the last cache. On virtual machines that may come out as
-hundreds of megabytes, and copies of tensors, as checkpoints and data loaders make them, take 1.7 times as long
+glibc's own threshold is 3/4 of a thread's share of the last-level cache. On virtual machines it may come to
+hundreds of megabytes; then copies of tensors, as in checkpoints and data loaders, take 1.7 times as long
 (scripts/bench/memory).
 """
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerOrder:
-    """One worker to fork: `environment` is added to the zygote's own."""
+    """One worker to fork."""
 
     rank: int
     environment: dict[str, str]
+    """Variables, added to the zygote's own."""
     out: str
+    """File that its standard output is appended to."""
     err: str
+    """File that its standard error is appended to."""
 
 
 def shared_environment(config: Config, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What all workers, and the zygote before it imports anything, find in their environment.
+    """The environment of the zygote, which all workers inherit: `environ` and a few defaults.
 
-    Libraries read OMP_NUM_THREADS when they are loaded, hence in the zygote; glibc reads its tunables
+    Libraries read OMP_NUM_THREADS when they are loaded, which is in the zygote; glibc reads its tunables even
     before that.
     """
     environment = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}

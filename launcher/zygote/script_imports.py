@@ -1,8 +1,8 @@
-"""What a script is going to import, and with which variables, read off its source without running any of it.
+"""Find in a script's source what it will import and which variables it sets first, without running any of it.
 
-Workers that find a module imported by the zygote save its import, once each and in every round: with 8
-workers on 2 cores `torch.distributed.fsdp` alone is seconds. Only torch, NumPy and shardckpt are looked
-at, because importing these has no effect that a script could notice.
+A module that the zygote has imported costs the workers nothing, in any round: with 8 workers on 2 cores,
+`torch.distributed.fsdp` alone takes seconds. Only torch, NumPy and shardckpt are imported ahead, because their
+import has no effect that a script could notice.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pathlib import Path
 __all__ = ["find_imports", "find_variables", "import_all"]
 
 _FAMILIES = ("torch", "numpy", "shardckpt")
-_MOST_FILES = 64
+_MAX_FILES = 64
 
 
 def find_imports(script: Path, import_dir: Path) -> list[str]:
-    """Dotted names of torch, NumPy and shardckpt that the script uses, sorted; modules, or things in them.
+    """Dotted names in torch, NumPy and shardckpt that the script uses, sorted: modules, or attributes of modules.
 
-    Modules that it imports from files below `import_dir` are read too. What cannot be read or parsed is
-    passed over: it will fail in the worker, in the right place.
+    Modules that it imports from files below `import_dir` are read too. Files that cannot be read or parsed are
+    skipped: their error belongs to the worker.
     """
     names: set[str] = set()
     seen: set[Path] = set()
     waiting = [script]
-    while waiting and len(seen) < _MOST_FILES:
+    while waiting and len(seen) < _MAX_FILES:
         path = waiting.pop()
         if path in seen:
             continue
@@ -47,17 +47,18 @@ def find_imports(script: Path, import_dir: Path) -> list[str]:
 
 
 def find_variables(script: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """What the script changes in `environ` before it imports anything beyond the standard library.
+    """The variables that the script sets before it imports anything beyond the standard library.
 
-    Libraries read such variables when they are imported. Seen is what is set to plain texts, unconditionally.
+    Libraries read such variables when they are imported. Only constant texts that are set unconditionally are
+    found.
     """
     changed: dict[str, str] = {}
     for statement in _parse(script).body:
         if _imports_a_library(statement):
             break
-        for name, value, yields in _settings(statement):
+        for name, value, keeps in _settings(statement):
             match name, value:
-                case ast.Constant(str(key)), _ if yields and key in {**environ, **changed}:
+                case ast.Constant(str(key)), _ if keeps and key in {**environ, **changed}:
                     pass
                 case ast.Constant(str(key)), ast.Constant(str(text)):
                     changed[key] = text
@@ -67,7 +68,7 @@ def find_variables(script: Path, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def import_all(names: Iterable[str]) -> None:
-    """Import what `find_imports` found. What does not exist is passed over."""
+    """Import what `find_imports` has found. Names that cannot be imported are skipped."""
     for name in names:
         first, *rest = name.split(".")
         place = first
@@ -78,15 +79,15 @@ def import_all(names: Iterable[str]) -> None:
                 held = getattr(held, part, None) or importlib.import_module(place)
                 if not isinstance(held, types.ModuleType):
                     break
-        except Exception:  # a script may import what is not there, and handle it
+        except Exception:  # the script may handle it
             continue
     if any(name.startswith("torch.optim") for name in names):
-        # What an optimizer's constructor imports. Half a second.
+        # The constructor of an optimizer imports it, which takes half a second.
         importlib.import_module("torch._dynamo")
 
 
 def _parse(path: Path) -> ast.Module:
-    """Empty if it cannot be read or parsed."""
+    """The syntax tree; empty if the file cannot be read or parsed."""
     try:
         return ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
@@ -106,7 +107,7 @@ def _imports_a_library(statement: ast.stmt) -> bool:
 
 
 def _settings(statement: ast.stmt) -> Iterator[tuple[ast.expr | None, ast.expr, bool]]:
-    """Each variable that the statement sets: name, value, whether it yields to a value that is there."""
+    """Each variable that the statement sets: name, value, and True if an existing value is kept."""
     match statement:
         case ast.Assign([ast.Subscript(place, name)], value) if _is_environ(place):
             yield name, value, False
@@ -125,7 +126,7 @@ def _is_environ(place: ast.expr) -> bool:
 
 
 def _imports(tree: ast.Module, path: Path, import_dir: Path) -> Iterator[tuple[str, str]]:
-    """(name that the module knows it by, dotted name) of its unconditional imports."""
+    """The unconditional imports of a module: the name that it binds, and the dotted name."""
     for node in tree.body:
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -147,7 +148,7 @@ def _imports(tree: ast.Module, path: Path, import_dir: Path) -> Iterator[tuple[s
 
 
 def _uses(tree: ast.Module, known: dict[str, str]) -> Iterator[str]:
-    """Dotted names that the module reaches through what it has imported, as in `torch.optim.AdamW`."""
+    """Dotted names that the module uses through its imports, as `torch.optim.AdamW`."""
     for node in ast.walk(tree):
         parts: list[str] = []
         held: ast.expr | ast.AST = node
@@ -159,7 +160,7 @@ def _uses(tree: ast.Module, known: dict[str, str]) -> Iterator[str]:
 
 
 def _files(name: str, import_dir: Path) -> list[Path]:
-    """The files below `import_dir` that importing `name` reads."""
+    """The files below `import_dir` that an import of `name` reads."""
     found = []
     for depth in range(len(name.split("."))):
         base = import_dir.joinpath(*name.split(".")[: depth + 1])
