@@ -1,8 +1,8 @@
 """Boxes: axis-aligned parts of a tensor, and the arithmetic of sharding. Pure, and free of torch.
 
-box        offsets and shape in the tensor's global coordinates
-piece      a box together with where it lies in the tensor that a rank holds
-runs       the ranges of one dimension that a rank holds, in the order in which it holds them
+box        a part of a tensor: offsets and shape in the tensor's global coordinates
+piece      a box, and where it lies in the shard that a rank holds
+runs       the ranges of one dimension that a rank holds, in the order of its shard
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ _FIELD_BITS = 127
 _FIELD = (1 << _FIELD_BITS) - 1  # a prime
 
 Runs = tuple[tuple[int, int], ...]
-"""Half-open ranges `(start, stop)` of one dimension, as they follow one another in the local tensor."""
+"""Half-open ranges `(start, stop)` of one dimension, in the order in which they follow each other in a shard."""
 
 
 class Box(NamedTuple):
-    """The part `offsets[d] : offsets[d] + shape[d]` of a tensor, for every dimension d."""
+    """The part `offsets[d] : offsets[d] + shape[d]` of a tensor, for every dimension d.
+
+    >>> Box((2, 0), (2, 4)).intersect(Box((3, 1), (5, 2)))
+    Box(offsets=(3, 1), shape=(1, 2))
+    """
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -49,11 +53,11 @@ class Box(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """What selects this box from an array in global coordinates."""
+        """The index that selects this box from the whole tensor."""
         return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.shape, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The part that both cover, or None if they have no element in common."""
+        """The part that both boxes cover; None if they have no element in common."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         shape = tuple(
             min(a + n, b + m) - o
@@ -64,20 +68,20 @@ class Box(NamedTuple):
         return Box(offsets, shape) if all(n > 0 for n in shape) else None
 
     def relative_to(self, origin: Sequence[int]) -> Box:
-        """The same box in coordinates whose zero is at `origin`."""
+        """The same box in coordinates that begin at `origin`."""
         return Box(tuple(o - z for o, z in zip(self.offsets, origin, strict=True)), self.shape)
 
     def inside(self, shape: Sequence[int]) -> bool:
-        """Whether this box lies within a tensor of this shape."""
+        """True if this box lies inside a tensor of this shape."""
         return len(self.offsets) == len(self.shape) == len(shape) and all(
             o >= 0 and n >= 0 and o + n <= size
             for o, n, size in zip(self.offsets, self.shape, shape, strict=True)
         )
 
     def cells(self, chunk: Sequence[int]) -> Iterator[Box]:
-        """This box cut into a grid of `chunk`-shaped boxes in C order, the last ones clipped.
+        """Cut this box into boxes of shape `chunk`, in C order; those at the far edges are clipped to it.
 
-        Offsets stay in the tensor's global coordinates. A box without elements has no cells.
+        Offsets are in the tensor's global coordinates. A box without elements has no cells.
         """
         if 0 in self.shape:
             return  # however many there would be along the other dimensions
@@ -90,21 +94,24 @@ class Box(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A box, and the offsets at which the tensor that a rank holds has its first element."""
+    """A box, and the offsets of its first element in the shard that a rank holds."""
 
     box: Box
     at: tuple[int, ...]
 
     @property
     def shard_slices(self) -> tuple[slice, ...]:
-        """What selects the piece from the rank's own tensor."""
+        """The index that selects the piece from the shard."""
         return tuple(slice(o, o + n) for o, n in zip(self.at, self.box.shape, strict=True))
 
 
 def split_evenly(runs: Runs, parts: int, index: int) -> Runs:
-    """What part `index` of `parts` holds when a dimension is split as `torch.chunk` does.
+    """The runs of part `index` of `parts`, when a dimension is split as `torch.chunk` splits it.
 
-    All parts have ceil(n / parts) elements but the last ones, which may be shorter or empty.
+    Each part has ceil(n / parts) elements, except the last ones, which may have fewer or none.
+
+    >>> [split_evenly(((0, 5),), 4, index) for index in range(4)]
+    [((0, 2),), ((2, 4),), ((4, 5),), ()]
     """
     length = sum(stop - start for start, stop in runs)
     size = -(-length // parts) if length else 0
@@ -112,10 +119,10 @@ def split_evenly(runs: Runs, parts: int, index: int) -> Runs:
 
 
 def split_strided(runs: Runs, parts: int, index: int, split_factor: int) -> Runs:
-    """What part `index` holds when a dimension is first split in `split_factor`, then each in `parts`.
+    """The runs of part `index`, when a dimension is split in `split_factor` parts, and each of them in `parts`.
 
-    That is the placement of a dimension that FSDP shards after tensor parallelism has: the later
-    (right) mesh dimension splits first.
+    This is how a dimension is placed that FSDP shards after tensor parallelism: the right mesh dimension splits
+    first.
     """
     held: list[tuple[int, int]] = []
     for block in range(split_factor):
@@ -124,9 +131,9 @@ def split_strided(runs: Runs, parts: int, index: int, split_factor: int) -> Runs
 
 
 def pieces_of_runs(runs: Sequence[Runs]) -> tuple[Piece, ...]:
-    """The boxes of a shard that holds `runs[d]` of dimension d, each with its place in the shard.
+    """The boxes of a shard that has `runs[d]` of each dimension d, each with its place in the shard.
 
-    A shard without elements has no pieces; a scalar has one.
+    A shard without elements has no piece; a scalar has one.
     """
     axes = []
     for dimension in runs:
@@ -145,16 +152,16 @@ def pieces_of_runs(runs: Sequence[Runs]) -> tuple[Piece, ...]:
 
 
 def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
-    """Whether `boxes`, which lie inside a tensor of this shape, cover each of its elements exactly once.
+    """True if `boxes`, which lie inside a tensor of this shape, cover each of its elements exactly once.
 
-    Takes time in proportion to the number of boxes and of dimensions.
+    Takes time in proportion to the number of boxes times the number of dimensions.
     """
     if sum(box.volume for box in boxes) != math.prod(shape):
         return False
-    # Give each end of a range along a dimension a number of its own, and a box the product of what its ends
-    # differ by, over all dimensions. Where boxes meet, their ends have the same number, and fall out of the sum:
-    # so that of boxes that tile is the whole's. With numbers drawn at random, in a field, that of any others
-    # is not (by Schwartz and Zippel, but for a chance below 2^-120).
+    # Each coordinate of a dimension at which a box begins or ends gets a random number, and a box gets the
+    # product, over the dimensions, of the difference between the numbers at its end and its start. Where boxes
+    # meet, their numbers are equal and cancel in the sum: the sum over boxes that tile is the product of the
+    # whole tensor. The sum over other boxes equals it with a chance below 2^-120 (Schwartz-Zippel lemma).
     draw = random.Random(secrets.randbits(128)).getrandbits
     ends: list[dict[int, int]] = [{} for _ in shape]
 
@@ -170,7 +177,7 @@ def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
 
 
 def _cut(runs: Runs, start: int, stop: int) -> Runs:
-    """Elements `start:stop` of the sequence that `runs` spell out."""
+    """Elements `start:stop` of the sequence of indices that `runs` stand for."""
     held = []
     position = 0
     for first, last in runs:
@@ -183,7 +190,7 @@ def _cut(runs: Runs, start: int, stop: int) -> Runs:
 
 
 def _joined(runs: Sequence[tuple[int, int]]) -> Runs:
-    """The same elements with neighbouring ranges merged."""
+    """The same runs with neighbouring ranges merged."""
     merged: list[tuple[int, int]] = []
     for start, stop in runs:
         if merged and merged[-1][1] == start:

@@ -1,7 +1,7 @@
 """The element types that a checkpoint can hold, by name.
 
-The names are Zarr's, and PyTorch's without `torch.`: `float32`, `bfloat16`, `float8_e4m3fn`. Types that
-NumPy lacks come from ml_dtypes, which TensorStore and JAX use too, with the same bytes.
+The names are Zarr's, and PyTorch's without `torch.`: `float32`, `bfloat16`, `float8_e4m3fn`. Types that NumPy
+lacks are those of ml_dtypes, which TensorStore and JAX use, too, with the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXTENDED: dict[str, np.dtype[Any]] = {
         "float8_e8m0fnu",
     )
 }
-"""Types that plain NumPy and Zarr 3.1 do not know: name -> NumPy dtype."""
+"""Types that NumPy and Zarr 3.1 lack: name -> NumPy dtype."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     **{
@@ -52,7 +52,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of `name`. Raises KeyError for a name outside the format."""
+    """The NumPy dtype of the type `name`. Raises KeyError for a name that the format lacks."""
     return DTYPES[name]
 
 
@@ -62,7 +62,7 @@ def itemsize(name: str) -> int:
 
 
 def fill_value(name: str) -> bool | int | str | list[str]:
-    """The Zarr fill value for `name`, as JSON: NaN for floats, so that a hole never looks like data."""
+    """The Zarr fill value of the type `name`, as JSON: NaN for floats, so that a hole never looks like data."""
     if name == "bool":
         return False
     if name.startswith("complex"):

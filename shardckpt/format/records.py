@@ -1,10 +1,10 @@
-"""How a record is stored: one JSON object, whose last member is a checksum over all before it.
+"""How a record is stored: as one JSON object, whose last member is a checksum of everything before it.
 
     {"format":"shardckpt/1", ... ,"crc32c":"89abcdef"}
 
-The member is written in exactly this form, so that the last bytes of a file are enough to check it before
-it is parsed. Every record of the format is stored so: the manifest, parts, claims, reports. The checksum
-finds damage; it is no signature.
+This member has exactly this form, so that a file can be checked by its last bytes before it is parsed. All
+records of the format are stored so: manifests, parts, claims and reports. The checksum detects damage; it is no
+signature.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 FORMAT = "shardckpt/1"
 
 MAX_SMALL_BYTES = 1 << 20
-"""The largest claim or report."""
+"""Bytes of the largest claim or report."""
 
 _MAX_REPORTED = 10_000  # characters
 
@@ -42,18 +42,18 @@ _TAIL_BYTES = 21
 
 
 def encode(record: object) -> bytes:
-    """The record, which is a JSON object with at least one member, as it is stored."""
+    """A record as it is stored. Its JSON must be an object with at least one member."""
     document = msgspec.json.encode(record)
     return b'%s,"crc32c":"%08x"}' % (document[:-1], crc32c.crc32c(document[:-1]))
 
 
 def encode_report(error: str, **about: object) -> bytes:
-    """A report of this error, as much as a reader needs of a text that may be anything."""
+    """A report of an error, cut to 10,000 characters, with the members `about`."""
     return encode({**about, "error": error[:_MAX_REPORTED].encode("utf-8", "replace").decode()})
 
 
 def open_sealed(data: bytes, file: str) -> bytes:
-    """The JSON object in `data`, without its checksum. Raises FormatError if it is not what was written."""
+    """The JSON object in `data`, without its checksum. Raises FormatError if that is missing or wrong."""
     tail = _TAIL.fullmatch(data, max(0, len(data) - _TAIL_BYTES))
     if tail is None:
         raise FormatError(
@@ -69,7 +69,7 @@ def open_sealed(data: bytes, file: str) -> bytes:
 
 
 def check_keys(document: bytes) -> None:
-    """Raise ValueError if any object in this JSON text has two members of one name, or it is no JSON."""
+    """Raise ValueError if an object in this JSON text has two members of one name, or if it is no JSON."""
     json.loads(document, object_pairs_hook=_check_members)
 
 

@@ -1,7 +1,7 @@
-"""Who writes what: a pure function from the layouts of all ranks to a plan.
+"""Plan a save: from the layouts of all ranks to what each rank writes where.
 
-Every rank computes the same save plan from the same gathered layouts, so the plan itself never travels.
-No I/O, no clock, no torch.
+Pure: every rank computes the same plan from the same gathered layouts, so that the plan itself is never sent. No
+I/O, no clock, no torch.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 MAX_CHUNK = 16 << 20
-"""Bytes above which a box is cut along its first dimension, where that keeps the grid regular.
+"""Bytes above which a box is cut along its first dimension, if that keeps the grid regular.
 
-Small enough that a rank of another world size reads little that it does not need, and large enough for
-a storage request of its own.
+Small enough that a rank of another world size reads few bytes that it does not need, and large enough for one
+storage request per chunk.
 """
 
 _ALIGN = 64
@@ -47,16 +47,24 @@ _LARGE = 1 << 20
 
 
 class Layout(msgspec.Struct, frozen=True, array_like=True):
-    """One tensor as one rank holds it."""
+    """What one rank holds of one tensor.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: the name of its element type.
+        shape: its global shape.
+        boxes: the parts that the rank holds.
+        alias: another name on this rank with the same memory, which is stored once; None if there is none.
+        first_holder: if True, ranks that hold the same box need not agree, and the lowest rank's content is
+            stored, as for the buffers of DDP.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     alias: str | None = None
-    """Another name of this rank that shares the same memory: stored once."""
     first_holder: bool = False
-    """Where ranks hold the same box, the lowest rank's content counts, as for the buffers of DDP."""
 
 
 class ChunkWrite(NamedTuple):
@@ -82,13 +90,13 @@ class SavePlan:
     """What each rank writes where. The same on every rank.
 
     Attributes:
-        tensors: the manifest's tensors.
-        writer: for each row of the chunk table, the rank that writes it.
-        offset: for each row, its place in that rank's pack, in bytes.
-        pack_sizes: for each rank, bytes of its pack.
-        same_as: rows of tied tensors: the row that stands for each, whose chunk they share.
-        replicas: for each set of ranks that hold the same boxes, those boxes; what these ranks hold there
-            must be equal.
+        tensors: the tensors of the manifest.
+        writer: by row of the chunk table, the rank that writes it.
+        offset: by row, the chunk's first byte in that rank's pack.
+        pack_sizes: by rank, bytes of its pack.
+        same_as: row of a tied tensor -> the row whose chunk it shares.
+        replicas: (ranks, boxes) of each set of ranks that hold the same boxes, which must be equal on all of
+            them. A box is (tensor name, box).
     """
 
     tensors: tuple[TensorEntry, ...]
@@ -109,7 +117,7 @@ class SavePlan:
 
     @cached_property
     def fingerprint(self) -> int:
-        """A 62-bit hash of the plan: equal on two ranks only if they have the same plan."""
+        """A 62-bit hash of the plan, by which ranks find out whether they have the same one."""
         content = msgspec.msgpack.encode((self.tensors, self.writer, self.offset))
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 2
 
@@ -123,14 +131,14 @@ class _Encoded(msgspec.Struct, frozen=True, array_like=True):
 
 
 def encode_plan(plan: SavePlan) -> bytes:
-    """What a committer in another process needs of a plan."""
+    """The plan as a committer in another process needs it: without replicas and writes."""
     return msgspec.msgpack.encode(
         _Encoded(plan.tensors, plan.writer, plan.offset, plan.pack_sizes, dict(plan.same_as))
     )
 
 
 def decode_plan(data: bytes) -> SavePlan:
-    """The plan, without its replicas and writes, which are the ranks' own affair."""
+    """The plan that `encode_plan` encoded; its replicas and writes are empty."""
     encoded = msgspec.msgpack.decode(data, type=_Encoded)
     return SavePlan(
         encoded.tensors, encoded.writer, encoded.offset, encoded.pack_sizes, encoded.same_as, (), ()
@@ -138,11 +146,19 @@ def decode_plan(data: bytes) -> SavePlan:
 
 
 def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:
-    """The plan for the layouts of all ranks, `layouts[rank]`.
+    """Plan a save.
 
-    A box that several ranks hold is stored once, and such chunks are spread so that all ranks write
-    about the same number of bytes. Raises RankMismatchError if ranks disagree about a tensor, or do not
-    hold all of it together.
+    Args:
+        layouts: by rank, what it holds of each tensor.
+
+    A box that several ranks hold is stored once; its chunks are spread so that all ranks write about as many
+    bytes. Raises RankMismatchError if ranks disagree about the type or the shape of a tensor, or if together they
+    do not hold each of its elements.
+
+    >>> halves = [[Layout("w", "float32", (4, 3), (Box((2 * rank, 0), (2, 3)),))] for rank in range(2)]
+    >>> plan = plan_save(halves)
+    >>> plan.writer, [location.nbytes for location in plan.locations(1)], plan.tensors[0].arrays[0].chunk
+    ((0, 1), [24], (2, 3))
     """
     held = _merge(layouts)
     tensors: list[TensorEntry] = []
@@ -196,6 +212,8 @@ class _Held:
 
 
 class _Row(NamedTuple):
+    """One row of the chunk table: number of its tensor, its array, the part of the tensor, and who holds it."""
+
     tensor: int
     array: ArrayEntry
     cell: Box
@@ -203,7 +221,7 @@ class _Row(NamedTuple):
 
 
 def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _Held]:
-    """All ranks' layouts by name, checked to fit together."""
+    """The layouts of all ranks by tensor name. Raises RankMismatchError if they do not fit together."""
     held: dict[str, _Held] = {}
     for rank, layout in enumerate(layouts):
         for item in layout:
@@ -245,6 +263,7 @@ def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _Held]:
 
 
 def _check_tiling(name: str, tensor: _Held) -> None:
+    """Raise RankMismatchError unless the boxes of all ranks cover each element once."""
     if tiles(tensor.shape, list(tensor.holders)):
         return
     total = math.prod(tensor.shape)
@@ -261,7 +280,7 @@ def _check_tiling(name: str, tensor: _Held) -> None:
 
 
 def _grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[int, ...] | None:
-    """The chunk shape of whose regular grid each box is a cell, or None."""
+    """The chunk shape of a regular grid of which each box is a cell; None if there is none."""
     if not boxes:
         return tuple(max(1, n) for n in shape)
     chunk = tuple(max(box.shape[d] for box in boxes) for d in range(len(shape)))
@@ -289,7 +308,7 @@ def _arrays(tensor: _Held) -> tuple[ArrayEntry, ...]:
 
 
 def _cut(box: tuple[int, ...], shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """The chunk shape for boxes of shape `box` in an array of this shape: MAX_CHUNK or less if possible."""
+    """The chunk shape for boxes of shape `box` in an array of this shape: at most MAX_CHUNK bytes if possible."""
     if not box or math.prod(box) * size <= MAX_CHUNK or box[0] == 1:
         return box
     rows = max(1, MAX_CHUNK // (math.prod(box[1:]) * size))
@@ -301,13 +320,13 @@ def _cut(box: tuple[int, ...], shape: tuple[int, ...], size: int) -> tuple[int, 
 
 
 def looks_whole(tensor: TensorEntry) -> bool:
-    """Whether a tensor is stored as one is that was held whole. So may be shards that are large."""
+    """True if the tensor is stored as one that each rank held whole. Large shards may be stored so, too."""
     grid = tuple(max(1, n) for n in tensor.shape)
     return tensor.is_array and tensor.arrays[0].chunk == _cut(grid, tensor.shape, itemsize(tensor.dtype))
 
 
 def _holders_of(cell: Box, tensor: _Held) -> Sequence[int]:
-    """The ranks that hold a cell, which lies in exactly one of the tensor's boxes."""
+    """The ranks that hold a cell; it lies in exactly one of the tensor's boxes."""
     if tensor.grid is not None:
         offsets = tuple(o - o % c for o, c in zip(cell.offsets, tensor.grid, strict=True))
         shape = tuple(min(c, n - o) for o, c, n in zip(offsets, tensor.grid, tensor.shape, strict=True))
@@ -318,7 +337,7 @@ def _holders_of(cell: Box, tensor: _Held) -> Sequence[int]:
 def _spread(
     rows: Sequence[_Row], tensors: Sequence[TensorEntry], same_as: dict[int, int], world: int
 ) -> list[int]:
-    """A writer for each row: of its holders the one with the least to write, largest chunks first."""
+    """By row, the rank that writes it: of its holders the one with the least to write, large chunks first."""
     load = [0] * world
     writer = [0] * len(rows)
     several = []
@@ -347,7 +366,7 @@ def _pack(
     writer: Sequence[int],
     world: int,
 ) -> tuple[list[int], list[int], list[list[ChunkWrite]]]:
-    """Each row's place in its pack, each pack's size, each rank's writes."""
+    """By row, its offset in its pack; by rank, the size of its pack, and its writes."""
     offset = [0] * len(rows)
     sizes = [0] * world
     writes: list[list[ChunkWrite]] = [[] for _ in range(world)]

@@ -1,8 +1,8 @@
 """bfloat16 and the float8 types for Zarr, which lacks them: importing this module registers them.
 
-The names, the metadata and the bytes are those that TensorStore writes and reads. Zarr finds this module by
-the package's entry points, so that a plain `zarr.open` reads these types where shardckpt is installed, and
-imports neither torch nor the rest of this package.
+Names, metadata and bytes are those that TensorStore writes and reads. Zarr finds this module through the
+package's entry points, so that a plain `zarr.open` reads these types where shardckpt is installed. It imports
+neither torch nor the rest of this package.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A checkpoint as a Zarr v3 hierarchy: every name a node, every chunk a byte range of a pack.
+"""A checkpoint as a Zarr v3 hierarchy: each name is a node, and each chunk a byte range of a pack.
 
-`refs.json` says so in kerchunk's reference format, which fsspec reads, so that Zarr needs nothing of this
+`refs.json` describes it in kerchunk's reference format, which fsspec reads, so that Zarr needs no code of this
 project:
 
     zarr.open("reference::/run/attempt-0001/step-00000100/refs.json", mode="r")
@@ -23,26 +23,26 @@ from shardckpt.format.manifest import Manifest, TensorEntry
 __all__ = ["ROOT", "TEMPLATES", "encode_refs", "references_of"]
 
 TEMPLATES = ("u", "attempt", "run")
-"""The checkpoint's folder, and those above it, by how many `../` a pack's path begins with."""
+"""Names of the checkpoint's folder and the two above it, by the number of `../` at the start of a pack's path."""
 
 _MAX_CONSOLIDATED = 10_000
-"""Nodes above which the root does not list them: Zarr takes 0.1 s per thousand to open such a root."""
+"""Nodes above which the root does not list them: Zarr takes 0.1 s for each thousand to open such a root."""
 
 ROOT = "__shardckpt"
-"""Where open_group has the root group: Zarr 3.1 lists a store wrongly that has no path, or whose path
-begins a name, and no name begins so."""
+"""Where `open_group` puts the root group. Zarr 3.1 lists a store wrongly if its path is empty, or is the
+beginning of a name; no name begins like this."""
 
 
 def encode_refs(manifest: Manifest, url: str) -> bytes:
     """The content of refs.json for the checkpoint at `url`, which is an absolute path or a URL.
 
-    Packs are named below the templates `u` (the checkpoint) and, where older steps' packs are used,
-    `attempt` and `run`, so that a reader of a copy overrides these. Where the URL itself would be taken
-    for a template, packs are named in full.
+    Packs are named below the template `u` (the checkpoint's folder) and, where packs of older steps are used,
+    `attempt` and `run`, so that a reader of a copy can override these. If the URL itself looks like a template,
+    packs are named in full.
 
-    The root lists all nodes (Zarr's consolidated metadata), for without that Zarr 3.1 sees only the top
-    level of a reference store; unless there are very many, or of types that need an extension of Zarr,
-    with which a root that lists them could not be opened at all by those who lack it.
+    The root lists all nodes (Zarr's consolidated metadata), since Zarr 3.1 sees only the top level of a reference
+    store without that. It does not if there are very many nodes, or if one has a type that needs an extension of
+    Zarr: readers without the extension could not open such a root at all.
     """
     global _last_body
     templates, packs = _pack_urls(manifest, url)
@@ -57,10 +57,10 @@ def encode_refs(manifest: Manifest, url: str) -> bytes:
 
 
 class _Body(NamedTuple):
-    """What refs.json says beside its templates and its root: all but a few hundred bytes of it.
+    """The content of refs.json without its templates and its root: all but a few hundred bytes.
 
-    It follows from the plan of a save, so that it is the same in every save of a training. `consolidated`
-    is the root's list of nodes, as a part of the string that holds the root; None if it has none.
+    It depends on the plan of a save only, so that all saves of a training have the same. `consolidated` is the
+    root's list of nodes, as it stands in the string of the root; None if the root has none.
     """
 
     tensors: tuple[TensorEntry, ...]
@@ -71,14 +71,14 @@ class _Body(NamedTuple):
     entries: bytes
 
     def belongs_to(self, manifest: Manifest, packs: list[str]) -> bool:
-        """Whether it is what the refs.json of this manifest needs."""
+        """True if the refs.json of this manifest has this body."""
         chunks = manifest.chunks
         described = (manifest.tensors, packs, chunks.pack, chunks.offset)
         return described == (self.tensors, self.packs, self.pack, self.offset)
 
 
 _last_body: _Body | None = None
-"""Encoding it takes most of a commit's time, and the next commit of this process needs the same."""
+"""The body of this process's last commit: the next one needs the same, and encoding it takes most of a commit."""
 
 
 def _encode_body(manifest: Manifest, packs: list[str]) -> _Body:
@@ -103,7 +103,7 @@ def _encode_body(manifest: Manifest, packs: list[str]) -> _Body:
 
 
 def references_of(manifest: Manifest, folder: str) -> dict[str, Any]:
-    """What refs.json says, as fsspec holds it: key -> text, or [path, offset, length]."""
+    """The content of refs.json as fsspec represents it: key -> text, or [path, offset, length]."""
     packs = [posixpath.normpath(posixpath.join(folder, pack.path)) for pack in manifest.packs]
     table = manifest.chunks
     nodes = itertools.chain([("", _root(manifest))], _nodes(manifest.tensors))
@@ -158,7 +158,7 @@ def _root(manifest: Manifest) -> dict[str, Any]:
 
 
 def _nodes(tensors: Iterable[TensorEntry]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The path and the metadata of every node below the root, groups before what is in them."""
+    """(path, metadata) of every node below the root, a group before its members."""
     groups = {""}
     for tensor in tensors:
         folder = posixpath.dirname(tensor.name)
@@ -177,7 +177,7 @@ def _nodes(tensors: Iterable[TensorEntry]) -> Iterator[tuple[str, dict[str, Any]
             }
             yield tensor.name, _group({"shape": tensor.shape, "dtype": tensor.dtype, "boxes": boxes})
         for path, array in zip(paths, tensor.arrays, strict=True):
-            # Zarr goes through the chunks of an array without elements, which has none: as few as can be.
+            # Zarr iterates over the grid even of an array without elements: make it as small as possible.
             chunk = array.chunk if array.box.volume else tuple(max(n, 1) for n in array.shape)
             yield path, _array(posixpath.basename(path), tensor.dtype, array.shape, chunk)
 
@@ -197,14 +197,14 @@ def _array(name: str, dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": fill_value(dtype),
         "codecs": [{"name": "bytes", **endian}, {"name": "crc32c"}],
-        # Those of one array alone: xarray takes dimensions of one name in a group for one dimension.
+        # Unique in the group: xarray takes two dimensions of one name for the same.
         "dimension_names": [f"{name}:{d}" for d in range(len(shape))],
         "attributes": {},
     }
 
 
 def _consolidated(nodes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The nodes by depth and then by name: Zarr 3.1 loses siblings that are apart."""
+    """The nodes by depth and then by name: Zarr 3.1 loses siblings that are not adjacent."""
     paths = sorted(nodes, key=lambda path: (path.count("/"), path))
     inner = {path: nodes[path] for path in paths}
     return {"kind": "inline", "must_understand": False, "metadata": inner}
@@ -219,7 +219,7 @@ def _text(node: dict[str, Any]) -> str:
 
 
 def _pack_urls(manifest: Manifest, url: str) -> tuple[dict[str, str], list[str]]:
-    """The templates, and each pack's URL written with them."""
+    """The templates, and each pack's URL in terms of them."""
     folders = [url.rstrip("/")]
     for _ in TEMPLATES[1:]:
         folders.append(folders[-1].rpartition("/")[0])
