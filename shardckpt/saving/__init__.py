@@ -1,4 +1,5 @@
 """A save in the trainer: flatten, plan, stage, hand over.
 
-`session.py` is the flow. Imports `saver`, `state`, `run` and below.
+`session.py` is the flow of one save, `run_saves.py` that of all saves of a run. Imports `saver`, `state`, `run`
+and below.
 """
