@@ -16,33 +16,24 @@ import msgspec
 
 from shardckpt.saver.protocol import VERSION, Answer, Request
 
-__all__ = ["Channel", "address_of", "connect", "encode", "listen", "peer"]
+__all__ = ["Channel", "address_of", "connect", "encode", "frame", "listen", "peer"]
 
 
 _HEADER = struct.Struct("<QI")  # length of what follows, number of descriptors that come along
-
-
 _DESCRIPTOR = struct.Struct("i")
-
-
 _LONGEST = 1 << 32
-
-
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
-
-
 _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
-
-
 _MAX_FDS = 250  # of one message; the kernel's limit is 253
 
 
-_READ = 1 << 18
-
-
 def encode(message: Request | Answer, descriptors: int = 0) -> bytes:
-    """A message as it is sent; so many descriptors are to go along with its first byte."""
-    data = msgspec.msgpack.encode(message)
+    """Encode a message as it is sent; so many descriptors are to go along with its first byte."""
+    return frame(msgspec.msgpack.encode(message), descriptors)
+
+
+def frame(data: bytes, descriptors: int = 0) -> bytes:
+    """Put the header before an encoded message: its length, and how many descriptors come along."""
     return _HEADER.pack(len(data), descriptors) + data
 
 
@@ -52,14 +43,18 @@ class Channel:
     Args:
         connection: the connection; a method waits as long as this says.
         takes_descriptors: whether the other end may send any. Otherwise the kernel closes them.
+        read_size: bytes to read at a time, at most.
     """
 
-    def __init__(self, connection: socket.socket, *, takes_descriptors: bool = True) -> None:
+    def __init__(
+        self, connection: socket.socket, *, takes_descriptors: bool = True, read_size: int = 1 << 18
+    ) -> None:
         self._socket = connection
         self._decoder = msgspec.msgpack.Decoder(Request | Answer)
         self._data = bytearray()
         self._descriptors: deque[int] = deque()
         self._takes_descriptors = takes_descriptors
+        self._read_size = read_size
 
     def fileno(self) -> int:
         """The connection's descriptor."""
@@ -104,7 +99,7 @@ class Channel:
         """
         space = socket.CMSG_SPACE(_MAX_FDS * _DESCRIPTOR.size) if self._takes_descriptors else 0
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(_READ, space, socket.MSG_CMSG_CLOEXEC)
+            data, ancillary, _, _ = self._socket.recvmsg(self._read_size, space, socket.MSG_CMSG_CLOEXEC)
         except ConnectionError:
             return False
         self._data += data

@@ -83,9 +83,13 @@ class SaverProcess:
             if told["step"] == step:
                 return told
 
+    def ask_to_end(self) -> None:
+        """End its control connection, and do not wait for what it does then."""
+        self._control.shutdown(socket.SHUT_WR)
+
     def drain(self) -> int:
         """Ask it to end; its exit code."""
-        self._control.shutdown(socket.SHUT_WR)
+        self.ask_to_end()
         self.told("drained")
         return self._process.wait(LIMIT)
 

@@ -22,9 +22,7 @@ from shardckpt.run.lease import Holder
 from shardckpt.run.tiers import Tier
 from shardckpt.saver import protocol
 from shardckpt.saver.channel import Channel, connect, encode
-from shardckpt.saver.checks import RequestError, check, decode_values
 from shardckpt.saver.client import SaverClient
-from shardckpt.saver.outbox import Outbox
 from tests.kit.savers import LIMIT, SaverProcess, connected, save_info, wait_until
 
 INFO = save_info(1)
@@ -58,9 +56,6 @@ def save(client: SaverClient, step: int) -> None:
     client.stage(stage, lambda outcome: (outcomes.append(outcome), staged.set()))
     assert staged.wait(LIMIT)
     assert outcomes[0].error == ""
-
-
-# -- messages that make no sense
 
 
 def staged(**changes: Any) -> protocol.Stage:
@@ -188,43 +183,6 @@ def test_a_run_has_no_part_in_another_runs_saves(
     other.close()
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        protocol.Hello("", [], 2, 1.0),
-        protocol.Hello("run", [], 0, 1.0),
-        protocol.Hello("run", [], 1 << 40, 1.0),
-        protocol.Hello("run", [], 2, float("nan")),
-        protocol.Hello("run", [], 2, -1.0),
-        protocol.Hello("run", [LOCAL, LOCAL], 2, 1.0),
-        protocol.Hello("run", [msgspec.structs.replace(LOCAL, keep_last=0)], 2, 1.0),
-    ],
-)
-def test_a_hello_that_makes_no_sense(message: protocol.Hello) -> None:
-    with pytest.raises(RequestError):
-        check(message, None)
-
-
-def test_what_trainers_send_makes_sense() -> None:
-    check(HELLO, None)
-    messages = (
-        START,
-        PLAN,
-        protocol.Reserve(0),
-        BEGIN,
-        STAGE,
-        protocol.Find(),
-        protocol.Attach("x"),
-        protocol.Bye(),
-    )
-    for message in (*messages, protocol.ChunkTable(1, [], [], [], 0, b""), protocol.Detach()):
-        check(message, {"local"})
-    assert decode_values(STAGE) == {}
-
-
-# -- bytes that are no messages
-
-
 def mangled(rng: random.Random) -> bytes:
     """Some messages of which something is wrong, or nothing."""
     messages: list[Any] = [
@@ -288,9 +246,6 @@ def test_descriptors_that_nobody_asked_for_are_closed(saver: SaverProcess, clien
         assert saver.descriptors == before
 
 
-# -- many, and those that do not read
-
-
 def test_a_trainer_that_does_not_read_holds_up_nobody(saver: SaverProcess, client: SaverClient) -> None:
     """It finds all its answers when it does read."""
     count = 30_000
@@ -316,50 +271,6 @@ def test_a_trainer_that_never_reads_is_let_go(saver: SaverProcess, client: Saver
             while True:
                 connection.sendall(find)
     assert client.snapshots() == []
-
-
-def test_an_outbox_keeps_descriptors_until_they_are_sent() -> None:
-    """Though their owner closes his own; and gives them up with what they belong to."""
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        outbox = Outbox(ours)
-        outbox.send(bytes(1 << 20))
-        read, write = os.pipe()
-        outbox.send(b"x", [write])
-        outbox.send(b"y", [write])
-        os.close(write)
-        assert not outbox.is_empty
-        received = 0
-        descriptors: list[int] = []
-        while not descriptors:
-            outbox.flush()
-            data, more, _, _ = socket.recv_fds(theirs, 1 << 18, 4)
-            received += len(data)
-            descriptors += more
-        assert received == (1 << 20) + 1
-        os.write(descriptors[0], b"!")
-        assert os.read(read, 1) == b"!"
-        os.close(descriptors[0])
-        os.close(read)
-        outbox.close()
-        assert outbox.is_empty
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-
-
-def test_an_outbox_takes_so_much_and_no_more() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        outbox = Outbox(ours)
-        with pytest.raises(BlockingIOError, match="does not read"):
-            for _ in range(100):
-                outbox.send(bytes(1 << 18))
-        theirs.close()
-        with pytest.raises(BrokenPipeError):
-            outbox.flush()
-        outbox.close()
 
 
 def test_more_descriptors_than_select_takes(saver: SaverProcess, client: SaverClient) -> None:
