@@ -160,13 +160,13 @@ def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:
     >>> plan.writer, [location.nbytes for location in plan.locations(1)], plan.tensors[0].arrays[0].chunk
     ((0, 1), [24], (2, 3))
     """
-    held = _merge(layouts)
+    merged = _merge(layouts)
     tensors: list[TensorEntry] = []
     rows: list[_Row] = []
     shared: dict[tuple[int, ...], list[tuple[str, Box]]] = defaultdict(list)
     aliases: list[tuple[int, str]] = []
     first_row: dict[str, int] = {}
-    for name, tensor in held.items():
+    for name, tensor in merged.items():
         arrays = _arrays(tensor)
         tensors.append(TensorEntry(name, tensor.dtype, tensor.shape, arrays))
         first_row[name] = len(rows)
@@ -199,7 +199,7 @@ def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:
 
 
 @dataclass
-class _Held:
+class _MergedTensor:
     """One tensor over all ranks."""
 
     dtype: str
@@ -220,15 +220,15 @@ class _Row(NamedTuple):
     holders: Sequence[int]
 
 
-def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _Held]:
+def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _MergedTensor]:
     """The layouts of all ranks by tensor name. Raises RankMismatchError if they do not fit together."""
-    held: dict[str, _Held] = {}
+    merged: dict[str, _MergedTensor] = {}
     for rank, layout in enumerate(layouts):
         for item in layout:
             boxes = [box for box in item.boxes if box.volume]
-            tensor = held.get(item.name)
+            tensor = merged.get(item.name)
             if tensor is None:
-                tensor = held[item.name] = _Held(
+                tensor = merged[item.name] = _MergedTensor(
                     item.dtype, item.shape, rank, item.alias, item.first_holder, {}
                 )
             elif (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
@@ -244,14 +244,14 @@ def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _Held]:
                     tensor.alias = item.alias
             for box in boxes:
                 tensor.holders.setdefault(box, []).append(rank)
-    for name, tensor in held.items():
+    for name, tensor in merged.items():
         tensor.grid = _grid(tensor.shape, list(tensor.holders))
         if tensor.grid is None or len(tensor.holders) != _count_cells(tensor.shape, tensor.grid):
             _check_tiling(name, tensor)
         if tensor.first_holder:
             tensor.holders = {box: ranks[:1] for box, ranks in tensor.holders.items()}
-    for tensor in held.values():
-        other = held.get(tensor.alias) if tensor.alias is not None else None
+    for tensor in merged.values():
+        other = merged.get(tensor.alias) if tensor.alias is not None else None
         same = other is not None and (other.dtype, other.shape, other.holders) == (
             tensor.dtype,
             tensor.shape,
@@ -259,10 +259,10 @@ def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _Held]:
         )
         if other is None or other.alias is not None or not same:
             tensor.alias = None
-    return held
+    return merged
 
 
-def _check_tiling(name: str, tensor: _Held) -> None:
+def _check_tiling(name: str, tensor: _MergedTensor) -> None:
     """Raise RankMismatchError unless the boxes of all ranks cover each element once."""
     if tiles(tensor.shape, list(tensor.holders)):
         return
@@ -295,7 +295,7 @@ def _count_cells(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
     return math.prod(-(-n // c) for n, c in zip(shape, grid, strict=True))
 
 
-def _arrays(tensor: _Held) -> tuple[ArrayEntry, ...]:
+def _arrays(tensor: _MergedTensor) -> tuple[ArrayEntry, ...]:
     """The tensor's Zarr arrays: one over the grid, or one for each box."""
     size = itemsize(tensor.dtype)
     if tensor.grid is not None:
@@ -325,7 +325,7 @@ def looks_whole(tensor: TensorEntry) -> bool:
     return tensor.is_array and tensor.arrays[0].chunk == _cut(grid, tensor.shape, itemsize(tensor.dtype))
 
 
-def _holders_of(cell: Box, tensor: _Held) -> Sequence[int]:
+def _holders_of(cell: Box, tensor: _MergedTensor) -> Sequence[int]:
     """The ranks that hold a cell; it lies in exactly one of the tensor's boxes."""
     if tensor.grid is not None:
         offsets = tuple(o - o % c for o, c in zip(cell.offsets, tensor.grid, strict=True))

@@ -98,7 +98,7 @@ class TargetBuilder:
     """Collects what a load of one checkpoint fills. Changes nothing of the state.
 
     In all methods, `path` is the place of a value in the state, `saved` the decoded value that was saved there,
-    and `held` or `like` the live value.
+    and `live` or `like` the value that the state has.
     """
 
     def __init__(self, manifest: Manifest, is_sharded: Callable[[], bool]) -> None:
@@ -118,27 +118,27 @@ class TargetBuilder:
             )
         return self._tensors[name]
 
-    def fits(self, held: object, saved: Any, path: str) -> bool:
-        """True if `held` is a tensor of the saved tensor's type and shape, or if both are wrapper subclasses."""
-        if not isinstance(held, torch.Tensor):
+    def fits(self, live: object, saved: Any, path: str) -> bool:
+        """True if `live` is a tensor of the saved tensor's type and shape, or if both are wrapper subclasses."""
+        if not isinstance(live, torch.Tensor):
             return False
-        if isinstance(saved, WrapperRef) or is_wrapper(own_part(held)):
-            return isinstance(saved, WrapperRef) and is_wrapper(own_part(held))
+        if isinstance(saved, WrapperRef) or is_wrapper(own_part(live)):
+            return isinstance(saved, WrapperRef) and is_wrapper(own_part(live))
         if not isinstance(saved, TensorRef):
             return False
         tensor = self.entry(saved.name, path)
-        return tuple(held.shape) == tensor.shape and str(held.dtype) == f"torch.{tensor.dtype}"
+        return tuple(live.shape) == tensor.shape and str(live.dtype) == f"torch.{tensor.dtype}"
 
-    def check_fit(self, held: torch.Tensor, path: str, saved: Any) -> None:
+    def check_fit(self, live: torch.Tensor, path: str, saved: Any) -> None:
         """Raise ShapeMismatchError or StateError unless `fill` would accept it."""
-        for part, name in self._paired(held, saved, path):
+        for part, name in self._paired(live, saved, path):
             _check_fit(self.entry(name, part.name), part, part.name)
 
-    def fill(self, held: torch.Tensor, path: str, saved: Any) -> None:
+    def fill(self, live: torch.Tensor, path: str, saved: Any) -> None:
         """Fill a tensor of the state in place; of a wrapper subclass, the tensors that it consists of."""
-        for part, name in self._paired(held, saved, path):
+        for part, name in self._paired(live, saved, path):
             self._fill_live(part, part.name, name)
-        self.targets._live += memory_parts(held) if isinstance(saved, WrapperRef) else [held]
+        self.targets._live += memory_parts(live) if isinstance(saved, WrapperRef) else [live]
 
     def new_value(self, saved: Any, like: Any, path: str) -> Callable[[], Any]:
         """A function that returns the saved value; call it when every tensor is filled.
@@ -151,23 +151,23 @@ class TargetBuilder:
         """As `new_value`, for a module that may refuse it: a tensor may be whole where the module is sharded."""
         return self._made(saved, like, path, _Use.OFFERED)
 
-    def refilled_value(self, saved: Any, held: Any, path: str) -> Callable[[], Any]:
-        """A function that puts the saved value into `held`, and returns it; call it when every tensor is filled.
+    def refilled_value(self, saved: Any, live: Any, path: str) -> Callable[[], Any]:
+        """A function that puts the saved value into `live`, and returns it; call it when every tensor is filled.
 
         Dicts, lists, sets, NumPy arrays and the like are refilled in place, so that other references to them see
         what was loaded: they have then what was saved, and nothing else. A value of any other type is new. If two
         values were saved for one object, it gets the first, and the second is new.
         """
-        return self._made(saved, held, path, _Use.REFILLED)
+        return self._made(saved, live, path, _Use.REFILLED)
 
-    def is_refillable(self, held: Any, saved: Any) -> bool:
-        """True if `held` is a container that can be refilled with `saved`, and gets no other value."""
+    def is_refillable(self, live: Any, saved: Any) -> bool:
+        """True if `live` is a container that can be refilled with `saved`, and gets no other value."""
         is_alike = (
-            (isinstance(held, MutableMapping) and isinstance(saved, dict))
-            or any(isinstance(held, kind) and type(saved) is kind for kind in (list, set, bytearray))
-            or (isinstance(held, deque) and isinstance(saved, deque) and held.maxlen == saved.maxlen)
+            (isinstance(live, MutableMapping) and isinstance(saved, dict))
+            or any(isinstance(live, kind) and type(saved) is kind for kind in (list, set, bytearray))
+            or (isinstance(live, deque) and isinstance(saved, deque) and live.maxlen == saved.maxlen)
         )
-        return is_alike and self._claim(held, saved)
+        return is_alike and self._claim(live, saved)
 
     def on_filled(self, path: str, action: Callable[[], object]) -> None:
         """Have `action` called for the object at `path` when every tensor is filled."""
@@ -263,13 +263,13 @@ class TargetBuilder:
             self._fill(part, part.name, name)
         return lambda: made
 
-    def _paired(self, held: torch.Tensor, saved: Any, path: str) -> list[tuple[TensorShard, str]]:
-        """The tensors with memory of their own that `held` consists of, each with its name in the checkpoint."""
+    def _paired(self, live: torch.Tensor, saved: Any, path: str) -> list[tuple[TensorShard, str]]:
+        """The tensors with memory of their own that `live` consists of, each with its name in the checkpoint."""
         if not isinstance(saved, (TensorRef, WrapperRef)):
             raise mismatch(path, "tensor", saved)
         if isinstance(saved, WrapperRef):
-            saved = self._without_late_parts(own_part(held), saved, path)
-        reference, parts = expand(held, path)
+            saved = self._without_late_parts(own_part(live), saved, path)
+        reference, parts = expand(live, path)
         names = dict(pair(reference, saved, path))
         return [(part, names[part.name]) for part in parts]
 
@@ -299,9 +299,9 @@ class TargetBuilder:
             and self._claim(owner, saved.name)
         )
 
-    def _claim(self, held: object, saved: object) -> bool:
+    def _claim(self, live: object, saved: object) -> bool:
         """Claim an object of the state for `saved`; False if it is claimed for another value."""
-        return bool(self._claims.setdefault(id(held), (held, saved))[1] == saved)
+        return bool(self._claims.setdefault(id(live), (live, saved))[1] == saved)
 
     def _fill_live(self, target: TensorShard, path: str, name: str) -> None:
         """Add a tensor of the state, at `path`, to fill from the checkpoint's tensor `name`."""
@@ -396,14 +396,14 @@ def _set_part(wrapper: torch.Tensor, name: str, make: Callable[[], torch.Tensor]
     setattr(wrapper, name, make().to(wrapper.device))
 
 
-def _refill(held: Any, value: Any) -> Any:
+def _refill(live: Any, value: Any) -> Any:
     """Replace the container's content by that of `value`; return the container."""
-    held.clear()
-    if isinstance(held, MutableMapping):
+    live.clear()
+    if isinstance(live, MutableMapping):
         for key, item in value.items():
-            held[key] = item
-    elif isinstance(held, set):
-        held.update(value)
+            live[key] = item
+    elif isinstance(live, set):
+        live.update(value)
     else:
-        held.extend(value)
-    return held
+        live.extend(value)
+    return live

@@ -43,30 +43,30 @@ def bind_module(builder: TargetBuilder, module: nn.Module, saved: Any, path: str
     }
     overrides = load_overrides(module, state.name)
     if overrides and not _agrees(builder, state.tree, saved, path):
-        for name, held in _tensors(state.tree).items():
+        for name, live in _tensors(state.tree).items():
             if name in saved and not overrides.see(name):
-                builder.check_fit(held, join(path, name), saved[name])
+                builder.check_fit(live, join(path, name), saved[name])
         _offer(builder, module, state, saved, path, strict=strict)
         return
     handed: dict[str, Callable[[], Any]] = {}
     filled: dict[str, torch.Tensor] = {}
-    live = _wrappers(module, state)
+    wrappers = _wrappers(module, state)
     memory = {s for source in (module.parameters(), module.buffers()) for t in source for s in storages(t)}
-    for name, held in state.tree.items():
+    for name, live in state.tree.items():
         place = join(path, name)
         if name not in saved:
             builder.add_missing(place)
-        elif not isinstance(held, torch.Tensor) or _is_extra(name):
-            handed[state.key(name)] = builder.new_value(saved[name], held, place)
+        elif not isinstance(live, torch.Tensor) or _is_extra(name):
+            handed[state.key(name)] = builder.new_value(saved[name], live, place)
         elif not isinstance(saved[name], (TensorRef, WrapperRef)):
             raise mismatch(place, "tensor", saved[name])
-        elif overrides.see(name) or not storages(held) <= memory:
-            handed[state.key(name)] = builder.new_value(saved[name], held, place)
+        elif overrides.see(name) or not storages(live) <= memory:
+            handed[state.key(name)] = builder.new_value(saved[name], live, place)
         else:
-            builder.fill(held, place, saved[name])
-            if name in live:
-                builder.on_filled(path, partial(_drop_caches, own_part(live[name]), own_part(held)))
-            filled[state.key(name)] = held
+            builder.fill(live, place, saved[name])
+            if name in wrappers:
+                builder.on_filled(path, partial(_drop_caches, own_part(wrappers[name]), own_part(live)))
+            filled[state.key(name)] = live
     for name, value in saved.items():
         if name not in state.tree:
             builder.add_unexpected(value, join(path, name))
@@ -93,11 +93,11 @@ def _drop_caches(wrapper: torch.Tensor, detached: torch.Tensor) -> None:
 
 def _agrees(builder: TargetBuilder, tree: Mapping[str, Any], saved: dict[str, Any], path: str) -> bool:
     """True if names, shapes and types are those of the module, so that its code will accept them."""
-    held = _tensors(tree)
-    for name, tensor in held.items():
+    live = _tensors(tree)
+    for name, tensor in live.items():
         expand(tensor, join(path, name))  # refuses what cannot be loaded into
     return tree.keys() == saved.keys() and all(
-        builder.fits(tensor, saved[name], join(path, name)) for name, tensor in held.items()
+        builder.fits(tensor, saved[name], join(path, name)) for name, tensor in live.items()
     )
 
 
@@ -119,7 +119,7 @@ def _offer(
     Only its hooks and methods know what they rename, reshape or do without. If it refuses, or if the load fails
     later, its tensors get their former content.
     """
-    lacking = {name: held for name, held in state.tree.items() if name not in saved}
+    lacking = {name: live for name, live in state.tree.items() if name not in saved}
     handed = {
         state.key(name): builder.offered_value(
             value, state.tree.get(name, _same_shape(builder, value, lacking, path)), join(path, name)
@@ -142,12 +142,12 @@ def _offer(
             ]
 
         def undo() -> None:
-            for place, held_there in zip(places, tensors, strict=True):
+            for place, former in zip(places, tensors, strict=True):
                 place.clear()
-                place.update(held_there)
+                place.update(former)
             with torch.no_grad():
-                for held, content in before:
-                    held.copy_(content)
+                for live, content in before:
+                    live.copy_(content)
 
         try:
             result = _load(module, state, _made(handed), strict=strict)

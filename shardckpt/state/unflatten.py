@@ -69,55 +69,55 @@ class _Walk:
         self._names = names
         self._strict = strict
 
-    def entries(self, held: Any, saved: Any, path: str) -> None:
+    def entries(self, live: Any, saved: Any, path: str) -> None:
         """Bind the entries of a dict or list that contains tensors or objects."""
-        is_dict = isinstance(held, Mapping)
+        is_dict = isinstance(live, Mapping)
         if not isinstance(saved, dict if is_dict else (list, tuple)):
-            raise mismatch(path, type(held).__qualname__, saved)
+            raise mismatch(path, type(live).__qualname__, saved)
         if isinstance(saved, Record):
-            conform(saved, held, path)  # raises if it has other names
+            conform(saved, live, path)  # raises if it has other names
         wanted = dict(saved if isinstance(saved, dict) else enumerate(saved))
-        for key, value in list(held.items() if is_dict else enumerate(held)):
-            self._entry(held, key, value, wanted.pop(key, _ABSENT), join(path, key))
+        for key, value in list(live.items() if is_dict else enumerate(live)):
+            self._entry(live, key, value, wanted.pop(key, _ABSENT), join(path, key))
         if path:
             for key, value in wanted.items():
                 self._builder.add_unexpected(value, join(path, key))
 
-    def _entry(self, parent: Any, key: Any, held: Any, saved: Any, path: str) -> None:
+    def _entry(self, parent: Any, key: Any, live: Any, saved: Any, path: str) -> None:
         if saved is _ABSENT:
             self._builder.add_missing(path)
-        elif isinstance(held, PerRank):
-            self._per_rank(held, saved, path)
-        elif isinstance(held, nn.Module):
-            bind_module(self._builder, held, saved, path, strict=self._strict)
-        elif isinstance(held, torch.optim.Optimizer):
-            bind_optimizer(self._builder, held, saved, path, self._names)
-        elif isinstance(held, torch.Tensor):
-            self._builder.fill(held, path, saved)
-        elif isinstance(held, Stateful) and not isinstance(held, type):
-            tree = self._builder.new_value(saved, with_layouts(held, path), path)
-            self._builder.on_filled(path, lambda: held.load_state_dict(tree()))
-        elif isinstance(held, (Mapping, list, tuple)) and _has_objects(held):
-            self.entries(held, saved, path)
+        elif isinstance(live, PerRank):
+            self._per_rank(live, saved, path)
+        elif isinstance(live, nn.Module):
+            bind_module(self._builder, live, saved, path, strict=self._strict)
+        elif isinstance(live, torch.optim.Optimizer):
+            bind_optimizer(self._builder, live, saved, path, self._names)
+        elif isinstance(live, torch.Tensor):
+            self._builder.fill(live, path, saved)
+        elif isinstance(live, Stateful) and not isinstance(live, type):
+            tree = self._builder.new_value(saved, with_layouts(live, path), path)
+            self._builder.on_filled(path, lambda: live.load_state_dict(tree()))
+        elif isinstance(live, (Mapping, list, tuple)) and _has_objects(live):
+            self.entries(live, saved, path)
         else:
-            self._value(parent, key, held, saved, path)
+            self._value(parent, key, live, saved, path)
 
-    def _value(self, parent: Any, key: Any, held: Any, saved: Any, path: str) -> None:
+    def _value(self, parent: Any, key: Any, live: Any, saved: Any, path: str) -> None:
         """Bind plain data: it is refilled, or replaces the live value."""
         if not isinstance(parent, tuple):
-            made = self._builder.refilled_value(saved, held, path)
+            made = self._builder.refilled_value(saved, live, path)
             self._builder.on_filled(path, lambda: parent.__setitem__(key, made()))
-        elif self._builder.is_refillable(held, saved):
-            self._builder.on_filled(path, self._builder.refilled_value(saved, held, path))
-        elif isinstance(held, tuple) and isinstance(saved, tuple) and len(held) == len(saved):
-            self.entries(held, saved, path)
-        elif repr(saved := conform(saved, held, path)) != repr(held):
+        elif self._builder.is_refillable(live, saved):
+            self._builder.on_filled(path, self._builder.refilled_value(saved, live, path))
+        elif isinstance(live, tuple) and isinstance(saved, tuple) and len(live) == len(saved):
+            self.entries(live, saved, path)
+        elif repr(saved := conform(saved, live, path)) != repr(live):
             raise StateError(
-                f"state[{path!r}] is {held!r} in a tuple, which cannot be changed, and {saved!r} in the "
+                f"state[{path!r}] is {live!r} in a tuple, which cannot be changed, and {saved!r} in the "
                 "checkpoint. Use a list instead of the tuple."
             )
 
-    def _per_rank(self, held: PerRank, saved: Any, path: str) -> None:
+    def _per_rank(self, live: PerRank, saved: Any, path: str) -> None:
         if not isinstance(saved, PerRankRef):
             raise mismatch(path, "PerRank", saved)
         saved_values = {}
@@ -129,21 +129,21 @@ class _Walk:
         if saved.path not in saved_values:
             raise FormatError(f"the checkpoint lacks rank {self._rank}'s value of state[{path!r}]")
         content = decode_value(saved_values[saved.path])
-        holder = {"value": held.value}
-        self._entry(holder, "value", held.value, content, per_rank_path(path, self._rank))
-        self._builder.on_filled(path, lambda: setattr(held, "value", holder["value"]))
+        holder = {"value": live.value}
+        self._entry(holder, "value", live.value, content, per_rank_path(path, self._rank))
+        self._builder.on_filled(path, lambda: setattr(live, "value", holder["value"]))
 
 
-def _has_objects(held: Any, depth: int = 0) -> bool:
+def _has_objects(live: Any, depth: int = 0) -> bool:
     """True if the container has a tensor or an object in it, which is loaded into and not just replaced."""
     if depth > MAX_DEPTH:  # it contains itself
         return False
-    if isinstance(held, Mapping):
-        return any(_has_objects(value, depth + 1) for value in held.values())
-    if isinstance(held, (list, tuple)):
-        return any(_has_objects(value, depth + 1) for value in held)
-    return isinstance(held, (torch.Tensor, PerRank)) or (
-        isinstance(held, Stateful) and not isinstance(held, type)
+    if isinstance(live, Mapping):
+        return any(_has_objects(value, depth + 1) for value in live.values())
+    if isinstance(live, (list, tuple)):
+        return any(_has_objects(value, depth + 1) for value in live)
+    return isinstance(live, (torch.Tensor, PerRank)) or (
+        isinstance(live, Stateful) and not isinstance(live, type)
     )
 
 
