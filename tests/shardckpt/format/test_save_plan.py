@@ -1,10 +1,9 @@
-"""Who writes what and who reads what: properties of the plans, over layouts of every kind."""
+"""The plan of a save: properties of it, over layouts of every kind."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,125 +12,24 @@ from hypothesis import strategies as st
 
 from shardckpt.errors import RankMismatchError
 from shardckpt.format import save_plan as plan_module
-from shardckpt.format.box import Box, pieces_of_runs, split_evenly, split_strided
-from shardckpt.format.chunks import CRC_BYTES, chunk_bytes
-from shardckpt.format.dtypes import DTYPES, itemsize
-from shardckpt.format.manifest import Chunks, Manifest, Pack, pack_path
+from shardckpt.format.box import Box
+from shardckpt.format.chunks import CRC_BYTES
+from shardckpt.format.dtypes import itemsize
 from shardckpt.format.manifest_codec import decode_manifest, encode_record
 from shardckpt.format.save_plan import MAX_CHUNK, Layout, SavePlan, plan_save
-from shardckpt.loading.plan import describe, plan_reads
+from tests.kit.layouts import (
+    by_rank,
+    fsdp,
+    fsdp_tp,
+    layouts,
+    manifest_of,
+    replicated,
+    rows_of,
+    worlds,
+)
 
 _settings = settings(deadline=None, max_examples=100)
 _MIB = 1 << 20
-
-
-def fsdp(shape: Sequence[int], world: int) -> list[tuple[Box, ...]]:
-    """The boxes of each rank when the first dimension is split as torch.chunk does."""
-    rest = [((0, n),) for n in shape[1:]]
-    split = [split_evenly(((0, shape[0]),), world, rank) for rank in range(world)]
-    return [tuple(p.box for p in pieces_of_runs([first, *rest])) for first in split]
-
-
-def fsdp_tp(shape: Sequence[int], fsdp_size: int, tp: int) -> list[tuple[Box, ...]]:
-    """The first dimension split for tensor parallelism, then each part for FSDP: strided shards."""
-    rest = [((0, n),) for n in shape[1:]]
-    boxes = []
-    for i in range(fsdp_size):
-        for j in range(tp):
-            mine = split_evenly(split_strided(((0, shape[0]),), fsdp_size, i, tp), tp, j)
-            boxes.append(tuple(p.box for p in pieces_of_runs([mine, *rest])))
-    return boxes
-
-
-def replicated(shape: Sequence[int], world: int) -> list[tuple[Box, ...]]:
-    whole = (Box.whole(shape),) if math.prod(shape) else ()
-    return [whole] * world
-
-
-def layouts(
-    name: str, dtype: str, shape: Sequence[int], held: Sequence[Sequence[Box]], **other: bool
-) -> list[Layout]:
-    """One tensor on each rank."""
-    return [Layout(name, dtype, tuple(shape), tuple(boxes), **other) for boxes in held]
-
-
-def by_rank(*tensors: Sequence[Layout]) -> list[list[Layout]]:
-    """The tensors' layouts, one list for each rank."""
-    return [list(layout) for layout in zip(*tensors, strict=True)]
-
-
-def manifest_of(plan: SavePlan) -> Manifest:
-    """What a commit makes of a plan, with arbitrary checksums."""
-    world = len(plan.pack_sizes)
-    return Manifest(
-        id="test",
-        step=1,
-        attempt=1,
-        world_size=world,
-        created=0.0,
-        writer="test",
-        metrics={},
-        values={f"v{number}": {"$tensor": t.name} for number, t in enumerate(plan.tensors)},
-        per_rank=[{}] * world,
-        packs=tuple(Pack(pack_path(rank), size) for rank, size in enumerate(plan.pack_sizes)),
-        tensors=plan.tensors,
-        chunks=Chunks(pack=list(plan.writer), offset=list(plan.offset), crc32c=[0] * len(plan.writer)),
-    )
-
-
-def rows_of(plan: SavePlan) -> list[tuple[str, Box]]:
-    """(tensor, box) of each row of the chunk table."""
-    return [(t.name, cell) for t in plan.tensors for array in t.arrays for cell in array.cells()]
-
-
-# -- strategies
-
-_shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
-
-
-@st.composite
-def partitions(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
-    """Boxes that tile a shape: it is halved at random places, a few times."""
-    boxes = [Box.whole(shape)] if math.prod(shape) else []
-    for _ in range(draw(st.integers(0, 4))):
-        cuttable = [(b, d) for b in boxes for d in range(len(shape)) if b.shape[d] > 1]
-        if not cuttable:
-            break
-        box, dim = draw(st.sampled_from(cuttable))
-        at = draw(st.integers(1, box.shape[dim] - 1))
-        low = (*box.shape[:dim], at, *box.shape[dim + 1 :])
-        high = (*box.shape[:dim], box.shape[dim] - at, *box.shape[dim + 1 :])
-        start = (*box.offsets[:dim], box.offsets[dim] + at, *box.offsets[dim + 1 :])
-        boxes.remove(box)
-        boxes += [Box(box.offsets, low), Box(start, high)]
-    return boxes
-
-
-@st.composite
-def worlds(draw: st.DrawFn) -> list[list[Layout]]:
-    """A few tensors over a world: sharded in any way, each box on one or several ranks."""
-    world = draw(st.integers(1, 5))
-    tensors = []
-    for number in range(draw(st.integers(0, 4))):
-        shape, dtype = draw(_shapes), draw(st.sampled_from(sorted(DTYPES)))
-        kind = draw(st.sampled_from(["any", "fsdp", "strided", "replicated"]))
-        held: list[list[Box]] = [[] for _ in range(world)]
-        if kind == "fsdp" and shape:
-            held = [list(boxes) for boxes in fsdp(shape, world)]
-        elif kind == "strided" and shape and world == 4:
-            held = [list(boxes) for boxes in fsdp_tp(shape, 2, 2)]
-        elif kind == "any":
-            for box in draw(partitions(shape)):
-                ranks = st.sets(st.integers(0, world - 1), min_size=1, max_size=world)
-                for rank in draw(ranks):
-                    held[rank].append(box)
-        else:
-            held = [list(boxes) for boxes in replicated(shape, world)]
-        tensors.append(layouts(f"t{number}", dtype, shape, held, first_holder=draw(st.booleans())))
-    return by_rank(*tensors) if tensors else [[] for _ in range(world)]
-
-
-# -- saving
 
 
 @_settings
@@ -412,54 +310,6 @@ def test_layouts_that_do_not_fit_together(world: list[list[Layout]], message: st
 
 
 # -- reading
-
-
-@_settings
-@given(st.data())
-def test_reads_cover_every_wanted_box_exactly_once(data: st.DataObject) -> None:
-    """For any saved layout and any wanted boxes: each element is copied once, from where it was stored."""
-    plan = plan_save(data.draw(worlds()))
-    manifest = manifest_of(plan)
-    truth: dict[str, np.ndarray] = {}
-    for number, t in enumerate(plan.tensors):
-        count = math.prod(t.shape)
-        truth[t.name] = np.arange(1, count + 1).reshape(t.shape) + 1000 * number
-    stored = [truth[name][box.slices] for name, box in rows_of(plan)]
-    wanted: list[tuple[str, Box]] = []
-    for t in plan.tensors:
-        for _ in range(data.draw(st.integers(0, 2))):
-            low = [data.draw(st.integers(0, n)) for n in t.shape]
-            size = [data.draw(st.integers(0, n - o)) for o, n in zip(low, t.shape, strict=True)]
-            wanted.append((t.name, Box(tuple(low), tuple(size))))
-    results = [np.zeros(box.shape, dtype=np.int64) for _, box in wanted]
-    touched = [np.zeros(box.shape, dtype=np.int64) for _, box in wanted]
-    reads = plan_reads(manifest, wanted)
-    assert len({read.stored.row for read in reads}) == len(reads)
-    for read in reads:
-        chunk = read.stored
-        assert (chunk.pack, chunk.offset) == (plan.writer[chunk.row], plan.offset[chunk.row])
-        assert chunk.stop - chunk.offset == chunk_bytes(read.tensor.dtype, read.chunk)
-        for copy in read.copies:
-            results[copy.wanted][copy.target] = stored[chunk.row][copy.source]
-            touched[copy.wanted][copy.target] += 1
-    for (name, box), result, times in zip(wanted, results, touched, strict=True):
-        assert np.array_equal(result, truth[name][box.slices])
-        assert np.all(times == 1)
-    places = [(read.stored.pack, read.stored.offset) for read in reads]
-    assert places == sorted(places)
-
-
-def test_reads_touch_only_what_is_wanted() -> None:
-    """One row of a tensor needs one chunk of it, and the message names tensor, place and pack."""
-    shape = (8, 3)
-    manifest = manifest_of(plan_save(by_rank(layouts("t", "float32", shape, fsdp(shape, 4)))))
-    (read,) = plan_reads(manifest, [("t", Box((5, 0), (1, 3)))])
-    assert read.cell == Box((4, 0), (2, 3))
-    assert read.copies[0].source == (slice(1, 2), slice(0, 3))
-    told = describe(manifest, read.stored.row)
-    assert all(part in told for part in ("'t'", "[4, 0]", "[2, 3]", "rank-00002/data.pack", "byte 0"))
-    with pytest.raises(KeyError):
-        plan_reads(manifest, [("u", Box((0,), (1,)))])
 
 
 def _spread_over(plan: SavePlan) -> dict[int, list[str]]:
