@@ -1,4 +1,4 @@
-"""What the monitor tells the agent. Every event is a frozen value; times are monotonic seconds."""
+"""The events that the monitor passes to the agent, as frozen values. Times are monotonic seconds."""
 
 from __future__ import annotations
 
@@ -37,31 +37,27 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ZygoteReady:
-    """The zygote has imported what it should and forks from now on.
+    """The zygote has done its imports, and forks from now on."""
 
-    `error` is the traceback if it could not: workers are then fresh interpreters.
-    """
-
-    seconds: float
-    error: str | None = None
+    seconds: float  # that they took
+    error: str | None = None  # the traceback if they failed: workers are fresh interpreters then
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStarted:
+    """A worker exists."""
+
     rank: int
     pid: int
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerExited:
-    """A worker is dead. `code` is its exit code, or minus the signal that killed it.
-
-    Events of this type come in the order in which the workers died.
-    """
+    """A worker is dead. Events of this type come in the order in which the workers died."""
 
     rank: int
     pid: int
-    code: int
+    code: int  # its exit code, or minus the signal that killed it
     at: float
 
 
@@ -75,7 +71,7 @@ class SpawnFailed:
 
 @dataclass(frozen=True, slots=True)
 class WorkersGone:
-    """No process of any worker's tree exists any more."""
+    """The workers of this node and all processes that they have started are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +80,7 @@ class ZygoteLost:
 
     code: int
     at: float
-    is_ours: bool = False  # the agent has killed it, because it was not to start any workers
+    is_ours: bool = False  # the agent has killed it before it started any workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +90,7 @@ class SaverWanted:
 
 @dataclass(frozen=True, slots=True)
 class SaveStaged:
-    """Every rank of this node has its part of a checkpoint in the saver's memory."""
+    """The saver's memory has the parts of a checkpoint of all ranks of this node."""
 
     step: int
 
@@ -129,18 +125,18 @@ class SavedByWorkers:
 
 @dataclass(frozen=True, slots=True)
 class SaveFailed:
-    """A checkpoint is not committed in a tier. `again`: nor after another try."""
+    """A checkpoint could not be committed in a tier."""
 
     step: int
     tier: str
     url: str
     error: str
-    again: bool = False
+    again: bool = False  # another try has failed too, after an event of the first
 
 
 @dataclass(frozen=True, slots=True)
 class SaveSuperseded:
-    """A checkpoint will not be committed in a tier, since the run goes on in a newer attempt. No failure."""
+    """A checkpoint is not committed in a tier because the run goes on in a newer attempt. This is no failure."""
 
     step: int
     tier: str
@@ -148,14 +144,14 @@ class SaveSuperseded:
 
 @dataclass(frozen=True, slots=True)
 class SaverEnded:
-    """The saver is dead. `code` is as in `WorkerExited`; 0: all that it was given is durable."""
+    """The saver is dead. `code` is as in `WorkerExited`; 0: every snapshot that it got is durable."""
 
     code: int
 
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Someone wants the job to end: Ctrl-C, a scheduler's signal, a closed terminal, `launch stop`."""
+    """The job is to end: Ctrl-C, a scheduler's signal, a closed terminal, `launch stop`."""
 
     signum: int
     is_asked: bool = False  # by `launch stop`, which counts as SIGTERM
@@ -168,44 +164,38 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed: look at what nobody tells of by itself, such as how far the workers are."""
+    """Time has passed: the agent reads what causes no event, such as the workers' progress."""
 
 
 @dataclass(frozen=True, slots=True)
 class StacksTaken:
-    """Where every worker of this node was: `summary`, a line each, and where the whole dumps are."""
+    """The stacks of this node's workers have been taken."""
 
-    summary: tuple[str, ...]
-    directory: str
+    summary: tuple[str, ...]  # a line for each group of ranks
+    directory: str  # of the whole dumps
 
 
 @dataclass(frozen=True, slots=True)
 class RequestReceived:
-    """A user asks the running job for something: `launch scale RUN 6` has verb "scale" and number 6.
-
-    `client` is the connection that the answer goes to, `without` the slots that get no worker.
-    """
+    """A user asks the running job for something: `launch scale RUN 6` has verb "scale" and number 6."""
 
     verb: str
     number: int | None
-    client: int
-    without: tuple[int, ...] = ()
+    client: int  # the connection that the answer goes to
+    without: tuple[int, ...] = ()  # slots that get no worker
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """This node is number `rank` of the `len(hellos)` nodes of a team, which starts with this event.
+    """This node is in a team, which starts with this event."""
 
-    `hellos` is what each of them has said of itself, by rank.
-    """
-
-    rank: int
-    hellos: Sequence[Mapping[str, Any]]
+    rank: int  # of this node
+    hellos: Sequence[Mapping[str, Any]]  # by rank, what each node of the team has said of itself
 
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """Node `node` of the team has said `message`. All nodes hear the same, in the same order."""
+    """A node of the team has broadcast a message. All nodes receive all messages, in the same order."""
 
     node: int
     message: Mapping[str, Any]
@@ -213,7 +203,7 @@ class MessageReceived:
 
 @dataclass(frozen=True, slots=True)
 class MemberFailed:
-    """This node is in no team any more, or could not join one; `reason` is a line for the user.
+    """This node is no longer in a team, or could not join one; `reason` is a line for the user.
 
     `kind` is "usage" (wrong endpoint, address or backend), "unavailable" (refused, or nobody there in time),
     "closed" (the job with this id had ended before), "over" (it has ended while this node waited, or was lost:
@@ -228,14 +218,11 @@ class MemberFailed:
 
 @dataclass(frozen=True, slots=True)
 class MemberNews:
-    """What keeps this node from being in a team as yet, or else concerns it; `text` is a line for the user.
+    """News from the node's part in the rendezvous, such as what it waits for."""
 
-    `is_bad`: something is wrong. `phase` is what this node does meanwhile, in a word or two; None: as before.
-    """
-
-    text: str
-    is_bad: bool = False
-    phase: str | None = None
+    text: str  # a line for the user
+    is_bad: bool = False  # something is wrong
+    phase: str | None = None  # what the node does meanwhile, in a word or two; None: as before
 
 
 Event = (
@@ -268,12 +255,12 @@ Event = (
 def describe(event: Event) -> str:
     """`event` in a line for people: `worker exited: rank 0, pid 4711, code 1`."""
     name = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(event).__name__)
-    told = {field.name: getattr(event, field.name) for field in fields(event)}
+    facts = {field.name: getattr(event, field.name) for field in fields(event)}
     if isinstance(event, MessageReceived):
-        told = {"from node": event.node, **event.message}
+        facts = {"from node": event.node, **event.message}
     known = ", ".join(
         f"{key} {value}"
-        for key, value in told.items()
+        for key, value in facts.items()
         if value is not None and value is not False and value != ()
     )
     return f"{name.strip()}: {known}" if known else name.strip()

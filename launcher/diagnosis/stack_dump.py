@@ -1,4 +1,4 @@
-"""Takes the stacks of this node's workers with py-spy, which needs no help from them."""
+"""Takes the stacks of this node's workers with py-spy, which needs no cooperation from them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ __all__ = ["StackTaker"]
 
 _T = TypeVar("_T")
 
-_PATIENCE = 20.0  # seconds for everything
-_DUMP_PATIENCE = 3.0  # seconds for one process without native frames; it takes 0.02 normally
-_MAX_CHILDREN = 16  # processes of one rank that are looked at, besides its first
+_TIMEOUT = 20.0  # seconds for everything
+_DUMP_TIMEOUT = 3.0  # seconds for one process without native frames; it usually takes 0.02
+_MAX_CHILDREN = 16  # processes of one rank that are dumped, besides the worker
 _MAX_PARALLEL = 8
 _MAX_PARALLEL_NATIVE = 4  # each reads the symbols of all libraries: a second of CPU, and memory
-
 _MAX_CODE = 100  # characters of a line of source
 _ATTEMPTS = 3
-_MAY_PASS = "Failed to get stack traces"  # its stack was being changed, for one
+_MAY_PASS = "Failed to get stack traces"  # py-spy's error if the stack changed meanwhile, for one
 _NOT_PYTHON = "Failed to find python version"
 _NO_PERMISSION = (
     "no permission to trace processes: give the container the capability SYS_PTRACE, "
@@ -45,14 +44,17 @@ _NO_PERMISSION = (
 
 
 class StackTaker:
-    """Finds out where workers are, in a thread of its own; a source of `StacksTaken`.
+    """Takes stacks in a thread of its own; a source of `StacksTaken` events for the monitor.
 
-    `close` ends what is under way, without an event. `py_spy` is the program to run; by default it is
-    the one beside this Python's, or the first on PATH.
+    `close` ends what is under way, without an event.
+
+    Args:
+        timeout: seconds for the stacks of all workers.
+        py_spy: the program to run; None: the one beside this Python, or else the first on PATH.
     """
 
-    def __init__(self, *, patience: float = _PATIENCE, py_spy: str | None = None) -> None:
-        self._patience = patience
+    def __init__(self, *, timeout: float = _TIMEOUT, py_spy: str | None = None) -> None:
+        self._timeout = timeout
         self._py_spy = py_spy
         self._taken: list[Event] = []
         self._thread: threading.Thread | None = None
@@ -65,25 +67,28 @@ class StackTaker:
 
     @property
     def is_taking(self) -> bool:
-        """Whether a `StacksTaken` is still to come."""
+        """True until the `StacksTaken` of a `start` has been received."""
         return self._thread is not None
 
     def start(self, pids: Mapping[int, int], steps: Mapping[int, int | None], directory: Path) -> None:
-        """Take the stacks of the workers `pids`, by rank; returns at once.
+        """Begin to take the stacks of workers, and return at once. Does nothing if that has begun already.
 
-        `steps` is what they reported last. Whole dumps go to `directory`, one file per rank. Does nothing
-        while stacks are being taken already. Stopping a worker for its dump takes milliseconds, so this
-        is safe also in a job that is well.
+        A dump stops a worker for milliseconds, so this is safe in a healthy job too.
+
+        Args:
+            pids: the workers, by rank.
+            steps: the step that each has reported last.
+            directory: where whole dumps go, one file per rank.
         """
         if self.is_taking:
             return
         program = self._py_spy or _find_py_spy()
-        dumps = self._dumps = _Dumps(program, time.monotonic() + self._patience)
+        dumps = self._dumps = _Dumps(program, time.monotonic() + self._timeout)
 
         def take() -> None:
             try:
                 event = _take(dict(pids), dict(steps), directory, dumps)
-            except Exception as error:  # a diagnosis that fails must not keep the job from its restart
+            except Exception as error:  # a failed diagnosis must not prevent the restart
                 event = StacksTaken((f"no stacks: {error}",), str(directory))
             self._taken.append(event)
             os.write(self._wake_write, b".")
@@ -121,7 +126,7 @@ def _find_py_spy() -> str | None:
 
 
 class _Dumps:
-    """The running py-spys: bounded in time, and ended together."""
+    """The py-spy processes of one taking: they have one deadline, and can be killed together."""
 
     def __init__(self, program: str | None = None, deadline: float = 0.0) -> None:
         self._program = program
@@ -140,18 +145,18 @@ class _Dumps:
             for process in self._running:
                 process.kill()
 
-    def dump(self, pid: int, *options: str, patience: float) -> tuple[Thread, ...]:
-        """The stacks of one process. Raises `_NoStacks` with the reason if there are none."""
+    def dump(self, pid: int, *options: str, timeout: float) -> tuple[Thread, ...]:
+        """The stacks of one process. Raises `_NoStacks` with the reason if they cannot be read."""
         if self._program is None:
             raise _NoStacks("py-spy is not installed beside this Python, nor on PATH")
-        patience = min(patience, self.seconds_left)
+        timeout = min(timeout, self.seconds_left)
         process = self._start([self._program, "dump", "--pid", str(pid), "--json", *options])
         try:
-            out, err = process.communicate(timeout=max(patience, 0.0))
+            out, err = process.communicate(timeout=max(timeout, 0.0))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            raise _NoStacks(f"reading them took longer than {max(patience, 0.0):.0f} s") from None
+            raise _NoStacks(f"reading them took longer than {max(timeout, 0.0):.0f} s") from None
         finally:
             with self._lock:
                 self._running.discard(process)
@@ -186,7 +191,7 @@ class _NoStacks(Exception):  # noqa: N818 - an answer, not an error
 
 
 def _explain(err: str) -> str:
-    """py-spy's complaint in one line."""
+    """py-spy's error message in one line."""
     if "ermission denied" in err or "Permission Denied" in err or "EPERM" in err:
         return _NO_PERMISSION
     lines = [line.strip() for line in err.partition("Stack backtrace:")[0].splitlines()]
@@ -197,7 +202,7 @@ def _explain(err: str) -> str:
 def _take(
     pids: Mapping[int, int], steps: Mapping[int, int | None], directory: Path, dumps: _Dumps
 ) -> StacksTaken:
-    """First what is quick, of all; then native frames, as far as time allows."""
+    """Take the Python frames of all workers, which is quick, and then native frames as far as time allows."""
     before = {rank: read_process_state(pid) for rank, pid in pids.items()}
     found = _parallel(_MAX_PARALLEL, lambda rank: _dump_tree(before[rank], dumps), pids)
     natives = _parallel(
@@ -224,16 +229,16 @@ def _parallel(width: int, work: Callable[[int], _T], ranks: Iterable[int]) -> di
 
 @dataclass(frozen=True)
 class _Tree:
-    """The stacks of a worker and of what it has started, by process."""
+    """The stacks of a worker and of the processes that it has started."""
 
     threads: tuple[Thread, ...]  # of the worker
-    python_pid: int  # which process these are of: the worker's command need not be Python
-    trouble: str | None
+    python_pid: int  # the process that `threads` are of: the worker's command need not be Python
+    trouble: str | None  # why there are no threads
     children: tuple[tuple[ProcessState, tuple[Thread, ...]], ...]
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it waits for other ranks, as far as Python's frames tell: others are more telling."""
+        """True if it waits for other ranks, as far as Python's frames show. The other ranks are dumped first."""
         return read_stack(0, self.python_pid, self.threads).collective is not None
 
 
@@ -246,7 +251,7 @@ def _dump_tree(worker: ProcessState, dumps: _Dumps) -> _Tree:
         if of_child:
             children.append((child, of_child))
         elif why is not None and not why.startswith(_NOT_PYTHON):
-            break  # what holds for one holds for all: no permission, no time
+            break  # the reason holds for the other children too: no permission, no time
     if threads or not children or trouble is None or not trouble.startswith(_NOT_PYTHON):
         return _Tree(threads, worker.pid, trouble, tuple(children))
     first, *others = children
@@ -258,7 +263,7 @@ def _try_dump(process: ProcessState, dumps: _Dumps) -> tuple[tuple[Thread, ...],
         is_still = read_process_state(process.pid).is_still
         options = ["--nonblocking"] if is_still else []
         try:
-            return dumps.dump(process.pid, *options, patience=_DUMP_PATIENCE), None
+            return dumps.dump(process.pid, *options, timeout=_DUMP_TIMEOUT), None
         except _NoStacks as error:
             has_halted = not is_still and read_process_state(process.pid).is_still
             may_pass = has_halted or str(error).startswith(_MAY_PASS)
@@ -269,9 +274,9 @@ def _try_dump(process: ProcessState, dumps: _Dumps) -> tuple[tuple[Thread, ...],
 
 def _dump_native(pid: int, dumps: _Dumps) -> tuple[Thread, ...] | None:
     if read_process_state(pid).is_still:
-        return None  # native frames can be read of a process only that py-spy has stopped
+        return None  # py-spy reads native frames only of a process that it has stopped itself
     try:
-        return dumps.dump(pid, "--native", patience=dumps.seconds_left) or None
+        return dumps.dump(pid, "--native", timeout=dumps.seconds_left) or None
     except _NoStacks:
         return None
 
@@ -279,7 +284,7 @@ def _dump_native(pid: int, dumps: _Dumps) -> tuple[Thread, ...] | None:
 def _conclude(
     rank: int, before: ProcessState, now: ProcessState, tree: _Tree, native: tuple[Thread, ...] | None
 ) -> RankStack:
-    """What is said of one rank: native frames tell of waits that Python's do not."""
+    """Where one rank is. Native frames show waits that Python's frames do not."""
     if tree.threads or tree.trouble is None:
         stack = read_stack(rank, now.pid, native or tree.threads)
     else:
@@ -316,7 +321,7 @@ def _render(
     tree: _Tree,
     native: tuple[Thread, ...] | None,
 ) -> str:
-    """The file of one rank: everything that was seen of it."""
+    """The text of one rank's file: its state, and the stacks of all its processes."""
     state = stack.halt or stack.kernel or "unknown state"
     at_step = "" if step is None else f", step {step}"
     lines = [f"rank {stack.rank}, process {stack.pid}{at_step}: {state}", f"command: {now.command}"]

@@ -1,4 +1,4 @@
-"""What the stacks of workers say: where each of them is, and who waits for whom. Pure."""
+"""Reads the stacks of workers: where each of them is, and which ranks wait for which. Pure."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Frame:
 
     @property
     def is_users(self) -> bool:
-        """Whether it is neither a library's nor Python's nor ours."""
+        """True if it is in the user's code: not in a library, in Python or in this project."""
         return not (self.is_native or re.search(_LIBRARY, self.file) or self.file.startswith(_OWN))
 
     @property
@@ -94,19 +94,20 @@ class RankStack:
     pid: int
     where: str | None = None  # the innermost frame of the user's code: "train.py:88 in load_batch"
     source: tuple[str, int] | None = None  # the file and line of that frame
-    code: str | None = None  # and the text there
-    inside: str | None = None  # the frame of a library that it has called, if it is in one
-    collective: str | None = None  # what it waits for other ranks in: "all_reduce", "all_gather (FSDP)"
+    code: str | None = None  # the text of that line
+    inside: str | None = None  # the innermost frame of a library that the user's code has called
+    collective: str | None = None  # the collective in which it waits: "all_reduce", "all_gather (FSDP)"
     halt: str | None = None  # why it cannot go on whatever the others do: "stopped by a signal", "dead"
-    kernel: str | None = None  # what the kernel says that it does: "asleep in futex_wait_queue"
+    kernel: str | None = None  # its state in the kernel: "asleep in futex_wait_queue"
     trouble: str | None = None  # why its stack is not known
-    children: tuple[str, ...] = ()  # where processes that it has started are in the user's code
+    children: tuple[str, ...] = ()  # where the processes that it has started are in the user's code
 
 
 def parse_dump(text: str) -> tuple[Thread, ...]:
-    """The threads in what `py-spy dump --json` printed, the main thread first.
+    """The threads in the output of `py-spy dump --json`, the main thread first.
 
-    Raises `ValueError` if it is no such dump.
+    Raises:
+        ValueError: `text` is no such output.
     """
     try:
         dumped = json.loads(text)
@@ -133,7 +134,7 @@ def _parse_thread(thread: Mapping[str, Any]) -> Thread:
 
 
 def read_stack(rank: int, pid: int, threads: Sequence[Thread]) -> RankStack:
-    """What the stacks of a worker's threads, the main thread's first, say about where it is."""
+    """Where a worker is, from the stacks of its threads, the main thread's first."""
     if not threads:
         return RankStack(rank, pid, trouble="it runs no Python code")
     main = threads[0].frames
@@ -154,7 +155,7 @@ def read_stack(rank: int, pid: int, threads: Sequence[Thread]) -> RankStack:
 
 
 def _users_frame(frames: Sequence[Frame]) -> Frame | None:
-    """The innermost frame of the user's code; where there is none, of the library nearest to it."""
+    """The innermost frame of the user's code; without one, of the library nearest to it."""
     python = [frame for frame in frames if not frame.is_native]
     for accept in (
         lambda frame: frame.is_users,
@@ -171,7 +172,7 @@ def _is_in_backward(frames: Sequence[Frame]) -> bool:
 
 
 def _collective(frames: Sequence[Frame]) -> str | None:
-    """The public function of torch.distributed that a thread is in, and the library that called it."""
+    """The public function of torch.distributed that a thread is in, with the library that called it."""
     last = None
     for number, frame in enumerate(frames):
         if frame.is_users:
@@ -202,9 +203,9 @@ def _label(frames: Iterable[Frame]) -> str:
 
 
 def locate_child(threads: Sequence[Thread]) -> str | None:
-    """Where a process that a worker has started is in the user's code; None if it is not in it.
+    """Where a process that a worker has started is in the user's code; None if it is elsewhere.
 
-    A forked one has the frames of its parent below its own: these say nothing.
+    A forked process has the frames of its parent below its own, which do not count.
     """
     for frame in threads[0].frames if threads else ():
         if frame.file.endswith("multiprocessing/process.py"):
@@ -215,10 +216,13 @@ def locate_child(threads: Sequence[Thread]) -> str | None:
 
 
 def summarize(stacks: Mapping[int, RankStack], steps: Mapping[int, int | None]) -> tuple[str, ...]:
-    """Who is behind and where, and who waits for whom, a line each.
+    """Which ranks are behind and where, and which wait for them, a line for each group of ranks.
 
-    `steps` is what each rank reported last. A rank that is in no collective while others are in one is
-    the one they wait for; so is one that is stopped, stuck in the kernel, or dead.
+    Ranks in a collective wait for those that are in none, or are stopped, stuck in the kernel or dead.
+
+    Args:
+        stacks: where each rank is.
+        steps: the step that each has reported last.
     """
     view = _View(stacks, steps)
     halted = [rank for rank, stack in stacks.items() if stack.halt]
@@ -247,7 +251,7 @@ class _View:
         self._steps = steps
 
     def groups(self, ranks: Iterable[int]) -> list[list[int]]:
-        """Ranks that are at the same place, those that are least far first."""
+        """Groups of ranks at the same place, those with the lowest step first."""
         by_place: dict[tuple[object, ...], list[int]] = {}
         for rank in sorted(ranks):
             stack = self._stacks[rank]
@@ -263,7 +267,7 @@ class _View:
         return [sentence(group) for group in self.groups(ranks)]
 
     def suspects(self, ranks: Sequence[int], others: Sequence[int]) -> list[str]:
-        """What is known of the ranks that `others` wait for."""
+        """Lines about the ranks that `others` wait for."""
         lines = []
         furthest = max((step for rank in others if (step := self._steps.get(rank)) is not None), default=0)
         for group in self.groups(ranks):
@@ -283,7 +287,7 @@ class _View:
         return lines
 
     def waiting(self, ranks: Sequence[int]) -> list[str]:
-        """Ranks that are all in a collective."""
+        """Lines about ranks that are all in a collective."""
         groups = self.groups(ranks)
         most = max(groups, key=len)
         lines = []
@@ -309,7 +313,7 @@ class _View:
         return f"{name_ranks(group)}: {place}"
 
     def blind(self, ranks: Sequence[int]) -> list[str]:
-        """Why the stacks of some ranks are not known, and what is known of them all the same."""
+        """Lines about ranks whose stacks are not known: why, and what else is known of them."""
         by_reason: dict[str, list[int]] = {}
         for rank in sorted(ranks):
             by_reason.setdefault(self._stacks[rank].trouble or "", []).append(rank)

@@ -244,7 +244,7 @@ def test_it_is_bounded_in_time(hung: Hung, take: Callable[..., StacksTaken], tmp
     pid = hung.start(DEADLOCK)
     hung.wait_until_hung()
     slow = fake(tmp_path / "slow", f"echo $$ > {tmp_path}/pid; exec sleep 1000")
-    taken = take({0: pid}, {0: 3}, py_spy=slow, patience=0.2)
+    taken = take({0: pid}, {0: 3}, py_spy=slow, timeout=0.2)
     assert taken.summary[0].startswith("no stacks of rank 0: reading them took longer than")
     assert taken.summary[1].startswith("  rank 0: step 3, asleep")
     with pytest.raises(ProcessLookupError):
