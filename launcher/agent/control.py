@@ -152,11 +152,9 @@ class Control:
             client.has_asked = True
             self._epoll.modify(client.connection, 0)  # only its end is of interest now
             try:
-                request = decode_request(line)
+                return decode_request(line, client.number)
             except ValueError as reason:
                 self._refuse(client, str(reason))
-            else:
-                return RequestReceived(request.verb, request.number, client.number, request.without)
         return None
 
     def _refuse(self, client: _Client, reason: str) -> None:

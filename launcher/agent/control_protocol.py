@@ -27,11 +27,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.events import RequestReceived
+
 __all__ = [
     "RECORD",
     "VERBS",
     "ControlRecord",
-    "Request",
     "decode_answer",
     "decode_request",
     "encode_answer",
@@ -87,22 +88,13 @@ class ControlRecord:
         return bool(started) and started == self.started
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a client asks for. `number` of workers and `without` slots belong to the verb "scale"."""
-
-    verb: str
-    number: int | None = None
-    without: tuple[int, ...] = ()
-
-
 def encode_request(verb: str, number: int | None = None, without: Collection[int] = ()) -> bytes:
     """The line that a client sends."""
     return json.dumps({"verb": verb, "number": number, "without": sorted(without)}).encode() + b"\n"
 
 
-def decode_request(line: bytes) -> Request:
-    """The request in a line, without trust in the client. Raises `ValueError` with the reason for a refusal."""
+def decode_request(line: bytes, client: int) -> RequestReceived:
+    """The request of a client, which is not trusted. Raises `ValueError` with the reason for a refusal."""
     try:
         request = json.loads(line)
         verb, number, without = request["verb"], request.get("number"), request.get("without", [])
@@ -117,7 +109,7 @@ def decode_request(line: bytes) -> Request:
         raise ValueError(f"{verb}: expected {'a' if scales else 'no'} number of workers, found {number!r}")
     if not isinstance(without, list) or not all(map(_is_whole, without)) or (without and not scales):
         raise ValueError(f"{verb}: expected {'a list of' if scales else 'no'} slots, found {without!r}")
-    return Request(verb, number, tuple(sorted(set(without))))
+    return RequestReceived(verb, number, client, tuple(sorted(set(without))))
 
 
 def encode_answer(answer: Mapping[str, Any], *, more: bool) -> bytes:

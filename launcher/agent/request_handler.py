@@ -8,7 +8,7 @@ from dataclasses import replace
 from launcher.agent.control import Control
 from launcher.agent.departure import Departure
 from launcher.agent.monitor import Monitor
-from launcher.agent.requests import JobState, reply_to
+from launcher.agent.requests import reply_to
 from launcher.agent.workers import Workers
 from launcher.config.job import Config
 from launcher.diagnosis.stack_dump import StackTaker
@@ -54,14 +54,15 @@ class RequestHandler:
         if asked.verb != "stacks":
             self._reporter.request_received(asked)
         left = departure.seconds_left(time.monotonic()) if departure.is_leaving else None
-        state = JobState(
+        reply = reply_to(
+            asked,
+            round_,
+            slots,
             phase=self._reporter.phase,
             can_drain=workers.can_drain,
-            slots=slots,
             ending=how_it_ends(left) if departure.is_second_signal(round_) else None,
             check_workers=lambda number: replace(self._config, nproc=number),
         )
-        reply = reply_to(asked, round_, state)
         if reply.request is not None:
             self._team_client.broadcast(reply.request.to_json())
         self._monitor.push(*reply.signals)

@@ -11,18 +11,7 @@ from launcher.events import RequestReceived, StopRequested
 from launcher.round.round import Phase, Round, RoundEndRequest
 from launcher.round.slots import Slots
 
-__all__ = ["JobState", "Reply", "reply_to"]
-
-
-@dataclass(frozen=True)
-class JobState:
-    """What an answer depends on besides the round."""
-
-    phase: str  # in words, as `launch status` shows it
-    can_drain: bool
-    slots: Slots
-    ending: str | None  # how the job ends; None: nothing has told it to
-    check_workers: Callable[[int], object]  # raises UsageError if this node cannot run so many workers
+__all__ = ["Reply", "reply_to"]
 
 
 @dataclass(frozen=True)
@@ -37,44 +26,69 @@ class Reply:
     """Signals that the agent acts on as if it had received them."""
 
 
-def reply_to(asked: RequestReceived, round_: Round, state: JobState) -> Reply:
-    """Answer any request but "status", which the reporter knows."""
+def reply_to(
+    asked: RequestReceived,
+    round_: Round,
+    slots: Slots,
+    *,
+    phase: str,
+    can_drain: bool,
+    ending: str | None,
+    check_workers: Callable[[int], object],
+) -> Reply:
+    """Answer any request but "status", which the reporter knows.
+
+    Args:
+        asked: The request.
+        round_: The present round.
+        slots: This node's slots.
+        phase: What the job does, in words, as `launch status` shows it.
+        can_drain: The workers save and leave on request.
+        ending: How the job ends, in words; None: nothing has told it to.
+        check_workers: Raises `UsageError` if this node cannot run so many workers.
+    """
     match asked.verb:
         case "kill":
             return Reply({}, signals=(StopRequested(signal.SIGTERM, is_asked=True),) * 2)
-        case "stop" if state.ending is not None:
-            return _refuse(f"{state.ending}: --now ends it at once")
+        case "stop" if ending is not None:
+            return _refuse(f"{ending}: --now ends it at once")
         case "stop":
             stop = StopRequested(signal.SIGTERM, is_asked=True)
-            return Reply({"can_drain": state.can_drain}, signals=(stop,))
+            return Reply({"can_drain": can_drain}, signals=(stop,))
         case "restart" if round_.phase is Phase.DRAINING and not round_.leavers:
             return Reply({"at_once": True}, _end_round(round_, "restart", can_drain=False))
         case "stacks" if round_.phase in (Phase.RUNNING, Phase.DRAINING):
             return Reply()
         case _ if round_.phase is not Phase.RUNNING:
-            return _refuse(f"the job is {state.phase}: ask again later")
+            return _refuse(f"the job is {phase}: ask again later")
         case "restart":
-            request = _end_round(round_, "restart", can_drain=state.can_drain)
-            return Reply({"can_drain": state.can_drain}, request)
+            request = _end_round(round_, "restart", can_drain=can_drain)
+            return Reply({"can_drain": can_drain}, request)
         case "scale":
-            return _scale(asked, round_, state)
+            return _scale(asked, round_, slots, can_drain, check_workers)
         case _:
             raise AssertionError(asked.verb)
 
 
-def _scale(asked: RequestReceived, round_: Round, state: JobState) -> Reply:
+def _scale(
+    asked: RequestReceived,
+    round_: Round,
+    slots: Slots,
+    can_drain: bool,
+    check_workers: Callable[[int], object],
+) -> Reply:
     workers, without = asked.number or 0, asked.without
-    slots = state.slots.scaled(workers, without)
+    slots = slots.scaled(workers, without)
     try:
-        state.check_workers(slots.present)
+        check_workers(slots.present)
     except UsageError as error:
         return _refuse(str(error))
     unknown = [slot for slot in without if slot >= slots.present]
     if unknown:
         return _refuse(f"--without: expected slots from 0 to {slots.present - 1}, found {unknown[0]}")
-    request = _end_round(round_, "scale", can_drain=state.can_drain, slots=workers, without=without)
+    request = _end_round(round_, "scale", can_drain=can_drain, slots=workers, without=without)
     now = len(round_.plan.slots)
-    return Reply({"from": now, "to": workers, "can_drain": state.can_drain}, request)
+    return Reply({"from": now, "to": workers, "can_drain": can_drain}, request)
 
 
 def _end_round(

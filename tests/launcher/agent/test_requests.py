@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.agent.requests import JobState, Reply, reply_to
+from launcher.agent.requests import Reply, reply_to
 from launcher.errors import UsageError
 from launcher.events import RequestReceived, StopRequested
 from launcher.round.round import Phase, Round, RoundEndRequest
@@ -20,9 +20,7 @@ def check_workers(number: int) -> None:
         raise UsageError("nproc: expected at most 4")
 
 
-STATE = JobState(
-    phase="starting", can_drain=True, slots=Slots(2, 2, 1), ending=None, check_workers=check_workers
-)
+STATE = {"phase": "starting", "can_drain": True, "ending": None, "check_workers": check_workers}
 STOP = StopRequested(signal.SIGTERM, is_asked=True)
 
 
@@ -34,7 +32,7 @@ def ask(
     **state: object,
 ) -> Reply:
     asked = RequestReceived(verb, number, 7, without)
-    return reply_to(asked, round_ or play(), replace(STATE, **state))  # type: ignore[arg-type]
+    return reply_to(asked, round_ or play(), Slots(2, 2, 1), **{**STATE, **state})  # type: ignore[arg-type]
 
 
 def error(reply: Reply) -> object:
