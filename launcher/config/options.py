@@ -118,8 +118,8 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "hang-timeout",
         parsers.seconds,
-        "restart if a rank makes no step (Checkpointer.step, launcher.report) and restores nothing for so long; "
-        "three times as long before the first (default: after 600 write stacks down only); 0: never look",
+        "restart if a rank neither makes a step (Checkpointer.step, launcher.report) nor restores for this long, "
+        "or for three times as long before its first step; 0: off (default: only dump stacks, after 600)",
         "SECONDS",
         _JOB,
     ),
@@ -135,7 +135,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "drain-timeout",
         parsers.seconds,
-        "time that saves get to become durable once the workers are gone (default 300); 0: no wait",
+        "time for saves to become durable after the workers have ended (default 300); 0: do not wait",
         "SECONDS",
         _JOB,
     ),
@@ -149,25 +149,25 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "ckpt",
         parsers.storage_url,
-        "where the run's checkpoints live (default RUN_DIR/checkpoints)",
+        "folder or URL of the run's checkpoints (default RUN_DIR/checkpoints)",
         "URL",
         _JOB,
     ),
     Option(
         "preload",
         parsers.modules,
-        "modules that workers find imported, besides torch: a faster start and restart",
+        "modules to import once for all workers, besides torch: faster starts and restarts",
         "MODULES",
         _JOB,
     ),
     Option("cold", parsers.switch, "start every worker as a fresh interpreter", "", _JOB),
     Option("config", parsers.text, "read options from a YAML file; flags beat it", "FILE", _JOB),
-    Option("help", parsers.switch, "show this", "", _JOB, short="h"),
+    Option("help", parsers.switch, "show this help", "", _JOB, short="h"),
     Option("version", parsers.switch, "show the version", "", _JOB),
     Option(
         "nnodes",
         parsers.nnodes,
-        "nodes (default 1); MIN:MAX: go on when some are lost, and take in those that come",
+        "nodes (default 1); MIN:MAX: go on when nodes are lost, and let new ones join",
         "N|MIN:MAX",
         _NODES,
         torchrun=True,
@@ -175,7 +175,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "rdzv-endpoint",
         parsers.endpoint,
-        "where nodes meet, the same on all (c10d's PORT: 29400); of one node MASTER_ADDR, MASTER_PORT",
+        "where nodes meet, the same on all (c10d's PORT: 29400); for one node, MASTER_ADDR, MASTER_PORT",
         "HOST[:PORT]",
         _NODES,
         torchrun=True,
@@ -191,7 +191,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "rdzv-id",
         parsers.text,
-        "the job's name there, the same on all nodes (default none); TORCHELASTIC_RUN_ID",
+        "the job's name, the same on all nodes (default none); TORCHELASTIC_RUN_ID",
         "ID",
         _NODES,
         torchrun=True,
@@ -223,7 +223,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "master-addr",
         parsers.text,
-        "static: host of the endpoint; of one node MASTER_ADDR (default 127.0.0.1)",
+        "static: host of the endpoint; for one node, MASTER_ADDR (default 127.0.0.1)",
         "HOST",
         _NODES,
         torchrun=True,
@@ -231,12 +231,19 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "master-port",
         parsers.port,
-        "static: port of the endpoint (default 29500); of one node MASTER_PORT (default: a free one)",
+        "static: port of the endpoint (default 29500); for one node, MASTER_PORT (default: a free one)",
         "PORT",
         _NODES,
         torchrun=True,
     ),
-    Option("standalone", parsers.switch, "one node, whatever a scheduler says", "", _NODES, torchrun=True),
+    Option(
+        "standalone",
+        parsers.switch,
+        "one node, also within a scheduler's job of several",
+        "",
+        _NODES,
+        torchrun=True,
+    ),
     Option(
         "log-dir",
         parsers.text,
@@ -271,11 +278,11 @@ OPTIONS: tuple[Option, ...] = (
         _OUTPUT,
         torchrun=True,
     ),
-    Option("quiet", parsers.switch, "say nothing but what the workers print, and errors", "", _OUTPUT),
+    Option("quiet", parsers.switch, "print only errors and the workers' output", "", _OUTPUT),
     Option(
         "log-level",
         parsers.one_of("debug", "info", "warning", "error"),
-        "how much to tell: debug (every event), info, warning or error (default info)",
+        "messages to print: debug (every event), info, warning or error (default info)",
         "LEVEL",
         _OUTPUT,
     ),
@@ -288,14 +295,12 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("module", parsers.switch, "run a module, as python -m", "", _TORCHRUN, short="m", torchrun=True),
     Option("no-python", parsers.switch, "run a command, as after --", "", _TORCHRUN, torchrun=True),
-    Option(
-        "run-path", parsers.switch, "run a script: what launch does anyway", "", _TORCHRUN, torchrun=True
-    ),
+    Option("run-path", parsers.switch, "run a script, as launch does anyway", "", _TORCHRUN, torchrun=True),
     Option("role", parsers.text, "ROLE_NAME (default: default)", "NAME", _TORCHRUN, torchrun=True),
     Option(
         "monitor-interval",
         parsers.seconds,
-        "any: a death is seen at once",
+        "ignored: a death is seen at once",
         "SECONDS",
         _TORCHRUN,
         torchrun=True,
@@ -303,7 +308,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "start-method",
         parsers.one_of("spawn", "fork", "forkserver"),
-        "any: of no effect on scripts, as in torchrun",
+        "ignored: of no effect on scripts, as in torchrun",
         "NAME",
         _TORCHRUN,
         torchrun=True,
@@ -311,7 +316,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "signals-to-handle",
         parsers.stop_signals,
-        "torchrun's default, or that and SIGUSR1: what launch does anyway",
+        "torchrun's default, with or without SIGUSR1: what launch does anyway",
         "SIGNALS",
         _TORCHRUN,
         torchrun=True,
