@@ -1,7 +1,7 @@
-"""How much memory the machine and this process's control groups leave, and how often they ran out of it.
+"""How much memory the machine and this process's control groups have left, and how often they ran out of it.
 
-Control groups of version 1 and 2, the process's own and all around it: a limit on any of them binds. For both
-packages, which do not import each other; free of other imports. `root` is where /proc and /sys are found.
+Control groups of version 1 and 2, the process's own and all around it: each of their limits applies. Both
+packages use this module; it imports the standard library only. `root` is where /proc and /sys are.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ _UNLIMITED = 1 << 60  # version 1 writes "no limit" as a number near 2**63
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """A memory control group, of either version, by its directory. What cannot be read is None, or 0."""
+    """A memory control group of either version, by its directory. Values that cannot be read are None or 0."""
 
     path: Path
 
     @property
     def limit(self) -> int | None:
-        """Bytes at which the kernel kills in this group; None without a limit."""
+        """Bytes at which the kernel kills processes of this group; None without a limit."""
         return self._limit("memory.max", "memory.limit_in_bytes")
 
     @property
     def bound(self) -> int | None:
-        """Bytes that the group should not go beyond: its limit, or where the kernel slows it down before that."""
+        """Bytes that the group should not exceed: its limit, or the one at which the kernel throttles it."""
         bounds = [b for b in (self.limit, self._limit("memory.high")) if b is not None]
         return min(bounds, default=None)
 
     @property
     def used(self) -> int | None:
-        """Bytes that the kernel cannot take back: page cache that no process has mapped does not count.
+        """Bytes that the kernel cannot reclaim: page cache that no process has mapped does not count.
 
-        Cache that was read once is "inactive", cache that was read again "active"; before the kernel kills, it
-        drops both. Mapped files (the code of libraries) are left out of that: without them nothing gets on.
+        Cache that was read once is "inactive", cache that was read again "active"; the kernel drops both before
+        it kills. Mapped files, such as the code of libraries, count as used: without them nothing runs.
         """
         usage = _first_number(self.path / name for name in ("memory.current", "memory.usage_in_bytes"))
         if usage is None:
@@ -67,11 +67,11 @@ class MemoryGroup:
 
 @dataclass(frozen=True)
 class Room:
-    """The memory that is left where it is tightest.
+    """The memory left at the tightest bound.
 
     Attributes:
-        free: bytes that can still be taken.
-        total: bytes that there are in all.
+        free: bytes that can still be allocated.
+        total: bytes of the bound.
         group: the control group that sets the bound; None for the machine.
     """
 
@@ -80,7 +80,7 @@ class Room:
     group: MemoryGroup | None = None
 
     def __str__(self) -> str:
-        """What is left of what, for people."""
+        """`1.5 GB of memory is left of the machine's 64.0 GB`"""
         total = f"{self.total / (1 << 30):.1f} GiB"
         of = f"the cgroup limit of {total} ({self.group.path})" if self.group else f"the machine's {total}"
         return f"{self.free / (1 << 30):.1f} GiB of memory is left of {of}"
@@ -92,13 +92,13 @@ def memory_groups(root: Path = Path("/")) -> tuple[MemoryGroup, ...]:
 
 
 def machine_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that the machine has."""
+    """Bytes of memory of the machine; None if /proc does not have it."""
     total = read_table(root / "proc/meminfo").get("MemTotal:")
     return None if total is None else total * 1024
 
 
 def memory_room(groups: Sequence[MemoryGroup] | None = None, root: Path = Path("/")) -> Room | None:
-    """What is left for this process; None if neither the machine nor a group says. Read anew at each call."""
+    """The memory left for this process, read at each call; None if it cannot be read."""
     rooms = []
     free = read_table(root / "proc/meminfo").get("MemAvailable:")
     if free is not None:
@@ -111,7 +111,7 @@ def memory_room(groups: Sequence[MemoryGroup] | None = None, root: Path = Path("
 
 
 def read_table(path: Path) -> dict[str, int]:
-    """A file of lines with a name and a number."""
+    """Parse a file of lines with a name and a number; empty if it cannot be read."""
     table = {}
     for line in _lines(path):
         name, *values = line.split() or [""]
@@ -136,7 +136,7 @@ def _directories(root: Path) -> Iterator[Path]:
 
 
 def _mounts(root: Path, kind: str) -> Iterator[tuple[Path, str]]:
-    """Where control groups of a kind are mounted, and which of them is at the top there."""
+    """Where control groups of a kind are mounted, and the path of the group at the top of each mount."""
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         fields, (found, _, options) = before.split(), after.split(" ", 2)
@@ -145,7 +145,7 @@ def _mounts(root: Path, kind: str) -> Iterator[tuple[Path, str]]:
 
 
 def _unescaped(path: str) -> str:
-    """A path of mountinfo, in which blanks are written as octal numbers."""
+    """A path of mountinfo, in which blanks are octal escapes."""
     for code, char in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
         path = path.replace(code, char)
     return path

@@ -1,4 +1,4 @@
-"""The time of day as this process reckons it from its start on: steps of the system's clock do not change it.
+"""The time of day, which steps of the system's clock do not change once this process has started.
 
 So differences are durations, also between processes of one host that share `ANCHOR`.
 """
@@ -10,7 +10,7 @@ import time
 __all__ = ["ANCHOR", "now"]
 
 ANCHOR = time.time() - time.monotonic()
-"""Seconds since the epoch at which the monotonic clock of this host would have begun."""
+"""What to add to this host's monotonic clock for the time since the epoch, in seconds."""
 
 
 def now() -> float:

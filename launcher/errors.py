@@ -1,10 +1,10 @@
-"""What can go wrong, grouped by what the caller can do about it.
+"""The errors of `launch`, grouped by what the caller can do about them.
 
 LaunchError              has the exit code that `launch` ends with
 ├── UsageError           change the command line or the configuration file
 │   └── NotFoundError    the program after `--` does not exist
 ├── BusyError            wait for, or stop, the other job that holds the run directory or port
-├── UnreachableError     ask where, or as who, the job runs, if it runs at all
+├── UnreachableError     run the command on the job's host and as its user, if it runs at all
 │   └── NotRunningError  nothing: no job runs there
 ├── RunDirError          make the run directory writable, or choose another one
 └── InternalError        nothing: the launcher itself failed
@@ -31,9 +31,9 @@ __all__ = [
 class ExitCode(IntEnum):
     """Exit codes of `launch` that are not a worker's own.
 
-    A job whose workers failed ends with the first failed worker's code, or 128 + signal; a job that
-    was told to stop ends with 128 + the signal that told it (130 for Ctrl-C), or with PREEMPTED if it
-    saved what it had and can be resumed.
+    A job whose workers failed ends with the code of the worker that failed first, or 128 + its signal. A job that
+    was stopped by a signal ends with 128 + that signal (130 for Ctrl-C), or with PREEMPTED if it has saved and
+    can be resumed. docs/exit-codes.md has the list.
     """
 
     OK = 0
@@ -69,19 +69,19 @@ class NotFoundError(UsageError):
 
 
 class BusyError(LaunchError):
-    """The run directory or the port is in use by someone else."""
+    """Another process uses the run directory or the port."""
 
     exit_code = ExitCode.UNAVAILABLE
 
 
 class UnreachableError(LaunchError):
-    """No running job answers: none runs there, or on another host, or it is another user's."""
+    """No running job answers: none runs here, or it runs on another host or as another user."""
 
     exit_code = ExitCode.UNAVAILABLE
 
 
 class NotRunningError(UnreachableError):
-    """No job runs in the run directory any more, or yet."""
+    """No job runs in the run directory."""
 
 
 class RunDirError(LaunchError):
@@ -91,7 +91,7 @@ class RunDirError(LaunchError):
 
 
 class InternalError(LaunchError):
-    """The launcher could not do its part, for example start a process."""
+    """The launcher itself failed, for example to start a process."""
 
 
 def shell_code(code: int) -> int:

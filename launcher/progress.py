@@ -1,4 +1,4 @@
-"""The progress file: how a worker tells how far it is. See docs/worker-contract.md."""
+"""The progress file, in which a worker reports its progress. Format: docs/worker-contract.md."""
 
 from __future__ import annotations
 
@@ -20,45 +20,66 @@ _compact = json.JSONEncoder(separators=(",", ":")).encode
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker has told last. Times are in seconds since the epoch; None where it told nothing.
+    """The last report of a worker. Times are in seconds since the epoch; None: not reported.
 
-    `drains` is whether it answers a drain request, so that asking it to leave is worth while.
+    Args:
+        step: optimizer steps done; None: no step yet.
+        time: of the report of `step`.
+        loss: of the last step that had one.
+        drains: true if the worker answers drain requests.
+        joined: when its process group was ready.
+        restored: when it had looked for a checkpoint, and loaded it if there was one.
+        restored_step: the step of that checkpoint; None: there was none.
+        restored_tier: where it was: "memory", "local" or "remote".
+        first_step: when the worker reported a step for the first time.
+        phase: what it did, besides training, at `alive`: "restore", for example.
+        alive: its last report besides a step.
+        steps: true if it is going to report steps, even if it has not yet.
+        world: ranks that have to join, as this one has.
+        saved: by tier, the newest step that it has committed itself, without a saver.
+        over: when its training was complete: no more steps follow.
     """
 
-    step: int | None  # optimizer steps done; None: no step yet
-    time: float  # when it said so
+    step: int | None
+    time: float
     loss: float | None = None
     drains: bool = False
-    joined: float | None = None  # its process group was up
-    restored: float | None = None  # it had looked for a checkpoint to resume from
-    restored_step: int | None = None  # of that checkpoint; None: there was none
-    restored_tier: str | None = None  # that it was in: "memory", "local", "remote"
-    first_step: float | None = None  # its first report of a step
-    phase: str | None = None  # what it was doing besides training, from `alive` on: "restore"
-    alive: float | None = None  # its last sign of life besides a step
-    steps: bool = False  # it will report steps, even if it has not yet
-    world: int = 1  # ranks that have to join as it has
+    joined: float | None = None
+    restored: float | None = None
+    restored_step: int | None = None
+    restored_tier: str | None = None
+    first_step: float | None = None
+    phase: str | None = None
+    alive: float | None = None
+    steps: bool = False
+    world: int = 1
     saved: Mapping[str, int] = field(default_factory=dict)
-    """By tier, the step of the newest checkpoint that it has committed itself, without a saver."""
-    over: float | None = None  # it had trained all that it was to, so that no more steps come
+    over: float | None = None
 
     @property
     def doing(self) -> str | None:
-        """The phase that it is in, unless it has made a step since."""
+        """The current phase; None once a step has been reported since."""
         is_past = self.alive is None or (self.step is not None and self.alive < self.time)
         return None if is_past else self.phase
 
     @property
     def is_over(self) -> bool:
-        """Whether no more steps are to come."""
+        """True if no more steps follow."""
         return self.over is not None and self.over >= self.time
 
 
 def report(step: int, *, loss: float | None = None) -> None:
-    """Tell the launcher that `step` optimizer steps are done, and how large the loss was in the last.
+    """Report progress to the launcher. Does nothing in a process that `launch` did not start.
 
-    Cheap enough for every step: one system call, or two and a few microseconds with a loss. A loss
-    that is a tensor on a device is waited for. Does nothing in a process that `launch` did not start.
+    Cheap enough for every step: one system call, or two and a few microseconds with a loss.
+
+    Args:
+        step: optimizer steps done.
+        loss: of the last step. If it is a tensor on a device, this call waits for it.
+
+    >>> import launcher
+    >>> for step in range(1, 4):
+    ...     launcher.report(step, loss=1.0 / step)
     """
     path = os.environ.get("LAUNCH_PROGRESS_FILE")
     if path is None:
@@ -70,14 +91,14 @@ def report(step: int, *, loss: float | None = None) -> None:
 
 @dataclass
 class _ProgressFile:
-    """The open progress file of this process, in which others (`shardckpt`) write too."""
+    """The open progress file of this process, to which shardckpt may write too."""
 
     descriptor: int
     anchor: float = field(
         default_factory=lambda: _anchor()
     )  # seconds since the epoch, by the monotonic clock
-    _content: bytes = b""  # as it was last written here, and what it told
-    _told: dict[str, Any] = field(default_factory=dict)
+    _content: bytes = b""  # the second part as it was last written here
+    _facts: dict[str, Any] = field(default_factory=dict)
 
     def write(self, step: int, loss: float | None) -> None:
         now = self.anchor + time.monotonic()
@@ -87,10 +108,10 @@ class _ProgressFile:
             return
         content = os.pread(self.descriptor, _FILE_BYTES, 0)[_LINE_BYTES:]
         if content != self._content or not content:
-            self._told = {"first_step": round(now, 3), **_facts(content)}
+            self._facts = {"first_step": round(now, 3), **_facts(content)}
         if loss is not None:
-            self._told["loss"] = _number(float(loss))
-        self._content = _encoded(self._told)
+            self._facts["loss"] = _number(float(loss))
+        self._content = _encoded(self._facts)
         os.pwrite(self.descriptor, line + self._content, 0)
 
 
@@ -98,23 +119,23 @@ _files: dict[str, _ProgressFile] = {}
 
 
 def _anchor() -> float:
-    """What to add to the monotonic clock for the time of day as launch has it, whose steps do not change it."""
+    """What to add to the monotonic clock for the time since the epoch as `launch` has it, in seconds."""
     return float(os.environ.get("LAUNCH_CLOCK", time.time() - time.monotonic()))
 
 
 def _encoded(facts: Mapping[str, Any]) -> bytes:
-    """The second part of the file. More than fits in it is cut off, and then not understood."""
+    """The second part of the file. An object that does not fit is cut off, and then ignored by readers."""
     text = _compact(facts).encode()
     return text.ljust(_FACTS_BYTES - 1)[: _FACTS_BYTES - 1] + b"\n"
 
 
 def _number(value: float) -> float | str:
-    """JSON knows no "nan", "inf" and "-inf"."""
+    """`value` as JSON, which has no "nan", "inf" and "-inf"."""
     return value if abs(value) < float("inf") else str(value)
 
 
 def read_progress(path: Path) -> Progress | None:
-    """What the worker told last; None if it never did, or wrote garbage."""
+    """The last report of a worker; None if there is none, or the file has no valid first line."""
     try:
         with open(path, "rb", buffering=0) as file:
             data = file.read(_FILE_BYTES)
@@ -122,14 +143,14 @@ def read_progress(path: Path) -> Progress | None:
         if len(line) != _LINE_BYTES or not line.endswith(b"\n"):
             return None
         step, when = line.split()
-        told = _typed(_facts(data[_LINE_BYTES:]))
-        return Progress(step=int(step) if int(step) >= 0 else None, time=float(when), **told)
+        facts = _typed(_facts(data[_LINE_BYTES:]))
+        return Progress(step=int(step) if int(step) >= 0 else None, time=float(when), **facts)
     except (OSError, ValueError):
         return None
 
 
 def _facts(text: bytes) -> dict[str, Any]:
-    """The JSON object behind the first line; empty if there is none."""
+    """The JSON object after the first line; empty if there is none."""
     if len(text) != _FACTS_BYTES or not text.endswith(b"\n"):
         return {}
     try:
@@ -158,7 +179,7 @@ _TYPES: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _typed(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of it; what a later version tells besides, or garbage, is left out."""
+    """The known keys with valid values; all others, which a later version may write, are left out."""
     found = {}
     for name, kind in _TYPES.items():
         try:

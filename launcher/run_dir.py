@@ -1,19 +1,19 @@
-"""The run directory: what lies where, who owns it, and which round is next.
+"""The run directory: its files, its owner, and the number of the next round.
 
-RUN_DIR/lock                     held by the one agent that runs here, or shared by those of several nodes
+RUN_DIR/lock                     held by the one agent that runs here, or shared by the agents of several nodes
 RUN_DIR/round                    number of the last round
 RUN_DIR/ranks/rank-00000/        a rank's own directory, with its progress file
 RUN_DIR/logs/round-0001/         rank-00000.out, rank-00000.err, rank-00000.error.json
-RUN_DIR/stacks/round-0001/       rank-00000.txt: where workers were that hung, or when a user asked
+RUN_DIR/stacks/round-0001/       rank-00000.txt: a rank's stacks when it hung, or when a user asked
 
-What only one agent writes is in the run directory itself, or, where several nodes share one on a network
-file system, in a directory for each agent, RUN_DIR/nodes/HOST/:
+The files of one agent are in the run directory itself or, where several nodes share one on a network file
+system, in RUN_DIR/nodes/HOST/:
 
 verdicts.jsonl                   one verdict per failure
 events.jsonl                     what happened, see journal.py
-control.json                     where the agent is asked, see control.py
+control.json                     the address of the agent's control socket, see control.py
 drain                            the request to save and end; empty while there is none
-saver.log, member.log            what these processes have to say
+saver.log, member.log            the output of these processes
 """
 
 from __future__ import annotations
@@ -34,19 +34,26 @@ _AGENTS_PER_HOST = 16
 
 
 def as_typed(path: Path) -> Path:
-    """`path` as the user would type it: from the current directory on, if it is below that."""
+    """`path` as the user would type it: relative if it is below the current directory."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 @dataclass(frozen=True, slots=True)
 class RankFiles:
-    """Where one rank's output of one round goes, and its own directory."""
+    """The files of one rank in one round.
+
+    Args:
+        rank: the rank.
+        out, err: its stdout and stderr.
+        error: written by scripts that use torchelastic's @record.
+        directory: the rank's own directory, the same in all rounds.
+    """
 
     rank: int
     out: Path
     err: Path
-    error: Path  # written by scripts that use torchelastic's @record
+    error: Path
     directory: Path
 
     @property
@@ -55,10 +62,16 @@ class RankFiles:
 
 
 class RunDir:
-    """A run directory that belongs to this process until `close`, or until its death.
+    """A run directory that this process owns until `close`, or until its death.
 
-    With `is_shared`, agents of other nodes may use it too. Raises `BusyError` if another agent has it,
-    `RunDirError` if it cannot be written.
+    Args:
+        path: the run directory; created if it does not exist.
+        logs: the directory in which each round gets a directory of log files.
+        is_shared: true if agents of other nodes may use it too.
+
+    Raises:
+        BusyError: another agent uses it.
+        RunDirError: it cannot be written.
     """
 
     def __init__(self, path: Path, logs: Path, *, is_shared: bool = False) -> None:
@@ -90,12 +103,12 @@ class RunDir:
 
     @property
     def saver_log(self) -> Path:
-        """Where the output of every saver goes."""
+        """The file that gets the output of every saver."""
         return (self.logs if self.own == self.path else self.own) / "saver.log"
 
     @property
     def member_log(self) -> Path:
-        """Where what talks to the other nodes writes."""
+        """The file that gets the output of the member process."""
         return self.own / "member.log"
 
     @property
@@ -108,7 +121,7 @@ class RunDir:
         return self.own / "drain"
 
     def stacks(self, number: int) -> Path:
-        """Where the stacks of the workers of a round go."""
+        """The directory for the stacks of a round's workers."""
         return self.path / "stacks" / f"round-{number:04d}"
 
     def next_round(self) -> int:
@@ -119,7 +132,7 @@ class RunDir:
         return number
 
     def begin_round(self, number: int, ranks: Iterable[int]) -> list[RankFiles]:
-        """The log files of `ranks` in a new round, empty. No earlier round's files are touched."""
+        """Create the files of `ranks` in a new round; those of earlier rounds stay. Raises `RunDirError`."""
         try:
             self._round_dir(number).mkdir(exist_ok=True)
             (self.path / "round").write_text(f"{number}\n")
@@ -137,9 +150,14 @@ class RunDir:
         return files
 
     def request_drain(self, reason: str, tiers: str) -> None:
-        """Ask the workers of this node to save at their next step boundary, and to end.
+        """Ask this node's workers to save at their next step boundary and to end.
 
-        Raises `RunDirError` if that cannot be written.
+        Args:
+            reason: "preemption" or "restart".
+            tiers: "durable" or "memory"; docs/worker-contract.md has the meaning.
+
+        Raises:
+            RunDirError: the request cannot be written.
         """
         try:
             self.drain.write_text(json.dumps({"reason": reason, "tiers": tiers}) + "\n")
@@ -152,7 +170,7 @@ class RunDir:
             file.write(line + "\n")
 
     def has_saved(self) -> bool:
-        """Whether a job in this directory has made something durable, or has saved to leave, by its journal."""
+        """True if the journal has a durable checkpoint, or a drain, of an earlier job in this directory."""
         try:
             told = self.journal.read_bytes()
         except OSError:
@@ -160,13 +178,13 @@ class RunDir:
         return b'"event": "persisted"' in told or b'"event": "drained"' in told
 
     def close(self) -> None:
-        """Let another agent have it."""
+        """Release the directory."""
         for lock in self._locks:
             os.close(lock)
         self._locks = []
 
     def _lock(self, path: Path, how: int) -> None:
-        """Lock a directory, or raise BlockingIOError."""
+        """Lock a directory. Raises BlockingIOError if another process has the lock."""
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(lock, how | fcntl.LOCK_NB)
@@ -184,7 +202,7 @@ class RunDir:
             return "unknown"
 
     def _take_node(self) -> Path:
-        """The directory of this node, or of one more agent on it."""
+        """Lock and return a directory for this agent; a second agent on the host gets another one."""
         host = socket.gethostname()
         names = [host, *(f"{host}-{number}" for number in range(2, _AGENTS_PER_HOST + 1))]
         for name in names:
@@ -219,7 +237,7 @@ class RunDir:
 
 
 def _make_logs(path: Path) -> None:
-    """Make the directory in which every round gets one; raises `RunDirError` if it cannot get one."""
+    """Create the directory of the rounds' log directories. Raises `RunDirError` if it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         why = None if os.access(path, os.W_OK | os.X_OK) else "not writable"
@@ -230,5 +248,5 @@ def _make_logs(path: Path) -> None:
 
 
 def _reason(error: OSError, path: Path) -> str:
-    """What is wrong, and with which file; `path` if the system does not say that."""
+    """The error's text and file; `path` if the system does not name one."""
     return f"{error.strerror}: {error.filename or path}"

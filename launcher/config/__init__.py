@@ -1,4 +1,4 @@
-"""What the job is: options, environment, configuration file and scheduler, merged and validated.
+"""The configuration of a job: options, environment, file and scheduler, merged and validated.
 
 Imports `system` and below.
 """

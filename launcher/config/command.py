@@ -1,4 +1,4 @@
-"""What the workers run: a script, a module, or any other program."""
+"""The command of the workers: a script, a module, or any other program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Command:
-    """A script (`python target args…`), a module (`python -m target args…`) or a program.
+    """A script (`python target args…`), a module (`python -m target args…`) or a program (`target args…`).
 
     Raises `UsageError` on construction if the target does not exist or cannot be run.
     """
@@ -40,7 +40,7 @@ class Command:
 
     @property
     def argv(self) -> list[str]:
-        """The worker's command line. Python runs unbuffered, as under torchrun."""
+        """The worker's command line. Python runs unbuffered, as it does under torchrun."""
         if self.kind is Kind.PROGRAM:
             return [self.target, *self.args]
         module = ["-m"] if self.kind is Kind.MODULE else []
@@ -53,7 +53,7 @@ class Command:
 
     @property
     def import_dir(self) -> str:
-        """What Python will put at `sys.path[0]`."""
+        """The directory that Python puts at `sys.path[0]`."""
         if self.kind is Kind.MODULE:
             return str(Path.cwd())
         path = Path(self.target).resolve()
@@ -61,7 +61,7 @@ class Command:
 
     @property
     def names_checkpointer(self) -> bool:
-        """Whether the script's text names `Checkpointer`: then it can save when it is asked to, in time."""
+        """True if the script's text contains `Checkpointer`: it is then expected to answer drain requests."""
         try:
             return self.source is not None and b"Checkpointer" in Path(self.source).read_bytes()
         except OSError:
@@ -69,7 +69,7 @@ class Command:
 
     @property
     def source(self) -> str | None:
-        """The Python file that will be run, as far as that can be told without importing anything."""
+        """The Python file that is run, as far as it is known without importing anything; None for a program."""
         path = Path(self.import_dir, *self.target.split("."))
         if self.kind is Kind.SCRIPT:
             path = Path(self.target).resolve()
@@ -85,7 +85,7 @@ def _check_script(target: str) -> None:
     except PermissionError:
         raise UsageError(f"script {target} cannot be read: check the permissions of its folders") from None
     except (FileNotFoundError, NotADirectoryError):
-        pass  # which is told below
+        pass  # reported below
     except OSError as error:
         raise UsageError(f"script {target} cannot be read: {error.strerror}") from None
     if path.is_dir():
@@ -127,7 +127,7 @@ def _check_program(target: str) -> None:
 
 
 def module_is_missing(name: str, first_dir: str) -> bool:
-    """Whether `import name` is sure to fail where `first_dir` leads the path.
+    """True if `import name` is sure to fail with `first_dir` at the front of the path.
 
     Imports nothing, not even parent packages.
     """
@@ -140,7 +140,7 @@ def _is_package(name: str, first_dir: str) -> bool:
 
 
 def _find(name: str, first_dir: str) -> ModuleSpec | None:
-    """The spec of a module, or that of the parent package that alone can tell (see below)."""
+    """The spec of a module, or that of its parent package if only importing that would find the module."""
     first, *rest = name.split(".")
     spec = PathFinder.find_spec(first, [first_dir, *sys.path])
     for finder in sys.meta_path:
@@ -149,6 +149,6 @@ def _find(name: str, first_dir: str) -> ModuleSpec | None:
         if spec is None or spec.submodule_search_locations is None:
             return None
         if spec.origin and "__path__" in Path(spec.origin).read_text(errors="replace"):
-            return spec  # it computes where its submodules are; only importing it would tell
+            return spec  # it computes where its submodules are
         spec = PathFinder.find_spec(part, list(spec.submodule_search_locations))
     return spec

@@ -1,4 +1,4 @@
-"""Which nodes a job has and where they meet: what torchrun's options for that mean together. Pure."""
+"""The nodes of a job and their rendezvous, resolved from torchrun's interdependent options. Pure."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ __all__ = ["NODE_KEYS", "Given", "resolve_nodes"]
 
 _DEFAULT_PORTS = {"c10d": 29400, "static": 29500, "etcd-v2": 2379, "etcd": 2379}
 _KEPT = ("rdzv_id", "rdzv_conf", "local_addr")
-_RIVALS = ("standalone", "master_addr", "master_port")  # they say where to meet as --rdzv-endpoint does
+_ENDPOINT_OPTIONS = ("standalone", "master_addr", "master_port")
+"""They determine the endpoint, as --rdzv-endpoint does."""
 
-NODE_KEYS = frozenset({"nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", *_KEPT, *_RIVALS})
-"""The keys of all options that `resolve_nodes` reads."""
+NODE_KEYS = frozenset({"nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", *_KEPT, *_ENDPOINT_OPTIONS})
+"""The keys of the options that `resolve_nodes` reads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The value that one option has, who says so, and how many sources would have been heard first."""
+    """The value of one option.
+
+    Args:
+        value: as parsed.
+        source: where it comes from, for messages.
+        rank: how many sources take precedence over that one.
+    """
 
     value: Any
     source: str
@@ -28,76 +35,81 @@ class Given:
 
 
 def resolve_nodes(given: Mapping[str, Given]) -> dict[str, Any]:
-    """The fields of `Config` that say which nodes there are and where they meet.
+    """The fields of `Config` about nodes and their rendezvous.
 
-    What one source says of the place beats all that lower ones say of it, also with other options: a
-    flag --master-addr beats an endpoint of the scheduler's. Within one source they exclude each other,
-    and that raises `UsageError`.
+    A source that determines the endpoint overrides all lower sources that do, also by other options: a flag
+    --master-addr overrides the scheduler's endpoint. Within one source such options exclude each other.
+
+    Args:
+        given: the settings of a job, by option key.
+
+    Raises:
+        UsageError: two options contradict each other.
     """
-    said = _heard(given)
-    nnodes = (1, 1) if "standalone" in said else _value(said, "nnodes", (1, 1))
-    fields = {"nnodes": nnodes, **{key: said[key].value for key in _KEPT if key in said}}
-    return fields | (_alone(said) if nnodes[1] == 1 else _together(said))
+    effective = _effective(given)
+    nnodes = (1, 1) if "standalone" in effective else _value(effective, "nnodes", (1, 1))
+    fields = {"nnodes": nnodes, **{key: effective[key].value for key in _KEPT if key in effective}}
+    return fields | (_for_one_node(effective) if nnodes[1] == 1 else _for_several_nodes(effective))
 
 
-def _heard(given: Mapping[str, Given]) -> dict[str, Given]:
-    """What remains of `given` when nothing in it contradicts what ranks above it."""
-    said = dict(given)
-    if "standalone" in said and not said["standalone"].value:
-        del said["standalone"]
-    _choose_place(said)
-    standalone, nnodes = said.get("standalone"), said.get("nnodes")
+def _effective(given: Mapping[str, Given]) -> dict[str, Given]:
+    """`given` without the options that a source of higher precedence overrides."""
+    effective = dict(given)
+    if "standalone" in effective and not effective["standalone"].value:
+        del effective["standalone"]
+    _choose_endpoint(effective)
+    standalone, nnodes = effective.get("standalone"), effective.get("nnodes")
     if standalone and nnodes and nnodes.value[1] > 1 and nnodes.rank <= standalone.rank:
         raise UsageError(f"{nnodes.source}: {standalone.source} means one node: leave out one of them")
     one_node = [one.rank for one in (standalone, nnodes) if one and one.value in (True, (1, 1))]
     for key in ("rdzv_endpoint", "node_rank") if one_node else ():
-        if key in said and said[key].rank > min(one_node):
-            del said[key]  # meant for the several nodes that there are not
-    return said
+        if key in effective and effective[key].rank > min(one_node):
+            del effective[key]  # meant for several nodes, and there is one
+    return effective
 
 
-def _choose_place(said: dict[str, Given]) -> None:
-    endpoint = said.get("rdzv_endpoint")
-    rivals = [said[key] for key in _RIVALS if key in said]
-    if endpoint is None or not rivals:
+def _choose_endpoint(effective: dict[str, Given]) -> None:
+    endpoint = effective.get("rdzv_endpoint")
+    others = [effective[key] for key in _ENDPOINT_OPTIONS if key in effective]
+    if endpoint is None or not others:
         return
-    rival = min(rivals, key=lambda one: one.rank)
-    if rival.rank == endpoint.rank:
-        says = "picks the endpoint" if rival is said.get("standalone") else "says the same"
-        raise UsageError(f"{endpoint.source}: {rival.source} {says}: leave out one of them")
-    for key in ("rdzv_endpoint",) if rival.rank < endpoint.rank else _RIVALS:
-        said.pop(key, None)
+    other = min(others, key=lambda one: one.rank)
+    if other.rank == endpoint.rank:
+        says = "picks the endpoint" if other is effective.get("standalone") else "says the same"
+        raise UsageError(f"{endpoint.source}: {other.source} {says}: leave out one of them")
+    for key in ("rdzv_endpoint",) if other.rank < endpoint.rank else _ENDPOINT_OPTIONS:
+        effective.pop(key, None)
 
 
-def _alone(said: Mapping[str, Given]) -> dict[str, Any]:
-    """One node: an endpoint is the address and the port at which the workers meet."""
-    rank = said.get("node_rank")
+def _for_one_node(effective: Mapping[str, Given]) -> dict[str, Any]:
+    """The fields for one node: an endpoint is then MASTER_ADDR and MASTER_PORT."""
+    rank = effective.get("node_rank")
     if rank and rank.value:
         raise UsageError(
             f"{rank.source}: expected 0, as there is one node, found {rank.value}: give --nnodes"
         )
-    if "rdzv_endpoint" in said:
-        host, port = said["rdzv_endpoint"].value
+    if "rdzv_endpoint" in effective:
+        host, port = effective["rdzv_endpoint"].value
         return {"master_addr": host, "master_port": port or 0}
-    fields = {key: said[key].value for key in ("master_addr", "master_port") if key in said}
-    if "local_addr" in said:
-        fields.setdefault("master_addr", said["local_addr"].value)
+    fields = {key: effective[key].value for key in ("master_addr", "master_port") if key in effective}
+    if "local_addr" in effective:
+        fields.setdefault("master_addr", effective["local_addr"].value)
     return fields
 
 
-def _together(said: Mapping[str, Given]) -> dict[str, Any]:
-    """Several nodes: the endpoint and how they meet there."""
-    default = "static" if "rdzv_endpoint" not in said and "master_addr" in said else "c10d"
-    backend = _value(said, "rdzv_backend", default)
-    host, port = _value(said, "rdzv_endpoint", ("", None))
+def _for_several_nodes(effective: Mapping[str, Given]) -> dict[str, Any]:
+    """The fields for several nodes: backend, endpoint and node rank."""
+    default = "static" if "rdzv_endpoint" not in effective and "master_addr" in effective else "c10d"
+    backend = _value(effective, "rdzv_backend", default)
+    host, port = _value(effective, "rdzv_endpoint", ("", None))
     if backend == "static" and not host:
-        host, port = _value(said, "master_addr", ""), _value(said, "master_port", None)
+        host, port = _value(effective, "master_addr", ""), _value(effective, "master_port", None)
     return {
         "rdzv_backend": backend,
         "rdzv_endpoint": (host, _DEFAULT_PORTS[backend] if port is None else port),
-        "node_rank": _value(said, "node_rank", None),
+        "node_rank": _value(effective, "node_rank", None),
     }
 
 
-def _value(said: Mapping[str, Given], key: str, default: Any) -> Any:
-    return said[key].value if key in said else default
+def _value(effective: Mapping[str, Given], key: str, default: Any) -> Any:
+    return effective[key].value if key in effective else default

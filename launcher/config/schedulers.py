@@ -1,8 +1,8 @@
-"""What a cluster's scheduler says of a job, as settings: from the environment alone, and pure.
+"""The settings of a job that Slurm or Kubernetes puts into the environment. Pure.
 
-Slurm is asked inside a job step only: there every node runs one `launch` (`srun launch train.py`). In the
-batch script itself `launch` is what it is elsewhere, a job of one node. Kubernetes is asked in the pods of
-an indexed Job or a JobSet that say with PET_NNODES how many they are. docs/schedulers.md has all of it.
+Slurm's variables are used in a job step only, where every node runs one `launch` (`srun launch train.py`). In
+the batch script itself `launch` runs a job of one node. Kubernetes' variables are used in the pods of an indexed
+Job or a JobSet that sets PET_NNODES. Details: docs/schedulers.md.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from launcher.errors import UsageError
 __all__ = ["expand_nodelist", "settings_from_scheduler", "slurm_port"]
 
 _PORT = 29400  # c10d's own
-_SPECIAL_STEPS = 0xFFFFFFF0  # steps from this number on are shells, of salloc and sbatch
+_SPECIAL_STEPS = 0xFFFFFFF0  # steps from this number on are shells of salloc and sbatch
 
 
 def settings_from_scheduler(environ: Mapping[str, str] = os.environ) -> list[Setting]:
-    """What Slurm or Kubernetes says of nodes, workers and where to meet; nothing outside of both.
+    """The settings for nodes, workers and rendezvous; none outside Slurm and Kubernetes.
 
     Raises `UsageError` if Slurm starts more than one `launch` per node, as each starts all workers.
     """
@@ -29,7 +29,11 @@ def settings_from_scheduler(environ: Mapping[str, str] = os.environ) -> list[Set
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
-    """The host names in a list of Slurm's: `n[01-03,7],m5` are n01, n02, n03, n7 and m5."""
+    """The host names in a list of Slurm's.
+
+    >>> expand_nodelist("n[01-03,7],m5")
+    ['n01', 'n02', 'n03', 'n7', 'm5']
+    """
     names = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
         found = [""]
@@ -50,7 +54,7 @@ def _numbers(text: str) -> list[str]:
 
 
 def slurm_port(job: int, step: int) -> int:
-    """The port at which the nodes of a step meet: the same on all, another for jobs near in number."""
+    """The port of the rendezvous of a step: the same on all nodes, different for jobs of similar numbers."""
     return 20000 + (31 * job + step) % 10000
 
 
@@ -59,17 +63,17 @@ def _slurm(environ: Mapping[str, str]) -> list[Setting]:
     if not step.isdecimal() or int(step) >= _SPECIAL_STEPS:
         return []
     _check_tasks(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    said = [
+    settings = [
         _setting(environ, "nproc", "SLURM_GPUS_ON_NODE"),
         _setting(environ, "nnodes", "SLURM_STEP_NUM_NODES", "SLURM_NNODES"),
         _setting(environ, "node-rank", "SLURM_NODEID"),
-        *_slurm_meeting(environ, int(environ.get("SLURM_JOB_ID", "0")), int(step)),
+        *_slurm_rendezvous(environ, int(environ.get("SLURM_JOB_ID", "0")), int(step)),
     ]
-    return [setting for setting in said if setting is not None]
+    return [setting for setting in settings if setting is not None]
 
 
 def _check_tasks(tasks: str) -> None:
-    """`tasks` is the number on each node, as 2(x3),1."""
+    """Raise `UsageError` unless each node has one task; `tasks` is as Slurm has it, such as "2(x3),1"."""
     if any(int(number) > 1 for number in re.findall(r"(?:^|,)(\d+)", tasks)):
         raise UsageError(
             f"SLURM_STEP_TASKS_PER_NODE in the environment: expected 1 on each node, found {tasks}: one launch "
@@ -77,8 +81,8 @@ def _check_tasks(tasks: str) -> None:
         )
 
 
-def _slurm_meeting(environ: Mapping[str, str], job: int, step: int) -> list[Setting]:
-    """Where several nodes meet, and their job's name: another one after each requeue."""
+def _slurm_rendezvous(environ: Mapping[str, str], job: int, step: int) -> list[Setting]:
+    """Endpoint and id of the rendezvous of several nodes; another id after each requeue."""
     variable = next(
         (name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if name in environ), None
     )
@@ -87,13 +91,13 @@ def _slurm_meeting(environ: Mapping[str, str], job: int, step: int) -> list[Sett
         return []
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
     return [
-        _said("rdzv-endpoint", f"{names[0]}:{slurm_port(job, step)}", variable),
-        _said("rdzv-id", f"slurm-{job}.{step}-{restarts}", "SLURM_JOB_ID"),
+        _set_by("rdzv-endpoint", f"{names[0]}:{slurm_port(job, step)}", variable),
+        _set_by("rdzv-id", f"slurm-{job}.{step}-{restarts}", "SLURM_JOB_ID"),
     ]
 
 
 def _kubernetes(environ: Mapping[str, str]) -> list[Setting]:
-    """The pod with index 0 of the Job is where to meet; of a JobSet that of its first Job."""
+    """The endpoint is the pod with index 0 of the Job, or of the first Job of a JobSet."""
     index = environ.get("JOB_COMPLETION_INDEX", "")
     job, dash, own = environ.get("HOSTNAME", "").rpartition("-")
     several = re.fullmatch(r"(?:\d+:)?0*([1-9]\d+|[2-9])", environ.get("PET_NNODES", ""))
@@ -102,20 +106,20 @@ def _kubernetes(environ: Mapping[str, str]) -> list[Setting]:
     jobset = environ.get("JOBSET_NAME")
     first = re.sub(r"-\d+$", "-0", job) if jobset else job
     return [
-        _said("rdzv-endpoint", f"{first}-0.{jobset or job}:{_PORT}", "HOSTNAME"),
-        _setting(environ, "rdzv-id", "JOB_UID", "JOBSET_NAME") or _said("rdzv-id", job, "HOSTNAME"),
-        *([] if jobset else [_said("node-rank", index, "JOB_COMPLETION_INDEX")]),
+        _set_by("rdzv-endpoint", f"{first}-0.{jobset or job}:{_PORT}", "HOSTNAME"),
+        _setting(environ, "rdzv-id", "JOB_UID", "JOBSET_NAME") or _set_by("rdzv-id", job, "HOSTNAME"),
+        *([] if jobset else [_set_by("node-rank", index, "JOB_COMPLETION_INDEX")]),
     ]
 
 
 def _setting(environ: Mapping[str, str], option: str, *variables: str) -> Setting | None:
-    """What the first of `variables` that is set says of `option`."""
+    """The setting of `option` by the first of `variables` that is set."""
     for variable in variables:
         if environ.get(variable):
-            return _said(option, environ[variable], variable)
+            return _set_by(option, environ[variable], variable)
     return None
 
 
-def _said(option: str, text: str, variable: str) -> Setting:
+def _set_by(option: str, text: str, variable: str) -> Setting:
     source = f"{variable} in the environment"
     return Setting(find_option(option, source), text, source)

@@ -1,1 +1,1 @@
-"""What Linux says of processes, devices and memory. Imports the bottom modules only."""
+"""Processes, devices and memory, as Linux shows them. Imports the bottom modules only."""

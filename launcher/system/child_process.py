@@ -1,4 +1,4 @@
-"""Processes of the agent's that may outlive it, and the streams of lines by which they talk with it."""
+"""Child processes of the agent that may outlive it, connected by a stream of lines."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ __all__ = ["ChildProcess", "module_command"]
 
 _HOME = str(Path(__file__).parents[2])
 _SCHEDULERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_PATIENCE = 5.0  # seconds; a process that does not read what it is told for so long is of no use
+_SEND_TIMEOUT = 5.0  # seconds; a process that reads nothing for so long is killed
 
 
 def module_command(name: str) -> tuple[str, ...]:
-    """How to run a module that lies beside this package, whatever happens to lie in the current directory."""
+    """The command that runs a module of this installation, whatever lies in the current directory."""
     return (sys.executable, "-P", "-m", name)
 
 
 class ChildProcess:
-    """A running process that leads a session of its own, with a stream socket between it and this one.
+    """A running process that leads a session of its own, and a stream socket between it and this one.
 
-    The number of its descriptor of that socket is the last argument of its `command`. It finds the
-    descriptors that it `inherits` under their numbers here, an empty stdin, and what is beside this package on
-    its path; its stdout and stderr are appended to `log`. Signals that schedulers send to every process of a
-    job are blocked in it, so that they wait until it ignores them. Raises OSError if it cannot be started.
+    It gets an empty stdin, and this package's parent directory on its path. Signals that schedulers send to
+    every process of a job are blocked in it, so that they are pending until it ignores them.
+
+    Args:
+        command: the program and its arguments; the descriptor of its end of the socket is appended.
+        log: the file to which its stdout and stderr are appended.
+        inherits: descriptors that it gets under the same numbers.
+
+    Raises:
+        OSError: it cannot be started.
     """
 
     def __init__(self, command: Sequence[str], log: Path, *, inherits: Sequence[int] = ()) -> None:
@@ -59,15 +65,15 @@ class ChildProcess:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """File descriptors that become readable when there are lines to read, or it is dead."""
+        """File descriptors that become readable when there are lines to read, or when the process is dead."""
         return (self._pidfd,) if self._has_hung_up else (self._socket.fileno(), self._pidfd)
 
     def poll(self) -> int | None:
-        """Its exit code, or minus the signal that killed it, once it is dead."""
+        """Its exit code, or minus the signal that killed it; None while it runs."""
         return self._popen.poll()
 
     def wait(self, seconds: float) -> None:
-        """Wait until it is dead, for so long at most."""
+        """Wait until it is dead, for at most `seconds`."""
         try:
             self._popen.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -92,8 +98,8 @@ class ChildProcess:
         return received
 
     def send(self, line: bytes) -> None:
-        """Have it read `line`. One that has stopped reading is killed; `poll` tells if it is dead."""
-        self._socket.settimeout(_PATIENCE)
+        """Send it a line. A process that does not read for five seconds is killed; a dead one is ignored."""
+        self._socket.settimeout(_SEND_TIMEOUT)
         try:
             self._socket.sendall(line + b"\n")
         except TimeoutError:
@@ -102,13 +108,13 @@ class ChildProcess:
             pass
 
     def end_input(self) -> None:
-        """Have it find the end of what it is sent."""
+        """Shut the socket down for writing: the process reads end of file."""
         try:
             self._socket.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # it is dead, as `poll` tells
+            pass  # it is dead, as `poll` returns
 
     def close(self) -> None:
-        """Let go; the process goes on until it finds out."""
+        """Close the socket; the process goes on until it reads end of file."""
         self._socket.close()
         os.close(self._pidfd)

@@ -1,4 +1,4 @@
-"""How many workers this node has room for, found without importing torch."""
+"""The CPUs and GPUs of this node, counted without importing torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ def count_cpus() -> int:
 
 
 def count_gpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
-    """NVIDIA GPUs that a worker would see: none with a torch that is built without CUDA."""
+    """NVIDIA GPUs that a worker sees; 0 if torch is built without CUDA.
+
+    Args:
+        environ: for CUDA_VISIBLE_DEVICES.
+        root: where /proc and /dev are.
+    """
     if not _torch_has_cuda():
         return 0
     proc = root / "proc/driver/nvidia/gpus"
@@ -30,7 +35,7 @@ def count_gpus(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) 
 
 
 def _count_visible(visible: str) -> int:
-    """Entries up to the first invalid one, as CUDA counts them."""
+    """Entries before the first invalid one, as CUDA counts them."""
     count = 0
     for entry in visible.split(","):
         if not re.fullmatch(r"\s*(\d+|GPU-[\w-]+|MIG-[\w/-]+)\s*", entry):

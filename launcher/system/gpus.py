@@ -1,4 +1,4 @@
-"""Which processes hold GPUs open: what to look for when a device is not free after a job's end."""
+"""Processes that hold GPUs open, to be named when a device is not free after a job's end."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ class GpuHolder:
 
 
 def find_gpu_holders(root: Path = Path("/")) -> list[GpuHolder]:
-    """The processes that hold GPUs, each with every GPU that it holds, by pid.
+    """The processes that hold GPUs, one entry for each GPU, by pid.
 
-    Sees the processes of this user, or everybody's as root. Looks at no process on a machine without
-    GPUs. `root` is where /proc and /dev are found.
+    Processes of other users are visible to root only. On a machine without GPUs no process is read.
+
+    Args:
+        root: where /proc and /dev are.
     """
     if not any(re.fullmatch(_DEVICE, name) for name in _names(root / "dev")):
         return []

@@ -1,4 +1,4 @@
-"""Processes that ranks have started and left behind when they ended."""
+"""Processes that ranks have started, and that still run when the ranks have ended."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ class LeftBehind:
 
 
 def find_left_behind(zygote: int, workers: Mapping[int, int], patience: float) -> list[LeftBehind]:
-    """What lives on below the zygote, though every worker has ended, and does not end by itself soon.
+    """The processes below the zygote that still run, although every worker has ended.
 
-    Helpers of libraries end when they find their rank dead: they get `patience` seconds. `workers` are the
-    ranks by the process id that each worker had.
+    Args:
+        zygote: its process id.
+        workers: ranks by the process id that each worker had.
+        patience: seconds for processes to end by themselves: helpers of libraries do when their rank is dead.
     """
     deadline = time.monotonic() + patience
     while left := _look(zygote, workers):
@@ -53,7 +55,7 @@ def _look(zygote: int, workers: Mapping[int, int]) -> list[LeftBehind]:
 
 
 def _rank(pid: int, workers: Mapping[int, int]) -> int | None:
-    """By the session, which is the worker's own; of one that has left it, by the environment."""
+    """The rank by the process's session, which the worker leads; if it has left that, by its environment."""
     try:
         if (rank := workers.get(os.getsid(pid))) is not None:
             return rank

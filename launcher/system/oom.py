@@ -1,4 +1,4 @@
-"""Whether a SIGKILL was the kernel's, for want of memory."""
+"""Tells a SIGKILL by the kernel, which ran out of memory, from others."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ _HELD = r"(?:anon|shmem)-rss:(\d+)kB"
 
 @dataclass(frozen=True)
 class _Counters:
-    """How often the kernel has killed for want of memory, as far as this process may see."""
+    """How often the kernel has killed because memory ran out, as far as this process can see."""
 
-    cgroup: int  # in the agent's cgroup and those around it, added up
+    cgroup: int  # in the agent's cgroup and those around it, in total
     machine: int  # anywhere on the machine
 
 
 class OomWatch:
-    """Watches the counters of this process's memory cgroups, of the machine, and the kernel's log.
+    """Reads the counters of this process's memory cgroups and of the machine, and the kernel's log.
 
-    What cannot be read is left out; in a container that may be everything but the cgroup. `root` is
-    where /proc, /sys and /dev are found.
+    Sources that cannot be read are left out; in a container these may be all but the cgroup.
+
+    Args:
+        root: where /proc, /sys and /dev are.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
@@ -40,15 +42,16 @@ class OomWatch:
         self._before = self._count()
 
     def mark(self) -> None:
-        """Explain from now on by what happens from now on."""
+        """Forget the kills so far."""
         self._before = self._count()
         self._log.skip()
 
     def explain(self, pid: int) -> str | None:
-        """Why a process that died of SIGKILL after `mark` was killed; None if the kernel does not say.
+        """Why a process that died of SIGKILL after `mark` was killed; None if there is no sign of the kernel.
 
-        `pid` is its number here; kernels log the number of the first namespace, so that the log counts
-        only where this is that namespace.
+        Args:
+            pid: its number in this namespace. The kernel logs the numbers of the first one, so the log is used
+                only there.
         """
         held = self._log.find(pid)
         if held is not None:
@@ -77,7 +80,7 @@ class OomWatch:
 
 
 class _Log:
-    """The kernel's log, from a position on."""
+    """The kernel's log from a position on."""
 
     def __init__(self, root: Path) -> None:
         self._fd: int | None = None
@@ -99,7 +102,7 @@ class _Log:
             os.lseek(self._fd, 0, os.SEEK_END)
 
     def find(self, pid: int) -> tuple[bool, int] | None:
-        """Whether process `pid` was killed for its cgroup, and the bytes that it held."""
+        """True if process `pid` was killed because of its cgroup's limit, and the bytes that it held."""
         self._text += "".join(self._read())
         for line in self._text.splitlines():
             killed = re.search(_KILLED, line)

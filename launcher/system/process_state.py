@@ -1,4 +1,4 @@
-"""How a process is, as /proc tells it: whether it runs, and where in the kernel it sleeps."""
+"""The state of a process by /proc: whether it runs, and where in the kernel it sleeps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ _DEAD = ("", "Z", "X")
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What /proc tells about a process."""
+    """A process as /proc describes it.
+
+    Args:
+        pid: its number.
+        state: the letter in /proc/PID/stat; empty if it does not exist.
+        wchan: where it sleeps in the kernel; empty if it does not.
+        command: its command line.
+    """
 
     pid: int
-    state: str  # as in /proc/PID/stat; "" if it is gone
-    wchan: str  # where it sleeps in the kernel
+    state: str
+    wchan: str
     command: str
 
     @property
     def is_still(self) -> bool:
-        """Whether it does not run anyway: then it cannot be stopped for its dump, and need not."""
+        """True if it cannot run: then it need not be stopped for a dump of its stacks."""
         return self.state in ("T", "D")
 
     @property
@@ -31,9 +38,10 @@ class ProcessState:
         return f"{what} in {self.wchan}" if what and self.wchan else what
 
     def halt(self, before: ProcessState) -> str | None:
-        """Why it cannot go on, whatever others do.
+        """Why it cannot go on by itself; None if it can.
 
-        `before` is a look at it some time ago: anybody may be in uninterruptible sleep for a moment.
+        Args:
+            before: its state some time ago: any process may be in uninterruptible sleep for a moment.
         """
         if self.state in _DEAD:
             return "dead"
@@ -43,14 +51,14 @@ class ProcessState:
 
 
 def read_process_state(pid: int) -> ProcessState:
-    """How process `pid` is now."""
+    """The current state of process `pid`."""
     return _read(pid, Path(f"/proc/{pid}"))
 
 
 def read_remaining_state(pid: int) -> ProcessState | None:
-    """How process `pid` is now; None if it is dead.
+    """The current state of process `pid`; None if it is dead.
 
-    Where its first thread is dead, and another one is not, that one counts.
+    If its first thread is dead and another one is not, the state is that of the other one.
     """
     process = read_process_state(pid)
     threads = [process]
@@ -61,7 +69,7 @@ def read_remaining_state(pid: int) -> ProcessState | None:
 
 
 def has_handler(pid: int, signum: int) -> bool:
-    """Whether process `pid` has a handler of its own for a signal."""
+    """True if process `pid` has a handler for a signal."""
     try:
         status = Path(f"/proc/{pid}/status").read_bytes()
         caught = status.partition(b"\nSigCgt:")[2].split(None, 1)[0]
@@ -80,6 +88,6 @@ def _read(pid: int, directory: Path) -> ProcessState:
     stat = read("stat")
     state = stat.rpartition(")")[2].split()[:1]
     wchan = read("wchan").strip()
-    # A process that is ending has no command line any more, only a name.
+    # A process that is ending has no command line, only a name.
     command = read("cmdline").replace("\0", " ").strip() or stat.partition("(")[2].rpartition(")")[0]
     return ProcessState(pid, state[0] if state else "", wchan if wchan != "0" else "", command)

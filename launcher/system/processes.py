@@ -1,4 +1,4 @@
-"""Process trees on Linux: who belongs to whom, and how nobody outlives its owner."""
+"""Process trees on Linux: parents and children, and how to let no process outlive its owner."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent` dies. Exits at once if it is dead already."""
+    """Have the kernel kill this process when `parent` dies. Exits at once if `parent` is dead already."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
@@ -50,24 +50,24 @@ def outlive_parent() -> None:
 
 
 def raise_file_limit() -> int:
-    """Let this process open as many files as the hard limit allows; returns how many it could open before."""
+    """Raise this process's limit of open files to the hard one; return the former limit."""
     before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     except (OSError, ValueError):
-        pass  # what the kernel allows has been lowered since; then it stays as it is
+        pass  # the kernel's maximum has been lowered since; the limit stays
     return before
 
 
 def restore_file_limit(files: int) -> None:
-    """Undo `raise_file_limit`, which returned `files`: some programs do not expect more."""
+    """Undo `raise_file_limit`, which returned `files`: some programs expect no higher limit."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 def allow_tracing() -> None:
     """Let other processes of this user read this one's stacks, where Yama restricts that to parents.
 
-    Not inherited by children. Does nothing on kernels without Yama, which restrict nothing.
+    Children do not inherit it. Does nothing on kernels without Yama, which have no such restriction.
     """
     try:
         _prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY)
@@ -79,7 +79,7 @@ def allow_tracing() -> None:
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent dies, daemons included.
 
-    Afterwards, having no children left (ECHILD) means that the whole tree is gone.
+    From then on, having no children (ECHILD) means that the whole tree is gone.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
@@ -100,12 +100,12 @@ def _children_by_parent() -> dict[int, list[int]]:
 
 
 def child_pids(parent: int) -> set[int]:
-    """The direct children of `parent`, also dead ones that it has not reaped yet."""
+    """The direct children of `parent`, dead ones that it has not reaped included."""
     return set(_children_by_parent().get(parent, ()))
 
 
 def descendant_pids(roots: Iterable[int]) -> list[int]:
-    """The processes below `roots`, parents first, also dead ones that nobody has reaped yet."""
+    """The processes below `roots`, parents first, dead ones that are not reaped included."""
     by_parent = _children_by_parent()
     found: list[int] = []
     level = list(roots)
@@ -125,10 +125,12 @@ def signal_all(pids: Iterable[int], signum: int) -> None:
 
 
 class Subreaper:
-    """This process as the one that adopts what its children leave behind, and ends it.
+    """Makes this process adopt what its children leave behind, and ends that.
 
-    Children that it has already when this is made are not its business, nor are those it is to spare. `files`
-    is how many files its workers may open; None: as many as it may itself.
+    Children that exist before, and those that are spared, are left alone.
+
+    Args:
+        files: the limit of open files for workers; None: that of this process.
     """
 
     def __init__(self, files: int | None = None) -> None:
@@ -137,17 +139,18 @@ class Subreaper:
         self._spared = child_pids(os.getpid())
 
     def spare(self, pid: int) -> None:
-        """Let the child `pid` live until it ends by itself."""
+        """Leave the child `pid` alone until it ends by itself."""
         self._spared.add(pid)
 
     def forget(self, pid: int) -> None:
-        """The child `pid` has been reaped: another process may get its number."""
+        """Spare `pid` no longer: it has been reaped, and another process may get its number."""
         self._spared.discard(pid)
 
     def end_children(self, patience: float) -> None:
         """Kill and reap all children of this process that are not spared, and everything below them.
 
-        Gives up after `patience` seconds, on processes that even SIGKILL does not end.
+        Args:
+            patience: seconds, after which processes that SIGKILL does not end are left.
         """
         deadline = time.monotonic() + patience
         while (doomed := child_pids(os.getpid()) - self._spared) and time.monotonic() < deadline:
