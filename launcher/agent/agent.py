@@ -106,7 +106,7 @@ class Agent:
     # -- rendezvous and start
 
     def _begin_rendezvous(self, decision: Again, team: Team | None) -> Round:
-        """A new round, whose nodes reserve_master_port after a pause: those of `team`, or whoever joins."""
+        """A new round, whose nodes meet after a pause: those of `team`, or all that join."""
         self._history = decision.history
         self._watchdog = self._watchdog.for_next_round()
         self._group.forget_round()

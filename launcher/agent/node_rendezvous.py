@@ -1,4 +1,4 @@
-"""This node's part in a rendezvous: who it is, which workers it will run, where they reserve_master_port."""
+"""This node's part in a rendezvous: who it is, which workers it will run, where they meet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["NodeRendezvous"]
 
 
 class NodeRendezvous:
-    """Joins teams, round after round; on node 0 it holds the port at which the workers reserve_master_port."""
+    """Joins teams, round after round; on node 0 it holds the port at which the workers meet."""
 
     def __init__(self, config: Config, team_client: TeamClient, run_dir: RunDir) -> None:
         self._config = config
@@ -62,7 +62,7 @@ class NodeRendezvous:
 
 
 def _describe_job(config: Config) -> str:
-    """What tells this job from another one that happens to reserve_master_port at the same endpoint."""
+    """A text by which this job differs from another one that happens to meet at the same endpoint."""
     least, most = config.nnodes
     words = [Path(config.command.target).name, *config.command.args[: config.command.kind is Kind.PROGRAM]]
     return f"{' '.join(words)} on {least}:{most} nodes"
