@@ -27,6 +27,9 @@ _log = logging.getLogger("shardckpt")
 
 _PROBE = 3.0  # seconds for a saver to answer before it is given what must not be lost
 
+_CONTEXTS = {outlives: SaveContext(outlives) for outlives in (False, True)}
+"""Made once, since a policy is asked at every step."""
+
 _newest: weakref.WeakValueDictionary[tuple[str, int], RunSaves] = weakref.WeakValueDictionary()
 """By the URL of a run, and each rank that this process is, what has begun the newest attempt."""
 
@@ -180,7 +183,7 @@ class RunSaves:
 
     @property
     def _context(self) -> SaveContext:
-        return SaveContext(self._session.outlives_trainer)
+        return _CONTEXTS[self._session.outlives_trainer]
 
     def _tiers_due(self, step: int) -> list[RunTier]:
         """Return the durable tiers to which the schedule has `step` saved."""
