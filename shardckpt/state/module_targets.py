@@ -15,10 +15,10 @@ from torch import nn
 from shardckpt.errors import MissingKeysError, ShapeMismatchError, ShardckptError
 from shardckpt.format.names import join
 from shardckpt.format.tree import TensorRef, WrapperRef
-from shardckpt.state.load_targets import TargetBuilder, mismatch
 from shardckpt.state.modules import AVERAGED_COUNT, ModuleState, loading_module, module_state
 from shardckpt.state.overrides import has_override, load_overrides
 from shardckpt.state.subclasses import expand
+from shardckpt.state.target_builder import TargetBuilder, mismatch
 from shardckpt.state.wrapped import inner_names, is_wrapper, memory_parts, own_part, storages
 
 __all__ = ["bind_module"]

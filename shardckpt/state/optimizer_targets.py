@@ -11,11 +11,11 @@ from torch import nn
 
 from shardckpt.errors import StateError
 from shardckpt.format.names import join
-from shardckpt.state.load_targets import TargetBuilder, mismatch
 from shardckpt.state.modules import Stateful, state_of
 from shardckpt.state.optimizers import check_optimizer, has_groups, is_by_number, optimizer_parameters
 from shardckpt.state.overlaps import overlaps_itself
 from shardckpt.state.overrides import has_override, optimizer_loads_plainly
+from shardckpt.state.target_builder import TargetBuilder, mismatch
 from shardckpt.state.wrapped import own_part, storages
 
 __all__ = ["bind_optimizer", "with_layouts"]

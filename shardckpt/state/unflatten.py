@@ -16,10 +16,11 @@ from shardckpt.format.tree import MAX_DEPTH, PerRankRef, Record
 from shardckpt.format.value_decoding import decode_value
 from shardckpt.state.conform import conform
 from shardckpt.state.flatten import PerRank, check_state, per_rank_path
-from shardckpt.state.load_targets import LoadTargets, TargetBuilder, mismatch
+from shardckpt.state.load_targets import LoadTargets
 from shardckpt.state.module_targets import bind_module
 from shardckpt.state.modules import Stateful, is_sharded, iter_modules, parameter_names, reshard
 from shardckpt.state.optimizer_targets import bind_optimizer, with_layouts
+from shardckpt.state.target_builder import TargetBuilder, mismatch
 
 __all__ = ["bind_state"]
 
