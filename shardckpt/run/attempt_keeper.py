@@ -1,8 +1,9 @@
-"""Keeping an attempt: it is claimed in the background, however long its storage is out of reach, and its lease
+"""Keeping an attempt: it is claimed in the background, however long the storage is out of reach, and its lease
 renewed.
 
-Who persists an attempt's saves has a keeper of it: the node's saver, or the trainer where there is none. Rank 0's
-claims; the others' find the claim in the storage, so that no trainer need live for it.
+The process that persists an attempt's saves has a keeper of it: the node's saver, or the trainer where there is
+none. Rank 0's keeper claims the attempt; the others find the claim in the storage, so no trainer need live for
+it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Condition:
     Attributes:
         name: of its folder in the run; empty until it is claimed.
         error: why the last try to claim it failed, if it did.
-        notice: what whoever looks after the job is to know.
+        notice: for the job's users.
     """
 
     name: str = ""
@@ -44,14 +45,14 @@ class Condition:
 
 
 class AttemptKeeper:
-    """Finds an attempt's claim, or claims it and keeps its lease: the one who is told to `claim`.
+    """Finds an attempt's claim; or, once told to `claim`, makes it and renews the lease.
 
     Args:
-        attempt: what is kept.
-        opener: opens the run. Called by the keeper's thread.
-        after: the keeper of the attempt before, which is to have its place first.
+        attempt: the attempt.
+        opener: opens the run's storage. Called by the keeper's thread.
+        after: the keeper of the attempt before, which has to get its place first.
         tell: called with each new condition, by the keeper's thread.
-        is_wanted: whether trainers of the attempt live.
+        is_wanted: True while trainers of the attempt live.
         terms: of the lease.
     """
 
@@ -89,24 +90,24 @@ class AttemptKeeper:
 
     @property
     def is_over(self) -> bool:
-        """Whether its job has ended."""
+        """True once its job has ended."""
         return self._is_over
 
     def learn(self, name: str) -> None:
-        """Another process has told where the attempt is."""
+        """Note the name of the attempt's folder, which another process has found; empty: it has not."""
         if name and not self.condition.name:
             self._note(Condition(name))
 
     def claim(self) -> None:
-        """Claim the attempt, unless it is claimed, and keep its lease from then on."""
+        """Claim the attempt, unless it is claimed already, and renew its lease from then on."""
         self._claims = True
         self._start()
 
     def wait(self, patience: float, is_given_up: Callable[[], bool] = lambda: False) -> str:
-        """The name of the attempt's folder, as soon as it is claimed.
+        """Wait until the attempt is claimed. Returns the name of its folder.
 
-        Raises OutOfReachError if the storage is out of reach for `patience` seconds, or another node's claim
-        is not to be seen there for so long; SupersededError if it `is_given_up`; or why it cannot be claimed.
+        Raises OutOfReachError if the storage is out of reach for `patience` seconds, or does not show another
+        node's claim for so long; SupersededError once `is_given_up` returns True; or why it cannot be claimed.
         """
         if not self.condition.name:
             self._start()
@@ -123,20 +124,20 @@ class AttemptKeeper:
             return found.name
 
     def wait_settled(self) -> None:
-        """Return once this attempt has its place, or is not tried for any more."""
+        """Return once this attempt has its place, or the keeper no longer tries to get one."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_trying or bool(self._condition.name))
 
     def retire(self) -> None:
-        """A newer attempt of the job has begun, whose lease counts from now on. What was saved is still
-        claimed for."""
+        """Renew the lease no more: a newer attempt of the job has begun. The attempt is still claimed for what
+        was saved."""
         self._is_retired = True
         self._wake.set()
 
     def end(self, timeout: float, *, stop: bool) -> None:
-        """The job has ended: tell so in the run, and wait for that, `timeout` seconds at most.
+        """Note in the run that the job has ended, and wait for that, `timeout` seconds at most.
 
-        `stop`: nor need the attempt be claimed any more.
+        `stop`: also give up claiming the attempt.
         """
         self._is_over = True
         if stop:
@@ -150,7 +151,7 @@ class AttemptKeeper:
     # -- the thread
 
     def _start(self) -> None:
-        """Begin to claim, or to look for the claim; once more, if that has failed for good."""
+        """Begin to claim, or to look for the claim; again, if that had failed for good."""
         with self._changed:
             if self._thread is not None and self._thread.is_alive() and self._is_trying:
                 return
@@ -178,7 +179,7 @@ class AttemptKeeper:
             self._keep_lease()
 
     def _try(self) -> None:
-        """Try until the attempt is claimed, or nobody wants it any more."""
+        """Try until the attempt is claimed, or the keeper is stopped."""
         pause = _FIRST_PAUSE
         while True:
             try:
@@ -209,7 +210,7 @@ class AttemptKeeper:
             raise SupersededError("the job has ended before its attempt was claimed")
 
     def _keep_lease(self) -> None:
-        """Renew the lease until the end; then tell that it is over."""
+        """Renew the lease until the end; then mark it as over."""
         has_told = False
         while not self._wake.wait(self._terms.renew_every):
             self._write(is_over=False)
@@ -232,7 +233,7 @@ class AttemptKeeper:
             _log.debug("the lease of %s is not renewed: %s", self.condition.name, error)
 
     def _newer(self) -> str:
-        """Another job's attempt that counts more than this one, if there is one."""
+        """The name of another job's attempt that is newer than this one; empty if there is none."""
         own = self.condition.name
         root = self._opener()
         found = attempts_in(root.list())

@@ -1,4 +1,4 @@
-"""Attempts: begun without the storage, and given their place in the run when it answers."""
+"""Attempts: begun without the storage, and given a place in the run when it answers."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _STEP = re.compile(r"step-\d{8,}\Z")
 
 
 class Attempt(msgspec.Struct, frozen=True, array_like=True):
-    """An attempt, as its job's ranks and savers know it from its beginning.
+    """An attempt, as its job's ranks and savers know it from the beginning.
 
     Attributes:
-        id: what its attempt.json says, as that of no other attempt does.
-        name: what it is called until it is claimed, and in memory ever after. Sorts as its place in the run will
-            among the attempts that its job knows of.
-        base: the number of the newest attempt that its job knew of when it began; 0: it knew of none.
-        holder: whose it is.
+        id: unique; attempt.json has it.
+        name: its name until it is claimed, and in memory ever after. Sorts as its place in the run will, among
+            the attempts that its job knows.
+        base: number of the newest attempt that its job knew when it began; 0: it knew none.
+        holder: the job that it belongs to.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def begin(cls, base: int, holder: Holder) -> Attempt:
-        """A new one, which nobody knows of yet."""
+        """Begin a new one, which no other process knows yet."""
         key = secrets.token_hex(16)
         return cls(key, f"attempt-{base + 1:04d}-{key[:8]}", base, holder)
 
@@ -66,7 +66,7 @@ def claim_attempt(
     is_wanted: Callable[[], bool] = lambda: True,
     sleep: Callable[[float], object] = time.sleep,
 ) -> str:
-    """Make the next attempt's folder this writer's own. Returns its name; the same again, if it is already.
+    """Make the next attempt's folder this writer's own. Returns its name; the same name again if it is already.
 
     No other writer can have the same: the claim is a create-only put; where the storage cannot do that, a random
     suffix keeps two attempts of one number apart.
@@ -122,7 +122,7 @@ def claim_attempt(
 
 
 def find_attempt(root: Storage, attempt: Attempt) -> str:
-    """The folder that another process has claimed for this attempt; empty if there is none yet."""
+    """Find the folder that another process has claimed for this attempt. Empty if there is none."""
     later = [name for name in attempts_in(root.list()) if attempt_number(name) > attempt.base]
     return next((name for name in reversed(later) if _is_own(root, name, attempt)), "")
 
@@ -186,13 +186,13 @@ def _newest(found: Sequence[str]) -> list[str]:
 
 
 def _above(root: Storage, own: str) -> list[str]:
-    """Attempts that were claimed at the same time as `own`, and count more."""
+    """Attempts that were claimed at the same time as `own`, and sort after it."""
     number = attempt_number(own)
     return [n for n in attempts_in(root.list()) if (attempt_number(n), n) > (number, own)]
 
 
 def _is_own(root: Storage, name: str, attempt: Attempt) -> bool:
-    """Whether the claim in this folder is this attempt's."""
+    """True if the claim in this folder is this attempt's."""
     try:
         found = records.decode_small(root.read(f"{name}/{ATTEMPT}"), ATTEMPT)
     except (FileNotFoundError, FormatError):

@@ -1,4 +1,4 @@
-"""Failure markers in storage: a process that waits for a rank's part learns that it will not come."""
+"""Failure markers in storage: who waits for a rank's part finds out that it will not come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["raise_failure", "report_failure", "report_lost"]
 
 
 def report_failure(storage: Storage, path: str, save_id: str, error: BaseException) -> None:
-    """Leave word at `path` that this save has failed, so that no other process waits for it.
+    """Write a failure marker for a save into the folder `path`, so that no other process waits for it.
 
     Best effort: the storage may be what failed.
     """
@@ -22,9 +22,9 @@ def report_failure(storage: Storage, path: str, save_id: str, error: BaseExcepti
 
 
 def report_lost(storage: Storage, ranks: Iterable[int], save_id: str, reason: str) -> None:
-    """Leave word that these ranks' parts of a save will not come, so that no other process waits for them.
+    """Write failure markers for these ranks' parts of a save, so that no other process waits for them.
 
-    Nor for the commit, if rank 0 is among them. Best effort, as `report_failure`.
+    If rank 0 is among them, nor for the commit. Best effort, as `report_failure`.
     """
     for rank in ranks:
         for path in (f"rank-{rank:05d}", *([""] if rank == 0 else [])):

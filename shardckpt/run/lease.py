@@ -1,9 +1,8 @@
-"""Leases: an attempt's job tells in the run that it is at work, so that a second job finds out before it starts.
+"""Leases: a job that is at work in a run says so there, so that a second job finds out before it starts.
 
-An attempt is as good as its lease: `attempt.json` says when it began and for how long that counts,
-`lease.json` beside it says the same anew every few seconds. Only the attempt's own job writes there, so no
-store needs to do anything in one step. Whether the job lives is told by the lease's *changing* while one
-looks; clocks only spare that look where a lease is far too old.
+`attempt.json` says when the attempt began and for how long that counts; `lease.json` beside it says the same anew
+every few seconds. Only the attempt's own job writes there, so no storage needs an atomic operation. A job lives
+if its lease *changes* while another job watches it; clocks only spare that wait where a lease is far too old.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ _LOOK_EVERY = 1.0
 
 @dataclass(frozen=True)
 class Terms:
-    """How leases are kept, in seconds.
+    """How leases are renewed and judged. Times are in seconds.
 
     Attributes:
-        renew_every: from one renewal to the next.
-        lasts: a lease that has not changed for so long is over.
-        skew: how far two clocks may be apart.
+        renew_every: time from one renewal to the next.
+        lasts: time without a change after which a lease is over.
+        skew: how far the clocks of two hosts may be apart.
     """
 
     renew_every: float = 10.0
@@ -50,10 +49,10 @@ class Holder(msgspec.Struct, frozen=True):
     """Who holds a lease.
 
     Attributes:
-        names: of its job. Two holders are of one job if they have a name in common.
-        host: its host's name, for people.
-        machine: where process numbers mean what they mean here.
-        processes: the number of each of its processes -> when that started, as the machine counts.
+        names: of its job. Two holders belong to one job if they have a name in common.
+        host: its host's name, for messages.
+        machine: equal for two processes only if their process ids are of one space.
+        processes: id of each of its processes -> its start time, in ticks since the machine's start.
     """
 
     names: tuple[str, ...]
@@ -63,40 +62,40 @@ class Holder(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_this_process(cls, names: Iterable[str]) -> Holder:
-        """This process, as a part of the job of these names."""
+        """This process, as a part of the job with these names."""
         pid, machine = os.getpid(), _machine()
         started = _started(pid)
         own = f"process {machine} {pid} {started}"
         return cls((*names, own), socket.gethostname(), machine, {str(pid): started})
 
     def with_process(self) -> Holder:
-        """The same, held by this process too."""
+        """The same holder, with this process added."""
         if self.machine != _machine():
             return self
         pid = os.getpid()
         return msgspec.structs.replace(self, processes={**self.processes, str(pid): _started(pid)})
 
     def is_same_job(self, other: Holder) -> bool:
-        """Whether the other one is of this job, in whichever of its rounds."""
+        """True if the other holder is of this job, in any of its rounds."""
         return bool(set(self.names) & set(other.names))
 
     @property
     def is_dead(self) -> bool:
-        """Whether all its processes are known to have ended."""
+        """True if all its processes are known to have ended."""
         if not self.processes or self.machine != _machine():
             return False
         return all(_started(int(pid)) != started for pid, started in self.processes.items())
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """What an attempt's job says of itself.
+    """A lease, as it is stored.
 
     Attributes:
         id: the attempt's.
-        holder: whose it is.
-        renewed: when, in seconds since 1970 by the holder's clock.
-        lasts: seconds from one change of the lease to the next, at most.
-        is_over: whether its job has ended.
+        holder: the job that holds it.
+        renewed: time of the last renewal, in seconds since 1970 by the holder's clock.
+        lasts: seconds from one renewal to the next, at most.
+        is_over: True once the job has ended.
     """
 
     id: str
@@ -106,7 +105,7 @@ class Lease(msgspec.Struct, frozen=True):
     is_over: bool = False
 
     def encode(self) -> bytes:
-        """As it is stored."""
+        """Encode it for the storage."""
         return records.encode({"format": records.FORMAT, **msgspec.to_builtins(self)})
 
 

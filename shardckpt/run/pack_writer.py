@@ -1,4 +1,4 @@
-"""Persist: from a staged buffer to a durable pack and part."""
+"""Writes a rank's pack, with the checksums of its chunks, and then its part."""
 
 from __future__ import annotations
 
@@ -29,15 +29,22 @@ def persist(
     checksums: list[int] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Part:
-    """Write `content` as `rank`'s pack, its chunks checksummed, then the part that describes it.
+    """Write a rank's pack, then the part that describes it. Returns the part.
 
-    Both are durable when it returns, in this order: whoever sees the part can rely on the pack.
-    `chunks` says where they lie, in the order in which they lie in `content`. Their checksums are computed and
-    put behind them as they are written. Where `content` has been written before, and so has them already,
-    `checksums` are those of its part.
+    Both are durable when this returns, in this order: whoever sees the part can rely on the pack.
 
-    `progress` is called with the number of bytes that the storage has taken so far, and at the end, when
-    they are durable, with all of them; from any thread, one call at a time.
+    Args:
+        storage: the checkpoint's folder.
+        content: the pack, writable: each chunk's checksum is put behind its elements as the chunk is written.
+        chunks: where the chunks lie, in the order of `content`.
+        save_id: the save's.
+        rank: the rank's number.
+        per_rank: its PerRank values by path.
+        checksums: the CRC-32C of each chunk, if `content` was written before and so has them already.
+        progress: called with the number of bytes that the storage has taken so far, and with all of them once
+            they are durable; from any thread, one call at a time.
+
+    Raises StorageError.
     """
     pending = _Checksums(content, chunks) if checksums is None else None
 

@@ -1,6 +1,6 @@
 """Persist: from staged packs to a checkpoint in one tier. Free of torch, and of the trainers.
 
-Every process that has staged packs of a save does this on its own; they meet in the storage only.
+Each process that has staged packs of a save does this on its own; the processes meet only in the storage.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class StagedPack:
     Attributes:
         rank: whose it is.
         content: the pack's bytes, writable: the checksums are put into it.
-        writes: where its chunks lie.
+        chunks: where its chunks lie.
         values: the rank's PerRank values by path.
-        checksums: the chunks' CRC-32C once they are known, which `persist_save` sees to.
+        checksums: the CRC-32C of each chunk; `persist_save` sets them.
     """
 
     rank: int
     content: memoryview
-    writes: Sequence[ChunkLocation]
+    chunks: Sequence[ChunkLocation]
     values: dict[str, Any]
     checksums: list[int] | None = None
 
@@ -73,14 +73,21 @@ def persist_save(
     *,
     reports_outage: bool = True,
 ) -> Manifest | None:
-    """Make the packs durable; with a proposal (rank 0's) also commit the save, and prune. The manifest, if so.
+    """Make packs durable; with rank 0's proposal, also commit the save and prune. Returns the manifest then.
 
-    Raises CheckpointExistsError, with nothing written, if a checkpoint is there.
-    What else goes wrong is reported in the storage, so that nobody waits for this process's part, and raised.
-    Not so OutOfReachError unless `reports_outage`: whoever tries again has not failed, and calls `report_lost`
-    when it gives up.
-    Of the wait for other processes' parts, `commit` says when it ends, and what it has to do with `is_given_up`.
-    `progress` is called with the bytes of all packs that the storage has taken so far, from several threads.
+    Args:
+        destination: the tier, and the checkpoint's place there.
+        save_id: the save's.
+        packs: this process's packs of it.
+        proposal: rank 0's, if this process commits; else None.
+        timeout: seconds without another rank's part after which the commit has failed.
+        progress: called with the bytes of all packs that the storage has taken so far, from several threads.
+        is_given_up: asked while the parts of others are missing; True ends the wait.
+        reports_outage: False: do not report OutOfReachError in the storage. A caller that tries again has not
+            failed, and calls `report_lost` when it gives up.
+
+    Raises CheckpointExistsError, with nothing written, if there is one already; what `commit` raises;
+    StorageError. Failures are reported in the storage, so that no other process waits for this one's parts.
     """
     place = destination.place
     taken = dict.fromkeys((pack.rank for pack in packs), 0)
@@ -99,7 +106,7 @@ def persist_save(
             part = persist(
                 place.storage,
                 pack.content,
-                pack.writes,
+                pack.chunks,
                 save_id=save_id,
                 rank=pack.rank,
                 per_rank=pack.values,

@@ -2,12 +2,15 @@
 
 It never imports torch. Imports `run` and below.
 
-server      the process: `python -m shardckpt.saver`
-protocol    the messages between trainers and the saver; channel carries them
-snapshots   which buffer holds what, and who may have which: the rules
-buffers     the memory, which trainers and the saver map
-tasks       the background work: one queue for each tier
-client      a trainer's end
+server        the flow: a trainer's message comes in, a staged pack is taken over, persisted, reported
+loop          one thread serves; connections has the trainers, lifetime says when to end
+snapshots     the rules: which snapshots are held; buffer_pool: which trainer may have which buffer
+allocation    requests for buffers are served; buffers is the memory itself
+persister     snapshots become durable; tasks has a queue for each tier, outage the retries
+attempts      where the saves of an attempt lie; attempt_reports tells trainers
+report        outcomes and warnings, for trainers and the launcher
+protocol      the messages; channel and outbox carry them, checks refuses nonsense
+client        a trainer's end: client_connection, granted_buffers; startup finds or starts the saver
 """
 
 __all__: list[str] = []

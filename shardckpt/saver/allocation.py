@@ -198,6 +198,6 @@ class Allocation:
         """Free what nobody needs. True if there was any."""
         if freed := self._pool.relieve(may_drop_newest=may_drop_newest):
             _log.warning(
-                "memory is short: %.1f GB of snapshots that nobody needs are given back", freed / 1e9
+                "memory is short: %.1f GiB of snapshots that nobody needs are given back", freed / (1 << 30)
             )
         return freed > 0

@@ -1,4 +1,4 @@
-"""The attempts whose saves this saver holds, and where each of them is in its run."""
+"""The attempts whose saves this saver has, and where each of them lies in its run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["KeptAttempts"]
 
 
 class KeptAttempts:
-    """Keepers by run. Attempts are known here by the names that they began with, which never change.
+    """Keepers of attempts, by run. Attempts go by the names with which they began, which never change.
 
     Args:
-        is_job: whether a launcher looks after this process: it lives as long as the job does.
-        terms: of leases.
+        is_job: True if a launcher started this process, which then lives as long as the job does.
+        terms: of the leases.
     """
 
     def __init__(self, *, is_job: bool, terms: Terms | None = None) -> None:
@@ -46,7 +46,17 @@ class KeptAttempts:
         tell: Callable[[Condition], object],
         is_wanted: Callable[[], bool],
     ) -> Condition:
-        """An attempt has begun: claim it, if that is to be done here. Returns how it stands."""
+        """Keep an attempt that has begun. Returns how it stands.
+
+        Args:
+            run: the run's URL.
+            attempt: as its job knows it.
+            claims: True if it is to be claimed here.
+            name: of its folder, if it is claimed already; else empty.
+            opener: opens the run's storage.
+            tell: called with each new condition, by another thread.
+            is_wanted: True while trainers of the attempt live.
+        """
         kept = self._runs.setdefault(run, {})
         keeper = kept.get(attempt.name)
         if keeper is None or keeper.is_over:
@@ -79,10 +89,15 @@ class KeptAttempts:
     def wait_path(
         self, run: str, path: str, tier: str, patience: float, is_given_up: Callable[[], bool]
     ) -> str:
-        """Where a save is to lie in a tier, once that is known. Raises what `AttemptKeeper.wait` does.
+        """Wait until it is known where a save lies in a tier. Raises what `AttemptKeeper.wait` does.
 
-        In another `tier` than the run's own, named "", saves need not wait for the claim: they lie there under
-        the name that their attempt began with, if that sorts as the claim will.
+        Args:
+            run: the run's URL.
+            path: the save's, by the name with which its attempt began.
+            tier: the tier's name; empty for the run itself. In another tier saves need not wait for the claim:
+                they lie there under the name with which their attempt began, if that sorts as the claim will.
+            patience: seconds to wait.
+            is_given_up: True ends the wait.
         """
         attempt, _, step = path.partition("/")
         keeper = self._runs.get(run, {}).get(attempt)
@@ -97,7 +112,7 @@ class KeptAttempts:
         return f"{bound or keeper.wait(patience, is_given_up)}/{step}"
 
     def end(self, run: str, timeout: float) -> None:
-        """The run's job has ended: tell so in the run. What is still to be persisted is claimed for all the same.
+        """Note in the run that its job has ended. Attempts are still claimed for what is not durable yet.
 
         Takes up to `timeout` seconds for each attempt.
         """
@@ -106,11 +121,11 @@ class KeptAttempts:
                 keeper.end(timeout, stop=False)
 
     def runs(self) -> list[str]:
-        """The runs of which attempts are kept."""
+        """The runs whose attempts are kept."""
         return list(self._runs)
 
     def _grounded(self, run: str, keeper: AttemptKeeper) -> str:
-        """The name that the attempt began with, if it follows one whose place is known."""
+        """The name with which the attempt began, if it follows one whose place is known; else empty."""
         base = keeper.attempt.base
         known = [attempt_number(other.condition.name) for other in self._runs[run].values()]
         return keeper.attempt.name if any(0 < number <= base for number in known) else ""

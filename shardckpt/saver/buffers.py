@@ -1,4 +1,4 @@
-"""Snapshot buffers: memory without a file, which trainers and the saver map both."""
+"""Snapshot buffers: memory without a file, mapped by a trainer and the saver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _ROUND = 2 << 20  # a huge page; also leaves room for the pack to grow by a few 
 _PIECE = 64 << 20  # bytes between two looks at what is left
 _FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
 
-# Left to training, as a share and at most: less is a shortage; and spare snapshots have to leave so much.
+# What is left to training, as a share of all memory and in bytes at most: less than _NEEDED is a shortage, and
+# spare snapshots must leave _SPARE.
 _NEEDED = 1 / 64, 1 << 30
 _SPARE = 1 / 16, 8 << 30
 
@@ -33,10 +34,10 @@ class Pressure(Enum):
 
 
 class SnapshotMemory:
-    """Makes buffers as long as the machine and this process's control groups have memory. Safe from any thread.
+    """Allocates buffers while the machine and this process's control groups have memory. Safe from any thread.
 
     Args:
-        root: where /proc and /sys are found.
+        root: the folder that has /proc and /sys.
     """
 
     look_every = 1.0
@@ -45,15 +46,15 @@ class SnapshotMemory:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._lock = threading.Lock()
-        self._promised = 0  # bytes of buffers that are being made
+        self._promised = 0  # bytes of buffers that are being allocated
         self._kills = self._count_kills()
 
     def allocate(self, size: int) -> tuple[int, int]:
-        """(descriptor, size) of new memory of at least `size` bytes, provided by the kernel already.
+        """Allocate at least `size` bytes, which the kernel provides at once. Returns (descriptor, size).
 
-        It lives as long as somebody has the descriptor or a mapping: nothing is left in any file system, and
-        the size of /dev/shm does not matter. Raises MemoryError if there is not enough, or no longer enough,
-        since training takes memory at the same time; the kernel itself would rather kill a process.
+        The memory lives as long as any process has the descriptor or a mapping: nothing is left in a file system,
+        and the size of /dev/shm does not matter. Raises MemoryError if there is not enough, or no longer enough,
+        since training takes memory at the same time; the kernel itself would kill a process instead.
         """
         size = rounded(size)
         with self._lock:
@@ -79,14 +80,14 @@ class SnapshotMemory:
         return descriptor, size
 
     def lacking(self, size: int) -> str:
-        """Why `size` bytes for spare snapshots would leave too little to training; empty if they would not."""
+        """Say why `size` bytes more for spare snapshots would leave training too little; empty if not."""
         room = self._room()
         if room is None or size + _share(room, _SPARE) <= room.free or _is_little(size, room.free):
             return ""
         return f"{room}, and one more takes {size / (1 << 30):.1f} GiB"
 
     def pressure(self, held: int) -> Pressure:
-        """How short memory is now. Never so if the `held` bytes of all buffers would make little difference."""
+        """Measure how short memory is. It never is if the `held` bytes of all buffers matter little."""
         kills, self._kills = self._kills, self._count_kills()
         if self._kills > kills:
             return Pressure.KILLED
@@ -114,14 +115,14 @@ class SnapshotMemory:
 
 
 def rounded(size: int) -> int:
-    """Bytes of memory that a pack of `size` bytes takes, which is never nothing."""
+    """Bytes of memory that a pack of `size` bytes takes; never 0."""
     return max(_ROUND, -(-size // _ROUND) * _ROUND)
 
 
 def map_buffer(descriptor: int, size: int) -> mmap.mmap:
-    """The memory, mapped and faulted in, which takes about a tenth of a second per GiB.
+    """Map and fault in a buffer, which takes about a tenth of a second per GiB.
 
-    A process that is forked later does not have the mapping: it could write to what is another's by then.
+    A process that is forked later does not have the mapping: it could write to what is another process's by then.
     """
     mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
     mapping.madvise(mmap.MADV_DONTFORK)
@@ -129,7 +130,7 @@ def map_buffer(descriptor: int, size: int) -> mmap.mmap:
 
 
 def empty(descriptor: int, size: int) -> None:
-    """Give the memory behind a descriptor back to the kernel, whoever has it mapped. It reads as zeros then."""
+    """Free the memory behind a descriptor, although processes have it mapped. It reads as zeros then."""
     libc = ctypes.CDLL(None, use_errno=True)
     arguments = ctypes.c_longlong(0), ctypes.c_longlong(size)
     if libc.fallocate(descriptor, _FALLOC_KEEP_SIZE_PUNCH_HOLE, *arguments) != 0:
@@ -137,11 +138,11 @@ def empty(descriptor: int, size: int) -> None:
 
 
 def _is_little(size: int, memory: int) -> bool:
-    """Whether it does not matter much where so many bytes go."""
+    """True if so many bytes matter little, compared to this memory."""
     return size * 8 <= memory
 
 
 def _share(room: Room, share: tuple[float, int]) -> int:
-    """A part of what there is in all, and at most so many bytes."""
+    """A share of all memory, and at most so many bytes."""
     part, most = share
     return min(int(room.total * part), most)

@@ -80,22 +80,22 @@ class Channel:
         return message
 
     def wait_readable(self, seconds: float) -> bool:
-        """Whether something has arrived, or the other end is gone, within so many seconds."""
+        """Wait for something to arrive, or for the other end to go. False if neither happens in `seconds`."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
 
     @property
     def is_writable(self) -> bool:
-        """Whether a short message could be sent now without waiting."""
+        """True if a short message could be sent now without waiting."""
         poll = select.poll()
         poll.register(self._socket, select.POLLOUT)
         return bool(poll.poll(0))
 
     def read_some(self) -> bool:
-        """Take in what has arrived, or wait for something. False when the other end is gone.
+        """Read what has arrived, or wait for something. False when the other end is gone.
 
-        Raises BlockingIOError if nothing is there, and the connection does not wait.
+        Raises BlockingIOError if nothing has arrived on a connection that does not block.
         """
         space = socket.CMSG_SPACE(_MAX_FDS * _DESCRIPTOR.size) if self._takes_descriptors else 0
         try:
@@ -109,7 +109,7 @@ class Channel:
         return bool(data)
 
     def next_message(self) -> tuple[Any, list[int]] | None:
-        """A message that has been taken in whole, with its descriptors, or None.
+        """The next message that has been read whole, with its descriptors; None if there is none yet.
 
         Raises EOFError for what is no message of this version.
         """
@@ -131,25 +131,25 @@ class Channel:
         return message, [self._descriptors.popleft() for _ in range(count)]
 
     def shut(self) -> None:
-        """Have both ends read the connection's end."""
+        """End the connection for both ends, and keep the descriptor."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection, and the descriptors that nobody has taken."""
         while self._descriptors:
             os.close(self._descriptors.popleft())
         self._socket.close()
 
 
 def address_of(run: str) -> str:
-    """The name under which this user's saver of a run is found, where no launcher names one."""
+    """The address of this user's saver of a run, where no launcher names one."""
     key = hashlib.blake2b(f"{os.getuid()} {run} {VERSION}".encode(), digest_size=12).hexdigest()
     return f"shardckpt-saver-{key}"
 
 
 def listen(address: str) -> socket.socket:
-    """A socket that listens at the abstract `address`. Raises OSError (EADDRINUSE) if somebody does already."""
+    """Listen at the abstract `address`. Raises OSError (EADDRINUSE) if another process does already."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(f"\0{address}")
@@ -161,10 +161,10 @@ def listen(address: str) -> socket.socket:
 
 
 def connect(address: str, patience: float = 30.0) -> socket.socket:
-    """A connection to who listens at `address`. Sending on it waits for `patience` seconds at most.
+    """Connect to the saver that listens at `address`. Sending there waits `patience` seconds at most.
 
-    Raises ConnectionError if nobody does, PermissionError if it is another user, BlockingIOError if too many
-    wait there to be let in.
+    Raises ConnectionError if no process listens there, PermissionError if it is another user's, BlockingIOError
+    if too many wait there to be accepted.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -181,7 +181,7 @@ def connect(address: str, patience: float = 30.0) -> socket.socket:
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:
-    """(process id, user id) of who is at the other end, by the kernel's word."""
+    """(process id, user id) of the other end, as the kernel knows them."""
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(data)
     return pid, uid

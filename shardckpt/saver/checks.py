@@ -1,4 +1,4 @@
-"""What of a trainer's message the saver relies on, checked before it acts on any of it. Pure."""
+"""Checks of trainers' messages, before the saver acts on them. Pure."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ _LONGEST_NAME = 4096
 
 
 class RequestError(ValueError):
-    """A trainer has sent what none sends."""
+    """A trainer has sent what no trainer sends."""
 
 
 def check(request: Request, tiers: Collection[str] | None) -> None:
     """Raise RequestError for a message that makes no sense.
 
-    `tiers` are the names of the tiers that the trainer has named in its Hello; None before that.
+    Args:
+        request: the message.
+        tiers: the names of the tiers in the trainer's Hello; None before that.
     """
     if isinstance(request, Hello) is not (tiers is None):
         raise RequestError("its first message is to be Hello, and no other")
@@ -80,7 +82,7 @@ def check(request: Request, tiers: Collection[str] | None) -> None:
 
 
 def decode_values(stage: Stage) -> dict[str, Any]:
-    """The PerRank values of a staged pack by path. Raises RequestError if they are none."""
+    """Decode the PerRank values of a staged pack, by path. Raises RequestError if they cannot be decoded."""
     try:
         return msgspec.json.decode(stage.values, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""A storage that is out of reach while a save is persisted: the save is tried again until it answers."""
+"""Retries while a storage is out of reach."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def until_it_answers(
     """Do `work`, and do it again after ever longer pauses while it raises OutOfReachError.
 
     Args:
-        seconds: the time after the first such error in which another try begins.
-        may_wait: called with each such error that is not too late; False: it is raised.
+        work: what to do.
+        seconds: how long after the first such error another try may begin.
+        may_wait: called with each such error in that time; if it returns False, the error is raised.
+        sleep, clock: as in the module `time`.
 
     Raises what `work` raises last.
     """

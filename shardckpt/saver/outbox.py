@@ -1,4 +1,4 @@
-"""What is sent over a connection whose other end may not read: nobody else waits for it."""
+"""Sending without waiting, over a connection whose other end may not read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MOST_DESCRIPTORS = 1024
 
 
 class Outbox:
-    """Sends in order, as far as the kernel takes it at once; the rest waits for `flush`.
+    """Sends in order, as much as the kernel takes at once; the rest waits for `flush`.
 
     Args:
-        connection: one that does not block.
+        connection: a connection that does not block.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -28,14 +28,14 @@ class Outbox:
 
     @property
     def is_empty(self) -> bool:
-        """Whether all has been sent."""
+        """True if everything has been sent."""
         return not self._waiting
 
     def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send data, and copies of descriptors along with its first byte.
 
-        Raises OSError if the other end is gone, and BlockingIOError if it has left too much unread: then this is
-        not sent.
+        Raises OSError if the other end is gone. Raises BlockingIOError, with nothing sent, if it has left more
+        than 4 MiB or 1,024 descriptors unread.
         """
         if self._bytes > _MOST_BYTES or self._descriptors > _MOST_DESCRIPTORS:
             raise BlockingIOError("it does not read what it is sent")
@@ -52,7 +52,7 @@ class Outbox:
         self.flush()
 
     def flush(self) -> None:
-        """Send what waits, as far as the kernel takes it now. Raises OSError if the other end is gone."""
+        """Send what waits, as much as the kernel takes now. Raises OSError if the other end is gone."""
         while self._waiting:
             data, descriptors = self._waiting[0]
             try:
@@ -71,7 +71,7 @@ class Outbox:
                 self._waiting.popleft()
 
     def close(self) -> None:
-        """Give up what has not been sent."""
+        """Drop what has not been sent."""
         while self._waiting:
             _close(self._waiting.popleft()[1])
         self._bytes = self._descriptors = 0

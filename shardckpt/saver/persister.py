@@ -341,7 +341,7 @@ class PersistTask:
 
 def _staged_pack(part: Part) -> StagedPack:
     content = memoryview(part.buffer.content)[: part.plan.size]
-    return StagedPack(part.stage.rank, content, part.plan.writes, part.values, part.checksums)
+    return StagedPack(part.stage.rank, content, part.plan.chunks, part.values, part.checksums)
 
 
 def _proposal(held: HeldSnapshot, path: str) -> Proposal | None:

@@ -1,7 +1,7 @@
-"""What trainers and their node's saver tell each other: typed messages over a unix socket of one user.
+"""The messages between trainers and their node's saver: typed, over a unix socket of one user.
 
-The socket's name is abstract, so that no file is left behind whatever dies, and whoever is at the other
-end must be of the same user. Memory travels as file descriptors.
+The socket's name is abstract, so no file is left behind whatever dies; both ends check that the other one is of
+the same user. Memory travels as file descriptors.
 """
 
 from __future__ import annotations
@@ -59,9 +59,14 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """The first message: which run, where it is durable, how many snapshots may be held. -> Welcome.
+    """The first message -> Welcome.
 
-    Saves wait for a storage that is out of reach as long as for other ranks, and no longer than `outage_timeout`.
+    Attributes:
+        run: the run's URL.
+        tiers: its durable tiers; the last one is the run itself.
+        snapshots: how many snapshots may be held in memory.
+        commit_timeout: seconds without any progress of another rank after which a save has failed.
+        outage_timeout: seconds that a save waits for a storage that is out of reach, `commit_timeout` at most.
     """
 
     run: str
@@ -72,10 +77,12 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):
-    """What this trainer saves from now on is of this attempt.
+    """This trainer's next saves belong to this attempt.
 
-    `claims`: this saver is to claim it -> Claimed, each time that something is known. `name`: it is claimed, and
-    this is its folder's name.
+    Attributes:
+        attempt: as all of its job's ranks know it.
+        claims: True if this saver is to claim it -> Claimed, each time that something is known.
+        name: of the attempt's folder, if it is claimed already.
     """
 
     attempt: Attempt
@@ -84,9 +91,13 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 
 
 class ChunkTable(msgspec.Struct, tag=True, frozen=True):
-    """Where the chunks of this rank's next packs lie. Rank 0 sends the whole plan along, for the commit.
+    """Where the chunks of this rank's next packs lie. Gives back the buffers of the plan before.
 
-    The buffers that the trainer has from the plan before are given back by this.
+    Attributes:
+        number: counts this trainer's plans, from 1.
+        row, offset, nbytes: by chunk, in the order in which they lie in the pack: see `ChunkLocation`.
+        size: bytes of a pack.
+        whole: the encoded plan of all ranks, for the commit; from rank 0 only.
     """
 
     number: int
@@ -104,10 +115,11 @@ class Reserve(msgspec.Struct, tag=True, frozen=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """A part of the save is about to be written into the buffer: what it held is no more.
+    """A part of the save is about to be written into the buffer: what the buffer held is lost.
 
-    Others wait for the part in `tiers`, and are told there if it will not come. None where all ranks stage
-    with this saver.
+    Attributes:
+        tiers: where other nodes wait for the part, and find a failure marker if it will not come. None where all
+            ranks stage with this saver.
     """
 
     buffer: int
@@ -117,10 +129,13 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
 
 class Stage(msgspec.Struct, tag=True, frozen=True):
-    """The buffer holds a rank's pack, by the last ChunkTable. -> Outcome, for each tier and "memory".
+    """The buffer holds a rank's pack, laid out by the last ChunkTable. -> Outcome, for "memory" and each tier.
 
-    `proposal` is what the manifest is to say beside the chunks, from rank 0, and empty from the others.
-    `local_ranks` is the number of ranks of this save that stage with this saver.
+    Attributes:
+        local_ranks: number of ranks of this save that stage with this saver.
+        tiers: the durable tiers that the save goes to.
+        values: the rank's PerRank values by path, as JSON.
+        proposal: what the manifest says beside the chunks, encoded; from rank 0, empty from the others.
     """
 
     buffer: int
@@ -133,7 +148,7 @@ class Stage(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abandon(msgspec.Struct, tag=True, frozen=True):
-    """This rank will not stage this save: its copy failed."""
+    """This rank will not stage its part of this save: its copy failed."""
 
     id: str
     error: str
@@ -154,7 +169,7 @@ class Detach(msgspec.Struct, tag=True, frozen=True):
 
 
 class GivenBack(msgspec.Struct, tag=True, frozen=True):
-    """A buffer that GiveBack has asked for: this trainer will not write into it, and waits for another."""
+    """This trainer will not write into a buffer that GiveBack has asked for, and waits for another."""
 
     buffer: int
 
@@ -164,16 +179,19 @@ class Ping(msgspec.Struct, tag=True, frozen=True):
 
 
 class Bye(msgspec.Struct, tag=True, frozen=True):
-    """This trainer is done, not dead: nobody will come to fetch its snapshots."""
+    """This trainer is done, not dead: nobody will restore from its snapshots."""
 
 
 # -- from the saver
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
-    """Who this saver is: equal for two ranks only if they share it.
+    """The saver's answer to Hello.
 
-    `newest` is the number of the newest attempt of the run that it knows of; 0 if it knows of none.
+    Attributes:
+        saver: its id, equal for two ranks only if they share it.
+        pid: its process.
+        newest: number of the run's newest attempt that it knows of; 0 if it knows of none.
     """
 
     saver: str
@@ -186,9 +204,16 @@ class Pong(msgspec.Struct, tag=True, frozen=True):
 
 
 class Claimed(msgspec.Struct, tag=True, frozen=True):
-    """How the attempt that this trainer has begun stands: the name of its folder, once it is claimed; why it
-    is not; or a notice for whoever looks after the job. `kind` is the error's class, and `is_passing` says
-    that the saver goes on trying."""
+    """How this trainer's attempt stands.
+
+    Attributes:
+        id: the attempt's.
+        name: of its folder, once it is claimed.
+        error: why it is not claimed.
+        kind: the name of the error's class.
+        is_passing: True if the saver goes on trying.
+        notice: for the job's users.
+    """
 
     id: str
     name: str = ""
@@ -201,7 +226,7 @@ class Claimed(msgspec.Struct, tag=True, frozen=True):
 class Reserved(msgspec.Struct, tag=True, frozen=True):
     """A buffer for this trainer alone, for packs of this plan; its descriptor comes along.
 
-    With `error` there is none. With neither it will come once those before this trainer can spare the memory.
+    With `error` there is none. Without error and descriptor, it will come as soon as there is memory for it.
     """
 
     plan: int
@@ -211,7 +236,7 @@ class Reserved(msgspec.Struct, tag=True, frozen=True):
 
 
 class GiveBack(msgspec.Struct, tag=True, frozen=True):
-    """Memory is short. -> GivenBack, unless the buffer is in use already."""
+    """Asks for a buffer, since memory is short. -> GivenBack, unless it is in use already."""
 
     buffer: int
 
@@ -223,9 +248,10 @@ class Note(msgspec.Struct, tag=True, frozen=True):
 
 
 class Outcome(msgspec.Struct, tag=True, frozen=True):
-    """What became of a save in a tier. Without an error: it is staged in "memory", elsewhere committed.
+    """What became of a save in a tier. Without an error, it is staged in "memory", or committed elsewhere.
 
-    `path` is where that is in the run, if it was not known when the save began.
+    Attributes:
+        path: where the save lies in the run, as its attempt was claimed there; empty where that is not known.
     """
 
     id: str
@@ -241,9 +267,11 @@ class Found(msgspec.Struct, tag=True, frozen=True):
 
 
 class Attached(msgspec.Struct, tag=True, frozen=True):
-    """A snapshot's packs by rank. Descriptors come along: first one with `Contents`, then the packs'.
+    """A snapshot's packs by rank. Descriptors come along: first one with `Contents`, then the packs'. Without
+    descriptors, the snapshot is gone.
 
-    `more` packs may follow in another message. Without descriptors: it is not there any more.
+    Attributes:
+        more: True if another message with more packs follows.
     """
 
     ranks: list[int]
@@ -252,8 +280,13 @@ class Attached(msgspec.Struct, tag=True, frozen=True):
 
 
 class Contents(msgspec.Struct, frozen=True):
-    """What a snapshot is beside its packs: of rank 0 the proposal and the plan, else empty; by rank the PerRank
-    values, and the chunks' checksums where they are known already."""
+    """What belongs to a snapshot beside its packs.
+
+    Attributes:
+        proposal, plan: encoded; empty where rank 0 has not staged with this saver.
+        values: each rank's PerRank values, as JSON.
+        checksums: each rank's CRC-32Cs by chunk, where they are known already.
+    """
 
     proposal: bytes = b""
     plan: bytes = b""

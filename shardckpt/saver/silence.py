@@ -1,4 +1,4 @@
-"""When a saver that exists, and answers nothing, is given up; and what the kernel tells of it."""
+"""When a saver that exists but does not answer is given up; and what the kernel says about its process."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from pathlib import Path
 __all__ = ["Silence", "describe_process"]
 
 _STATES = {"T": ", stopped by a signal", "t": ", stopped by a debugger", "D": ", in uninterruptible sleep"}
-
-
 _SHORTEST = 0.1  # seconds between two looks
 
 
 @dataclass
 class Silence:
-    """How long a process has not answered. Counts only while this process itself looks.
+    """How long a process has not answered. Time counts only while this process itself runs.
 
     Attributes:
         patience: seconds without an answer after which it is given up.
@@ -28,7 +26,7 @@ class Silence:
     is_asked: bool = False
 
     def limit(self, patience: float) -> None:
-        """Have no more patience than this."""
+        """Lower the patience to this many seconds, if it is more."""
         self.patience = min(self.patience, patience)
         self.interval = min(self.interval, max(self.patience / 2, _SHORTEST))
 
@@ -37,7 +35,7 @@ class Silence:
         self.seconds, self.is_asked = 0.0, False
 
     def passed(self) -> bool:
-        """Note another interval without a message. True if it is time to give up; else ask, if not asked yet."""
+        """Count another interval without a message. True if the process is to be given up."""
         self.seconds += self.interval if self.is_asked else 0.0
         return self.seconds >= self.patience
 

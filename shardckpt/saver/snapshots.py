@@ -36,7 +36,7 @@ class PackPlan:
     """Where the chunks of a rank's packs lie. Rank 0's also has the whole plan, which the commit needs."""
 
     number: int
-    writes: list[ChunkLocation]
+    chunks: list[ChunkLocation]
     size: int
     encoded: bytes
 
