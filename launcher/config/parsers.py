@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.system.devices import count_cpus
@@ -141,13 +140,17 @@ _DEVICES = ("auto", "gpu", "cpu")
 _WORKERS = "a number of workers of at least 1, or auto, gpu or cpu, or MIN:MAX of these"
 
 
-@dataclass(frozen=True)
 class WorkerRange:
-    """The fewest and the most workers of a node, the most maybe in words: "auto", "gpu" or "cpu"."""
+    """The fewest and the most workers of a node. (A plain class: the start waits for this module's import.)
 
-    least: int | None
-    """None: as many as the most."""
-    most: int | str
+    Args:
+        least: None: as many as the most.
+        most: a number, or "auto", "gpu" or "cpu".
+    """
+
+    def __init__(self, least: int | None, most: int | str) -> None:
+        self.least = least
+        self.most = most
 
     def count(self, gpus: int) -> tuple[int, int]:
         """The fewest and the most workers on a node with `gpus` GPUs. Raises ValueError for "gpu" without any."""

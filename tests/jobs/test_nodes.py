@@ -1,7 +1,6 @@
-"""Jobs of several nodes: two or three agents on one machine, which meet on loopback.
+"""Jobs of several nodes: two or three agents on one machine, with a rendezvous on the loopback interface.
 
-Workers are plain programs that keep the worker contract by themselves, so that only the agents' rendezvous
-needs torch.
+Workers are plain programs that follow the worker contract themselves, so that only the members need torch.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import pytest
 
 from tests.kit.job import PATIENCE, Ended, Job, until, wait_for_death
 
-# Reports steps, drains when it is asked to, and does what its node was started for.
+# Reports steps, answers drain requests, and fails if its node's test asks for that.
 WORKER = """
     import json, os, sys, time
 
@@ -53,7 +52,7 @@ WORKER = """
 
 
 class Line(NamedTuple):
-    """What a worker says when it starts."""
+    """What a worker prints when it starts."""
 
     round: int
     rank: int
@@ -168,7 +167,7 @@ def test_a_failure_on_one_node_restarts_all(nodes: Nodes) -> None:
 
 
 def test_the_loss_of_a_node(nodes: Nodes) -> None:
-    """The job goes on with the rest, and takes a node in again at a step boundary."""
+    """The job goes on with the others, and takes the node in again at a step boundary."""
     nodes.start("a", nodes="1:2")
     nodes.start("b", nodes="1:2")
     nodes.gather("a", "b")
@@ -185,7 +184,7 @@ def test_the_loss_of_a_node(nodes: Nodes) -> None:
 
 
 def test_the_loss_of_the_node_at_the_endpoint(nodes: Nodes) -> None:
-    """What serves the store outlives its agent while others need it."""
+    """The member that serves the store outlives its agent while other nodes use the store."""
     nodes.start("a", nodes="1:2")
     until(lambda: "serving" if port_is_open(nodes.port) else "")
     nodes.start("b", nodes="1:2")
@@ -210,7 +209,7 @@ def listening() -> list[str]:
     return [line for table in tables for line in table.splitlines()[1:] if line.split()[3] == "0A"]
 
 
-def test_a_node_that_is_frozen_is_lost_and_comes_back(nodes: Nodes) -> None:
+def test_a_suspended_node_is_lost_and_comes_back(nodes: Nodes) -> None:
     nodes.start("a", nodes="1:2")
     until(lambda: port_is_open(nodes.port))  # or the frozen node may be the one that serves the store
     nodes.start("b", nodes="1:2")
@@ -225,8 +224,8 @@ def test_a_node_that_is_frozen_is_lost_and_comes_back(nodes: Nodes) -> None:
     assert [end.code for end in nodes.finish().values()] == [0, 0]
 
 
-def test_a_launch_that_is_stopped_is_waited_for_no_longer(nodes: Nodes) -> None:
-    """Its workers go on, and nobody minds, until a round has failed and its word is needed."""
+def test_a_suspended_launch_is_lost(nodes: Nodes) -> None:
+    """Its workers go on undisturbed until a round fails and its report is needed."""
     nodes.start("a", "--grace=1", nodes="1:2")
     until(lambda: port_is_open(nodes.port))
     nodes.start("b", "--grace=1", nodes="1:2")
@@ -261,7 +260,7 @@ def processes_of(job: Job, agent: int) -> list[int]:
 
 @pytest.mark.parametrize(("least", "goes_on"), [(1, True), (2, False)])
 def test_a_node_that_is_told_to_leave(nodes: Nodes, least: int, goes_on: bool) -> None:
-    """It saves, and ends with the code that says so; the others go on if they may."""
+    """It saves and ends with 75; the others go on if they are enough."""
     nodes.start("a", nodes=f"{least}:2")
     nodes.start("b", nodes=f"{least}:2")
     number = nodes.gather("a", "b")[0].round
@@ -299,7 +298,7 @@ def test_ctrl_c_on_one_node_ends_the_job(nodes: Nodes) -> None:
 
 
 def test_too_few_nodes(nodes: Nodes) -> None:
-    """A team that has lost one waits for another, and ends when none comes."""
+    """A team that has lost a node waits for another one, and ends when none comes."""
     conf = "--rdzv-conf=join_timeout=3"
     nodes.start("a", conf)
     nodes.start("b", conf)
@@ -311,7 +310,7 @@ def test_too_few_nodes(nodes: Nodes) -> None:
 
 
 def test_preempted_while_it_waits_for_nodes(nodes: Nodes) -> None:
-    """There is no team that could be told, nor anything to save; what is saved can be resumed."""
+    """There is no team yet and nothing to save; earlier checkpoints can be resumed."""
     nodes.start("a")
     nodes.start("b")
     nodes.gather("a", "b")
@@ -328,7 +327,7 @@ def test_preempted_while_it_waits_for_nodes(nodes: Nodes) -> None:
 
 
 def test_a_node_that_cannot_write(nodes: Nodes) -> None:
-    """It ends and says why; the others go on without it."""
+    """It reports why and ends; the others go on without it."""
     (nodes.job.path / "run/ranks").mkdir(parents=True)
     (nodes.job.path / "run/ranks/rank-00002").touch()  # where a directory should be
     nodes.start("a", nodes="1:2")
@@ -364,8 +363,8 @@ def test_two_jobs_with_one_id(nodes: Nodes) -> None:
     assert all("--rdzv-id" in end.err.splitlines()[-1] for end in ends.values())
 
 
-def test_kill_9_of_the_process_that_meets(nodes: Nodes) -> None:
-    """The node's own part in the rendezvous is replaced; nobody else notices more than a lost node."""
+def test_kill_9_of_the_member(nodes: Nodes) -> None:
+    """The node's member is replaced; the other nodes see a lost node."""
     nodes.start("a", nodes="1:2")
     until(lambda: port_is_open(nodes.port))
     nodes.start("b", nodes="1:2")

@@ -151,7 +151,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 def test_one_launch_on_each_node_is_one_job(slurm: Slurm, job: Job) -> None:
-    """Nodes, place and name come from Slurm alone."""
+    """Nodes, endpoint and rendezvous id come from Slurm alone."""
     job.use_torch()
     worker = "echo $RANK of $WORLD_SIZE in $TORCHELASTIC_RUN_ID"
     ended = slurm(
@@ -169,8 +169,8 @@ def test_several_launches_on_a_node_are_refused(slurm: Slurm, job: Job) -> None:
     assert "expected 1 on each node, found 2: one launch starts all workers of its node" in ended.stderr
 
 
-def test_the_example_saves_goes_back_into_the_queue_and_resumes(slurm: Slurm, job: Job) -> None:
-    """Only what a rank saved because of the signal ends the job, in its second life.
+def test_the_example_saves_is_requeued_and_resumes(slurm: Slurm, job: Job) -> None:
+    """Only a checkpoint that a rank saved because of the signal ends the job, after the requeue.
 
     Slurm sends --signal to every process of the step, workers included.
     """
