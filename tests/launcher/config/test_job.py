@@ -1,11 +1,10 @@
-"""Options: where they come from, which wins, and what is refused."""
+"""The configuration of a job: defaults, spellings, and what is refused."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,10 @@ import pytest
 from launcher.cli import parse
 from launcher.config.command import Command, Kind
 from launcher.config.job import Config
-from launcher.config.options import OPTIONS, find_option
-from launcher.config.settings import settings_from_environ
-from launcher.errors import NotFoundError, UsageError
-from launcher.system.devices import count_cpus, count_gpus
+from launcher.errors import UsageError
+from launcher.system.devices import count_cpus
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current directory with a script in it."""
-    monkeypatch.chdir(tmp_path)
-    for variable in ("PET_NPROC_PER_NODE", "PET_NNODES", "PET_MAX_RESTARTS", "SLURM_STEP_ID"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    (tmp_path / "train.py").write_text("")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_defaults(folder: Path) -> None:
@@ -94,99 +82,10 @@ def test_spellings(argv: list[str], field: str, value: object) -> None:
     assert getattr(parse([*argv, "train.py"]), field) == value
 
 
-def test_a_folder_with_the_name_of_a_url() -> None:
-    assert parse(["--ckpt", "./s3:/x", "train.py"]).checkpoints == str(Path("s3:/x").absolute())
-
-
-@pytest.mark.parametrize(
-    ("argv", "field", "value"),
-    [
-        (["--rdzv-endpoint=h"], "rdzv_backend", "c10d"),
-        (["--rdzv-endpoint=h"], "rdzv_endpoint", ("h", 29400)),
-        (["--rdzv-endpoint=h:1"], "rdzv_endpoint", ("h", 1)),
-        (["--rdzv-endpoint=[::1]"], "rdzv_endpoint", ("::1", 29400)),
-        (["--rdzv-endpoint=fe80::2"], "rdzv_endpoint", ("fe80::2", 29400)),
-        (["--rdzv-endpoint=h", "--rdzv-backend=etcd-v2"], "rdzv_endpoint", ("h", 2379)),
-        (["--rdzv-endpoint=h", "--rdzv-backend=etcd"], "rdzv_backend", "etcd"),
-        (["--rdzv-endpoint=h", "--rdzv-backend=static", "--node-rank=1"], "rdzv_endpoint", ("h", 29500)),
-        (["--master-addr=h", "--node-rank=1"], "rdzv_backend", "static"),
-        (["--master-addr=h", "--node-rank=1"], "rdzv_endpoint", ("h", 29500)),
-        (["--master-addr=h", "--master-port=7", "--node-rank=1"], "rdzv_endpoint", ("h", 7)),
-        (["--master-addr=h", "--node-rank=1"], "node_rank", 1),
-        (["--rdzv-endpoint=h", "--node-rank=9"], "rdzv_backend", "c10d"),
-        (["--rdzv-endpoint=h"], "run_id", "none"),
-        (["--rdzv-endpoint=h", "--rdzv-id=job7"], "run_id", "job7"),
-        (["--rdzv-endpoint=h", "--local-addr=10.0.0.2"], "local_addr", "10.0.0.2"),
-        (["--rdzv-endpoint=h"], "master_addr", "127.0.0.1"),
-        (
-            ["--rdzv-endpoint=h", "--rdzv-conf=join_timeout=9, is_host=1"],
-            "rdzv_conf",
-            {"join_timeout": "9", "is_host": "1"},
-        ),
-    ],
-)
-def test_several_nodes(argv: list[str], field: str, value: object) -> None:
-    """torchrun's options say the same here, and its default ports hold."""
-    config = parse(["--nnodes", "2", *argv, "train.py"])
-    assert (config.nnodes, config.is_alone) == ((2, 2), False)
-    assert getattr(config, field) == value
-
-
-def test_elastic_nodes() -> None:
-    config = parse(["--nnodes=1:4", "--rdzv-endpoint=h", "--nproc=6:8", "train.py"])
-    assert (config.nnodes, config.is_alone) == ((1, 4), False)
-    assert (config.min_nproc, config.nproc) == (6, 8)
-
-
-@pytest.mark.parametrize(
-    ("flags", "variables", "file", "backend", "endpoint"),
-    [
-        ("--rdzv-endpoint=h", {"PET_MASTER_ADDR": "m"}, "", "c10d", ("h", 29400)),
-        ("--master-addr=h", {"PET_RDZV_ENDPOINT": "m"}, "", "static", ("h", 29500)),
-        ("--master-addr=h", {"PET_MASTER_PORT": "5"}, "", "static", ("h", 5)),
-        ("", {"PET_MASTER_ADDR": "m", "PET_MASTER_PORT": "5"}, "rdzv-endpoint: f", "static", ("m", 5)),
-        ("--rdzv-backend=etcd", {}, "rdzv-endpoint: f:3", "etcd", ("f", 3)),
-        ("--rdzv-endpoint=h", {}, "standalone: true", "c10d", ("h", 29400)),
-    ],
-)
-def test_what_beats_what_of_the_place_to_meet(
-    flags: str,
-    variables: dict[str, str],
-    file: str,
-    backend: str,
-    endpoint: tuple[str, int],
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The higher source says where, also with other options than the lower one."""
-    (folder / "c.yaml").write_text(file)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    argv = ["--config=c.yaml", "--nnodes=2", "--node-rank=0", *flags.split(), "train.py"]
-    config = parse(argv)
-    assert (config.rdzv_backend, config.rdzv_endpoint) == (backend, endpoint)
-
-
 def test_local_paths_become_absolute(folder: Path) -> None:
     config = parse(["--run-dir", "a", "--log-dir", "b", "--ckpt", "c", "train.py"])
     assert (config.directory, config.logs) == (folder / "a", folder / "b")
     assert config.checkpoints == str(folder / "c")
-
-
-@pytest.mark.parametrize(
-    ("argv", "kind", "target", "args"),
-    [
-        (["train.py", "--nproc", "x", "--", "-m"], Kind.SCRIPT, "train.py", 4),
-        (["-m", "json.tool", "-m"], Kind.MODULE, "json.tool", 1),
-        (["--module", "json.tool"], Kind.MODULE, "json.tool", 0),
-        (["--", "ls", "-l"], Kind.PROGRAM, "ls", 1),
-        (["--no-python", "ls"], Kind.PROGRAM, "ls", 0),
-        (["--run-path", "train.py"], Kind.SCRIPT, "train.py", 0),
-    ],
-)
-def test_commands(argv: list[str], kind: Kind, target: str, args: int) -> None:
-    command = parse(argv).command
-    assert (command.kind, command.target, len(command.args)) == (kind, target, args)
 
 
 def test_streams_shown_here() -> None:
@@ -198,64 +97,6 @@ def test_streams_shown_here() -> None:
     assert shown.shows(1, stderr=True)
     assert not shown.shows(2, stderr=False)
     assert parse(["train.py"]).shown.shows(5, stderr=False)
-
-
-def test_flag_beats_environment_beats_file_beats_default(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "c.yaml").write_text("nproc: 2\nmax_restarts: 2\ngrace: 2\npreload: [json, csv]\n")
-    monkeypatch.setenv("PET_NPROC_PER_NODE", "4")
-    monkeypatch.setenv("PET_MAX_RESTARTS", "4")
-    config = parse(["--config", "c.yaml", "--nproc", "5", "train.py"])
-    assert (config.nproc, config.max_restarts, config.grace) == (5, 4, 2.0)
-    assert config.preload == ("json", "csv")
-    assert config.role == "default"
-
-
-def test_mistakes_are_found_also_where_another_source_wins(folder: Path) -> None:
-    (folder / "c.yaml").write_text("nproc: none\n")
-    with pytest.raises(UsageError, match=r"c\.yaml:1: nproc: expected a number .* found 'none'"):
-        parse(["--config", "c.yaml", "--nproc", "5", "train.py"])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("nproc: 2\nmax_restart: 3\n", r"c.yaml:2: unknown option max_restart: did you mean max-res"),
-        ("nproc: 2\nnproc: 3\n", r"c.yaml:2: nproc is given twice"),
-        ("nproc: [1, 2\n", r"c.yaml is not YAML: .*line 2"),
-        ("- nproc\n", r"expected lines like `nproc: 8`"),
-        ("nproc: {a: 1}\n", r"c.yaml:1: nproc: expected one value or a list"),
-        ("grace: soon\n", r"c.yaml:1: grace: expected a number of seconds, 0 or more, found 'soon'"),
-        ("cold: maybe\n", r"c.yaml:1: cold: expected true or false, found 'maybe'"),
-        ("config: d.yaml\n", r"c.yaml:1: config belongs on the command line"),
-        ("help: true\n", r"c.yaml:1: help belongs on the command line"),
-        ("rdzv_conf: a=1\n", r"c.yaml:1: rdzv_conf: expected keys of .*join_timeout.* found 'a=1'"),
-        ("logs_specs: x\n", r"c.yaml:1: logs_specs is not supported by launch: there are no log plugins"),
-    ],
-)
-def test_bad_files(folder: Path, text: str, message: str) -> None:
-    (folder / "c.yaml").write_text(text)
-    with pytest.raises(UsageError, match=message):
-        parse(["--config", "c.yaml", "train.py"])
-
-
-def test_the_example_file_is_valid() -> None:
-    example = Path(__file__).parents[3] / "configs/launch.yaml"
-    assert parse(["--config", str(example), "train.py"]).max_restarts == 10
-
-
-def test_an_empty_file_says_nothing(folder: Path) -> None:
-    (folder / "c.yaml").write_text("# nothing\n")
-    assert parse(["--config", "c.yaml", "train.py"]).nproc == 1
-
-
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
-def test_unreadable_files(folder: Path, content: bytes | None) -> None:
-    if content is not None:
-        (folder / "c.yaml").write_bytes(content)
-    with pytest.raises(UsageError, match=r"c\.yaml cannot be read"):
-        parse(["--config", "c.yaml", "train.py"])
 
 
 @pytest.mark.parametrize(
@@ -368,64 +209,6 @@ def test_bad_usage(argv: list[str], message: str, folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["train.py"]
 
 
-def test_a_missing_python_script_after_dashes_gets_a_hint() -> None:
-    with pytest.raises(NotFoundError, match="a Python script goes without --"):
-        parse(["--", "train.py"])
-
-
-def test_modules_are_found_without_importing_them(folder: Path) -> None:
-    (folder / "pkg/sub").mkdir(parents=True)
-    (folder / "pkg/__init__.py").write_text("raise RuntimeError('imported')")
-    (folder / "pkg/sub/job.py").write_text("")
-    assert parse(["-m", "pkg.sub.job"]).command.target == "pkg.sub.job"
-    with pytest.raises(UsageError, match="no such module"):
-        parse(["-m", "pkg.sub.jib"])
-    (folder / "pkg/__init__.py").write_text("__path__ = compute()")
-    assert parse(["-m", "pkg.generated"]).command.target == "pkg.generated"
-
-
-def test_ckpt_is_no_attempts_folder(folder: Path) -> None:
-    """Which its name does not tell: a run may be called so."""
-    attempt = folder / "run/attempt-0001"
-    attempt.mkdir(parents=True)
-    parse(["--ckpt", "run/attempt-0001", "train.py"])
-    (attempt / "attempt.json").touch()
-    with pytest.raises(UsageError, match="a run, not an attempt in it: give run, found 'run/attempt-0001'"):
-        parse(["--ckpt", "run/attempt-0001", "train.py"])
-
-
-def test_every_option_of_torchrun_is_known() -> None:
-    """Those of the torch that is installed, read from its source: importing it would take seconds."""
-    torch = PathFinder.find_spec("torch")
-    assert torch is not None
-    assert torch.origin is not None
-    source = (Path(torch.origin).parent / "distributed/run.py").read_text()
-    names = re.findall(r'^\s+"--([a-z-]+)",$', source, re.MULTILINE)
-    assert len(names) > 25
-    for name in names:
-        assert find_option(name, "torchrun").torchrun or name in ("logs-specs", "numa-binding")
-
-
-def test_environment_of_torchrun_is_read() -> None:
-    settings = settings_from_environ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "4", "NNODES": "9"})
-    assert {(setting.option.name, setting.text) for setting in settings} == {
-        ("nnodes", "2"),
-        ("nproc", "4"),
-    }
-
-
-def test_pet_mistakes_name_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PET_NNODES", "two")
-    with pytest.raises(UsageError, match="PET_NNODES in the environment: expected a number of nodes"):
-        parse(["train.py"])
-
-
-def test_names_and_helps_are_complete() -> None:
-    names = [name for option in OPTIONS for name in (option.name, *option.aliases)]
-    assert len(names) == len(set(names))
-    assert all(option.help or option.refusal for option in OPTIONS)
-
-
 def test_a_config_validates_itself() -> None:
     command = Command(Kind.SCRIPT, "train.py")
     wrongs: list[dict[str, Any]] = [
@@ -450,26 +233,6 @@ def test_a_config_validates_itself() -> None:
     for wrong in wrongs:
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Config(command=command, **wrong)
-
-
-def test_gpus_are_counted_without_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices of the driver, of which CUDA_VISIBLE_DEVICES leaves those before its first mistake."""
-    monkeypatch.syspath_prepend(folder)
-    (folder / "torch").mkdir()
-    (folder / "torch/__init__.py").write_text("")
-    (folder / "torch/version.py").write_text("cuda: str | None = '12.6'\n")
-    (folder / "dev").mkdir()
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
-        (folder / "dev" / name).touch()
-    assert count_gpus({}, folder) == 2
-    assert count_gpus({"CUDA_VISIBLE_DEVICES": "1"}, folder) == 1
-    assert count_gpus({"CUDA_VISIBLE_DEVICES": ""}, folder) == 0
-    assert count_gpus({"CUDA_VISIBLE_DEVICES": "0,-1,1"}, folder) == 1
-    for name in ("a", "b", "c"):
-        (folder / "proc/driver/nvidia/gpus" / name).mkdir(parents=True)
-    assert count_gpus({}, folder) == 3
-    (folder / "torch/version.py").write_text("cuda: str | None = None\n")
-    assert count_gpus({}, folder) == 0
 
 
 def test_more_workers_than_gpus_are_refused() -> None:
