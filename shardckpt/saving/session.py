@@ -319,7 +319,7 @@ def save_async(
     Args:
         url: where the checkpoint is to be: a folder, local or in object storage, the same for all ranks.
         state: tensors, modules, optimizers and plain values by name.
-        step: optimizer steps done, which the checkpoint tells.
+        step: optimizer steps done, which is stored with it.
         metrics: numbers by name, which are stored with it.
         storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
 
@@ -350,7 +350,7 @@ def save(
     Args:
         url: where the checkpoint is to be: a folder, local or in object storage, the same for all ranks.
         state: tensors, modules, optimizers and plain values by name.
-        step: optimizer steps done, which the checkpoint tells.
+        step: optimizer steps done, which is stored with it.
         metrics: numbers by name, which are stored with it.
         storage_options: arguments of the fsspec file system of `url`, such as `endpoint_url`.
 
