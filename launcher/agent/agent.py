@@ -13,6 +13,7 @@ from launcher.agent.workers import Workers
 from launcher.config.job import Config
 from launcher.diagnosis.judge import find_culprit, fingerprint, judge
 from launcher.diagnosis.reports import Death
+from launcher.diagnosis.verdict import Verdict
 from launcher.errors import ExitCode, InternalError, LaunchError, RunDirError, shell_code
 from launcher.events import (
     DeadlinePassed,
@@ -29,6 +30,7 @@ from launcher.events import (
 )
 from launcher.rendezvous.team import Team
 from launcher.reporting.messages import next_step
+from launcher.reporting.reporter import Reporter
 from launcher.round.preemption import Answer, answer_signal
 from launcher.round.restart import Again, Decision, Finish, GiveUp, History, Limits, decide
 from launcher.round.round import Phase, Round, RoundEndRequest
@@ -295,15 +297,7 @@ class Agent:
         if isinstance(decision, Again) and not self._slots.chosen:
             decision = self._give_up_slots(round_, culprit)
         if round_.has_failed and round_.reports:
-            reporter = self._reporter
-            verdict = judge(
-                list(round_.reports.values()),
-                {node: (round_.team.hosts[node], why) for node, why in round_.lost.items()},  # type: ignore[union-attr]
-                next_step(decision),
-                newest_saved=reporter.newest_saved,
-                is_only_in_memory=reporter.is_only_in_memory,
-            )
-            reporter.round_failed(verdict, round_)
+            self._reporter.round_failed(_judge(round_, decision, self._reporter), round_)
         else:
             has_saver = self._saver.backlog is not None
             self._reporter.round_ended(round_, decision, has_saver=has_saver)
@@ -344,3 +338,14 @@ class Agent:
                 reason = "stopped by `launch stop`: the same command goes on from what is saved"
         self._reporter.job_ended(exit_code, reason)
         return exit_code
+
+
+def _judge(round_: Round, decision: Decision, reporter: Reporter) -> Verdict:
+    assert round_.team is not None
+    return judge(
+        list(round_.reports.values()),
+        {node: (round_.team.hosts[node], why) for node, why in round_.lost.items()},
+        next_step(decision),
+        newest_saved=reporter.newest_saved,
+        is_only_in_memory=reporter.is_only_in_memory,
+    )
