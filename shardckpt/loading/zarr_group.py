@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from shardckpt.errors import NotACheckpointError
 from shardckpt.format.manifest import MANIFEST, Manifest
 from shardckpt.format.manifest_codec import decode_manifest
+from shardckpt.format.zarr_refs import ROOT, references_of
 from shardckpt.storage.limits import client_options
 
 if TYPE_CHECKING:
     import zarr
-from shardckpt.format.zarr_refs import ROOT, references_of
 
 __all__ = ["open_group"]
 
