@@ -198,6 +198,8 @@ def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: ChunkRead) -> 
             if target.is_cpu and not target.is_conj() and not target.is_neg():
                 if target.is_contiguous():
                     provide(target.data_ptr(), target.nbytes)
-                np.copyto(as_array(target, word), part)  # torch's own copy takes half as long again
+                np.copyto(
+                    as_array(target, word), part
+                )  # torch takes half as long again (scripts/bench/memory)
             else:
                 target.copy_(torch.from_numpy(writable(part)).view(dtype))
