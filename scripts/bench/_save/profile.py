@@ -70,7 +70,8 @@ SPANS: Mapping[str, tuple[Span, ...]] = {
         Span("crc32c", "shardckpt.loading.fetch:crc32c.crc32c", 4),
         Span("apply a chunk", "shardckpt.loading.fill:_apply", 2),
         Span("read (verify and apply)", "shardckpt.storage:LocalStorage.read_into", 2),
-        Span("agree", "shardckpt.loading.fill:agree", 2),
+        Span("agree on what is verified", "shardckpt.loading.fill:agree", 2),
+        Span("agree on a step", "shardckpt.ranks.world:agree", 2),
         Span("apply the rest", "shardckpt.state.load_targets:LoadTargets.apply", 1),
     ),
 }
