@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shardckpt import errors
-from shardckpt.errors import RankMismatchError
+from shardckpt.errors import RankMismatchError, ShardckptError
 from shardckpt.memory import writable
 
 __all__ = ["Alone", "Ranks", "TorchRanks", "acting_as", "agree", "agreement", "current_ranks"]
@@ -106,14 +107,28 @@ class Alone:
 
 
 class TorchRanks:
-    """The ranks of a torch.distributed process group that can move CPU tensors."""
+    """The ranks of a torch.distributed process group that can move CPU tensors.
+
+    It refers to the group weakly, so that `destroy_process_group` ends the group's threads. One that is alive
+    when the interpreter ends may abort the process: it needs the interpreter's lock to free a tensor.
+    """
 
     def __init__(self, group: Any) -> None:
-        self._group = group
+        self._group_ref = weakref.ref(group)
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
         self.node = _machine()
         self._calls = 0
+
+    @property
+    def _group(self) -> Any:
+        group = self._group_ref()
+        if group is None:
+            raise ShardckptError(
+                "the process group of these ranks is destroyed: call shardckpt, and close its Checkpointers, "
+                "before destroy_process_group"
+            )
+        return group
 
     def gather(self, data: bytes) -> list[bytes]:
         """See Ranks."""
@@ -234,8 +249,8 @@ def _numbered(messages: Sequence[tuple[int, memoryview]]) -> Iterator[tuple[int,
         numbers[peer] += 1
 
 
-_groups: list[tuple[Any, TorchRanks]] = []
-"""The newest world, and its ranks."""
+_ranks_of: weakref.WeakKeyDictionary[Any, TorchRanks] = weakref.WeakKeyDictionary()
+"""By the world's process group, while it exists."""
 
 
 def current_ranks() -> Ranks:
@@ -249,11 +264,11 @@ def current_ranks() -> Ranks:
     if not dist.is_available() or not dist.is_initialized():
         return Alone()
     world = dist.group.WORLD
-    if not _groups or _groups[0][0] is not world:
+    if world not in _ranks_of:
         backend = str(dist.get_backend_config(world))
         group = world if "cpu" in backend or "gloo" in backend else dist.new_group(backend="gloo")
-        _groups[:] = [(world, TorchRanks(group))]  # in place of one that was destroyed
-    return _groups[0][1]
+        _ranks_of[world] = TorchRanks(group)
+    return _ranks_of[world]
 
 
 _thread = threading.local()

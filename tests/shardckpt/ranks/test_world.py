@@ -1,0 +1,50 @@
+"""The ranks of torch.distributed, from the first use of its process group to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shardckpt import Checkpointer, ShardckptError
+from shardckpt.ranks.world import current_ranks
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process group of one rank."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _gloo_threads() -> list[str]:
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
+@pytest.mark.usefixtures("world")
+def test_no_thread_of_a_process_group_outlives_its_destruction(tmp_path: Path) -> None:
+    """Such a thread may abort the process when the interpreter ends."""
+    checkpointer = Checkpointer(tmp_path / "run", every_steps=1)
+    checkpointer.step(1, {"x": torch.ones(4)})
+    checkpointer.close()
+    assert _gloo_threads()
+    dist.destroy_process_group()
+    assert _gloo_threads() == []
+
+
+@pytest.mark.usefixtures("world")
+def test_a_destroyed_process_group_is_told() -> None:
+    ranks = current_ranks()
+    dist.destroy_process_group()
+    with pytest.raises(ShardckptError, match="before destroy_process_group"):
+        ranks.gather(b"")
+    assert current_ranks().size == 1
