@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from shardckpt.saver.client import SaverClient
@@ -20,6 +21,9 @@ from tests.kit.mounts import InNamespace, Mount, mounted, needs_namespace
 from tests.kit.savers import SaverProcess, connected
 
 _numbers = itertools.count()
+
+hypothesis.settings.register_profile("without-deadline", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("without-deadline")
 
 
 def pytest_configure() -> None:

@@ -115,7 +115,7 @@ def test_a_hang_is_diagnosed_and_ended(job: Job) -> None:
     )
     done = job.run("--nproc=2", "--hang-timeout=1", script)
     assert done.code == 0
-    assert "no progress for 1 s: looking where the workers are" in done.err
+    assert re.search(r"no progress for \d s: looking where the workers are", done.err)
     assert "wait_for_peer" in done.err
     for rank in (0, 1):
         stack = job.path / f"runs/train/stacks/round-0001/rank-{rank:05d}.txt"

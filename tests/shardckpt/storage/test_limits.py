@@ -57,10 +57,10 @@ def test_another_connection_is_tried_before(moto_s3: S3Server) -> None:
 
 
 def test_a_slow_link_that_goes_on_is_no_fault(moto_s3: S3Server) -> None:
-    """It takes twice the deadline, at more than the least rate."""
+    """It takes longer than the deadline, at more than the least rate."""
     with faulty_proxy(moto_s3.endpoint) as proxy:
-        proxy.pause = 0.2
-        storage = _limited(moto_s3, proxy, transfer_deadline=1, transfer_least_rate=1000)
+        proxy.pause = 0.3
+        storage = _limited(moto_s3, proxy, transfer_deadline=2, transfer_least_rate=1000)
         storage.write("file", noise(100_000))
         proxy.faults = lambda _method, _path: "slow"
         found = bytearray(100_000)
