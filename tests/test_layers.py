@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 import tomllib
 from graphlib import TopologicalSorter
@@ -141,6 +142,13 @@ def test_no_folder_takes_a_public_name(package: str) -> None:
     """Importing `shardckpt.load` as a module would replace the function."""
     public = set(importlib.import_module(package).__all__)
     assert not public & {name for name in modules(package) if not name.startswith("__")}
+
+
+def test_a_checkpoint_comes_into_being_in_one_place() -> None:
+    """No other module writes a manifest."""
+    writes = re.compile(r"\.(create|write|write_pack|write_pieces)\(\s*MANIFEST\b")
+    found = [path for path in (ROOT / "shardckpt").rglob("*.py") if writes.search(path.read_text())]
+    assert found == [ROOT / "shardckpt/run/commit.py"]
 
 
 @pytest.mark.parametrize(("package", "other"), [("shardckpt", "launcher"), ("launcher", "shardckpt")])

@@ -36,11 +36,6 @@ class Lifetime:
         """The lifetime of a saver to which no trainer has come yet."""
         return cls(has_launcher, linger, now + max(0.0, _FIRST - linger))
 
-    @property
-    def is_flushing(self) -> bool:
-        """True once no new trainer is expected."""
-        return self.flush_by is not None
-
     def flush(self, now: float) -> None:
         """No trainer will come any more: the saver ends once all is durable."""
         if self.flush_by is None:

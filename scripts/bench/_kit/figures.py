@@ -9,8 +9,8 @@ import sys
 __all__ = ["machine"]
 
 
-def machine(runs: int, *, of: str = "runs") -> str:
-    """The machine and its load, the versions that matter, and of how many runs the figures are medians.
+def machine(runs: int, *, of: str = "runs", statistic: str = "medians") -> str:
+    """The machine and its load, the versions that matter, and of how many runs the figures are the `statistic`.
 
     torch's version is told only if this process has imported it.
     """
@@ -23,4 +23,4 @@ def machine(runs: int, *, of: str = "runs") -> str:
     ]
     if "torch" in sys.modules:
         parts.append(f"torch {sys.modules['torch'].__version__}")
-    return f"{', '.join(parts)}; medians of {runs} {of}"
+    return f"{', '.join(parts)}; {statistic} of {runs} {of}"
