@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +83,8 @@ def duration(seconds: float) -> str:
 
 def signal_name(code: int) -> str:
     """The name of the signal that gave the exit code `code`, which is minus its number."""
+    import signal  # takes a millisecond, for which the start of the zygote would wait
+
     try:
         return signal.Signals(-code).name
     except ValueError:
