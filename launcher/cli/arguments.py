@@ -8,8 +8,8 @@ schedulers give options too, so the table in `config/options.py` and the parsers
 - a value that begins with a dash (`--rdzv-conf -x`) is refused, a switch takes no value (`--standalone=0`);
 - its errors neither say what is expected and found, nor suggest the nearest option (before Python 3.14).
 
-It takes 1.2 ms to import, 3.0 ms to build the options and 0.1 ms to parse, against 0.02 ms here. The zygote waits
-for this part of the start, which takes 32 ms of CPU with all imports (scripts/bench/command_line).
+It takes 1.1 ms to import, 3.0 ms to build the options and 0.1 ms to parse, against 0.02 ms here. The zygote waits
+for this part of the start, which takes 31 ms of CPU with all imports (scripts/bench/command_line).
 """
 
 from __future__ import annotations
