@@ -112,12 +112,15 @@ class S3Client:
         started = loop.time()
         was_sent = False
         renewals = 0
-        failure: TransientError | RefusedError
+        failure: TransientError | RefusedError | None = None
         for attempt in itertools.count(1):
             generation = self._credentials.generation
             pause = random.uniform(0.5, 1) * self.settings.first_pause * 2 ** (attempt - 1)
             try:
                 result = await self._attempt(key, work, patience)
+            except _CutShortError as error:  # says nothing about the server: what it answered before counts
+                failure = failure or error
+                was_sent = True
             except TransientError as error:
                 failure = error
                 was_sent = was_sent or not isinstance(error, UnreachableError)
@@ -194,7 +197,8 @@ class S3Client:
         except TimeoutError as error:
             if not timeout.expired():
                 raise
-            raise TransientError(
+            kind = _CutShortError if patience.end < own.end else TransientError
+            raise kind(
                 f"{self.name(without_temporary(key))}: the server does not answer, or fewer than "
                 f"{self._limits.least_rate:g} bytes per second came through"
             ) from error
@@ -234,6 +238,10 @@ class S3Client:
         if isinstance(error, UnreachableError) and not was_sent:
             return UnreachableError(text, error.summary)
         return TransientError(text)
+
+
+class _CutShortError(TransientError):
+    """An attempt had less time than others, since the deadline of the request came."""
 
 
 class _Outage:

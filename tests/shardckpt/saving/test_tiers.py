@@ -265,7 +265,7 @@ def test_a_save_whose_credentials_have_expired_is_made_with_others(
         proxy.faults = lambda method, _path: (
             "expired" if method == "PUT" and proxy.keys[-1] in stale else None
         )
-        options = {"endpoint_url": proxy.endpoint, "transfer_deadline": 1}
+        options = {"endpoint_url": proxy.endpoint, "transfer_deadline": 3}
         checkpointer = Checkpointer(url, storage_options=options, snapshots=2)
         save(checkpointer, 1)
         stale.add("one")

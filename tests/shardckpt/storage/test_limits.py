@@ -48,7 +48,7 @@ def test_an_upload_that_trickles_is_given_up_and_aborted(moto_s3: S3Server, faul
 
 def test_another_connection_is_tried_before(moto_s3: S3Server) -> None:
     with faulty_proxy(moto_s3.endpoint) as proxy:
-        storage = _limited(moto_s3, proxy, transfer_deadline=2)
+        storage = _limited(moto_s3, proxy, transfer_deadline=4)
         storage.write("file", noise(200_000))
         proxy.faults = once("GET", "trickle")
         assert storage.read("file") == noise(200_000)
