@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.job import LAUNCH, PATIENCE, Job, wait_for_death
+from tests.kit.job import LAUNCH, PATIENCE, Job, lines_told, wait_for_death
 from tests.kit.mounts import Mount
 
 WAITS = """
@@ -45,10 +45,7 @@ def wait_for_state(pid: int, wanted: str) -> None:
 
 def pids_told(fifo: Path, count: int) -> list[list[int]]:
     """Lines of numbers from `count` processes."""
-    lines: list[str] = []
-    while len(lines) < count:
-        lines += fifo.read_text().splitlines()
-    return [[int(word) for word in line.split()] for line in lines]
+    return [[int(word) for word in line.split()] for line in lines_told(fifo, count)]
 
 
 def stop(job: Job, process: subprocess.Popen[str]) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.job import LAUNCH, Job, read_until, wait_for_death
+from tests.kit.job import LAUNCH, Job, lines_told, read_until, wait_for_death
 
 # A worker that tells its pid through a named pipe, then does what the argument says.
 WORKER = """
@@ -53,10 +53,7 @@ class Running:
 
     def wait_for_workers(self) -> None:
         """Wait until the workers of a round have told their pids."""
-        lines: list[str] = []
-        while len(lines) < self.nproc:
-            lines += self.fifo.read_text().splitlines()
-        for line in lines:
+        for line in lines_told(self.fifo, self.nproc):
             rank, self.zygote, *pids = map(int, line.split())
             self.pids[rank] = pids
 

@@ -129,6 +129,15 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     return line
 
 
+def lines_told(fifo: Path, count: int) -> list[str]:
+    """The next `count` lines that processes write to a named pipe, each in one write.
+
+    It stays open all the while: what is written between one reader's end of file and the next reader is lost.
+    """
+    with open(os.open(fifo, os.O_RDWR)) as lines:
+        return [next(lines).rstrip("\n") for _ in range(count)]
+
+
 def wait_for_death(pid: int) -> None:
     """Return when process `pid` is dead; fail if it lives on."""
     try:
