@@ -1,4 +1,4 @@
-"""The records of a checkpoint: the manifest, whose presence is the commit, and each rank's part.
+"""The records of a checkpoint: the manifest, whose presence is the commit, and the parts of its writers.
 
 Both are strict JSON with a checksum (`shardckpt.format.records`): unknown keys, types and versions are refused.
 docs/format.md describes every field.
@@ -32,9 +32,14 @@ __all__ = [
     "Pack",
     "Part",
     "TensorEntry",
+    "WrittenPack",
     "attempt_and_step",
+    "marked_rank",
+    "marker_path",
     "pack_path",
     "part_path",
+    "parts_folder",
+    "parts_of",
     "shape_problem",
     "tied_names",
 ]
@@ -45,6 +50,9 @@ MAX_DIMENSIONS = 64
 """Dimensions of a tensor: NumPy's limit."""
 
 _RUN_CHECKPOINT = re.compile(r"(?:\A|/)attempt-([0-9]+)(?:-[0-9a-f]+)?/step-([0-9]+)\Z")
+
+_PARTS = "parts-"
+_MARKER = re.compile(r"rank-([0-9]{5,})\.failed\.json")
 
 _MAX_BYTES = (1 << 63) - 1
 """Bytes of a tensor: NumPy counts them in 63 bits, leaving out dimensions of size 0."""
@@ -221,11 +229,10 @@ class Manifest(ManifestHead, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         return [(tensor, array) for tensor in self.tensors for array in tensor.arrays]
 
 
-class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class WrittenPack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one rank wrote.
 
     Attributes:
-        id: the save's, as in the manifest.
         rank: the rank.
         size: bytes of its pack.
         chunk: the rows of the chunk table that it wrote, in the order of its pack.
@@ -234,14 +241,25 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         values: path -> the form of this rank's own value.
     """
 
-    format: str = FORMAT
-    id: str
     rank: int
     size: int
     chunk: list[int]
     offset: list[int]
     crc32c: list[int]
     values: dict[str, Any]
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one process wrote, for some or all ranks of its node.
+
+    Attributes:
+        id: the save's, as in the manifest.
+        packs: one for each of these ranks; they are durable.
+    """
+
+    format: str = FORMAT
+    id: str
+    packs: list[WrittenPack]
 
 
 def shape_problem(dtype: str, shape: Sequence[int]) -> str | None:
@@ -283,6 +301,27 @@ def pack_path(rank: int) -> str:
     return f"rank-{rank:05d}/data.pack"
 
 
-def part_path(rank: int) -> str:
-    """The path of a rank's part, relative to the checkpoint."""
-    return f"rank-{rank:05d}/part.json"
+def parts_folder(save_id: str) -> str:
+    """The folder of a save's parts and of its ranks' failure markers, relative to the checkpoint."""
+    return f"{_PARTS}{save_id}"
+
+
+def parts_of(folder: str) -> str | None:
+    """The id of the save whose parts are in this folder of a checkpoint; None for other folders."""
+    return folder.removeprefix(_PARTS) if folder.startswith(_PARTS) else None
+
+
+def part_path(save_id: str, rank: int) -> str:
+    """The path of a part, relative to the checkpoint; `rank` is the lowest of those that it covers."""
+    return f"{parts_folder(save_id)}/rank-{rank:05d}.json"
+
+
+def marker_path(save_id: str, rank: int) -> str:
+    """The path of the marker that a rank's pack will not come, relative to the checkpoint."""
+    return f"{parts_folder(save_id)}/rank-{rank:05d}.failed.json"
+
+
+def marked_rank(name: str) -> int | None:
+    """The rank of which this file in a folder of parts is the failure marker; None if it is none."""
+    found = _MARKER.fullmatch(name)
+    return int(found[1]) if found else None

@@ -65,14 +65,18 @@ def decode_checked(data: bytes) -> Manifest:
 
 def decode_part(data: bytes, where: str) -> Part:
     """The part in `data`, for the checkpoint at `where`. Raises FormatError."""
-    part = _decode(data, Part, where, "part.json")
-    if not len(part.chunk) == len(part.offset) == len(part.crc32c):
-        raise FormatError(f"{where}: part.json has chunk columns of different lengths")
-    if min(part.rank, part.size, *part.chunk, *part.offset, *part.crc32c) < 0 or any(
-        crc >= 1 << 32 for crc in part.crc32c
-    ):
-        raise FormatError(f"{where}: part.json is invalid: a number is out of range")
+    part = _decode(data, Part, where, "a part")
+    for pack in part.packs:
+        if not len(pack.chunk) == len(pack.offset) == len(pack.crc32c):
+            raise FormatError(f"{where}: a part has chunk columns of different lengths")
+        numbers = (pack.rank, pack.size, *map(_lowest, (pack.chunk, pack.offset, pack.crc32c)))
+        if min(numbers) < 0 or max(pack.crc32c, default=0) >= 1 << 32:
+            raise FormatError(f"{where}: a part is invalid: a number is out of range")
     return part
+
+
+def _lowest(numbers: list[int]) -> int:
+    return min(numbers, default=0)
 
 
 _Record = TypeVar("_Record", Manifest, ManifestSummary, Part)

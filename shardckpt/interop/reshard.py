@@ -20,10 +20,9 @@ from shardckpt.format.manifest import (
     Manifest,
     Part,
     TensorEntry,
-    part_path,
+    WrittenPack,
     tied_names,
 )
-from shardckpt.format.manifest_codec import encode_record
 from shardckpt.format.save_plan import ChunkWrite, Layout, SavePlan, plan_save
 from shardckpt.format.tree import TensorRef, iter_references
 from shardckpt.format.value_decoding import decode_value
@@ -32,6 +31,7 @@ from shardckpt.interop.progress import Counter, Progress
 from shardckpt.loading.stream import iter_boxes
 from shardckpt.run.commit import commit
 from shardckpt.run.commit_wait import Patience
+from shardckpt.run.parts import write_part
 from shardckpt.run.places import Place, attempt_for, exact_place, find_place, read_manifest
 from shardckpt.run.proposal import Proposal
 from shardckpt.run.save_info import SaveInfo
@@ -110,8 +110,10 @@ def reshard(
     info = SaveInfo(secrets.token_hex(16), target.path, manifest.step, attempt, world_size)
     proposal = Proposal(info, manifest.metrics, manifest.values, plan)
     try:
-        _persist(place, manifest, target.storage, proposal, progress)
-        commit(target, proposal, Patience(_COMMIT_TIMEOUT))
+        packs = _persist(place, manifest, target.storage, proposal, progress)
+        part = Part(id=info.id, packs=packs)
+        write_part(target.storage, part)
+        commit(target, proposal, Patience(_COMMIT_TIMEOUT), part)
     except BaseException as error:
         with cleanup(error, f"packs may be left at {target.url}"):
             if not target.is_committed():
@@ -141,11 +143,12 @@ def _check_empty(target: Place) -> None:
 
 def _persist(
     place: Place, manifest: Manifest, storage: Storage, proposal: Proposal, progress: Progress | None
-) -> None:
-    """Write every rank's pack and part to `storage`, some ranks at a time."""
+) -> list[WrittenPack]:
+    """Write every rank's pack to `storage`, some ranks at a time. Returns their records for a part."""
     plan = proposal.plan
     ranks = range(proposal.info.world_size)
     counter = Counter(sum(location.nbytes for rank in ranks for location in plan.locations(rank)), progress)
+    written = []
     for window in iter_windows(storage, plan.pack_sizes):
         checksums: dict[int, int] = {}
         with open_packs(storage, {rank: plan.pack_sizes[rank] for rank in window}) as put:
@@ -156,9 +159,8 @@ def _persist(
                 put(rank, offset + nbytes, memoryview(_CRC.pack(checksums[row])))
                 counter.add(nbytes)
                 del content  # before the next one is read
-        for rank in window:
-            part = _part(proposal, rank, checksums, manifest)
-            storage.write(part_path(rank), encode_record(part))
+        written += [_written(plan, rank, checksums, manifest) for rank in window]
+    return written
 
 
 def _contents(
@@ -179,12 +181,11 @@ def _contents(
         del content
 
 
-def _part(proposal: Proposal, rank: int, checksums: Mapping[int, int], manifest: Manifest) -> Part:
-    locations = proposal.plan.locations(rank)
-    return Part(
-        id=proposal.info.id,
+def _written(plan: SavePlan, rank: int, checksums: Mapping[int, int], manifest: Manifest) -> WrittenPack:
+    locations = plan.locations(rank)
+    return WrittenPack(
         rank=rank,
-        size=proposal.plan.pack_sizes[rank],
+        size=plan.pack_sizes[rank],
         chunk=[location.row for location in locations],
         offset=[location.offset for location in locations],
         crc32c=[checksums[location.row] for location in locations],

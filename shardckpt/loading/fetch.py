@@ -27,9 +27,9 @@ from shardckpt.format.dtypes import numpy_dtype
 from shardckpt.format.manifest import Manifest
 from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.loading.pack_reader import Source, open_packs
-from shardckpt.loading.parallel import THREADS, in_parallel
 from shardckpt.loading.plan import ChunkRead, coalesced, describe, plan_reads
 from shardckpt.progress import alive
+from shardckpt.storage.parallel import THREADS, in_parallel
 from shardckpt.storage.rereading import warn_misread
 from shardckpt.storage.work import Interruption
 

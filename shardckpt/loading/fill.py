@@ -16,12 +16,12 @@ from shardckpt.loading.exchange_plan import ExchangePlanner, SharedRead
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.loading.pack_reader import Source
-from shardckpt.loading.parallel import in_parallel
 from shardckpt.loading.plan import ChunkRead, plan_reads
 from shardckpt.memory import provide, writable
 from shardckpt.progress import alive
 from shardckpt.ranks.world import Ranks, agree, agreement
 from shardckpt.state.tensors import TensorShard, as_array, torch_dtype
+from shardckpt.storage.parallel import in_parallel
 
 __all__ = ["fill"]
 

@@ -10,7 +10,6 @@ from typing import Any
 from shardckpt.errors import CheckpointError, FormatError, NotACheckpointError, UnknownVersionError
 from shardckpt.format.manifest import MANIFEST, Pack
 from shardckpt.format.manifest_codec import decode_summary
-from shardckpt.loading.parallel import in_parallel
 from shardckpt.run.foreign import describe_other
 from shardckpt.run.places import (
     BAD,
@@ -22,6 +21,7 @@ from shardckpt.run.places import (
     read_small,
 )
 from shardckpt.storage import Storage
+from shardckpt.storage.parallel import in_parallel
 
 __all__ = ["Row", "list_checkpoints"]
 

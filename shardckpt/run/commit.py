@@ -8,33 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from shardckpt.errors import CheckpointExistsError, SaveError
-from shardckpt.format.manifest import MANIFEST, REFS, Manifest, Part, pack_path
+from shardckpt.format.manifest import MANIFEST, REFS, Manifest, Part, WrittenPack, pack_path
 from shardckpt.format.manifest_codec import encode_record
 from shardckpt.format.zarr_refs import encode_refs
 from shardckpt.run.commit_wait import Patience, wait_for_parts
 from shardckpt.run.places import Place
 from shardckpt.run.proposal import Proposal
-from shardckpt.storage import Storage
+from shardckpt.storage.parallel import in_parallel
 
 __all__ = ["commit", "publish"]
 
 
-def commit(place: Place, proposal: Proposal, patience: Patience) -> Manifest:
+_NONE = -1  # no checksum
+_THREADS = 16
+"""Packs whose size is asked for at one time."""
+
+
+def commit(place: Place, proposal: Proposal, patience: Patience, own: Part | None = None) -> Manifest:
     """Wait for every rank's part, then make the checkpoint exist. If this raises, there is no checkpoint.
 
     Args:
         place: where the checkpoint is to be.
         proposal: what its manifest says beside the checksums.
         patience: how long to wait for the parts of other processes.
+        own: what this process wrote itself, durably.
 
     Raises SaveError if a rank reports that it failed, if no further part appears in time, or if the parts are
     not what was planned; SupersededError if the save is given up for a newer attempt; CheckpointExistsError if
     another writer was faster.
     """
-    parts = wait_for_parts(place, proposal, patience)
-    manifest = _assemble(proposal, parts, place.url)
-    _check_packs(place.storage, parts)
+    packs = wait_for_parts(place, proposal, patience, own)
+    manifest = _assemble(proposal, packs, place.url)
+    _check_packs(place, packs)
     publish(place, manifest)
     return manifest
 
@@ -53,34 +61,41 @@ def publish(place: Place, manifest: Manifest) -> None:
         ) from error
 
 
-def _assemble(proposal: Proposal, parts: Sequence[Part], where: str) -> Manifest:
+def _assemble(proposal: Proposal, packs: Sequence[WrittenPack], where: str) -> Manifest:
     """Build the manifest. Raises SaveError unless every planned chunk was written where it was planned."""
     plan = proposal.plan
-    checksums: list[int | None] = [None] * len(plan.writer)
-    for part in parts:
-        if part.size != plan.pack_sizes[part.rank]:
+    writer, offset = np.asarray(plan.writer, np.int64), np.asarray(plan.offset, np.int64)
+    checksums = np.full(len(writer), _NONE, np.int64)
+    for pack in packs:
+        if pack.size != plan.pack_sizes[pack.rank]:
             raise SaveError(
-                f"{where}: rank {part.rank} wrote {part.size} bytes, planned were {plan.pack_sizes[part.rank]}"
+                f"{where}: rank {pack.rank} wrote {pack.size} bytes, planned were {plan.pack_sizes[pack.rank]}"
             )
-        for row, offset, checksum in zip(part.chunk, part.offset, part.crc32c, strict=True):
-            if row >= len(plan.writer) or (plan.writer[row], plan.offset[row]) != (part.rank, offset):
-                raise SaveError(f"{where}: rank {part.rank} wrote chunk {row} elsewhere")
-            checksums[row] = checksum
-    for row, source in plan.same_as.items():
-        checksums[row] = checksums[source]
-    if None in checksums:
-        raise SaveError(f"{where}: chunk {checksums.index(None)} was written by no rank")
-    return proposal.manifest(
-        [part.values for part in parts], [checksum for checksum in checksums if checksum is not None]
-    )
+        rows = np.array(pack.chunk, np.int64)
+        known = np.minimum(rows, len(writer) - 1)
+        wrong = (rows != known) | (writer[known] != pack.rank) | (offset[known] != pack.offset)
+        if wrong.any():
+            raise SaveError(f"{where}: rank {pack.rank} wrote chunk {rows[wrong][0]} elsewhere")
+        checksums[rows] = pack.crc32c
+    if plan.same_as:
+        checksums[list(plan.same_as)] = checksums[list(plan.same_as.values())]
+    if (checksums == _NONE).any():
+        raise SaveError(f"{where}: chunk {np.argmax(checksums == _NONE)} was written by no rank")
+    return proposal.manifest([pack.values for pack in packs], checksums.tolist())
 
 
-def _check_packs(storage: Storage, parts: Sequence[Part]) -> None:
-    """Raise SaveError unless each pack in the storage is as large as its part says."""
-    for part in parts:
-        found = storage.size(pack_path(part.rank))
-        if found != part.size:
+def _check_packs(place: Place, packs: Sequence[WrittenPack]) -> None:
+    """Raise SaveError unless each pack in the storage is as large as its part says.
+
+    In a run one listing shows them all. A checkpoint alone may lie in a folder with any number of other files;
+    there, and where the listing shows something else, each pack is asked for.
+    """
+    listed = place.storage.sizes() if place.path else {}
+    doubtful = [pack for pack in packs if listed.get(pack_path(pack.rank)) != pack.size]
+
+    sizes = in_parallel(lambda pack: place.storage.size(pack_path(pack.rank)), doubtful, _THREADS)
+    for pack, found in zip(doubtful, sizes, strict=True):
+        if found != pack.size:
             raise SaveError(
-                f"{storage.url}/{pack_path(part.rank)} has {found} bytes, but rank {part.rank} wrote "
-                f"{part.size}"
+                f"{place.url}/{pack_path(pack.rank)} has {found} bytes, but rank {pack.rank} wrote {pack.size}"
             )

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shardckpt.errors import FormatError, SaveError, ShardckptError, SupersededError
-from shardckpt.format.manifest import MANIFEST, Manifest, Part, part_path
-from shardckpt.format.manifest_codec import decode_part
+from shardckpt.errors import SaveError, ShardckptError, SupersededError
+from shardckpt.format.manifest import MANIFEST, Manifest, Part, WrittenPack
 from shardckpt.run.failure_reports import raise_failure
-from shardckpt.run.places import Place, Succession, read_manifest, succession
+from shardckpt.run.parts import PartCollector
+from shardckpt.run.places import FAILED, Place, Succession, read_manifest, succession
 from shardckpt.run.proposal import Proposal
-from shardckpt.storage import Storage
 
 __all__ = ["Patience", "wait_committed", "wait_for_parts", "was_committed"]
 
@@ -57,7 +56,7 @@ def wait_committed(place: Place, save_id: str, patience: Patience) -> Manifest:
             storage.read(MANIFEST, 0, 1)  # of what is not there yet, `read_manifest` also lists the folder
             manifest = read_manifest(place)
         except FileNotFoundError:
-            raise_failure(storage, "", save_id, place.url)
+            raise_failure(storage, FAILED, save_id, place.url)
         else:
             break
         wait.check(
@@ -80,27 +79,32 @@ def was_committed(place: Place, save_id: str) -> bool:
         return False
 
 
-def wait_for_parts(place: Place, proposal: Proposal, patience: Patience) -> list[Part]:
-    """Wait for the part of every rank, in the storage. Returns them by rank.
+def wait_for_parts(
+    place: Place, proposal: Proposal, patience: Patience, own: Part | None = None
+) -> list[WrittenPack]:
+    """Wait for the parts of all ranks, in the storage. Returns what each rank wrote, by rank.
+
+    Args:
+        place: of the checkpoint.
+        proposal: the save.
+        patience: how long to wait.
+        own: what this process wrote itself; None: nothing, or it is looked for with the others.
 
     Raises SaveError if a rank reports a failure, or no further part comes in time; SupersededError if the save is
     given up for a newer attempt.
     """
-    storage, size = place.storage, proposal.info.world_size
+    size = proposal.info.world_size
     wait = _Wait(place, patience)
-    parts: dict[int, Part] = {}
+    parts = PartCollector(place.storage, proposal.info.id, size)
+    if own is not None:
+        parts.add(own)
     pause, progressed = _FIRST_PAUSE, time.monotonic()
-    while True:
-        known = len(parts)
-        for rank in range(size):
-            if rank not in parts and (part := _read_part(storage, rank, proposal.info.id)) is not None:
-                parts[rank] = part
-        if len(parts) == size:
-            return [parts[rank] for rank in range(size)]
-        if len(parts) > known:
+    while not parts.is_complete:
+        if parts.look():
             pause, progressed = _FIRST_PAUSE, time.monotonic()
-        missing = [str(rank) for rank in range(size) if rank not in parts]
-        shown = f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}"
+            continue
+        missing = parts.missing()
+        shown = f"{', '.join(map(str, missing[:8]))}{' ...' if len(missing) > 8 else ''}"
         who = f"rank {shown} of {size}"
         wait.check(
             time.monotonic() - progressed,
@@ -109,6 +113,7 @@ def wait_for_parts(place: Place, proposal: Proposal, patience: Patience) -> list
             "checkpoint was not committed; the one before it stands.",
         )
         pause = _rest(pause)
+    return parts.packs
 
 
 class _Wait:
@@ -149,18 +154,6 @@ class _Wait:
         with contextlib.suppress(OSError):  # which says nothing about newer attempts
             self._succession = succession(self._place)
         self._looked = time.monotonic()
-
-
-def _read_part(storage: Storage, rank: int, save_id: str) -> Part | None:
-    """The rank's part of this very save; None if it is not there yet. Raises SaveError if it will not come."""
-    try:
-        part = decode_part(storage.read(part_path(rank)), storage.url)
-    except (FileNotFoundError, FormatError):  # not there, or what an earlier failed save left
-        part = None
-    if part is not None and part.id == save_id and part.rank == rank:
-        return part
-    raise_failure(storage, f"rank-{rank:05d}/", save_id, f"rank {rank} of {storage.url}")
-    return None
 
 
 def _rest(seconds: float) -> float:

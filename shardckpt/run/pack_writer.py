@@ -1,4 +1,4 @@
-"""Writes a rank's pack, with the checksums of its chunks, and then its part."""
+"""Writes a rank's pack, with the checksums of its chunks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import crc32c
 
 from shardckpt.format.chunks import ChunkLocation
-from shardckpt.format.manifest import Part, pack_path, part_path
-from shardckpt.format.manifest_codec import encode_record
+from shardckpt.format.manifest import WrittenPack, pack_path
 from shardckpt.storage import Storage
 
 __all__ = ["persist"]
@@ -23,21 +22,17 @@ def persist(
     content: memoryview,
     chunks: Sequence[ChunkLocation],
     *,
-    save_id: str,
     rank: int,
     per_rank: dict[str, Any],
     checksums: list[int] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> Part:
-    """Write a rank's pack, then the part that describes it. Returns the part.
-
-    Both are durable when this returns, in this order: whoever sees the part can rely on the pack.
+) -> WrittenPack:
+    """Write a rank's pack, which is durable when this returns. Returns its record for a part.
 
     Args:
         storage: the checkpoint's folder.
         content: the pack, writable: each chunk's checksum is put behind its elements as the chunk is written.
         chunks: where the chunks lie, in the order of `content`.
-        save_id: the save's.
         rank: the rank's number.
         per_rank: its PerRank values by path.
         checksums: the CRC-32C of each chunk, if `content` was written before and so has them already.
@@ -55,8 +50,9 @@ def persist(
             progress(start)
 
     storage.write_pack(pack_path(rank), content, before)
-    part = Part(
-        id=save_id,
+    if progress is not None:
+        progress(len(content))
+    return WrittenPack(
         rank=rank,
         size=len(content),
         chunk=[chunk.row for chunk in chunks],
@@ -64,10 +60,6 @@ def persist(
         crc32c=pending.done if pending is not None else list(checksums or []),
         values=per_rank,
     )
-    storage.write(part_path(rank), encode_record(part))
-    if progress is not None:
-        progress(len(content))
-    return part
 
 
 class _Checksums:

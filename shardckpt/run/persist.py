@@ -15,13 +15,14 @@ from typing import Any
 
 from shardckpt.errors import CheckpointExistsError, OutOfReachError
 from shardckpt.format.chunks import ChunkLocation
-from shardckpt.format.manifest import Manifest
+from shardckpt.format.manifest import Manifest, Part, WrittenPack, marker_path
 from shardckpt.run.commit import commit
 from shardckpt.run.commit_wait import Patience
 from shardckpt.run.failure_reports import report_failure
 from shardckpt.run.keep_rules import KeepNewest
 from shardckpt.run.pack_writer import persist
-from shardckpt.run.places import Place
+from shardckpt.run.parts import write_part
+from shardckpt.run.places import FAILED, Place
 from shardckpt.run.proposal import Proposal
 from shardckpt.run.retention import prune
 from shardckpt.run.tiers import Destination
@@ -73,7 +74,9 @@ def persist_save(
     *,
     reports_outage: bool = True,
 ) -> Manifest | None:
-    """Make packs durable; with rank 0's proposal, also commit the save and prune. Returns the manifest then.
+    """Make packs durable, then one part for them all; with rank 0's proposal, also commit the save and prune.
+
+    Returns the manifest of what was committed.
 
     Args:
         destination: the tier, and the checkpoint's place there.
@@ -101,38 +104,48 @@ def persist_save(
         if reports_outage or not isinstance(error, OutOfReachError):
             report_failure(place.storage, path, save_id, error)
 
-    def persist_one(pack: StagedPack) -> None:
+    def persist_one(pack: StagedPack) -> WrittenPack:
         try:
-            part = persist(
+            written = persist(
                 place.storage,
                 pack.content,
                 pack.chunks,
-                save_id=save_id,
                 rank=pack.rank,
                 per_rank=pack.values,
                 checksums=pack.checksums,
                 progress=partial(advance, pack.rank),
             )
         except Exception as error:
-            report(f"rank-{pack.rank:05d}", error)
+            report(marker_path(save_id, pack.rank), error)
             raise
-        pack.checksums = part.crc32c
+        pack.checksums = written.crc32c
+        return written
+
+    def persist_part() -> Part:
+        if len(packs) == 1:
+            written = [persist_one(packs[0])]
+        else:
+            with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="shardckpt-persist") as pool:
+                written = list(pool.map(persist_one, packs))
+        part = Part(id=save_id, packs=written)
+        try:
+            write_part(place.storage, part)
+        except Exception as error:
+            report(marker_path(save_id, packs[0].rank), error)
+            raise
+        return part
 
     check_free(place)
     started = time.monotonic()
     try:
-        if len(packs) == 1:
-            persist_one(packs[0])
-        else:
-            with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="shardckpt-persist") as pool:
-                list(pool.map(persist_one, packs))
+        part = persist_part()
         if proposal is None:
             return None
         patience = Patience(timeout, is_given_up, time.monotonic() - started)
-        manifest = commit(place, proposal, patience)
+        manifest = commit(place, proposal, patience, part)
     except Exception as error:
         if proposal is not None:
-            report("", error)
+            report(FAILED, error)
         raise
     _prune(destination)
     return manifest

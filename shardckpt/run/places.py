@@ -90,7 +90,7 @@ class Place:
 
     def _has(self, name: str) -> bool:
         try:
-            self.storage.size(name)
+            self.storage.read(name, 0, 1)  # one request, also if it is not there
         except FileNotFoundError:
             return False
         except FormatError:  # there is something else than a file

@@ -18,8 +18,9 @@ import torch
 
 import shardckpt
 from shardckpt.errors import SaveError, ShardckptError
+from shardckpt.format.manifest import part_path
 from shardckpt.run.keep_rules import KeepNewest
-from shardckpt.run.places import Place, iter_places
+from shardckpt.run.places import Place, iter_places, read_manifest
 from shardckpt.run.retention import prune
 from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.protocol import Before
@@ -185,10 +186,11 @@ def test_the_order_of_a_save(run: Storage) -> None:
         (m, p) for m, p in storage.calls if m in ("write", "create", "write_pack", "delete", "delete_tree")
     ]
     step = "attempt-0002/step-00000002"
+    save_id = read_manifest(Place(run, step)).id
     assert changes == [
         ("create", "attempt-0002/attempt.json"),
         ("write_pack", f"{step}/rank-00000/data.pack"),
-        ("write", f"{step}/rank-00000/part.json"),
+        ("write", f"{step}/{part_path(save_id, 0)}"),
         ("write", f"{step}/refs.json"),
         ("create", f"{step}/manifest.json"),
         ("delete", "attempt-0001/step-00000001/manifest.json"),

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.drain import CHECK_INTERVAL, DrainFile, DrainWatch
-from shardckpt.format.manifest import Manifest
+from shardckpt.format.manifest import Manifest, Part
 from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.loading.fill import fill
 from shardckpt.ranks.world import Alone, Ranks, acting_as
@@ -205,14 +205,14 @@ def save_local(root: Storage, world: Sequence[Sequence[TensorShard]]) -> tuple[S
     """
     plan = plan_save([FlatState(list(tensors), {}, {}).layouts() for tensors in world])
     place = Place(root)
+    packs = []
     for rank, tensors in enumerate(world):
         buffer = StagingBuffer(plan.writes(rank), plan.pack_sizes[rank])
         buffer.fill(Copies(plan.writes(rank), tensors))
-        persist(root, buffer.content, plan.locations(rank), save_id="test", rank=rank, per_rank={})
+        packs.append(persist(root, buffer.content, plan.locations(rank), rank=rank, per_rank={}))
     values = {tensor.name: {"$tensor": tensor.name} for tensor in plan.tensors}
-    return plan, commit(
-        place, Proposal(SaveInfo("test", "", 1, 0, len(world)), {}, values, plan), Patience(LIMIT)
-    )
+    proposal = Proposal(SaveInfo("test", "", 1, 0, len(world)), {}, values, plan)
+    return plan, commit(place, proposal, Patience(LIMIT), Part(id="test", packs=packs))
 
 
 def load_local(root: Storage, world: Sequence[Sequence[TensorShard]]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,8 +26,13 @@ from shardckpt.format.manifest import (
     Pack,
     Part,
     TensorEntry,
+    WrittenPack,
+    marked_rank,
+    marker_path,
     pack_path,
     part_path,
+    parts_folder,
+    parts_of,
 )
 from shardckpt.format.manifest_codec import decode_manifest, decode_part, encode_record
 
@@ -127,14 +133,25 @@ def test_round_trip(manifest: Manifest, where: str) -> None:
 )
 def test_part_round_trip(numbers: list[int], values: dict[str, Any]) -> None:
     """Any part comes back as it was."""
-    part = Part(id="x", rank=2, size=9, chunk=numbers, offset=numbers, crc32c=numbers, values=values)
+    pack = WrittenPack(rank=2, size=9, chunk=numbers, offset=numbers, crc32c=numbers, values=values)
+    part = Part(id="x", packs=[pack, msgspec.structs.replace(pack, rank=3)])
     assert decode_part(encode_record(part), IN_RUN) == part
 
 
 def test_paths() -> None:
-    """Each rank has a folder of its own."""
+    """Each rank has a folder of its own, and each save one for its parts and markers."""
     assert pack_path(7) == "rank-00007/data.pack"
-    assert part_path(123456) == "rank-123456/part.json"
+    assert part_path("ab-1", 123456) == "parts-ab-1/rank-123456.json"
+    assert marker_path("ab-1", 7) == "parts-ab-1/rank-00007.failed.json"
+    assert parts_of(parts_folder("ab-1")) == "ab-1"
+    assert parts_of("rank-00000") is None
+
+
+def test_markers_are_known_by_their_names() -> None:
+    name = marker_path("x", 123456).rpartition("/")[2]
+    assert marked_rank(name) == 123456
+    assert marked_rank(part_path("x", 0).rpartition("/")[2]) is None
+    assert marked_rank("failed.json") is None
 
 
 def record(where: str = IN_RUN) -> dict[str, Any]:
@@ -371,7 +388,7 @@ def test_other_versions(file: str) -> None:
 def test_not_a_record(data: bytes) -> None:
     """What is not JSON, not UTF-8, or nested or long beyond reason is refused, and crashes nothing."""
     refuse(data, "manifest.json is not a valid shardckpt/1 record")
-    with pytest.raises(FormatError, match=r"part\.json is not a valid shardckpt/1 record"):
+    with pytest.raises(FormatError, match=r"a part is not a valid shardckpt/1 record"):
         decode_part(data, IN_RUN)
 
 
@@ -472,18 +489,10 @@ def test_shared_chunks() -> None:
 )
 def test_part_refusals(edit: Edit, message: str) -> None:
     """A part is read as strictly as a manifest."""
-    part = {
-        "format": FORMAT,
-        "id": "x",
-        "rank": 0,
-        "size": 8,
-        "chunk": [0],
-        "offset": [0],
-        "crc32c": [1],
-        "values": {},
-    }
+    pack = {"rank": 0, "size": 8, "chunk": [0], "offset": [0], "crc32c": [1], "values": {}}
+    part = {"format": FORMAT, "id": "x", "packs": [pack]}
     decode_part(records.encode(part), IN_RUN)
-    edit(part)
+    edit(pack)
     with pytest.raises(FormatError, match=message) as caught:
         decode_part(records.encode(part), IN_RUN)
     assert str(caught.value).startswith(IN_RUN)

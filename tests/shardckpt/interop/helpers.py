@@ -14,7 +14,7 @@ from torch import nn
 import shardckpt
 from shardckpt.format.box import Box, split_evenly
 from shardckpt.format.dtypes import numpy_dtype
-from shardckpt.format.manifest import MANIFEST, Manifest
+from shardckpt.format.manifest import MANIFEST, Manifest, Part
 from shardckpt.format.manifest_codec import decode_manifest
 from shardckpt.format.save_plan import Layout, plan_save
 from shardckpt.run.commit import commit
@@ -105,6 +105,7 @@ def write_checkpoint(
     place = Place(open_storage(url))
     tree = {name: {"$tensor": name} for name in arrays} if values is None else values
     proposal = Proposal(SaveInfo(uuid.uuid4().hex, "", 1, 0, len(plan.pack_sizes)), {}, tree, plan)
+    packs = []
     for rank, nbytes in enumerate(plan.pack_sizes):
         content = memoryview(bytearray(nbytes))
         for write in plan.writes(rank):
@@ -112,15 +113,9 @@ def write_checkpoint(
             chunk[tuple(slice(0, n) for n in write.box.shape)] = arrays[write.name][write.box.slices]
             _, offset, nbytes = write.location
             content[offset : offset + nbytes] = chunk.tobytes()
-        persist(
-            place.storage,
-            content,
-            plan.locations(rank),
-            save_id=proposal.info.id,
-            rank=rank,
-            per_rank=per_rank[rank] if per_rank else {},
-        )
-    commit(place, proposal, Patience(5))
+        values_of = per_rank[rank] if per_rank else {}
+        packs.append(persist(place.storage, content, plan.locations(rank), rank=rank, per_rank=values_of))
+    commit(place, proposal, Patience(5), Part(id=proposal.info.id, packs=packs))
     return decode_manifest(place.storage.read(MANIFEST), place.url)
 
 

@@ -82,7 +82,7 @@ class Nodes:
         run_threads(2, train)
 
     def has_part(self, rank: int) -> bool:
-        return any(self.run.glob(f"attempt-0001/step-00000001/rank-{rank:05d}/part.json"))
+        return any(self.run.glob(f"attempt-0001/step-00000001/parts-*/rank-{rank:05d}.json"))
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from shardckpt.errors import SaveError, StorageError, SupersededError
-from shardckpt.format.manifest import Manifest
+from shardckpt.format.manifest import Manifest, Part
 from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.run.attempts import claim_attempt
 from shardckpt.run.commit import commit
 from shardckpt.run.commit_wait import Patience, wait_committed
 from shardckpt.run.failure_reports import report_failure
 from shardckpt.run.pack_writer import persist
-from shardckpt.run.places import Place, step_path
+from shardckpt.run.parts import write_part
+from shardckpt.run.places import FAILED, Place, step_path
 from shardckpt.run.proposal import Proposal
 from shardckpt.run.save_info import SaveInfo
 from shardckpt.saving.staging import Copies, StagingBuffer
@@ -61,14 +62,9 @@ class Waiting:
         writes, size = self._plan.writes(rank), self._plan.pack_sizes[rank]
         buffer = StagingBuffer(writes, size)
         buffer.fill(Copies(writes, self._flat[rank].tensors))
-        persist(
-            self.place.storage,
-            buffer.content,
-            self._plan.locations(rank),
-            save_id="x",
-            rank=rank,
-            per_rank={},
-        )
+        storage = self.place.storage
+        pack = persist(storage, buffer.content, self._plan.locations(rank), rank=rank, per_rank={})
+        write_part(storage, Part(id="x", packs=[pack]))
 
     def commit(self, timeout: float = FOR_EVER, **options: Any) -> Manifest:
         proposal = Proposal(SaveInfo("x", self.place.path, 1, 1, 2), {}, self._flat[0].values, self._plan)
@@ -134,14 +130,14 @@ def test_who_waits_for_the_commit_hears_why_there_is_none(waiting: Waiting) -> N
     with pytest.raises(SaveError, match=r"no commit was seen for 0\.1 s"):
         wait_committed(waiting.place, "x", Patience(0.1))
     assert not waiting.looks
-    report_failure(waiting.place.storage, "", "another", StorageError("full"))
+    report_failure(waiting.place.storage, FAILED, "another", StorageError("full"))
     with pytest.raises(SaveError, match="no commit was seen"):
         wait_committed(waiting.place, "x", Patience(0.1))
-    report_failure(waiting.place.storage, "", "x", StorageError("full"))
+    report_failure(waiting.place.storage, FAILED, "x", StorageError("full"))
     with pytest.raises(SaveError, match="StorageError: full") as error:
         wait_committed(waiting.place, "x", Patience(FOR_EVER))
     assert not isinstance(error.value, SupersededError)
-    report_failure(waiting.place.storage, "", "x", SupersededError("of no use"))
+    report_failure(waiting.place.storage, FAILED, "x", SupersededError("of no use"))
     with pytest.raises(SupersededError, match="of no use"):
         wait_committed(waiting.place, "x", Patience(FOR_EVER))
 
@@ -155,7 +151,7 @@ def test_a_newer_checkpoint_ends_the_wait_for_a_commit(waiting: Waiting) -> None
 
 
 def test_looks_are_rare(waiting: Waiting) -> None:
-    """Parts are looked for a hundred times meanwhile; but to list costs, and takes long."""
+    """Parts are looked for meanwhile, often; but the run's folders are not listed for that."""
     with pytest.raises(SaveError):
         waiting.commit(0.5)
     assert not waiting.looks

@@ -57,9 +57,12 @@ def test_two_nodes(nodes: list[SaverProcess], trainers: Trainers, run: Path) -> 
         everyone(world, "save_and_wait" if step == 2 else "step", step)
     everyone(world, "wait", 3)
     assert saved(run) == ["1/2"]
-    assert {json.loads(path.read_text())["rank"] for path in run.glob("*/*/rank-*/part.json")} == set(
-        range(4)
-    )
+    parts = {path.name: json.loads(path.read_text()) for path in run.glob("*/*/parts-*/*")}
+    written = {name: [pack["rank"] for pack in part["packs"]] for name, part in parts.items()}
+    assert {name: sorted(ranks) for name, ranks in written.items()} == {
+        "rank-00000.json": [0, 1],
+        "rank-00002.json": [2, 3],
+    }
     for trainer in world:
         trainer.kill()
     world = trainers.world(run, [one, one, other, other], layout="fsdp")
@@ -96,8 +99,7 @@ def test_a_part_is_no_checkpoint(nodes: list[SaverProcess], trainers: Trainers, 
     one.send(signal.SIGSTOP)
     assert everyone(world, "step", 1) == [True, True]
     assert other.told("staged")["step"] == 1
-    part = run / "attempt-0001/step-00000001/rank-00001/part.json"
-    wait_until(part.exists)
+    wait_until(lambda: list(run.glob("attempt-0001/step-00000001/parts-*/rank-00001.json")))
     one.kill()
     assert other.told_of(1)["event"] == "failed"
     for trainer in world:

@@ -16,6 +16,7 @@ from shardckpt.errors import (
     SaveError,
     StorageError,
 )
+from shardckpt.format.manifest import part_path
 from shardckpt.run.places import iter_places
 from shardckpt.storage import Storage, open_storage
 from tests.kit.faults import FaultyStorage
@@ -82,11 +83,11 @@ def test_the_newest_of_two_attempts_of_one_number(tmp_path: Path) -> None:
     checkpointer = saved(storage, 1, keep_last=1)
     (attempt,) = storage.list()
     other = f"{attempt[:12]}-00000000/step-00000001"
-    storage.write(f"{other}/rank-00000/part.json", b"{}")
+    storage.write(f"{other}/{part_path('x', 0)}", b"{}")
     checkpointer.save(2, state_at(2))
     checkpointer.close()
     assert committed(open_storage(tmp_path)) == [2]
-    assert storage.list(other) == ["rank-00000"]
+    assert storage.list(other) == ["parts-x"]
 
 
 class _Late(FaultyStorage):

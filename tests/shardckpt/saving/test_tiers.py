@@ -563,7 +563,7 @@ READ_ONLY = OSError(errno.EROFS, "Read-only file system")
 @pytest.mark.usefixtures("saver")
 @pytest.mark.parametrize("tier", ["local", "remote"])
 @pytest.mark.parametrize("error", [FULL, BROKEN, READ_ONLY], ids=["full", "broken", "read-only"])
-@pytest.mark.parametrize("method", ["write_pack", "write", "create", "read", "size"])
+@pytest.mark.parametrize("method", ["write_pack", "write", "create", "read", "sizes"])
 def test_one_tier_fails(
     method: str, error: OSError, tier: str, tiers: Tiers, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -743,7 +743,7 @@ def test_a_real_disk_that_refuses(kind: str, tiers: Tiers, mounts: Mount) -> Non
 
 
 @pytest.mark.parametrize("fault", [503, 429, "lose", "refuse"])
-@pytest.mark.parametrize("name", ["data.pack", "part.json", "refs.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["data.pack", "rank-00000.json", "refs.json", "manifest.json"])
 def test_requests_that_fail_for_a_while(
     name: str, fault: str | int, moto_s3: S3Server, tmp_path: Path
 ) -> None:
@@ -768,7 +768,7 @@ def test_requests_that_fail_for_a_while(
     assert torch.equal(state["weight"], state_at(1)["weight"])
 
 
-@pytest.mark.parametrize("name", ["data.pack", "part.json", "refs.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["data.pack", "rank-00000.json", "refs.json", "manifest.json"])
 def test_requests_that_are_refused(name: str, moto_s3: S3Server, tmp_path: Path) -> None:
     """The save fails in that tier, which says why, and the next one is durable again."""
     status = [403]

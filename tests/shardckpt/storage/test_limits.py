@@ -13,9 +13,9 @@ from shardckpt.errors import (
     OutOfReachError,
     StorageError,
 )
-from shardckpt.loading.parallel import in_parallel
 from shardckpt.storage import Storage, open_storage
 from shardckpt.storage.limits import Limits, Patience
+from shardckpt.storage.parallel import in_parallel
 from tests.kit.servers import FaultyProxy, S3Server, faulty_proxy
 from tests.shardckpt.storage.helpers import PART, noise, once
 
