@@ -1,4 +1,4 @@
-"""Advice to the kernel about memory: pages to read ahead, to fault in, to drop, or to make huge. Free of torch.
+"""Advice to the kernel about memory: pages to read ahead, to fault in, or to make huge. Free of torch.
 
 The advice goes through libc, since `mmap.madvise` holds the interpreter lock meanwhile.
 """
@@ -16,11 +16,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["drop", "no_garbage_collection", "populate", "prefer_huge_pages", "provide", "writable"]
+__all__ = [
+    "aligned_memory",
+    "no_garbage_collection",
+    "populate",
+    "prefer_huge_pages",
+    "provide",
+    "writable",
+]
 
 _HUGE_PAGE = 2 << 20
 _MADV_WILLNEED = 3
-_MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # since Linux 5.14
 _MADV_POPULATE_WRITE = 23
@@ -40,16 +46,12 @@ def populate(content: npt.NDArray[np.uint8]) -> bool:
     return _advise(start, length, _MADV_POPULATE_READ)
 
 
-def drop(content: npt.NDArray[np.uint8]) -> None:
-    """Unmap the whole pages of a mapped file that lie in `content`, so that they do not count as this process's.
-
-    They stay in the page cache, and are mapped again when they are touched.
-    """
-    address = _address(content)
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (address + content.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0:
-        _advise(start, length, _MADV_DONTNEED)
+def aligned_memory(nbytes: int) -> npt.NDArray[np.uint8]:
+    """New memory that begins with a huge page, and consists of huge pages where the kernel has them."""
+    memory = np.empty(nbytes + _HUGE_PAGE, dtype=np.uint8)
+    start = -_address(memory) % _HUGE_PAGE
+    prefer_huge_pages(_address(memory) + start, nbytes)
+    return memory[start : start + nbytes]
 
 
 def prefer_huge_pages(address: int, nbytes: int) -> None:

@@ -123,7 +123,6 @@ def _pieces(
             yield content
             counter.add(group[0].offset + len(content) - position)
             position = group[0].offset + len(content)
-            source.drop(group)
     yield from _zeros(size - position)
 
 
@@ -137,9 +136,8 @@ def _is_right(target: Fetcher, chunks: Sequence[StoredChunk], counter: Counter) 
     groups = list(coalesced(chunks, _PIECE))
     try:
         with closing(target.fetch_ahead(groups)) as contents:
-            for group, content in zip(groups, contents, strict=True):
+            for content in contents:
                 counter.add(len(content))
-                target.drop(group)
     except CorruptError:
         return False
     return bool(groups)

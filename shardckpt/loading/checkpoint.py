@@ -16,8 +16,9 @@ from shardckpt.format.box import Box
 from shardckpt.format.dtypes import numpy_dtype
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.format.value_decoding import decode_value
+from shardckpt.loading.destination import Arrays
 from shardckpt.loading.fetch import Fetcher
-from shardckpt.loading.plan import ChunkIndex, ChunkRead, index_chunks, plan_reads
+from shardckpt.loading.plan import ChunkIndex, index_chunks, plan_reads
 from shardckpt.loading.zarr_group import open_group
 from shardckpt.run.places import Place, find_place, read_manifest
 from shardckpt.storage import LocalStorage, Storage
@@ -111,12 +112,7 @@ class Checkpoint:
         fetcher.check_sizes(read.stored for read in reads)
         result = np.zeros(box.shape, dtype=numpy_dtype(tensor.dtype))
 
-        def take(read: ChunkRead) -> None:
-            chunk = fetcher.chunk(read)
-            for copy in read.copies:
-                result[copy.target] = chunk[copy.source]
-
-        fetcher.verify(reads, take)
+        fetcher.load(reads, Arrays({0: result}))
         return np.asarray(result[rest])
 
     def entry(self, name: str) -> TensorEntry:
@@ -149,7 +145,7 @@ class Checkpoint:
         """
         boxes = [(tensor.name, Box.whole(tensor.shape)) for tensor in self.manifest.tensors]
         reads = plan_reads(self.manifest, [b for b in boxes if b[1].volume])
-        Fetcher(self._place, self.manifest).verify(reads, take=lambda _: None, progress=progress)
+        Fetcher(self._place, self.manifest).verify(reads, progress)
         return sum(read.stored.nbytes for read in reads)
 
 

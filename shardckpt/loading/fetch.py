@@ -1,35 +1,32 @@
 """Fetch and verify chunks. Free of torch.
 
-Chunks for memory that is not yet a part of the user's state are handed over as they are verified. Chunks for live
-tensors are all verified first and applied later. Near ones (mapped files, memory) are read a second time for
-that, which saves a second copy of the state; far ones are fetched once and held.
+A chunk is read in pieces that stay in a core's cache while they are checksummed and copied to where they are
+wanted: one pass over memory. So memory is written to before the chunk is known to be right. Where it must not
+be, chunks are verified first: near ones (local files, memory) are then read a second time, far ones are held.
 """
 
 from __future__ import annotations
 
-import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import islice
-from typing import Any
 
 import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from shardckpt.environment import local_world_size
 from shardckpt.errors import LOAD_ANOTHER, CorruptError
 from shardckpt.format.box import Box
-from shardckpt.format.chunks import StoredChunk
-from shardckpt.format.dtypes import numpy_dtype
+from shardckpt.format.chunks import CRC_BYTES, StoredChunk
 from shardckpt.format.manifest import Manifest
+from shardckpt.loading.destination import DISCARD, PIECE, Destination, Scratch
 from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
-from shardckpt.loading.pack_reader import Source, open_packs
+from shardckpt.loading.pack_reader import PackStream, Source, open_packs
 from shardckpt.loading.plan import ChunkRead, coalesced, describe, plan_reads
 from shardckpt.progress import alive
-from shardckpt.storage.parallel import THREADS, in_parallel
+from shardckpt.storage.parallel import in_parallel
 from shardckpt.storage.rereading import warn_misread
 from shardckpt.storage.work import Interruption
 
@@ -37,8 +34,8 @@ __all__ = ["Fetcher"]
 
 _THREADS_AHEAD = 6
 
-Take = Callable[[ChunkRead], object]
-"""Called with a verified chunk, which can be read with `Fetcher.chunk` or `Fetcher.content` during the call."""
+Progress = Callable[[int], object]
+"""Called with the bytes of each finished request; from several threads."""
 
 
 class Fetcher:
@@ -55,42 +52,54 @@ class Fetcher:
         self._ahead = limits.ahead
         self._held: dict[int, memoryview] = {}
         self._sized: set[int] = set()
+        self._thread = _ThreadMemory()
         self.url = self._packs.url
         self.is_near = self._packs.is_near
-        self._threads = _near_threads() if self.is_near else THREADS
 
     def __contains__(self, pack: int) -> bool:
         """True if this process can read the pack of this number."""
         return pack in self._packs
 
-    def verify(
-        self,
-        reads: Iterable[ChunkRead],
-        take: Take | None = None,
-        progress: Callable[[int], object] | None = None,
+    def load(
+        self, reads: Iterable[ChunkRead], destination: Destination, progress: Progress | None = None
     ) -> None:
-        """Compare these chunks with their checksums.
+        """Fill `destination` from these chunks, and verify them, in one pass.
 
         Args:
             reads: in the order of packs and offsets.
-            take: called with each verified chunk, which is released afterwards; from several threads. Without it
-                the chunks can be read until they are released.
-            progress: called with the bytes of each finished request; from several threads.
+            destination: what it has of a chunk is undefined after an error.
+            progress: see `Progress`.
 
-        Raises CorruptError, which names the first bad chunk and its pack, or a pack that is missing or has
-        another size; StorageError.
+        Chunks that are held are taken from there, and released. Raises CorruptError, which names the first bad
+        chunk and its pack, or a pack that is missing or has another size; StorageError.
         """
+        self._pass(reads, destination, progress, keep=False)
 
-        def verify(group: list[ChunkRead]) -> None:
-            self._verify(group)
-            if take is not None:
-                self._hand_over(take, group)
+    def verify(self, reads: Iterable[ChunkRead], progress: Progress | None = None) -> None:
+        """Compare these chunks with their checksums. Arguments and errors are those of `load`."""
+        self._pass(reads, DISCARD, progress, keep=False)
+
+    def verify_first(self, reads: Iterable[ChunkRead]) -> None:
+        """Verify chunks for which `load` is called later: far ones are held. Raises as `load`."""
+        self._pass(reads, DISCARD if self.is_near else _Holder(self._held), None, keep=True)
+
+    def _pass(
+        self, reads: Iterable[ChunkRead], destination: Destination, progress: Progress | None, *, keep: bool
+    ) -> None:
+        def handle(group: list[ChunkRead]) -> None:
+            alive()
+            self._pass_group(group, destination, keep=keep)
             if progress is not None:
                 progress(sum(read.stored.nbytes for read in group))
 
-        groups = list(self._requests(reads))
-        self.check_sizes(read.stored for group in groups for read in group)
-        in_parallel(verify, groups, self._threads)
+        waiting: list[ChunkRead] = []
+        held: list[ChunkRead] = []
+        for read in reads:
+            (held if read.stored.row in self._held else waiting).append(read)
+        groups = list(self._requests(waiting))
+        self.check_sizes(read.stored for read in waiting)
+        in_parallel(handle, groups, self._packs.threads)
+        in_parallel(lambda read: self._release(read, destination), held, self._packs.threads)
 
     def check_all_sizes(self) -> None:
         """Compare the size of every pack with the manifest's. Raises CorruptError, StorageError."""
@@ -106,16 +115,12 @@ class Fetcher:
         for chunk in chunks:
             if chunk.pack not in self._sized:
                 of_packs.setdefault(chunk.pack, []).append(chunk)
-        in_parallel(self._check_size, list(of_packs.values()), self._threads)
-
-    def hand_over(self, reads: Iterable[ChunkRead], take: Take) -> None:
-        """Call `take` with each of these chunks, which `verify` has verified, and release them."""
-        in_parallel(partial(self._hand_over, take), list(self._requests(reads)), self._threads)
+        in_parallel(self._check_size, list(of_packs.values()), self._packs.threads)
 
     def fetch(self, chunks: Sequence[StoredChunk]) -> memoryview:
         """The bytes from the first to the last of these neighbours in one pack, verified. Raises as `verify`."""
         self.check_sizes(chunks)
-        return self._read_right(chunks)[0]
+        return self._read_right(chunks)
 
     def fetch_ahead(self, groups: Iterable[Sequence[StoredChunk]]) -> Generator[memoryview]:
         """What `fetch` returns for each group of neighbours, in order, while the next ones are being fetched.
@@ -144,102 +149,121 @@ class Fetcher:
                 interruption.set()
                 pool.shutdown(cancel_futures=True)
 
-    def drop(self, chunks: Sequence[StoredChunk]) -> None:
-        """Release the memory of these neighbours, which `fetch` has returned: they are not needed again."""
-        self._packs.drop(chunks[0].pack, chunks[0].offset, chunks[-1].stop)
-
     def hold(self, row: int, content: memoryview) -> None:
         """Take the bytes of the chunk of this row, verified by another rank, without a check."""
         self._held[row] = content
 
-    def chunk(self, read: ChunkRead) -> npt.NDArray[Any]:
-        """A verified chunk as a read-only array of the chunk's full, padded shape."""
-        return self.content(read).view(numpy_dtype(read.tensor.dtype)).reshape(read.chunk)
-
-    def content(self, read: ChunkRead) -> npt.NDArray[np.uint8]:
-        """The bytes of a verified chunk, read-only."""
-        pack, offset, row, nbytes, _ = read.stored
-        held = self._held.get(row)
-        if held is None:
-            held = self._packs.read(pack, offset, offset + nbytes)
-        return np.frombuffer(held, dtype=np.uint8)
-
-    def release(self, row: int) -> None:
-        """Free what is held of the chunk of this row."""
-        self._held.pop(row, None)
-
-    def _requests(self, reads: Iterable[ChunkRead]) -> Iterator[list[ChunkRead]]:
-        reads = list(reads)
+    def _requests(self, reads: Sequence[ChunkRead]) -> Iterator[list[ChunkRead]]:
         ordered = iter(reads)
         for group in coalesced((read.stored for read in reads), self._packs.request):
             yield list(islice(ordered, len(group)))
 
-    def _hand_over(self, take: Take, group: Sequence[ChunkRead]) -> None:
+    def _release(self, read: ChunkRead, destination: Destination) -> None:
+        """Hand over a chunk that is held."""
         alive()
-        for read in group:
-            take(read)
-            self.release(read.stored.row)
-        self.drop([group[0].stored, group[-1].stored])
+        destination.write(read, np.frombuffer(self._held.pop(read.stored.row), dtype=np.uint8))
 
-    def _verify(self, group: list[ChunkRead]) -> None:
-        """Read and verify neighbouring chunks in one request. Far ones are held, and those that were misread."""
-        chunks = [read.stored for read in group]
-        content, repaired = self._read_right(chunks)
-        for chunk in repaired if self.is_near else chunks:
-            start = chunk.offset - chunks[0].offset
-            self.hold(chunk.row, content[start : start + chunk.nbytes])
+    def _pass_group(self, group: Sequence[ChunkRead], destination: Destination, *, keep: bool) -> None:
+        """Read neighbouring chunks: small ones together, others in pieces."""
+        first = group[0].stored
+        try:
+            with self._packs.stream(first.pack, first.offset, group[-1].stored.stop, keep=keep) as stream:
+                for run in _runs(group):
+                    if len(run) > 1 or run[0].stored.nbytes <= PIECE:
+                        self._pass_small(stream, run, destination)
+                    else:
+                        self._pass_large(stream, run[0], destination)
+        except FileNotFoundError:  # the pack is gone, or seems to be
+            for read in group:
+                self._repair(read, None, destination)
 
-    def _read_right(self, chunks: Sequence[StoredChunk]) -> tuple[memoryview, list[StoredChunk]]:
-        """The bytes of neighbouring chunks, verified, and those of the chunks that were wrong at first.
+    def _pass_small(self, stream: PackStream, reads: Sequence[ChunkRead], destination: Destination) -> None:
+        start = reads[0].stored.offset
+        content = self._thread.scratch.bytes(reads[-1].stored.stop - start)
+        is_read = _fill(stream, start, content.data)
+        for read in reads:
+            chunk = read.stored
+            part = content[chunk.offset - start : chunk.stop - start]
+            problem = self._difference(chunk, part.data) if is_read else None
+            if problem == "":
+                destination.write(read, part[: chunk.nbytes])
+            else:
+                self._repair(read, problem, destination)
 
-        A chunk that is wrong is read again, past caches. One that is wrong twice is corrupt.
+    def _pass_large(self, stream: PackStream, read: ChunkRead, destination: Destination) -> None:
+        chunk = read.stored
+        stored = memoryview(bytearray(CRC_BYTES))
+        offset, last, found, is_read = chunk.offset, chunk.offset + chunk.nbytes, 0, True
+        for buffer in destination.buffers(read, self._thread.scratch):
+            end = offset + len(buffer)
+            is_read = _fill(stream, offset, buffer, *([stored] if end == last else []))
+            if not is_read:
+                break
+            if self._packs.has_checksums:
+                found = crc32c.crc32c(buffer, found)
+            offset = end
+        problem = self._mismatch(chunk, found, stored) if is_read else None
+        if problem != "":
+            self._repair(read, problem, destination)
+
+    def _repair(self, read: ChunkRead, problem: str | None, destination: Destination) -> None:
+        """Hand over a chunk that was wrong at first. Arguments and errors are those of `_read_again`."""
+        content = np.frombuffer(self._read_again(read.stored, problem), dtype=np.uint8)
+        destination.write(read, content[: read.stored.nbytes])
+
+    def _read_right(self, chunks: Sequence[StoredChunk]) -> memoryview:
+        """The bytes of neighbouring chunks, verified."""
+        alive()
+        start, stop = chunks[0].offset, chunks[-1].stop
+        content = np.empty(stop - start, dtype=np.uint8).data
+        try:
+            with self._packs.stream(chunks[0].pack, start, stop) as stream:
+                is_read = _fill(stream, start, content)
+        except FileNotFoundError:
+            is_read = False
+        for chunk in chunks:
+            part = content[chunk.offset - start : chunk.stop - start]
+            if (problem := self._difference(chunk, part) if is_read else None) != "":
+                part[:] = self._read_again(chunk, problem)
+        return content
+
+    def _read_again(self, chunk: StoredChunk, problem: str | None) -> memoryview:
+        """A chunk and its checksum, read again, past caches, and verified.
+
+        Args:
+            chunk: what was wrong.
+            problem: how it was wrong at first; None if the pack seemed to end too early.
+
+        One that is wrong twice is corrupt: raises CorruptError, StorageError.
         """
-        alive()
-        content = self._read(chunks)
-        wrong = [chunk for chunk in chunks if self._difference(chunk, _part(content, chunks[0], chunk))]
-        if wrong:
-            content = memoryview(bytearray(content))
-        for chunk in wrong:
-            part = _part(content, chunks[0], chunk)
-            first = self._difference(chunk, part)
-            part[:] = self._read_again(chunk)
-            if difference := self._difference(chunk, part):
-                raise CorruptError(
-                    f"{self._packs.url}: {describe(self._manifest, chunk.row)} is corrupt, also when it is read "
-                    f"again: {difference}. {LOAD_ANOTHER}"
-                )
-            warn_misread(
-                f"{self._packs.url}: {describe(self._manifest, chunk.row)} was read wrongly: {first}."
-            )
-        return content, wrong
-
-    def _read(self, chunks: Sequence[StoredChunk]) -> memoryview:
-        span = chunks[0].pack, chunks[0].offset, chunks[-1].stop
         try:
-            return self._packs.read(*span)
-        except (FileNotFoundError, CorruptError):  # the pack ends too early, or seems to
-            pass
-        try:
-            return self._packs.read_again(*span)
-        except FileNotFoundError as error:
-            raise self._missing(chunks[0].pack) from error
-
-    def _read_again(self, chunk: StoredChunk) -> memoryview:
-        try:
-            return self._packs.read_again(chunk.pack, chunk.offset, chunk.stop)
+            content = self._packs.read_again(chunk.pack, chunk.offset, chunk.stop)
         except FileNotFoundError as error:
             raise self._missing(chunk.pack) from error
+        if difference := self._difference(chunk, content):
+            raise CorruptError(
+                f"{self._packs.url}: {describe(self._manifest, chunk.row)} is corrupt, also when it is read "
+                f"again: {difference}. {LOAD_ANOTHER}"
+            )
+        if problem is not None:
+            warn_misread(
+                f"{self._packs.url}: {describe(self._manifest, chunk.row)} was read wrongly: {problem}."
+            )
+        return content
 
     def _difference(self, chunk: StoredChunk, content: memoryview) -> str:
         """How a chunk and its checksum differ from what was written; an empty string if they do not."""
         if not self._packs.has_checksums:
             return ""
-        found = crc32c.crc32c(content[: chunk.nbytes])
-        stored = int.from_bytes(content[chunk.nbytes :], "little")
-        if found == stored == chunk.crc32c:
+        return self._mismatch(chunk, crc32c.crc32c(content[: chunk.nbytes]), content[chunk.nbytes :])
+
+    def _mismatch(self, chunk: StoredChunk, found: int, stored: memoryview) -> str:
+        """As `_difference`, of a chunk with the checksum `found`, and the bytes `stored` behind it."""
+        written = int.from_bytes(stored, "little")
+        if not self._packs.has_checksums or found == written == chunk.crc32c:
             return ""
         return (
-            f"its checksum is {found:08x}, the one stored with it {stored:08x}, the manifest's "
+            f"its checksum is {found:08x}, the one stored with it {written:08x}, the manifest's "
             f"{chunk.crc32c:08x}"
         )
 
@@ -269,12 +293,6 @@ class Fetcher:
         )
 
 
-def _near_threads() -> int:
-    """Threads of a rank for work that only computes: more than its share of processors slow each other down."""
-    share = 2 * len(os.sched_getaffinity(0)) // local_world_size()
-    return max(1, min(THREADS, share))
-
-
 def _size(number: int, ask: Callable[[int], int]) -> int | None:
     """The size that `ask` finds; None if the pack is missing."""
     try:
@@ -283,6 +301,45 @@ def _size(number: int, ask: Callable[[int], int]) -> int | None:
         return None
 
 
-def _part(content: memoryview, first: StoredChunk, chunk: StoredChunk) -> memoryview:
-    """The bytes of a chunk and its checksum, in content that begins with the chunk `first`."""
-    return content[chunk.offset - first.offset : chunk.stop - first.offset]
+def _fill(stream: PackStream, offset: int, *buffers: memoryview) -> bool:
+    """Read into the buffers. Returns False if the pack ends too early, or seems to."""
+    try:
+        stream.read(offset, *buffers)
+    except (FileNotFoundError, CorruptError):
+        return False
+    return True
+
+
+def _runs(group: Sequence[ChunkRead]) -> Iterator[list[ChunkRead]]:
+    """Cut neighbouring chunks into runs: small ones that are read at once, or one that is larger."""
+    run: list[ChunkRead] = []
+    for read in group:
+        if run and read.stored.stop - run[0].stored.offset > PIECE:
+            yield run
+            run = []
+        run.append(read)
+    if run:
+        yield run
+
+
+class _ThreadMemory(threading.local):
+    """Each thread's scratch memory."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+class _Holder:
+    """Holds chunks in memory, by row."""
+
+    def __init__(self, held: dict[int, memoryview]) -> None:
+        self._held = held
+
+    def buffers(self, read: ChunkRead, scratch: Scratch) -> Iterator[memoryview]:  # noqa: ARG002
+        content = np.empty(read.stored.nbytes, dtype=np.uint8).data
+        for start in range(0, len(content), PIECE):
+            yield content[start : start + PIECE]
+        self._held[read.stored.row] = content
+
+    def write(self, read: ChunkRead, content: npt.NDArray[np.uint8]) -> None:
+        self._held[read.stored.row] = content.copy().data

@@ -6,21 +6,24 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from shardckpt.format.dtypes import itemsize
 from shardckpt.format.manifest import Manifest
+from shardckpt.loading.destination import Arrays
 from shardckpt.loading.exchange_plan import ExchangePlanner, SharedRead
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.loading.pack_reader import Source
 from shardckpt.loading.plan import ChunkRead, plan_reads
-from shardckpt.memory import provide, writable
+from shardckpt.memory import writable
 from shardckpt.progress import alive
 from shardckpt.ranks.world import Ranks, agree, agreement
-from shardckpt.state.tensors import TensorShard, as_array, torch_dtype
+from shardckpt.state.tensors import TensorShard, as_array
 from shardckpt.storage.parallel import in_parallel
 
 __all__ = ["fill"]
@@ -33,6 +36,9 @@ _WORDS: Mapping[int, type[np.generic]] = {
     16: np.complex128,
 }
 """Bytes of an element -> a type that NumPy has: a copy does not interpret the bits."""
+
+_DEVICE_SLAB = 8 << 20
+"""Bytes that are copied to a device at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,9 @@ def fill(
     targets: Sequence[TensorShard],
     ranks: Ranks,
     prepare: Callable[[], object] = lambda: None,
+    begin: Callable[[], object] = lambda: None,
     *,
+    atomic: bool = True,
     limits: LoadLimits = DEFAULT_LIMITS,
 ) -> int:
     """Fill this rank's memory of `targets` from a checkpoint, whatever layout it was saved in. Collective.
@@ -64,47 +72,57 @@ def fill(
         manifest: of the checkpoint; the same on every rank.
         targets: this rank's memory to fill.
         ranks: of the job.
-        prepare: called once every rank has verified its chunks, and before anything of the state changes; if it
-            raises on any rank, nothing is applied.
+        prepare: called before anything of the state changes, and if `atomic`, once every rank has verified its
+            chunks and filled its new memory; if it raises on any rank, nothing is applied.
+        begin: called on every rank right before the first tensor of the state is written to on any.
+        atomic: verify every chunk that any rank needs before a tensor of the state is written to. If False, on
+            all ranks, they are filled while they are verified, in one pass. True on one rank counts for all.
         limits: how much is read, sent and held at a time.
 
     Chunks that several ranks need from remote storage, or that only another node has in memory, are fetched by
-    one rank and sent to the others. No tensor of the state is written to before all ranks have verified every
-    chunk that they need: on CorruptError, which is raised on all ranks, the state is unchanged. Until then remote
-    chunks of such tensors are held in memory; beside them about 64 MiB are in use. A storage that fails later
-    leaves the targets partly filled, and raises StorageError on all ranks.
+    one rank and sent to the others. Errors are raised on all ranks: CorruptError, StorageError. Unless `begin`
+    has been called, the state is unchanged; after it, the targets are partly filled. If `atomic`, remote chunks
+    of tensors of the state are held in memory until all are verified. Beside them, and beside the tensors, about
+    64 MiB are in use.
 
     Returns the bytes of the chunks that this rank needed.
     """
     pieces = [(target, piece) for target in targets for piece in target.pieces if piece.box.volume]
-    views = [target.data[piece.shard_slices] for target, piece in pieces]
+    destination = _Tensors([target.data[piece.shard_slices] for target, piece in pieces])
     reads = plan_reads(manifest, [(target.name, piece.box) for target, piece in pieces])
-    live = {
-        read.stored.row for read in reads if any(not pieces[copy.wanted][0].is_new for copy in read.copies)
-    }
     fetcher = Fetcher(source, manifest, limits)
-    apply = partial(_apply, fetcher, views)
-    exchange = _plan_exchange(fetcher, manifest, reads, ranks, limits)
+    atomic, exchange = _plan_exchange(fetcher, manifest, reads, ranks, limits, atomic=atomic)
     received = {read.stored.row for same in exchange.received.values() for read in same}
+    live: set[int] = set()
+    if atomic:
+        for read in reads:
+            if any(not pieces[copy.wanted][0].is_new for copy in read.copies):
+                live.add(read.stored.row)
+    else:
+        with agreement(ranks):
+            prepare()
+        begin()
     own = [read for read in reads if read.stored.row not in received]
     error: Exception | None = None
     try:
-        fetcher.verify(read for read in own if read.stored.row in live)
-        fetcher.verify((read for read in own if read.stored.row not in live), take=apply)
+        fetcher.verify_first(read for read in own if read.stored.row in live)
+        fetcher.load((read for read in own if read.stored.row not in live), destination)
     except Exception as failure:
         error = failure
 
     def receive(read: ChunkRead, content: memoryview) -> None:
-        fetcher.hold(read.stored.row, content)
-        if read.stored.row not in live:
-            apply(read)
-            fetcher.release(read.stored.row)
+        if read.stored.row in live:
+            fetcher.hold(read.stored.row, content)
+        else:
+            destination.write(read, np.frombuffer(content, dtype=np.uint8))
 
     agree(ranks, _run_exchange(fetcher, exchange, receive, ranks, error))
-    with agreement(ranks):
-        prepare()
-    with agreement(ranks):
-        fetcher.hand_over((read for read in reads if read.stored.row in live), apply)
+    if atomic:
+        with agreement(ranks):
+            prepare()
+        begin()
+        with agreement(ranks):
+            fetcher.load((read for read in reads if read.stored.row in live), destination)
     return sum(read.stored.nbytes for read in reads)
 
 
@@ -114,11 +132,14 @@ def _plan_exchange(
     reads: Sequence[ChunkRead],
     ranks: Ranks,
     limits: LoadLimits,
-) -> _Exchange:
-    """Plan what ranks fetch for each other. Collective."""
+    *,
+    atomic: bool,
+) -> tuple[bool, _Exchange]:
+    """Agree on whether the load is atomic, and plan what ranks fetch for each other. Collective."""
     far = [read for read in reads if not fetcher.is_near or read.stored.pack not in fetcher]
-    if not any(ranks.maximum([bool(far)])):
-        return _Exchange([], {})
+    any_atomic, any_far = ranks.maximum([atomic, bool(far)])
+    if not any_far:
+        return bool(any_atomic), _Exchange([], {})
     planner = ExchangePlanner(manifest, limits)
     packs = (number for number in range(len(manifest.packs)) if number in fetcher)
     messages = ranks.gather(planner.encode((read.stored.row for read in far), packs))
@@ -134,7 +155,7 @@ def _plan_exchange(
     for read in far:
         if (row := planner.first_row(read.stored.row)) in rows:
             received[row].append(read)
-    return _Exchange(batches, received)
+    return bool(any_atomic), _Exchange(batches, received)
 
 
 def _run_exchange(
@@ -187,19 +208,29 @@ def _run_exchange(
     return error
 
 
-def _apply(fetcher: Fetcher, views: Sequence[torch.Tensor], read: ChunkRead) -> None:
-    """Copy one verified chunk into the tensors that want it."""
-    dtype = torch_dtype(read.tensor.dtype)
-    word = _WORDS[dtype.itemsize]
-    content = fetcher.content(read).view(word).reshape(read.chunk)
-    with torch.no_grad():  # the setting belongs to a thread
-        for copy in read.copies:
-            target, part = views[copy.wanted][copy.target], content[copy.source]
-            if target.is_cpu and not target.is_conj() and not target.is_neg():
-                if target.is_contiguous():
-                    provide(target.data_ptr(), target.nbytes)
-                np.copyto(
-                    as_array(target, word), part
-                )  # torch takes half as long again (scripts/bench/memory)
-            else:
-                target.copy_(torch.from_numpy(writable(part)).view(dtype))
+class _Tensors(Arrays):
+    """Fills tensors: those in CPU memory as arrays, others by torch."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__(dict(enumerate(map(_as_words, tensors))))
+        self._tensors = tensors
+        if not all(tensor.is_cpu for tensor in tensors):
+            self.slab = _DEVICE_SLAB
+
+    def word(self, read: ChunkRead) -> npt.DTypeLike:
+        return _WORDS[itemsize(read.tensor.dtype)]
+
+    def put(self, wanted: int, target: tuple[slice, ...], part: npt.NDArray[Any]) -> None:
+        if self._arrays[wanted] is not None:
+            super().put(wanted, target, part)
+            return
+        with torch.no_grad():  # the setting belongs to a thread
+            tensor = self._tensors[wanted]
+            tensor[target].copy_(torch.from_numpy(writable(part)).view(tensor.dtype))
+
+
+def _as_words(tensor: torch.Tensor) -> npt.NDArray[Any] | None:
+    """The tensor's memory, unless it is of a device, or its elements do not mean what their bits say."""
+    if not tensor.is_cpu or tensor.is_conj() or tensor.is_neg():
+        return None
+    return as_array(tensor, _WORDS[tensor.itemsize])

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from shardckpt.format.box import Box
 from shardckpt.format.dtypes import itemsize, numpy_dtype
 from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.loading.destination import Arrays
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import ChunkRead, plan_reads
 from shardckpt.run.places import Place
@@ -36,16 +37,7 @@ def iter_boxes(
     for wanted, reads in _groups(boxes, plan_reads(manifest, boxes), dtypes):
         fetcher.check_sizes(read.stored for read in reads)
         arrays = [np.empty(boxes[i][1].shape, numpy_dtype(dtypes[boxes[i][0]])) for i in wanted]
-
-        def take(
-            read: ChunkRead, arrays: list[npt.NDArray[Any]] = arrays, first: int = wanted.start
-        ) -> None:
-            chunk = fetcher.chunk(read)
-            for part in read.copies:
-                arrays[part.wanted - first][part.target] = chunk[part.source]
-
-        fetcher.verify(reads, take)
-        del take
+        fetcher.load(reads, Arrays(dict(zip(wanted, arrays, strict=True))))
         arrays.reverse()
         while arrays:
             yield arrays.pop()

@@ -31,6 +31,7 @@ class LoadTargets:
         unused: top-level names of the checkpoint that the state does not have.
         kept: paths of PerRank values that this rank keeps, since fewer ranks saved the checkpoint.
         live: tensors of the state that are filled in place.
+        live_entries: the state's top-level entries that have such tensors.
         on_verified: (path, action) of what `prepare` does; an action may return what reverts it.
         on_filled: (path, action) of what `apply` does.
     """
@@ -41,6 +42,7 @@ class LoadTargets:
     unused: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     live: list[torch.Tensor] = field(default_factory=list)
+    live_entries: set[str] = field(default_factory=set)
     on_verified: list[tuple[str, Callable[[], Undo | None]]] = field(default_factory=list)
     on_filled: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
     _undo: list[Undo] = field(default_factory=list)

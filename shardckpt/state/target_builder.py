@@ -257,6 +257,7 @@ class TargetBuilder:
                 "by as_strided or unfold), so it cannot be loaded into. Pass a clone() of it."
             )
         self._live.append((path, self._fill(target, path, name, is_new=False)))
+        self.targets.live_entries.add(path.partition("/")[0])
 
     def _fill(self, target: TensorShard, path: str, name: str, *, is_new: bool = True) -> TensorShard:
         """Add memory to fill from the checkpoint's tensor `name`."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from shardckpt.storage import direct
 from shardckpt.storage.buffers import as_bytes
 from shardckpt.storage.folders import DurableFolders, is_folder, remove_tree, sync_folder
 from shardckpt.storage.local_errors import NO_SPACE, explained
+from shardckpt.storage.local_file import LocalFile
 from shardckpt.storage.names import is_temporary, join, temporary_name
 from shardckpt.storage.protocol import Before, check_whole
 from shardckpt.storage.work import cleanup
@@ -111,16 +111,10 @@ class LocalStorage:
         with self._opened(path) as (fd, _):
             return os.fstat(fd).st_size
 
-    def map(self, path: str, size: int) -> mmap.mmap | None:
-        """Map the file's first `size` bytes, read-only; None if it is shorter, or cannot be mapped.
-
-        A mapped page that cannot be read ends the process (SIGBUS): see `shardckpt.memory.populate`.
-        """
-        try:
-            with self._opened(path) as (fd, _):
-                return mmap.mmap(fd, size, prot=mmap.PROT_READ)
-        except (OSError, ValueError):  # ValueError: a file that has become too short
-            return None
+    def open_file(self, path: str) -> LocalFile:
+        """Open a file for many reads. Raises as `read` does."""
+        with self._opened(path) as (fd, full):
+            return LocalFile(os.dup(fd), full)
 
     def write(self, path: str, data: bytes | memoryview) -> None:
         full = join(self._path, path, self._path)

@@ -1,8 +1,7 @@
-"""Loads from mapped files, memory and remote storage: how much is read, by whom, and what goes wrong."""
+"""Loads from local files, memory and remote storage: how much is read, by whom, and what goes wrong."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 import tracemalloc
@@ -26,6 +25,7 @@ from shardckpt.ranks.world import Alone, Ranks, TorchRanks, current_ranks
 from shardckpt.run.places import Place, read_manifest
 from shardckpt.state.tensors import TensorShard, empty_like_saved, tensor_shard
 from shardckpt.storage import LocalStorage, Storage, open_storage
+from shardckpt.storage.local_file import LocalFile
 from tests.kit.faults import FaultyStorage
 from tests.kit.worlds import outcomes, run_processes, run_threads, save_local
 
@@ -52,30 +52,54 @@ class Watched(LocalStorage):
 
     Attributes:
         fetched: the paths that were read by requests.
-        mapped: the arrays that were mapped.
-        is_mappable: whether files can be mapped.
+        opened: the paths that were opened for many reads.
+        kind: what is opened for them.
         spoil: called after each check of a size.
     """
 
-    def __init__(self, path: str, *, is_mappable: bool = True) -> None:
+    def __init__(self, path: str, kind: type[LocalFile] = LocalFile) -> None:
         super().__init__(path)
         self.fetched: list[str] = []
-        self.mapped: list[mmap.mmap | None] = []
-        self.is_mappable = is_mappable
+        self.opened: list[str] = []
+        self.kind = kind
         self.spoil: Callable[[Path], object] = lambda _: None
 
     def read_into(self, path: str, offset: int, buffer: memoryview) -> None:
         self.fetched.append(path)
         super().read_into(path, offset, buffer)
 
-    def map(self, path: str, size: int) -> mmap.mmap | None:
-        self.mapped.append(super().map(path, size) if self.is_mappable else None)
-        return self.mapped[-1]
+    def open_file(self, path: str) -> LocalFile:
+        self.opened.append(path)
+        full = f"{self.url}/{path}"
+        return self.kind(os.open(full, os.O_RDONLY), full)
 
     def size(self, path: str) -> int:
         found = super().size(path)
         self.spoil(Path(self.url) / path)
         return found
+
+
+class Cold(LocalFile):
+    """Nothing of it is in the page cache."""
+
+    def read_cached(self, offset: int, buffers: Sequence[memoryview]) -> int:  # noqa: ARG002
+        return 0
+
+
+class Patchy(LocalFile):
+    """Every other 1000 bytes of it are in the page cache."""
+
+    def read_cached(self, offset: int, buffers: Sequence[memoryview]) -> int:
+        if offset // 1000 % 2:
+            return 0
+        return super().read_cached(offset, [buffers[0][: 1000 - offset % 1000]])
+
+
+class WithoutDirect(Cold):
+    """Its file system has no O_DIRECT."""
+
+    def read_direct(self, offset: int, buffer: memoryview) -> int:  # noqa: ARG002
+        return -1
 
 
 def content(number: int) -> torch.Tensor:
@@ -130,56 +154,50 @@ def flip(path: Path, place: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-# -- mapped files
+# -- local files
 
 
+@pytest.mark.parametrize("kind", [LocalFile, Cold, Patchy, WithoutDirect])
+@pytest.mark.parametrize("atomic", [False, True])
 @pytest.mark.parametrize("is_new", [False, True])
-def test_local_packs_are_mapped(is_new: bool, tmp_path: Path) -> None:
-    """No byte of them is read by a request."""
+def test_local_packs(is_new: bool, atomic: bool, kind: type[LocalFile], tmp_path: Path) -> None:
+    """Whatever of them is in the page cache, they are opened once, and no request is made."""
     manifest = save(tmp_path)
-    storage = Watched(str(tmp_path))
+    storage = Watched(str(tmp_path), kind)
     state = shards(1, 0, is_new=is_new)
-    assert fill(Place(storage), manifest, state, Alone()) == manifest.nbytes
+    assert fill(Place(storage), manifest, state, Alone(), atomic=atomic) == manifest.nbytes
     assert_loaded(state, 1, 0)
+    assert sorted(storage.opened) == sorted(pack.path for pack in manifest.packs)
     assert not storage.fetched
 
 
-@pytest.mark.parametrize("is_new", [False, True])
-def test_packs_that_cannot_be_mapped_are_read(is_new: bool, tmp_path: Path) -> None:
-    manifest = save(tmp_path)
-    storage = Watched(str(tmp_path), is_mappable=False)
-    state = shards(1, 0, is_new=is_new)
-    fill(Place(storage), manifest, state, Alone())
-    assert_loaded(state, 1, 0)
-    assert set(storage.fetched) == {pack.path for pack in manifest.packs}
-
-
-def test_more_packs_than_are_mapped_at_a_time(tmp_path: Path) -> None:
-    """A mapping that was given up is made again."""
+def test_more_packs_than_are_open_at_a_time(tmp_path: Path) -> None:
+    """A file that was closed is opened again."""
     manifest = save(tmp_path)
     storage = Watched(str(tmp_path))
     state = shards(1, 0)
-    fill(Place(storage), manifest, state, Alone(), limits=LoadLimits(mapped_packs=1))
+    fill(Place(storage), manifest, state, Alone(), limits=LoadLimits(open_files=1))
     assert_loaded(state, 1, 0)
-    assert len(storage.mapped) > len(manifest.packs)
+    assert len(storage.opened) > len(manifest.packs)
 
 
 @pytest.mark.parametrize("is_new", [False, True])
-def test_mapped_packs_do_not_count_as_this_process_s_memory(is_new: bool, tmp_path: Path) -> None:
-    """Pages are released once their content has been applied."""
-    wanted = torch.arange(1 << 20).view(64, -1)
-    root = Watched(str(tmp_path))
+def test_local_chunks_are_not_held(is_new: bool, tmp_path: Path) -> None:
+    """Not for live tensors either, which are read twice."""
+    wanted = torch.arange(1 << 21).view(64, -1)
+    root = Watched(str(tmp_path), Cold)
     _, manifest = save_local(root, [[tensor_shard(wanted[i], f"t{i}") for i in range(64)]])
     made = torch.zeros_like(wanted)
     targets = [replace(tensor_shard(made[i], f"t{i}"), is_new=is_new) for i in range(64)]
-    fill(Place(root), manifest, targets, Alone())
+    limits = LoadLimits(near_request=1 << 20, direct=64 << 10)
+    tracemalloc.start()
+    try:
+        fill(Place(root), manifest, targets, Alone(), limits=limits)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert torch.equal(made, wanted)
-    (pack,) = root.mapped
-    assert pack is not None
-    start = np.frombuffer(pack, dtype=np.uint8).__array_interface__["data"][0]
-    smaps = Path("/proc/self/smaps").read_text().partition(f"{start:x}-")[2]
-    resident = int(smaps.partition("Rss:")[2].split()[0]) << 10
-    assert resident < wanted.nbytes / 100
+    assert peak < 13 << 20  # of 16 MiB; a block is aligned to 2 MiB, and there are up to 4
 
 
 class Truncating(Alone):
