@@ -53,6 +53,7 @@ class World:
     ranks: int
     gigabytes: float
     layout: str
+    tensors: int | None
     folder: str
     store: str
     jobs: list[tuple[int, str]]
@@ -74,7 +75,7 @@ class Bench:
     def __init__(self, world: World) -> None:
         self.world = world
         self.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=240))
-        self.state: State = build_state(world.gigabytes, world.layout)
+        self.state: State = build_state(world.gigabytes, world.layout, world.tensors)
         self._timed = False
 
     def run(self) -> None:

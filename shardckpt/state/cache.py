@@ -1,25 +1,32 @@
-"""Cache of state_dict walks, reused while the module's and optimizer's tensors are the same objects.
+"""Cache of walks over modules, optimizers and containers, reused while they hold the same tensors.
 
 A walk over a large model and its optimizer takes as long as copying hundreds of megabytes. Modules and optimizers
-whose state_dict is torch's own are therefore walked once, and compared at later saves: while their dicts hold the
-same objects, and their tensors the same memory, another walk would find the same.
+whose state_dict is torch's own, and containers of nothing but tensors, are therefore walked once, and compared
+at later saves: while they hold the same objects, and their tensors the same memory, another walk would find the
+same.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from shardckpt.state.overrides import is_patched, optimizer_saves_plainly, saves_plainly
+from shardckpt.state.overrides import optimizer_saves_plainly, saves_plainly
+from shardckpt.state.signature import (
+    Signature,
+    all_modules,
+    module_signature,
+    optimizer_signature,
+)
 from shardckpt.state.tensors import TensorShard
-from shardckpt.state.wrapped import PLAIN_TYPES, flat, is_wrapper, memory_parts, own_part
+from shardckpt.state.wrapped import memory_parts
 
 __all__ = ["CachedWalk", "StateDictCache"]
 
@@ -28,7 +35,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CachedWalk:
-    """What a walk over a module or an optimizer found: its tensors, and its JSON form."""
+    """What a walk over a module, an optimizer or a container found.
+
+    Attributes:
+        tensors: its tensors.
+        encoded: its JSON form, as text; of an optimizer a dict, in which its state is text.
+    """
 
     tensors: Sequence[TensorShard]
     encoded: Any
@@ -36,8 +48,8 @@ class CachedWalk:
 
 @dataclass(frozen=True)
 class _Entry:
-    owner: weakref.ref[Any]
-    signature: list[Any]
+    owner: weakref.ref[Any] | None  # None for a container, which is compared by its content
+    signature: Signature
     walk: CachedWalk
     guards: Sequence[weakref.ref[torch.Tensor]]
 
@@ -75,16 +87,39 @@ class StateDictCache:
         value: nn.Module | torch.optim.Optimizer,
         tensors: Sequence[TensorShard],
         encoded: Any,
-    ) -> None:
-        """Add what a walk over `value` found, if a signature can tell whether another would find the same."""
+    ) -> Any:
+        """Add what a walk over `value` found, if a signature can tell whether another would find the same.
+
+        Returns `encoded`, or what takes its place from now on.
+        """
         if not _has_default_state_dict(value):
-            return
-        live = list(_tensors(value))
-        memory = {_storage(part) for tensor in live for part in memory_parts(tensor)}
-        if all(not tensor.data.numel() or _storage(tensor.data) in memory for tensor in tensors):
-            guards = [weakref.ref(tensor, lambda _: self.clear()) for tensor in live]
-            walk = CachedWalk(tuple(tensors), encoded)
-            self._entries[path] = _Entry(weakref.ref(value), _signature(value), walk, guards)
+            return encoded
+        signature = _signature(value)
+        memory = {_storage(part) for tensor in signature[1] for part in memory_parts(tensor)}
+        if any(tensor.data.numel() and _storage(tensor.data) not in memory for tensor in tensors):
+            return encoded
+        if isinstance(value, torch.optim.Optimizer):  # numbers in its groups may change from save to save
+            encoded = {**encoded, "state": _encoded(encoded["state"])}
+        else:
+            encoded = _encoded(encoded)
+        return self._add(path, weakref.ref(value), signature, tensors, encoded)
+
+    def find_container(self, path: str, signature: tuple[list[Any], list[Any]]) -> CachedWalk | None:
+        """What a walk over the container at `path` that has this signature would find; None: walk it."""
+        entry = self._entries.get(path)
+        if entry is None or entry.owner is not None or not entry.signature.matches(*signature):
+            return None
+        return entry.walk
+
+    def add_container(
+        self,
+        path: str,
+        signature: tuple[list[Any], list[Any]],
+        tensors: Sequence[TensorShard],
+        encoded: Any,
+    ) -> Any:
+        """Add what a walk over a container found. Returns what takes the place of `encoded` from now on."""
+        return self._add(path, None, signature, tensors, _encoded(encoded))
 
     def derived(self, name: str, inputs: Sequence[object], make: Callable[[], T]) -> T:
         """What `make` returns for these very objects. It is called again once other objects are passed.
@@ -104,7 +139,29 @@ class StateDictCache:
 
     def _holds(self, path: str, value: nn.Module | torch.optim.Optimizer) -> bool:
         entry = self._entries.get(path)
-        return entry is not None and entry.owner() is value and entry.signature == _signature(value)
+        if entry is None or entry.owner is None or entry.owner() is not value:
+            return False
+        try:
+            return entry.signature.matches(*_signature(value))
+        except AttributeError:  # a module in it is of another kind now
+            return False
+
+    def _add(
+        self,
+        path: str,
+        owner: weakref.ref[Any] | None,
+        signature: tuple[list[Any], list[Any]],
+        tensors: Sequence[TensorShard],
+        encoded: Any,
+    ) -> Any:
+        structure, live = signature
+        guards = [weakref.ref(tensor, self._forget) for tensor in live]
+        walk = CachedWalk(tuple(tensors), encoded)
+        self._entries[path] = _Entry(owner, Signature(structure, live), walk, guards)
+        return encoded
+
+    def _forget(self, _: object) -> None:
+        self.clear()
 
     def clear(self) -> None:
         """Drop everything."""
@@ -114,57 +171,23 @@ class StateDictCache:
 
 
 def _has_default_state_dict(value: nn.Module | torch.optim.Optimizer) -> bool:
-    """True if what state_dict() returns depends on nothing but what `_signature` contains."""
+    """True if what state_dict() returns depends on nothing but what its signature contains."""
     if isinstance(value, torch.optim.Optimizer):
         return optimizer_saves_plainly(value) and all(
             isinstance(v, torch.Tensor) for state in value.state.values() for v in state.values()
         )
-    return all(map(saves_plainly, value.modules()))
+    return all(map(saves_plainly, all_modules(value)))
 
 
-def _tensors(value: nn.Module | torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.optim.Optimizer):
-        for state in value.state.values():
-            yield from state.values()
-    else:
-        yield from value.parameters()
-        yield from value.buffers()
+def _signature(value: nn.Module | torch.optim.Optimizer) -> tuple[list[Any], list[Any]]:
+    return (
+        optimizer_signature(value) if isinstance(value, torch.optim.Optimizer) else module_signature(value)
+    )
 
 
-def _signature(value: nn.Module | torch.optim.Optimizer) -> list[Any]:
-    """Plain data that is equal at two saves only if walks find the same at both."""
-    signature: list[Any] = []
-    if isinstance(value, torch.optim.Optimizer):
-        for group in value.param_groups:
-            signature += [len(group["params"]), *map(id, group["params"])]
-        for parameter, state in value.state.items():
-            signature += [id(parameter), *state]
-            signature += map(_memory, state.values())
-        signature.append(optimizer_saves_plainly(value))
-        return signature
-    for child in value.modules():
-        signature += [id(child), *child._modules, *child._non_persistent_buffers_set]
-        signature += [*child._state_dict_hooks, *child._state_dict_pre_hooks, is_patched(child)]
-        for held in (child._parameters, child._buffers):
-            signature += held
-            signature += map(_memory, held.values())
-    return signature
-
-
-def _memory(tensor: Any) -> Any:
-    """Which object a tensor is, and where and how its elements lie."""
-    if type(tensor) in PLAIN_TYPES:  # nearly all are; this is most of the cost of each save
-        where = id(tensor), tensor.data_ptr(), tensor.device, tensor.dtype
-        return where, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
-    if not isinstance(tensor, torch.Tensor):
-        return id(tensor)
-    local = own_part(tensor)
-    if is_wrapper(local):
-        inner, context = flat(local)
-        return id(tensor), id(local), repr(context), *((name, _memory(held)) for name, held in inner)
-    layout: Any = id(tensor._spec) if isinstance(tensor, DTensor) else tensor.device
-    bits = local.is_conj(), local.is_neg()
-    return id(tensor), local.data_ptr(), local.shape, local.stride(), local.dtype, bits, layout
+def _encoded(form: Any) -> msgspec.Raw:
+    """A JSON form as text: later saves need not encode it, which takes longer than to compare all tensors."""
+    return msgspec.Raw(msgspec.json.encode(form))
 
 
 def _storage(part: torch.Tensor) -> int:

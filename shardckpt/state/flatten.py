@@ -14,6 +14,7 @@ from torch import nn
 from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.format.names import join
 from shardckpt.format.save_plan import Layout
+from shardckpt.format.tree import MAX_DEPTH
 from shardckpt.format.value_encoding import encode_value, reference_form
 from shardckpt.state.cache import StateDictCache
 from shardckpt.state.modules import (
@@ -26,10 +27,14 @@ from shardckpt.state.modules import (
     unsynced_buffers,
 )
 from shardckpt.state.optimizers import optimizer_tree
+from shardckpt.state.signature import container_signature
 from shardckpt.state.subclasses import expand
 from shardckpt.state.tensors import TensorShard, tensor_shard
 
 __all__ = ["FlatState", "PerRank", "check_state", "flatten", "per_rank_path"]
+
+_MANY = 64
+"""Tensors of a container from which on its walk is kept: a smaller one is walked as fast as it is compared."""
 
 
 class PerRank:
@@ -56,7 +61,8 @@ class FlatState:
 
     Attributes:
         tensors: every tensor of the state, also one of which this rank holds no element.
-        values: everything else in its JSON form (`shardckpt.format.value_encoding`); the same on every rank.
+        values: everything else in its JSON form (`shardckpt.format.value_encoding`); the same on every rank. With
+            a cache, parts of it are text (`msgspec.Raw`).
         per_rank: path of each PerRank -> the JSON form of its value.
     """
 
@@ -102,14 +108,35 @@ def flatten(state: dict[str, Any], rank: int, cache: StateDictCache | None = Non
     {'layer': {'weight': {'$tensor': 'layer/weight'}, 'bias': {'$tensor': 'layer/bias'}}, 'lr': 0.1}
     """
     check_state(state)
-    modules = list(iter_modules(state))
+    tree = _with_containers(dict(state)) if cache is not None else dict(state)
+    modules = list(iter_modules(tree))
     reshard(module for _, module in modules)
-    if cache is not None:
-        cache.begin(modules)
     walk = _Walk(rank, dict(modules), cache)
     with torch.no_grad():  # shards of DTensors are taken without a graph
-        values = encode_value(dict(state), "", walk.leaf)
+        if cache is not None:
+            cache.begin(modules)
+        values = encode_value(tree, "", walk.leaf)
     return FlatState(walk.tensors, values, walk.per_rank)
+
+
+@dataclass(frozen=True)
+class _Container:
+    """A dict, list or tuple of nothing but tensors, and its signature."""
+
+    content: Any
+    signature: tuple[list[Any], list[Any]]
+
+
+def _with_containers(value: Any, depth: int = 0) -> Any:
+    """A state in which each dict, list or tuple of nothing but many tensors is replaced by a `_Container`."""
+    if type(value) not in (dict, list, tuple) or depth > MAX_DEPTH:  # it contains itself
+        return value
+    signature = container_signature(value)
+    if signature is not None:
+        return _Container(value, signature) if len(signature[1]) >= _MANY else value
+    if isinstance(value, dict):
+        return {key: _with_containers(item, depth + 1) for key, item in value.items()}
+    return type(value)(_with_containers(item, depth + 1) for item in value)
 
 
 def per_rank_path(path: str, rank: int) -> str:
@@ -149,6 +176,8 @@ class _Walk:
             return (
                 NotImplemented if plain is value else encode_value(plain, path)
             )  # longdouble is its own item
+        if isinstance(value, _Container):
+            return self._container_form(value, path)
         if isinstance(value, PerRank):
             return self._per_rank_form(value, path)
         if isinstance(value, (nn.Module, torch.optim.Optimizer)):
@@ -170,6 +199,17 @@ class _Walk:
         finally:
             self.inside = None
         return {"$per_rank": path}
+
+    def _container_form(self, value: _Container, path: str) -> Any:
+        """The JSON form of a container of tensors, which are collected; cached."""
+        assert self.cache is not None
+        cached = self.cache.find_container(path, value.signature)
+        if cached is not None:
+            self.tensors += cached.tensors
+            return cached.encoded
+        first = len(self.tensors)
+        encoded = encode_value(value.content, path, self.leaf)
+        return self.cache.add_container(path, value.signature, self.tensors[first:], encoded)
 
     def _object_form(self, value: nn.Module | torch.optim.Optimizer, path: str) -> Any:
         """The JSON form of a module or an optimizer, whose tensors are collected; cached if possible."""
@@ -193,7 +233,7 @@ class _Walk:
         else:
             encoded = encode_value(optimizer_tree(value, self.names, path), path, self.leaf)
         if self.cache is not None:
-            self.cache.add(path, value, self.tensors[first:], encoded)
+            encoded = self.cache.add(path, value, self.tensors[first:], encoded)
         return encoded
 
 

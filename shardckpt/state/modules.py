@@ -22,6 +22,7 @@ from shardckpt.errors import ShardckptError, StateError, UnsupportedValueError
 from shardckpt.format.names import join, key_text
 from shardckpt.format.tree import MAX_DEPTH
 from shardckpt.state.overrides import has_override
+from shardckpt.state.signature import all_modules
 from shardckpt.state.tensors import check_memory
 from shardckpt.state.wrapped import memory_parts
 
@@ -146,16 +147,10 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     fsdp = _loaded_class("torch.distributed.fsdp", "FSDPModule")
     if not fsdp:
         return
-    waiting: list[nn.Module | None] = list(modules)
-    seen: set[nn.Module] = set()
-    while waiting:
-        module = waiting.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
-        if isinstance(module, fsdp):
-            module.reshard()  # type: ignore[operator]
-        waiting.extend(module._modules.values())
+    for module in modules:
+        for child in all_modules(module):
+            if isinstance(child, fsdp):
+                child.reshard()  # type: ignore[operator]
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -21,6 +22,8 @@ __all__ = ["State", "build_objects", "build_state", "fill", "local_tensors", "ma
 
 _LAYERS = 24
 _VOCABULARY = 16384
+_SMALL_VOCABULARY = 64  # where the number of tensors is given
+_TENSORS_PER_LAYER = 12 * 4  # parameters, each with its two moments and its count of steps
 _BYTES_PER_PARAMETER = 12  # itself and two moments, in float32
 _BLOCK = 1 << 18
 
@@ -38,12 +41,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Never run: only its tensors matter here."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, layers: int = _LAYERS, vocabulary: int = _VOCABULARY) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(_VOCABULARY, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(_LAYERS))
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, _VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
 
 
 @dataclass
@@ -51,17 +54,27 @@ class State:
     """The live objects, and their tensors as this rank holds them.
 
     Attributes:
+        objects: what is saved: "model" and "optimizer", or "tensors" alone.
         tensors: this rank's memory by name.
         nbytes: bytes that this rank holds.
         stored: bytes of a checkpoint of it: all shards, what is replicated once.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    objects: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     nbytes: int
     stored: int
     _expected: dict[str, int]
+
+    @property
+    def model(self) -> Any:
+        """The model, where there is one."""
+        return self.objects["model"]
+
+    @property
+    def optimizer(self) -> Any:
+        """Its optimizer."""
+        return self.objects["optimizer"]
 
     def wipe(self) -> None:
         """Destroy the content, so that only a load can bring it back."""
@@ -75,29 +88,54 @@ class State:
             raise AssertionError(f"{len(wrong)} of {len(self.tensors)} tensors differ, such as {wrong[0]}")
 
 
-def build_state(gigabytes: float, layout: str) -> State:
-    """A state of about this size (in units of 1e9 bytes), over all ranks of the default group."""
-    model, optimizer = build_objects(gigabytes, layout)
-    make_optimizer_state(optimizer)
-    tensors = {}
-    for name, (local, start) in local_tensors(model, optimizer).items():
+def build_state(gigabytes: float, layout: str, count: int | None = None) -> State:
+    """A state of about this size (in units of 1e9 bytes), over all ranks of the default group.
+
+    Args:
+        gigabytes: the size.
+        layout: "fsdp" or "ddp": a model and its optimizer; "dict": a dict of tensors of one dimension, the same
+            on all ranks.
+        count: about how many tensors it has; None: 1,168, the largest of which have most of the bytes.
+    """
+    objects: dict[str, Any]
+    if layout == "dict":
+        objects = {"tensors": _many_tensors(gigabytes, count or 1000)}
+        held = {name: (tensor, 0) for name, tensor in objects["tensors"].items()}
+        stored = sum(tensor.nbytes for tensor, _ in held.values())
+    else:
+        model, optimizer = build_objects(gigabytes, layout, count)
+        make_optimizer_state(optimizer)
+        objects = {"model": model, "optimizer": optimizer}
+        held = local_tensors(model, optimizer)
+        whole = _tensors(model, optimizer).values()
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in whole)
+    for name, (local, start) in held.items():
         fill(local, name, start)
-        tensors[name] = local
-    held = _tensors(model, optimizer).values()
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    tensors = {name: local for name, (local, _) in held.items()}
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     expected = {name: _crc(tensor) for name, tensor in tensors.items()}
-    return State(model, optimizer, tensors, nbytes, stored, expected)
+    return State(objects, tensors, nbytes, stored, expected)
 
 
-def build_objects(gigabytes: float, layout: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _many_tensors(gigabytes: float, count: int) -> dict[str, torch.Tensor]:
+    """Tensors of one dimension, from one element to twice the mean."""
+    most = max(1, round(2 * gigabytes * 1e9 / 4 / count) - 1)
+    return {f"group-{i // 100}.{i % 100}": torch.empty(1 + i * most // count) for i in range(count)}
+
+
+def build_objects(
+    gigabytes: float, layout: str, count: int | None = None
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model whose parameters hold anything, and its optimizer, which has no state yet."""
+    parameters = gigabytes * 1e9 / _BYTES_PER_PARAMETER
+    layers = _LAYERS if count is None else max(1, count // _TENSORS_PER_LAYER)
+    vocabulary, step = (_VOCABULARY, 64) if count is None else (_SMALL_VOCABULARY, 8)
     model: nn.Module
     with torch.device("meta"):
-        model = Transformer(_width(gigabytes * 1e9 / _BYTES_PER_PARAMETER))
+        model = Transformer(_width(parameters, layers, vocabulary, step), layers, vocabulary)
     if layout == "fsdp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for module in [*model.blocks, model]:
+        for module in [*model.blocks, model] if count is None else [model]:
             fully_shard(module, mesh=mesh)
     model.to_empty(device="cpu")
     if layout == "ddp":
@@ -133,11 +171,11 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
     return tensors
 
 
-def _width(parameters: float) -> int:
-    """The width of a transformer of about so many parameters, a multiple of 64."""
-    square, linear = 12.0 * _LAYERS, 2.0 * _VOCABULARY
+def _width(parameters: float, layers: int, vocabulary: int, step: int) -> int:
+    """The width of a transformer of about so many parameters, a multiple of `step`."""
+    square, linear = 12.0 * layers, 2.0 * vocabulary
     width = (math.sqrt(linear**2 + 4 * square * parameters) - linear) / (2 * square)
-    return max(64, round(width / 64) * 64)
+    return max(step, round(width / step) * step)
 
 
 def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -26,6 +26,8 @@ class Dcp(Candidate):
     reshards = syncs = True
 
     def _state_dict(self) -> dict[str, Any]:
+        if "model" not in self.state.objects:
+            return dict(self.state.objects)
         model, optimizer = get_state_dict(self.state.model, self.state.optimizer)
         return {"model": model, "optimizer": optimizer}
 
@@ -40,6 +42,8 @@ class Dcp(Candidate):
         self._apply(loaded)
 
     def _apply(self, loaded: dict[str, Any]) -> None:
+        if "model" not in loaded:  # tensors alone are filled in place
+            return
         set_state_dict(
             self.state.model,
             self.state.optimizer,

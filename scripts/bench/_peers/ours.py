@@ -18,7 +18,7 @@ class Shardckpt(Candidate):
 
     @property
     def _objects(self) -> dict[str, Any]:
-        return {"model": self.state.model, "optimizer": self.state.optimizer}
+        return dict(self.state.objects)
 
     def prepare(self) -> None:
         self._manager = self._open()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 
+from shardckpt.errors import UnsupportedValueError
 from shardckpt.state.cache import StateDictCache
 from shardckpt.state.flatten import FlatState, flatten
 
@@ -56,7 +59,7 @@ def assert_same(found: FlatState, wanted: FlatState) -> None:
         ]
 
     assert seen(found) == seen(wanted)
-    assert repr(found.values) == repr(wanted.values)
+    assert msgspec.json.encode(found.values) == msgspec.json.encode(wanted.values)
     assert found.layouts() == wanted.layouts()
 
 
@@ -226,5 +229,127 @@ def test_it_does_not_keep_memory_that_the_state_has_given_up(part: str) -> None:
         state.clear()
     else:
         state["optimizer"].state.clear()
+    gc.collect()
+    assert noted == ["gone"]
+
+
+def make_many() -> dict[str, Any]:
+    """Containers of many tensors, beside a plain value."""
+    return {
+        "flat": {f"t{i}": torch.full((2, 2), float(i)) for i in range(70)},
+        "deep": {"list": [torch.ones(i) for i in range(70)], 7: (torch.ones(2), torch.ones(()))},
+        "step": 1,
+    }
+
+
+def _replace_one(state: dict[str, Any]) -> None:
+    state["flat"]["t3"] = torch.ones(2, 2)
+
+
+def _give_one_other_memory(state: dict[str, Any]) -> None:
+    state["flat"]["t3"].data = torch.ones(2, 2)
+
+
+def _transpose_one(state: dict[str, Any]) -> None:
+    state["flat"]["t3"].t_()
+
+
+def _reshape_one(state: dict[str, Any]) -> None:
+    state["flat"]["t3"].data = state["flat"]["t3"].data.view(4)
+
+
+def _reinterpret_one(state: dict[str, Any]) -> None:
+    state["flat"]["t3"].data = state["flat"]["t3"].data.view(torch.int32)
+
+
+def _shrink_one(state: dict[str, Any]) -> None:
+    state["deep"]["list"][9].resize_(3)
+
+
+def _negate_one(state: dict[str, Any]) -> None:
+    state["flat"]["t3"].data = torch._neg_view(state["flat"]["t3"].data)
+
+
+def _tie_two(state: dict[str, Any]) -> None:
+    state["flat"]["t3"] = state["flat"]["t4"]
+
+
+def _rename_one(state: dict[str, Any]) -> None:
+    state["flat"]["other"] = state["flat"].pop("t69")
+
+
+def _reorder_two(state: dict[str, Any]) -> None:
+    state["flat"]["t0"] = state["flat"].pop("t0")
+
+
+def _add_one(state: dict[str, Any]) -> None:
+    state["deep"]["list"].append(torch.ones(3))
+
+
+def _make_a_tuple(state: dict[str, Any]) -> None:
+    state["deep"]["list"] = tuple(state["deep"]["list"])
+
+
+def _another_key(state: dict[str, Any]) -> None:
+    state["deep"]["7"] = state["deep"].pop(7)
+
+
+def _a_plain_value(state: dict[str, Any]) -> None:
+    state["deep"]["list"][5] = 3
+
+
+def _a_parameter(state: dict[str, Any]) -> None:
+    state["flat"]["t3"] = nn.Parameter(state["flat"]["t3"])
+
+
+def _a_container_of_another_class(state: dict[str, Any]) -> None:
+    state["flat"] = OrderedDict(state["flat"])
+
+
+def _step(state: dict[str, Any]) -> None:
+    state["step"] += 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _nothing, _replace_one, _give_one_other_memory, _transpose_one, _reshape_one, _reinterpret_one,
+        _shrink_one, _negate_one, _tie_two, _rename_one, _reorder_two, _add_one, _make_a_tuple, _another_key,
+        _a_plain_value, _a_parameter, _a_container_of_another_class, _step,
+    ],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+def test_a_walk_over_many_tensors_would_find_the_same(change: Callable[[dict[str, Any]], None]) -> None:
+    state, cache = make_many(), StateDictCache()
+    for _ in range(2):
+        assert_same(flatten(state, 0, cache), flatten(state, 0))
+    change(state)
+    for _ in range(2):
+        assert_same(flatten(state, 0, cache), flatten(state, 0))
+
+
+def test_a_container_of_many_tensors_is_walked_once() -> None:
+    state, cache = make_many(), StateDictCache()
+    first = flatten(state, 0, cache)
+    _step(state)
+    second = flatten(state, 0, cache)
+    assert all(one is other for one, other in zip(first.tensors, second.tensors, strict=True))
+    assert second.values["step"] == 2
+
+
+def test_a_container_in_itself_is_told_by_its_path() -> None:
+    state = make_many()
+    state["deep"]["list"].append(state["deep"])
+    with pytest.raises(UnsupportedValueError, match="contain itself"):
+        flatten(state, 0, StateDictCache())
+
+
+def test_memory_of_a_container_is_given_up() -> None:
+    state, cache = make_many(), StateDictCache()
+    flat = flatten(state, 0, cache)
+    noted: list[str] = []
+    weakref.finalize(flat.tensors[0].data, noted.append, "gone")
+    del flat
+    state.clear()
     gc.collect()
     assert noted == ["gone"]
