@@ -147,8 +147,9 @@ class Member:
             )
             try:
                 hellos = generation.exchange_hellos(own, _HELLO_TIMEOUT)
-            except TimeoutError as error:
-                generation.abandon(str(error))
+            except TimeoutError:
+                first = generation.first_hello()
+                check_hellos([first or own, own], 1)  # a node 0 of another version may have gathered none
                 continue
             check_hellos(hellos, generation.rank)
             if number != self._events.number:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
@@ -47,29 +48,49 @@ class StaticRendezvous:
         self._tickets = store.part("static")
         self.is_host = is_host
         self._has_left = False
+        self._ticket_keys = [f"ticket/{rank}" for rank in range(self._size)]
+        self._is_used: dict[str, bool] = {}  # tickets that node 0 has looked at
 
     def next_generation(self) -> GenerationInfo:
         ticket = uuid.uuid4().hex
         self._tickets.set(f"ticket/{self._rank}", ticket)
         deadline = time.monotonic() + self._join_timeout
         while (name := self._tickets.get(f"generation/{ticket}")) is None:
-            came = self._begin_if_complete() if self._rank == 0 else None
+            if self._rank == 0:
+                self._begin_if_complete()
             if time.monotonic() > deadline:
-                raise too_few_nodes(self._settings, came, self._join_timeout)
+                raise too_few_nodes(self._settings, self._count_that_came(), self._join_timeout)
             if self._has_left:
                 raise RendezvousConnectionError("this node has left")
             time.sleep(_POLL)
         return GenerationInfo(self._rank, self._size, self._tickets.part(name), self.is_host)
 
-    def _begin_if_complete(self) -> int:
-        """Begin a generation if every node has a new ticket; return how many have."""
-        tickets = [self._tickets.get(f"ticket/{rank}") for rank in range(self._size)]
-        new = [one for one in tickets if one is not None and not self._tickets.get(f"generation/{one}")]
+    def _begin_if_complete(self) -> None:
+        """Begin a generation if every node has a new ticket."""
+        if not self._tickets.exist(self._ticket_keys):
+            return
+        new = self._new_tickets(self._tickets.get_all(self._ticket_keys))
         if len(new) == self._size:
             name = uuid.uuid4().hex
             for ticket in new:
                 self._tickets.set(f"generation/{ticket}", name)
-        return len(new)
+                self._is_used[ticket] = True
+
+    def _count_that_came(self) -> int | None:
+        """How many nodes have a new ticket, as node 0 knows; None on others."""
+        if self._rank != 0:
+            return None
+        return len(self._new_tickets([self._tickets.get(key) for key in self._ticket_keys]))
+
+    def _new_tickets(self, tickets: Sequence[str | None]) -> list[str]:
+        """Those of `tickets` that are in no generation yet. Only node 0 begins one: it asks once for each."""
+        new = []
+        for ticket in tickets:
+            if ticket is not None and ticket not in self._is_used:
+                self._is_used[ticket] = self._tickets.get(f"generation/{ticket}") is not None
+            if ticket is not None and not self._is_used[ticket]:
+                new.append(ticket)
+        return new
 
     def running_without(self) -> int:
         return 0  # no generation is without this node

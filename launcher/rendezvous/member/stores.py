@@ -147,6 +147,46 @@ class SignedStore:
             before = found
         raise ForgedError(f"{key} is overwritten again and again")
 
+    def receive(self, key: str, seconds: float, patience: float) -> str | None:
+        """Wait until there is something under `key`, and return the text; None after `seconds`.
+
+        Raises `ForgedError` if no node of this job has written it, nor replaces it within `patience` seconds.
+        """
+        if not self.wait_for_any(key, seconds):
+            return None
+        deadline = time.monotonic() + patience
+        while (text := self._checked(key, self._store.get(self._path + key))) is None:
+            if time.monotonic() > deadline:
+                raise ForgedError(f"{key} is not what a node of this job has written")
+            time.sleep(_RECHECK_PAUSE)
+        return text
+
+    def wait_for_any(self, key: str, seconds: float) -> bool:
+        """Wait until there is something under `key`, forged or not; False if there is nothing after `seconds`."""
+        try:
+            self._store.wait([self._path + key], timedelta(seconds=seconds))
+        except DistStoreError:
+            return False
+        return True
+
+    def add_line(self, key: str, text: str) -> None:
+        """Add `text`, which has no line breaks, to the lines under `key`."""
+        line = b"\n" + self._signed(key, text) + b"\n"
+        self._store.append(self._path + key, line)  # type: ignore[attr-defined]
+
+    def lines(self, key: str) -> list[str]:
+        """The lines under `key` in their order, without those of other processes; none if it was deleted."""
+        try:
+            found = self._store.get(self._path + key).split(b"\n")
+        except DistStoreError:
+            return []
+        texts = [self._checked(key, line) for line in found if line]
+        return [text for text in texts if text is not None]
+
+    def delete(self, key: str) -> None:
+        """Remove what is under `key`."""
+        self._store.delete_key(self._path + key)
+
     def _signed(self, key: str, text: str) -> bytes:
         return self._signer.sign(self._path + key, text.encode())
 
