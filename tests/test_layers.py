@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = {
     "shardckpt": [
-        ["errors", "environment", "formatting", "memory", "version"],
+        ["errors", "environment", "formatting", "huge_pages", "memory", "version"],
         ["format", "progress", "storage"],
         ["ranks"],
         ["drain", "run", "state"],

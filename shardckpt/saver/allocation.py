@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import threading
 import time
 
+from shardckpt.huge_pages import map_shared
 from shardckpt.saver.buffer_pool import BufferPool
-from shardckpt.saver.buffers import Pressure, SnapshotMemory, map_buffer, rounded
+from shardckpt.saver.buffers import Pressure, SnapshotMemory, rounded
 from shardckpt.saver.checks import RequestError
 from shardckpt.saver.connections import Client, Connections
 from shardckpt.saver.loop import EventLoop
@@ -132,7 +132,7 @@ class Allocation:
         def work() -> None:
             try:
                 descriptor, found = self._memory.allocate(size)
-                content = map_buffer(descriptor, found)
+                content = map_shared(descriptor, found)
             except Exception as error:  # whatever it is, training goes on without
                 reason = f"no memory for a snapshot of {size} bytes: {error}"
                 self._loop.call(lambda: refuse(reason))
@@ -148,7 +148,7 @@ class Allocation:
                 client.wanted = 0
                 self._connections.send(client, Reserved(client.plan_number, error=reason))
 
-        def take(descriptor: int, found: int, content: mmap.mmap) -> None:
+        def take(descriptor: int, found: int, content: memoryview) -> None:
             client.allocating = 0
             self._pool.add(client, descriptor, found, content)
 

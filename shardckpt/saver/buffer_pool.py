@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 
 from shardckpt.saver.buffers import empty
@@ -93,7 +92,7 @@ class BufferPool:
         )
         return left + in_use + size <= sum(other.snapshots * other.wanted for other in others)
 
-    def add(self, trainer: Trainer, descriptor: int, size: int, content: mmap.mmap) -> None:
+    def add(self, trainer: Trainer, descriptor: int, size: int, content: memoryview) -> None:
         """Add new memory, for the trainer that it was allocated for if that still wants it."""
         owner = trainer if trainer in self._store.trainers and trainer.wanted == size else None
         self.buffers[self._count] = Buffer(self._count, descriptor, size, content, trainer.run, owner)

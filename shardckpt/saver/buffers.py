@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import threading
 from enum import Enum
 from pathlib import Path
 
 from cgroup_memory import Room, memory_groups, memory_room
+from shardckpt.huge_pages import HUGE_PAGE, allocate_file
 
-__all__ = ["Pressure", "SnapshotMemory", "empty", "map_buffer", "rounded"]
+__all__ = ["Pressure", "SnapshotMemory", "empty", "rounded"]
 
-_ROUND = 2 << 20  # a huge page; also leaves room for the pack to grow by a few bytes
 _PIECE = 64 << 20  # bytes between two looks at what is left
 _FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
 
@@ -66,7 +65,7 @@ class SnapshotMemory:
             try:
                 while left:
                     piece = min(left, _PIECE)
-                    os.posix_fallocate(descriptor, size - left, piece)
+                    allocate_file(descriptor, size - left, piece)
                     with self._lock:
                         self._promised -= piece
                         left -= piece
@@ -116,17 +115,7 @@ class SnapshotMemory:
 
 def rounded(size: int) -> int:
     """Bytes of memory that a pack of `size` bytes takes; never 0."""
-    return max(_ROUND, -(-size // _ROUND) * _ROUND)
-
-
-def map_buffer(descriptor: int, size: int) -> mmap.mmap:
-    """Map and fault in a buffer, which takes about a tenth of a second per GiB.
-
-    A process that is forked later does not have the mapping: it could write to what is another process's by then.
-    """
-    mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    mapping.madvise(mmap.MADV_DONTFORK)
-    return mapping
+    return max(HUGE_PAGE, -(-size // HUGE_PAGE) * HUGE_PAGE)
 
 
 def empty(descriptor: int, size: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import msgspec
 
 from shardckpt.environment import is_first_on_node
 from shardckpt.errors import SaverError
+from shardckpt.huge_pages import map_shared
 from shardckpt.run.tiers import MEMORY, Tier
 from shardckpt.saver.client_connection import ClientConnection
 from shardckpt.saver.granted_buffers import GrantedBuffers, Memory
@@ -287,8 +287,6 @@ class SaverClient:
 def _mapped(descriptor: int, size: int) -> memoryview:
     """Map the memory behind a descriptor for reading, and close the descriptor."""
     try:
-        if not size:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ))
+        return map_shared(descriptor, size, is_writable=False)
     finally:
         os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import threading
 from collections import deque
@@ -11,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardckpt.errors import SaverError
+from shardckpt.huge_pages import map_shared
 from shardckpt.progress import alive
-from shardckpt.saver.buffers import map_buffer
 from shardckpt.saver.protocol import ChunkTable, GiveBack, GivenBack, Request, Reserve, Reserved
 
 __all__ = ["GrantedBuffers", "Memory"]
@@ -25,7 +24,7 @@ class Memory:
     """A snapshot buffer, mapped into this process."""
 
     number: int
-    content: mmap.mmap
+    content: memoryview
 
 
 class GrantedBuffers:
@@ -41,7 +40,7 @@ class GrantedBuffers:
         self._changed = threading.Condition()
         self._plan = ChunkTable(0, [], [], [], 0, b"")
         self._granted: deque[Memory] = deque()
-        self._mapped: dict[int, mmap.mmap] = {}
+        self._mapped: dict[int, memoryview] = {}
         self._unasked = 0  # buffers still to be asked for
         self._is_full = False
         self._refused = ""  # why there is no memory
@@ -102,7 +101,7 @@ class GrantedBuffers:
             is_current = reserved.plan == self._plan.number
             mapping = self._mapped.get(reserved.buffer)
         if mapping is None and is_current and descriptors:
-            mapping = map_buffer(descriptors[0], reserved.size)
+            mapping = map_shared(descriptors[0], reserved.size)
         for descriptor in descriptors:
             os.close(descriptor)
         with self._changed:

@@ -340,7 +340,7 @@ class PersistTask:
 
 
 def _staged_pack(part: Part) -> StagedPack:
-    content = memoryview(part.buffer.content)[: part.plan.size]
+    content = part.buffer.content[: part.plan.size]
     return StagedPack(part.stage.rank, content, part.plan.chunks, part.values, part.checksums)
 
 

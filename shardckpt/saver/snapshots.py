@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import threading
 from collections import deque
@@ -67,7 +66,7 @@ class Buffer:
     number: int
     descriptor: int
     size: int
-    content: mmap.mmap
+    content: memoryview
     run: str
     owner: Trainer | None = None
     is_granted: bool = False
@@ -77,7 +76,7 @@ class Buffer:
         """Release this process's hold on the memory."""
         os.close(self.descriptor)
         with contextlib.suppress(BufferError):  # a thread still refers to it: the mapping ends with that
-            self.content.close()
+            self.content.release()
 
 
 @dataclass(eq=False)

@@ -36,10 +36,10 @@ class StagingBuffer:
         memory: at least as large; None: new memory of this process.
     """
 
-    def __init__(self, writes: Sequence[ChunkWrite], size: int, memory: mmap.mmap | None = None) -> None:
+    def __init__(self, writes: Sequence[ChunkWrite], size: int, memory: memoryview | None = None) -> None:
         self.size = size
         self._is_own = memory is None
-        self._map = _own_memory(size) if memory is None else memory
+        self._map = memoryview(_own_memory(size)) if memory is None else memory
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._writes = writes
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class StagingBuffer:
     @property
     def content(self) -> memoryview:
         """The pack's bytes, writable."""
-        return memoryview(self._map)[: self.size]
+        return self._map[: self.size]
 
     def touch(self) -> None:
         """Have the kernel provide the memory now: that takes several times as long as a later copy into it."""

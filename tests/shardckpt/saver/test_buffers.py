@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shardckpt.saver.buffers import Pressure, SnapshotMemory, empty, map_buffer
+from shardckpt.huge_pages import map_shared
+from shardckpt.saver.buffers import Pressure, SnapshotMemory, empty
 from tests.kit.machines import OWN, Machine, memory_cgroup
 
 MIB = 1 << 20
@@ -125,10 +126,10 @@ def test_a_real_limit_is_refused_rather_than_died_of() -> None:
 
 def test_given_back_though_it_is_mapped() -> None:
     descriptor, size = SnapshotMemory().allocate(4 * MIB)
-    mapping = map_buffer(descriptor, size)
+    mapping = map_shared(descriptor, size)
     mapping[:4] = b"data"
     empty(descriptor, size)
     assert os.fstat(descriptor).st_blocks == 0
     assert mapping[:4] == bytes(4)
-    mapping.close()
+    mapping.release()
     os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 from dataclasses import dataclass, field
@@ -74,7 +73,7 @@ class Node:
             self.granted[trainer].append(buffer)
         elif self.pool.may_allocate(trainer, sizes[0]):
             self.pool.make_room(trainer.run, sizes[0])
-            self.pool.add(trainer, os.open(os.devnull, os.O_RDONLY), sizes[0], mmap.mmap(-1, 1))
+            self.pool.add(trainer, os.open(os.devnull, os.O_RDONLY), sizes[0], memoryview(bytearray(1)))
             self.allocated += 1
 
     def tidy(self) -> None:
