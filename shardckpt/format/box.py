@@ -12,6 +12,7 @@ import math
 import random
 import secrets
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Piece",
     "Runs",
     "pieces_of_runs",
+    "pieces_of_splits",
     "split_evenly",
     "split_strided",
     "tiles",
@@ -149,6 +151,17 @@ def pieces_of_runs(runs: Sequence[Runs]) -> tuple[Piece, ...]:
         Piece(Box(tuple(o for o, _, _ in p), tuple(n for _, n, _ in p)), tuple(a for _, _, a in p))
         for p in itertools.product(*axes)
     )
+
+
+@lru_cache(maxsize=1 << 16)
+def pieces_of_splits(
+    shape: tuple[int, ...], splits: tuple[tuple[int, int, int, int], ...]
+) -> tuple[Piece, ...]:
+    """The boxes of a tensor that a rank has after splits of (dimension, parts, own part, split factor)."""
+    runs: list[Runs] = [((0, n),) for n in shape]
+    for dim, parts, index, split_factor in splits:
+        runs[dim] = split_strided(runs[dim], parts, index, split_factor)
+    return pieces_of_runs(runs)
 
 
 def tiles(shape: Sequence[int], boxes: Sequence[Box]) -> bool:

@@ -133,18 +133,33 @@ class Pack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: int
 
 
-class Chunks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Chunks:
     """The chunk table, as columns. Its rows follow the tensors, their arrays, and the arrays' cells in C order.
 
-    Attributes:
+    Args:
         pack: the number of the chunk's pack.
         offset: the chunk's first byte in the pack.
         crc32c: the CRC-32C of its elements, padding included.
+
+    Raises OverflowError for a number of more than 63 bits.
     """
 
-    pack: list[int]
-    offset: list[int]
-    crc32c: list[int]
+    __slots__ = ("crc32c", "offset", "pack")
+
+    def __init__(self, pack: npt.ArrayLike, offset: npt.ArrayLike, crc32c: npt.ArrayLike) -> None:
+        self.pack = np.asarray(pack, dtype=np.int64)
+        self.offset = np.asarray(offset, dtype=np.int64)
+        self.crc32c = np.asarray(crc32c, dtype=np.int64)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Chunks):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self.pack)
 
 
 class ManifestHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -283,7 +298,7 @@ def tied_names(manifest: Manifest) -> dict[str, str]:
         number += len(tensor.arrays)
         if start == stop:
             continue
-        chunks = tuple(rows.pack[start:stop]), tuple(rows.offset[start:stop])
+        chunks = rows.pack[start:stop].tobytes(), rows.offset[start:stop].tobytes()
         name = seen.setdefault((tensor.dtype, tensor.shape, tensor.arrays, chunks), tensor.name)
         if name != tensor.name:
             tied[tensor.name] = name

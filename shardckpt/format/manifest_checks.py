@@ -149,13 +149,11 @@ def check_chunks(manifest: Manifest, where: str) -> None:
         )
     try:
         length = np.repeat(np.array(lengths, dtype=np.int64), counts)
-        pack = np.array(rows.pack, dtype=np.int64)
-        offset = np.array(rows.offset, dtype=np.int64)
-        crc = np.array(rows.crc32c, dtype=np.int64)
         sizes = np.array([p.size for p in manifest.packs], dtype=np.int64)
     except OverflowError as error:
         raise FormatError(f"{wrong} a number is out of range") from error
-    if not rows.pack:
+    pack, offset, crc = rows.pack, rows.offset, rows.crc32c
+    if not len(pack):
         return
     if pack.min() < 0 or pack.max() >= len(sizes) or crc.min() < 0 or crc.max() >= 1 << 32:
         raise FormatError(f"{wrong} its chunk table has a pack number or checksum out of range")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from shardckpt.errors import FormatError, UnknownVersionError
 from shardckpt.format import records
-from shardckpt.format.manifest import MANIFEST, Manifest, ManifestSummary, Part
+from shardckpt.format.manifest import MANIFEST, Chunks, Manifest, ManifestSummary, Part
 from shardckpt.format.manifest_checks import (
     check_chunks,
     check_head,
@@ -24,7 +24,7 @@ __all__ = ["decode_checked", "decode_manifest", "decode_part", "decode_summary",
 
 def encode_record(record: Manifest | Part) -> bytes:
     """The record as it is stored: JSON in UTF-8, with its checksum."""
-    return records.encode(record)
+    return records.encode(record, _to_json)
 
 
 def decode_manifest(data: bytes, where: str) -> Manifest:
@@ -60,7 +60,7 @@ def decode_summary(data: bytes, where: str) -> ManifestSummary:
 
 def decode_checked(data: bytes) -> Manifest:
     """The manifest in `data`, which another rank has checked with `decode_manifest`."""
-    return msgspec.json.decode(records.open_sealed(data, MANIFEST), type=Manifest)
+    return msgspec.json.decode(records.open_sealed(data, MANIFEST), type=Manifest, dec_hook=_from_json)
 
 
 def decode_part(data: bytes, where: str) -> Part:
@@ -70,7 +70,8 @@ def decode_part(data: bytes, where: str) -> Part:
         if not len(pack.chunk) == len(pack.offset) == len(pack.crc32c):
             raise FormatError(f"{where}: a part has chunk columns of different lengths")
         numbers = (pack.rank, pack.size, *map(_lowest, (pack.chunk, pack.offset, pack.crc32c)))
-        if min(numbers) < 0 or max(pack.crc32c, default=0) >= 1 << 32:
+        highest = max(pack.size, *(max(column, default=0) for column in (pack.chunk, pack.offset)))
+        if min(numbers) < 0 or highest >= 1 << 63 or max(pack.crc32c, default=0) >= 1 << 32:
             raise FormatError(f"{where}: a part is invalid: a number is out of range")
     return part
 
@@ -80,6 +81,28 @@ def _lowest(numbers: list[int]) -> int:
 
 
 _Record = TypeVar("_Record", Manifest, ManifestSummary, Part)
+
+
+class _Columns(msgspec.Struct, forbid_unknown_fields=True):
+    """The chunk table as it is stored."""
+
+    pack: list[int]
+    offset: list[int]
+    crc32c: list[int]
+
+
+def _to_json(value: object) -> object:
+    if not isinstance(value, Chunks):
+        raise NotImplementedError(f"a {type(value).__qualname__} is no part of a record")
+    return _Columns(value.pack.tolist(), value.offset.tolist(), value.crc32c.tolist())
+
+
+def _from_json(_kind: type, value: Any) -> Chunks:
+    columns = msgspec.convert(value, _Columns)
+    try:
+        return Chunks(columns.pack, columns.offset, columns.crc32c)
+    except OverflowError as error:
+        raise ValueError("a number of the chunk table is out of range") from error
 
 
 class _Version(msgspec.Struct):
@@ -98,7 +121,7 @@ def _decode(data: bytes, kind: type[_Record], where: str, file: str) -> _Record:
     try:
         _check_version(msgspec.json.decode(document, type=_Version).format, where, file)
         records.check_keys(document)
-        return msgspec.json.decode(document, type=kind)
+        return msgspec.json.decode(document, type=kind, dec_hook=_from_json)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise FormatError(f"{where}: {file} is not a valid {FORMAT} record: {error}") from error
 

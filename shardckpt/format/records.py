@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import crc32c
@@ -41,9 +41,12 @@ _TAIL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}')
 _TAIL_BYTES = 21
 
 
-def encode(record: object) -> bytes:
-    """A record as it is stored. Its JSON must be an object with at least one member."""
-    document = msgspec.json.encode(record)
+def encode(record: object, hook: Callable[[object], object] | None = None) -> bytes:
+    """A record as it is stored. Its JSON must be an object with at least one member.
+
+    `hook` returns what is encoded instead of a value that JSON does not have.
+    """
+    document = msgspec.json.encode(record, enc_hook=hook)
     return b'%s,"crc32c":"%08x"}' % (document[:-1], crc32c.crc32c(document[:-1]))
 
 

@@ -1,70 +1,32 @@
 """Plan a save: from the layouts of all ranks to what each rank writes where.
 
-Pure: every rank computes the same plan from the same gathered layouts, so that the plan itself is never sent. No
-I/O, no clock, no torch.
+Pure: every rank computes the same plan from the same layouts, so that the plan itself is never sent. No I/O, no
+clock, no torch. Chunks are rows of columns; Python objects are made of the chunks of one rank only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
-from shardckpt.errors import RankMismatchError
-from shardckpt.format.box import Box, tiles
-from shardckpt.format.chunks import CRC_BYTES, ChunkLocation, chunk_bytes, content_bytes
-from shardckpt.format.dtypes import itemsize
-from shardckpt.format.manifest import ArrayEntry, TensorEntry
+from shardckpt.errors import FormatError
+from shardckpt.format.box import Box
+from shardckpt.format.chunks import CRC_BYTES, ChunkLocation
+from shardckpt.format.holders import ChunkGrid
+from shardckpt.format.layouts import Layout, WorldLayout
+from shardckpt.format.manifest import TensorEntry
+from shardckpt.format.merged_layouts import MergedTensor, merge
+from shardckpt.format.packing import pack_offsets, spread
 
-__all__ = [
-    "MAX_CHUNK",
-    "ChunkWrite",
-    "Layout",
-    "SavePlan",
-    "decode_plan",
-    "encode_plan",
-    "looks_whole",
-    "plan_save",
-]
-
-MAX_CHUNK = 16 << 20
-"""Bytes above which a box is cut along its first dimension, if that keeps the grid regular.
-
-Small enough that a rank of another world size reads few bytes that it does not need, and large enough for one
-storage request per chunk.
-"""
-
-_ALIGN = 64
-_ALIGN_LARGE = 4096
-_LARGE = 1 << 20
-
-
-class Layout(msgspec.Struct, frozen=True, array_like=True):
-    """What one rank holds of one tensor.
-
-    Attributes:
-        name: the tensor's name.
-        dtype: the name of its element type.
-        shape: its global shape.
-        boxes: the parts that the rank holds.
-        alias: another name on this rank with the same memory, which is stored once; None if there is none.
-        first_holder: if True, ranks that hold the same box need not agree, and the lowest rank's content is
-            stored, as for the buffers of DDP.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
-    alias: str | None = None
-    first_holder: bool = False
+__all__ = ["ChunkWrite", "SavePlan", "SharedBoxes", "decode_plan", "encode_plan", "plan_save"]
 
 
 class ChunkWrite(NamedTuple):
@@ -85,71 +47,183 @@ class ChunkWrite(NamedTuple):
     chunk: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+class SharedBoxes(NamedTuple):
+    """Boxes that the same ranks hold, which must be equal on all of them.
+
+    Attributes:
+        holders: these ranks, ascending.
+        boxes: (tensor name, box) of each.
+    """
+
+    holders: tuple[int, ...]
+    boxes: tuple[tuple[str, Box], ...]
+
+
+@dataclass(frozen=True, eq=False)
 class SavePlan:
     """What each rank writes where. The same on every rank.
 
+    What concerns all ranks is computed when it is asked for: only the process that commits needs `offset` and
+    `pack_sizes`.
+
     Attributes:
+        world: the layouts that it is a plan for.
         tensors: the tensors of the manifest.
-        writer: by row of the chunk table, the rank that writes it.
-        offset: by row, the chunk's first byte in that rank's pack.
-        pack_sizes: by rank, bytes of its pack.
-        same_as: row of a tied tensor -> the row whose chunk it shares.
-        replicas: (ranks, boxes) of each set of ranks that hold the same boxes, which must be equal on all of
-            them. A box is (tensor name, box).
+        writer: by row of the chunk table, the rank that writes it. Read-only, as all columns are.
+        same_as: number of a tied tensor -> the number of the tensor whose chunks it shares.
     """
 
+    world: WorldLayout
     tensors: tuple[TensorEntry, ...]
-    writer: tuple[int, ...]
-    offset: tuple[int, ...]
-    pack_sizes: tuple[int, ...]
-    same_as: Mapping[int, int]
-    replicas: tuple[tuple[tuple[int, ...], tuple[tuple[str, Box], ...]], ...]
-    _writes: tuple[tuple[ChunkWrite, ...], ...] = field(repr=False)
+    writer: npt.NDArray[np.int32]
+    same_as: dict[int, int]
+    _merged: Sequence[MergedTensor]
+    _grids: Sequence[ChunkGrid]
+    _first_rows: npt.NDArray[np.int64]
+    """By tensor, its first row; then the number of rows."""
+    _written: dict[int, tuple[ChunkWrite, ...]] = field(default_factory=dict)
+    """What `writes` has returned last."""
+
+    @cached_property
+    def offset(self) -> npt.NDArray[np.int64]:
+        """By row, the chunk's first byte in its pack."""
+        return self._table[0]
+
+    @cached_property
+    def pack_sizes(self) -> tuple[int, ...]:
+        """By rank, bytes of its pack."""
+        return tuple(self._table[1].tolist())
+
+    @cached_property
+    def tied_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The rows of tied tensors, and of each the row whose chunk it shares."""
+        first = self._first_rows
+        rows = [np.arange(first[tied], first[tied + 1]) for tied in self.same_as]
+        sources = [
+            np.arange(first[source], first[source] + len(own))
+            for source, own in zip(self.same_as.values(), rows, strict=True)
+        ]
+        none = [np.zeros(0, dtype=np.int64)]
+        return np.concatenate(none + rows), np.concatenate(none + sources)
 
     def writes(self, rank: int) -> tuple[ChunkWrite, ...]:
         """The chunks that `rank` writes, in the order of its pack."""
-        return self._writes[rank]
+        if rank not in self._written:
+            self._written.clear()
+            self._written[rank] = self._writes(rank)
+        return self._written[rank]
 
     def locations(self, rank: int) -> list[ChunkLocation]:
         """Where these chunks lie in the rank's pack, in the same order."""
-        return [write.location for write in self._writes[rank]]
+        return [write.location for write in self.writes(rank)]
+
+    def pack_size(self, rank: int) -> int:
+        """Bytes of the rank's pack."""
+        writes = self.writes(rank)
+        return writes[-1].location.offset + writes[-1].location.nbytes + CRC_BYTES if writes else 0
+
+    @cached_property
+    def has_shared(self) -> bool:
+        """True if any ranks hold the same boxes, which must be equal on all of them."""
+        return any(map(self._is_shared, range(len(self._merged))))
+
+    def shared_by(self, rank: int) -> list[SharedBoxes]:
+        """What the rank holds and others, too, by the set of ranks that hold it."""
+        found: defaultdict[tuple[int, ...], list[tuple[str, Box]]] = defaultdict(list)
+        known: dict[int, list[tuple[tuple[int, ...], Box]]] = {}
+        for number, tensor in enumerate(self._merged):
+            if not self._is_shared(number):
+                continue
+            holders = tensor.holders
+            if (shared := known.get(id(holders))) is None:
+                held = [box for box in holders.held_by(rank) if holders.counts[box] > 1]
+                shared = known[id(holders)] = [(holders.of(box), holders.box(box)) for box in held]
+            for ranks, box in shared:
+                found[ranks].append((tensor.name, box))
+        return [SharedBoxes(ranks, tuple(boxes)) for ranks, boxes in found.items()]
+
+    def _is_shared(self, number: int) -> bool:
+        tensor = self._merged[number]
+        return number not in self.same_as and not tensor.first_holder and len(tensor.holders.several) > 0
 
     @cached_property
     def fingerprint(self) -> int:
         """A 62-bit hash of the plan, by which ranks find out whether they have the same one."""
-        content = msgspec.msgpack.encode((self.tensors, self.writer, self.offset))
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 2
+        digest = hashlib.blake2b(self.world.encode(), digest_size=8)
+        digest.update(self.writer.data)
+        return int.from_bytes(digest.digest(), "big") >> 2
+
+    def _writes(self, rank: int) -> tuple[ChunkWrite, ...]:
+        rows = np.flatnonzero(self.writer == rank)
+        if self.same_as:
+            rows = rows[~np.isin(rows, self.tied_rows[0])]
+        numbers = np.searchsorted(self._first_rows, rows, side="right") - 1
+        in_tensor = (rows - self._first_rows[numbers]).tolist()
+        chunks = [
+            (self.tensors[number], *self._grids[number].chunk(row))
+            for number, row in zip(numbers.tolist(), in_tensor, strict=True)
+        ]
+        nbytes = np.array([size for *_, size in chunks], dtype=np.int64)
+        offset = pack_offsets(nbytes, np.zeros(min(1, len(rows)), dtype=np.int64))
+        return tuple(
+            ChunkWrite(ChunkLocation(row, start, size), tensor.name, tensor.dtype, box, shape)
+            for row, start, (tensor, box, shape, size) in zip(
+                rows.tolist(), offset.tolist(), chunks, strict=True
+            )
+        )
+
+    @cached_property
+    def rows_by_rank(self) -> npt.NDArray[np.int64]:
+        """The rows that ranks write: those of rank 0 in the order of its pack, then those of rank 1, ..."""
+        writer = self.writer.astype(np.uint16) if self.world.size <= 1 << 16 else self.writer
+        if not self.same_as:
+            return np.argsort(writer, kind="stable")  # quicker for 16 bits
+        rows = np.delete(np.arange(len(writer)), self.tied_rows[0])
+        return rows[np.argsort(writer[rows], kind="stable")]
+
+    @cached_property
+    def _table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """By row, its offset; by rank, the size of its pack."""
+        size = self.world.size
+        nbytes = np.concatenate([np.zeros(0, dtype=np.int64), *(grid.nbytes for grid in self._grids)])
+        order = self.rows_by_rank
+        counts = np.bincount(self.writer[order], minlength=size)
+        starts = (np.cumsum(counts) - counts)[counts > 0]
+        in_packs = pack_offsets(nbytes[order], starts)
+        sizes = np.zeros(size, dtype=np.int64)
+        last = starts + counts[counts > 0] - 1
+        sizes[counts > 0] = in_packs[last] + nbytes[order[last]] + CRC_BYTES
+        offset = np.empty(len(self.writer), dtype=np.int64)
+        offset[order] = in_packs
+        tied, sources = self.tied_rows
+        offset[tied] = offset[sources]
+        return offset, sizes
 
 
 class _Encoded(msgspec.Struct, frozen=True, array_like=True):
-    tensors: tuple[TensorEntry, ...]
-    writer: tuple[int, ...]
-    offset: tuple[int, ...]
-    pack_sizes: tuple[int, ...]
-    same_as: dict[int, int]
+    world: bytes
+    fingerprint: int
 
 
 def encode_plan(plan: SavePlan) -> bytes:
-    """The plan as a committer in another process needs it: without replicas and writes."""
-    return msgspec.msgpack.encode(
-        _Encoded(plan.tensors, plan.writer, plan.offset, plan.pack_sizes, dict(plan.same_as))
-    )
+    """The plan for another process, as the layouts that it follows from: some bytes for each rank and tensor."""
+    return msgspec.msgpack.encode(_Encoded(plan.world.encode(), plan.fingerprint))
 
 
 def decode_plan(data: bytes) -> SavePlan:
-    """The plan that `encode_plan` encoded; its replicas and writes are empty."""
+    """The plan that `encode_plan` encoded. Raises FormatError if another version of the planner made it."""
     encoded = msgspec.msgpack.decode(data, type=_Encoded)
-    return SavePlan(
-        encoded.tensors, encoded.writer, encoded.offset, encoded.pack_sizes, encoded.same_as, (), ()
-    )
+    plan = plan_save(WorldLayout.decode(encoded.world))
+    if plan.fingerprint != encoded.fingerprint:
+        raise FormatError("the plan of this save was made by another version of shardckpt")
+    return plan
 
 
-def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:
+def plan_save(layouts: WorldLayout | Sequence[Sequence[Layout]]) -> SavePlan:
     """Plan a save.
 
     Args:
-        layouts: by rank, what it holds of each tensor.
+        layouts: what ranks hold of each tensor: of all ranks together, or by rank.
 
     A box that several ranks hold is stored once; its chunks are spread so that all ranks write about as many
     bytes. Raises RankMismatchError if ranks disagree about the type or the shape of a tensor, or if together they
@@ -157,229 +231,46 @@ def plan_save(layouts: Sequence[Sequence[Layout]]) -> SavePlan:
 
     >>> halves = [[Layout("w", "float32", (4, 3), (Box((2 * rank, 0), (2, 3)),))] for rank in range(2)]
     >>> plan = plan_save(halves)
-    >>> plan.writer, [location.nbytes for location in plan.locations(1)], plan.tensors[0].arrays[0].chunk
-    ((0, 1), [24], (2, 3))
+    >>> plan.writer.tolist(), [location.nbytes for location in plan.locations(1)], plan.tensors[0].arrays[0].chunk
+    ([0, 1], [24], (2, 3))
     """
-    merged = _merge(layouts)
-    tensors: list[TensorEntry] = []
-    rows: list[_Row] = []
-    shared: dict[tuple[int, ...], list[tuple[str, Box]]] = defaultdict(list)
-    aliases: list[tuple[int, str]] = []
-    first_row: dict[str, int] = {}
-    for name, tensor in merged.items():
-        arrays = _arrays(tensor)
-        tensors.append(TensorEntry(name, tensor.dtype, tensor.shape, arrays))
-        first_row[name] = len(rows)
-        if tensor.alias is not None:
-            aliases.append((len(tensors) - 1, tensor.alias))
-        elif not tensor.first_holder:
-            for box, ranks in tensor.holders.items():
-                if len(ranks) > 1:
-                    shared[tuple(ranks)].append((name, box))
-        for array in arrays:
-            for cell in array.cells():
-                rows.append(_Row(len(tensors) - 1, array, cell, _holders_of(cell, tensor)))
-
-    same_as = {}
-    for index, alias in aliases:
-        count = sum(math.prod(a.grid) for a in tensors[index].arrays)
-        start = first_row[tensors[index].name]
-        same_as.update({start + i: first_row[alias] + i for i in range(count)})
-    writer = _spread(rows, tensors, same_as, len(layouts))
-    offset, sizes, writes = _pack(rows, tensors, same_as, writer, len(layouts))
-    return SavePlan(
-        tensors=tuple(tensors),
-        writer=tuple(writer),
-        offset=tuple(offset),
-        pack_sizes=tuple(sizes),
-        same_as=same_as,
-        replicas=tuple((ranks, tuple(boxes)) for ranks, boxes in shared.items()),
-        _writes=tuple(map(tuple, writes)),
-    )
+    world = layouts if isinstance(layouts, WorldLayout) else WorldLayout.of_boxes(layouts)
+    merged = merge(world)
+    known: dict[tuple[str, int], ChunkGrid] = {}
+    grids, tensors = [], []
+    for tensor in merged:
+        key = (tensor.dtype, id(tensor.holders))
+        if (grid := known.get(key)) is None:
+            grid = known[key] = ChunkGrid.of(tensor.dtype, tensor.holders)
+        grids.append(grid)
+        tensors.append(TensorEntry(tensor.name, tensor.dtype, tensor.shape, grid.arrays))
+    first_rows = np.cumsum([0, *(grid.rows for grid in grids)])
+    numbers = {tensor.name: number for number, tensor in enumerate(merged)}
+    same_as = {
+        number: numbers[tensor.alias] for number, tensor in enumerate(merged) if tensor.alias is not None
+    }
+    writer = _writers(grids, first_rows, same_as, world.size)
+    return SavePlan(world, tuple(tensors), writer, same_as, merged, grids, first_rows)
 
 
-@dataclass
-class _MergedTensor:
-    """One tensor over all ranks."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    first_rank: int
-    alias: str | None
-    first_holder: bool
-    holders: dict[Box, list[int]]
-    grid: tuple[int, ...] | None = None
-
-
-class _Row(NamedTuple):
-    """One row of the chunk table: number of its tensor, its array, the part of the tensor, and who holds it."""
-
-    tensor: int
-    array: ArrayEntry
-    cell: Box
-    holders: Sequence[int]
-
-
-def _merge(layouts: Sequence[Sequence[Layout]]) -> dict[str, _MergedTensor]:
-    """The layouts of all ranks by tensor name. Raises RankMismatchError if they do not fit together."""
-    merged: dict[str, _MergedTensor] = {}
-    for rank, layout in enumerate(layouts):
-        for item in layout:
-            boxes = [box for box in item.boxes if box.volume]
-            tensor = merged.get(item.name)
-            if tensor is None:
-                tensor = merged[item.name] = _MergedTensor(
-                    item.dtype, item.shape, rank, item.alias, item.first_holder, {}
-                )
-            elif (tensor.dtype, tensor.shape) != (item.dtype, item.shape):
-                raise RankMismatchError(
-                    f"state[{item.name!r}] is {tensor.dtype} of shape {list(tensor.shape)} on rank "
-                    f"{tensor.first_rank} and {item.dtype} of shape {list(item.shape)} on rank {rank}. "
-                    "Wrap values that every rank has its own of in shardckpt.PerRank."
-                )
-            if boxes:
-                if tensor.holders and tensor.alias != item.alias:
-                    tensor.alias = None
-                elif not tensor.holders:
-                    tensor.alias = item.alias
-            for box in boxes:
-                tensor.holders.setdefault(box, []).append(rank)
-    for name, tensor in merged.items():
-        tensor.grid = _grid(tensor.shape, list(tensor.holders))
-        if tensor.grid is None or len(tensor.holders) != _count_cells(tensor.shape, tensor.grid):
-            _check_tiling(name, tensor)
-        if tensor.first_holder:
-            tensor.holders = {box: ranks[:1] for box, ranks in tensor.holders.items()}
-    for tensor in merged.values():
-        other = merged.get(tensor.alias) if tensor.alias is not None else None
-        same = other is not None and (other.dtype, other.shape, other.holders) == (
-            tensor.dtype,
-            tensor.shape,
-            tensor.holders,
-        )
-        if other is None or other.alias is not None or not same:
-            tensor.alias = None
-    return merged
-
-
-def _check_tiling(name: str, tensor: _MergedTensor) -> None:
-    """Raise RankMismatchError unless the boxes of all ranks cover each element once."""
-    if tiles(tensor.shape, list(tensor.holders)):
-        return
-    total = math.prod(tensor.shape)
-    found = sum(box.volume for box in tensor.holders)
-    places = "; ".join(
-        f"rank {','.join(map(str, ranks))}: {list(box.offsets)} + {list(box.shape)}"
-        for box, ranks in itertools.islice(tensor.holders.items(), 4)
-    )
-    raise RankMismatchError(
-        f"state[{name!r}] of shape {list(tensor.shape)} has {total} elements, but the ranks' boxes have "
-        f"{found}, or overlap in part ({places}{'; ...' if len(tensor.holders) > 4 else ''}). Every rank "
-        "of the world must pass its shard, in one layout."
-    )
-
-
-def _grid(shape: tuple[int, ...], boxes: Sequence[Box]) -> tuple[int, ...] | None:
-    """The chunk shape of a regular grid of which each box is a cell; None if there is none."""
-    if not boxes:
-        return tuple(max(1, n) for n in shape)
-    chunk = tuple(max(box.shape[d] for box in boxes) for d in range(len(shape)))
-    for box in boxes:
-        for o, n, c, size in zip(box.offsets, box.shape, chunk, shape, strict=True):
-            if o % c or n != min(c, size - o):
-                return None
-    return chunk
-
-
-def _count_cells(shape: tuple[int, ...], grid: tuple[int, ...]) -> int:
-    return math.prod(-(-n // c) for n, c in zip(shape, grid, strict=True))
-
-
-def _arrays(tensor: _MergedTensor) -> tuple[ArrayEntry, ...]:
-    """The tensor's Zarr arrays: one over the grid, or one for each box."""
-    size = itemsize(tensor.dtype)
-    if tensor.grid is not None:
-        chunk = _cut(tensor.grid, tensor.shape, size)
-        return (ArrayEntry((0,) * len(tensor.shape), tensor.shape, chunk),)
-    return tuple(
-        ArrayEntry(box.offsets, box.shape, _cut(box.shape, box.shape, size))
-        for box in sorted(tensor.holders)
-    )
-
-
-def _cut(box: tuple[int, ...], shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """The chunk shape for boxes of shape `box` in an array of this shape: at most MAX_CHUNK bytes if possible."""
-    if not box or math.prod(box) * size <= MAX_CHUNK or box[0] == 1:
-        return box
-    rows = max(1, MAX_CHUNK // (math.prod(box[1:]) * size))
-    if box[0] >= shape[0]:  # one box along the first dimension: any cut makes a regular grid
-        pieces = -(-box[0] // rows)
-        return (-(-box[0] // pieces), *box[1:])
-    divisor = next(n for n in range(min(rows, box[0]), 0, -1) if box[0] % n == 0)
-    return (divisor, *box[1:]) if divisor * 8 >= rows else box
-
-
-def looks_whole(tensor: TensorEntry) -> bool:
-    """True if the tensor is stored as one that each rank held whole. Large shards may be stored so, too."""
-    grid = tuple(max(1, n) for n in tensor.shape)
-    return tensor.is_array and tensor.arrays[0].chunk == _cut(grid, tensor.shape, itemsize(tensor.dtype))
-
-
-def _holders_of(cell: Box, tensor: _MergedTensor) -> Sequence[int]:
-    """The ranks that hold a cell; it lies in exactly one of the tensor's boxes."""
-    if tensor.grid is not None:
-        offsets = tuple(o - o % c for o, c in zip(cell.offsets, tensor.grid, strict=True))
-        shape = tuple(min(c, n - o) for o, c, n in zip(offsets, tensor.grid, tensor.shape, strict=True))
-        return tensor.holders[Box(offsets, shape)]
-    return next(ranks for box, ranks in tensor.holders.items() if box.intersect(cell) is not None)
-
-
-def _spread(
-    rows: Sequence[_Row], tensors: Sequence[TensorEntry], same_as: dict[int, int], world: int
-) -> list[int]:
-    """By row, the rank that writes it: of its holders the one with the least to write, large chunks first."""
-    load = [0] * world
-    writer = [0] * len(rows)
-    several = []
-    for number, row in enumerate(rows):
-        if number in same_as:
-            continue
-        nbytes = chunk_bytes(tensors[row.tensor].dtype, row.array.chunk)
-        if len(row.holders) == 1:
-            writer[number] = row.holders[0]
-            load[row.holders[0]] += nbytes
-        else:
-            several.append((-nbytes, number))
-    for nbytes, number in sorted(several):
-        rank = min(rows[number].holders, key=lambda holder: (load[holder], holder))
-        writer[number] = rank
-        load[rank] -= nbytes
+def _writers(
+    grids: Sequence[ChunkGrid], first_rows: npt.NDArray[np.int64], same_as: dict[int, int], world: int
+) -> npt.NDArray[np.int32]:
+    """By row, the rank that writes it."""
+    none = [np.zeros(0, dtype=np.int32)]
+    writer = np.concatenate([*none, *(grid.sole_writers for grid in grids)])
+    own = [number for number in range(len(grids)) if number not in same_as]
+    counts: defaultdict[int, int] = defaultdict(int)
+    for number in own:
+        counts[id(grids[number])] += 1
+    load = np.zeros(world, dtype=np.int64)
+    for grid in {id(grids[number]): grids[number] for number in own}.values():
+        is_sole = grid.holders.counts[grid.box_of_row] == 1
+        nbytes = (grid.nbytes[is_sole] + CRC_BYTES) * counts[id(grid)]
+        np.add.at(load, grid.sole_writers[is_sole], nbytes)
+    firsts = first_rows.tolist()
+    spread([grids[number] for number in own], [firsts[number] for number in own], writer, world, load)
     for number, source in same_as.items():
-        writer[number] = writer[source]
+        rows = slice(firsts[source], firsts[source + 1])
+        writer[firsts[number] : firsts[number + 1]] = writer[rows]
     return writer
-
-
-def _pack(
-    rows: Sequence[_Row],
-    tensors: Sequence[TensorEntry],
-    same_as: dict[int, int],
-    writer: Sequence[int],
-    world: int,
-) -> tuple[list[int], list[int], list[list[ChunkWrite]]]:
-    """By row, its offset in its pack; by rank, the size of its pack, and its writes."""
-    offset = [0] * len(rows)
-    sizes = [0] * world
-    writes: list[list[ChunkWrite]] = [[] for _ in range(world)]
-    for number, row in enumerate(rows):
-        if number in same_as:
-            continue
-        rank, tensor = writer[number], tensors[row.tensor]
-        nbytes = content_bytes(tensor.dtype, row.array.chunk)
-        align = _ALIGN_LARGE if nbytes >= _LARGE else _ALIGN
-        offset[number] = -(-sizes[rank] // align) * align
-        sizes[rank] = offset[number] + nbytes + CRC_BYTES
-        location = ChunkLocation(number, offset[number], nbytes)
-        writes[rank].append(ChunkWrite(location, tensor.name, tensor.dtype, row.cell, row.array.chunk))
-    for number, source in same_as.items():
-        offset[number] = offset[source]
-    return offset, sizes, writes

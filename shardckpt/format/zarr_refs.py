@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from shardckpt.format.chunks import chunk_bytes
 from shardckpt.format.dtypes import EXTENDED, fill_value, itemsize
-from shardckpt.format.manifest import Manifest, TensorEntry
+from shardckpt.format.manifest import Chunks, Manifest, TensorEntry
 
 __all__ = ["ROOT", "TEMPLATES", "encode_refs", "references_of"]
 
@@ -65,16 +66,16 @@ class _Body(NamedTuple):
 
     tensors: tuple[TensorEntry, ...]
     packs: list[str]
-    pack: list[int]
-    offset: list[int]
+    chunks: Chunks
     consolidated: str | None
     entries: bytes
 
     def belongs_to(self, manifest: Manifest, packs: list[str]) -> bool:
         """True if the refs.json of this manifest has this body."""
         chunks = manifest.chunks
-        described = (manifest.tensors, packs, chunks.pack, chunks.offset)
-        return described == (self.tensors, self.packs, self.pack, self.offset)
+        is_same = (manifest.tensors, packs) == (self.tensors, self.packs)
+        is_same = is_same and np.array_equal(chunks.pack, self.chunks.pack)
+        return is_same and np.array_equal(chunks.offset, self.chunks.offset)
 
 
 _last_body: _Body | None = None
@@ -95,11 +96,11 @@ def _encode_body(manifest: Manifest, packs: list[str]) -> _Body:
         entries += [
             f'{start}{key}":{heads[pack]}{offset},{array.nbytes}]'
             for key, pack, offset in zip(
-                _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
+                _chunk_keys(array.grid), table.pack[rows].tolist(), table.offset[rows].tolist(), strict=True
             )
         ]
     text = "".join(entries).encode()
-    return _Body(manifest.tensors, packs, list(table.pack), list(table.offset), consolidated, text)
+    return _Body(manifest.tensors, packs, table, consolidated, text)
 
 
 def references_of(manifest: Manifest, folder: str) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def references_of(manifest: Manifest, folder: str) -> dict[str, Any]:
     for array in _arrays(manifest):
         rows = slice(array.first, array.first + array.rows)
         for key, pack, offset in zip(
-            _chunk_keys(array.grid), table.pack[rows], table.offset[rows], strict=True
+            _chunk_keys(array.grid), table.pack[rows].tolist(), table.offset[rows].tolist(), strict=True
         ):
             references[f"{ROOT}/{array.path}/c{key}"] = [packs[pack], offset, array.nbytes]
     return references

@@ -150,7 +150,9 @@ def _chunks_by_pack(manifest: Manifest) -> list[list[StoredChunk]]:
         np.diff(manifest.first_rows),
     )
     table = manifest.chunks
-    columns = zip(table.pack, table.offset, nbytes.tolist(), table.crc32c, strict=True)
+    columns = zip(
+        table.pack.tolist(), table.offset.tolist(), nbytes.tolist(), table.crc32c.tolist(), strict=True
+    )
     found: list[dict[int, StoredChunk]] = [{} for _ in manifest.packs]
     for row, (pack, offset, length, checksum) in enumerate(columns):
         found[pack].setdefault(offset, StoredChunk(pack, offset, row, length, checksum))

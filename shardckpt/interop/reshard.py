@@ -7,23 +7,22 @@ import secrets
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import crc32c
 import numpy as np
 
 from shardckpt.errors import CheckpointExistsError
-from shardckpt.format.box import Box, Runs, pieces_of_runs, split_evenly
+from shardckpt.format.box import Box
+from shardckpt.format.layouts import Layout, RankLayout, Split, WorldLayout
 from shardckpt.format.manifest import (
     MANIFEST,
     Manifest,
     Part,
-    TensorEntry,
     WrittenPack,
     tied_names,
 )
-from shardckpt.format.save_plan import ChunkWrite, Layout, SavePlan, plan_save
+from shardckpt.format.save_plan import ChunkWrite, SavePlan, plan_save
 from shardckpt.format.tree import TensorRef, iter_references
 from shardckpt.format.value_decoding import decode_value
 from shardckpt.interop.packs import iter_windows, open_packs
@@ -105,7 +104,7 @@ def reshard(
     manifest = read_manifest(place)
     target = exact_place(out, out_storage_options)
     _check_empty(target)
-    plan = plan_save(_layouts(manifest, world_size))
+    plan = plan_save(_world(manifest, world_size))
     attempt = attempt_for(target.url, manifest.step) or 0
     info = SaveInfo(secrets.token_hex(16), target.path, manifest.step, attempt, world_size)
     proposal = Proposal(info, manifest.metrics, manifest.values, plan)
@@ -193,32 +192,41 @@ def _written(plan: SavePlan, rank: int, checksums: Mapping[int, int], manifest: 
     )
 
 
-def _layouts(manifest: Manifest, world_size: int) -> list[list[Layout]]:
-    """The layout of each rank of the new world: the boxes of tensors that it would save."""
+def _world(manifest: Manifest, world_size: int) -> WorldLayout:
+    """What the ranks of the new world would hold: an even part of each tensor, and their own ones."""
     tied = tied_names(manifest)
     owners = {name: rank for rank in range(manifest.world_size) for name in _per_rank_names(manifest, rank)}
-    layouts: list[list[Layout]] = [[] for _ in range(world_size)]
+    own: list[list[Layout]] = [[] for _ in range(world_size)]
+    common: list[Layout | None] = []  # with a place for each of rank 0's own
     for tensor in manifest.tensors:
         owner = owners.get(tensor.name)
-        if owner is not None and owner < world_size:
-            layouts[owner].append(_layout(tensor, (Box.whole(tensor.shape),), tied))
-        elif owner is None:
-            for rank in range(world_size):
-                layouts[rank].append(_layout(tensor, _even_part(tensor.shape, world_size, rank), tied))
-    return layouts
-
-
-def _layout(tensor: TensorEntry, boxes: tuple[Box, ...], tied: Mapping[str, str]) -> Layout:
-    return Layout(tensor.name, tensor.dtype, tensor.shape, boxes, alias=tied.get(tensor.name))
-
-
-@lru_cache(maxsize=1 << 14)  # most tensors have the shape of others
-def _even_part(shape: tuple[int, ...], world_size: int, rank: int) -> tuple[Box, ...]:
-    """The rows that fully_shard gives to a rank; all of a tensor without dimensions."""
-    runs: list[Runs] = [((0, n),) for n in shape]
-    if shape:
-        runs[0] = split_evenly(runs[0], world_size, rank)
-    return tuple(piece.box for piece in pieces_of_runs(runs))
+        alias = tied.get(tensor.name)
+        if owner is None and tensor.shape:
+            splits = (Split(0, world_size, 0),)
+            common.append(
+                Layout(tensor.name, tensor.dtype, tensor.shape, (), alias=alias, mesh=0, splits=splits)
+            )
+            continue
+        whole = (Box.whole(tensor.shape),) if tensor.nbytes else ()
+        layout = Layout(tensor.name, tensor.dtype, tensor.shape, whole, alias=alias)
+        if owner is None:
+            common.append(layout)
+        elif owner < world_size:
+            own[owner].append(layout)
+            common += [None] if owner == 0 else []
+    first = tuple(common)
+    others = {len(own[0]): first}
+    shared = tuple(layout for layout in first if layout is not None)
+    layouts = [
+        RankLayout(
+            ((world_size,),),
+            (rank,),
+            others.setdefault(len(mine), (*shared, *[None] * len(mine))),
+            tuple(mine),
+        )
+        for rank, mine in enumerate(own)
+    ]
+    return WorldLayout.of(layouts)
 
 
 def _per_rank_names(manifest: Manifest, rank: int) -> Iterator[str]:

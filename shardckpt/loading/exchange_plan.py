@@ -57,10 +57,10 @@ class ExchangePlanner:
         lengths = [content_bytes(t.dtype, a.chunk) for t in manifest.tensors for a in t.arrays]
         self._manifest = manifest
         self._limits = limits
-        self._pack = np.array(manifest.chunks.pack, dtype=np.int64)
-        self._offset = np.array(manifest.chunks.offset, dtype=np.int64)
+        self._pack = manifest.chunks.pack
+        self._offset = manifest.chunks.offset
         self._nbytes = np.repeat(np.array(lengths, dtype=np.int64), counts)
-        self._crc32c = np.array(manifest.chunks.crc32c, dtype=np.int64)
+        self._crc32c = manifest.chunks.crc32c
         order = np.lexsort((self._offset, self._pack))
         is_new = np.ones(len(order), dtype=bool)
         pack, offset = self._pack[order], self._offset[order]

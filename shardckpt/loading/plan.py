@@ -103,10 +103,11 @@ def plan_reads(
                 chunks[row] = (tensor, cell, array.chunk)
                 copies[row].append(Copy(number, source, target))
     table = manifest.chunks
+    rows = np.fromiter(chunks, dtype=np.int64, count=len(chunks))
+    columns = (table.pack[rows].tolist(), table.offset[rows].tolist(), table.crc32c[rows].tolist())
     reads = []
-    for row, (tensor, cell, chunk) in chunks.items():
-        nbytes = content_bytes(tensor.dtype, chunk)
-        stored = StoredChunk(table.pack[row], table.offset[row], row, nbytes, table.crc32c[row])
+    for (row, (tensor, cell, chunk)), pack, offset, checksum in zip(chunks.items(), *columns, strict=True):
+        stored = StoredChunk(pack, offset, row, content_bytes(tensor.dtype, chunk), checksum)
         reads.append(ChunkRead(stored, tensor, cell, chunk, tuple(copies[row])))
     return sorted(reads, key=attrgetter("stored"))
 
@@ -177,7 +178,7 @@ def describe(manifest: Manifest, row: int) -> str:
     number = int(np.searchsorted(first, row, side="right")) - 1
     tensor, array = manifest.arrays[number]
     cell = array.cell(row - int(first[number]))
-    pack, offset = manifest.chunks.pack[row], manifest.chunks.offset[row]
+    pack, offset = int(manifest.chunks.pack[row]), int(manifest.chunks.offset[row])
     return (
         f"the chunk of {tensor.name!r} at {list(cell.offsets)}, shape {list(cell.shape)} "
         f"(pack {manifest.packs[pack].path}, byte {offset})"

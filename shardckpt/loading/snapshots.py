@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from shardckpt.errors import SaverError
 from shardckpt.format.manifest import Manifest
@@ -64,7 +67,9 @@ def open_snapshot(
         return None
     plan = decode_plan(contents.plan)
     proposal = Proposal.decode(contents.proposal, plan).at(snapshot.info.path)
-    checksums = _checksums(plan, contents) if not has_no_checksums else [0] * len(plan.writer)
+    checksums = np.zeros(len(plan.writer), dtype=np.int64)
+    if not has_no_checksums:
+        checksums = _checksums(plan, contents)
     values = [msgspec.json.decode(contents.values[rank]) for rank in range(size)]
     packs = MemoryPacks(url, attached.packs if attached else {}, has_checksums=not has_no_checksums)
     return proposal.manifest(values, checksums), packs
@@ -91,13 +96,11 @@ def _joined(parts: Sequence[Contents]) -> Contents:
     )
 
 
-def _checksums(plan: SavePlan, contents: Contents) -> list[int]:
+def _checksums(plan: SavePlan, contents: Contents) -> npt.NDArray[np.int64]:
     """The checksum of each row of the chunk table. A rank's checksums are in the order of its rows."""
-    columns = {rank: iter(checksums) for rank, checksums in contents.checksums.items()}
-    found = [0] * len(plan.writer)
-    for row, writer in enumerate(plan.writer):
-        if row not in plan.same_as:
-            found[row] = next(columns[writer])
-    for row, source in plan.same_as.items():
-        found[row] = found[source]
+    found = np.zeros(len(plan.writer), dtype=np.int64)
+    columns = [contents.checksums[rank] for rank in range(plan.world.size)]
+    found[plan.rows_by_rank] = list(itertools.chain(*columns))
+    tied, sources = plan.tied_rows
+    found[tied] = found[sources]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import threading
@@ -27,6 +28,7 @@ __all__ = ["Alone", "Ranks", "TorchRanks", "acting_as", "agree", "agreement", "c
 _log = logging.getLogger("shardckpt")
 
 _LATE = timedelta(seconds=10)  # after which a rank that waits for others logs for which
+_PADDED = 64 << 10  # bytes that a gather may pad without asking whether another way moves fewer
 _TO_ANSWER = 1.0  # seconds in which the other ranks that wait say so in the job's store
 
 
@@ -56,6 +58,9 @@ class Ranks(Protocol):
             values: 64-bit integers, equally many on all ranks.
             doing: the call that is logged if other ranks are late.
         """
+
+    def total(self, values: Sequence[int]) -> list[int]:
+        """Return the elementwise sum over all ranks of 64-bit integers, equally many on all. It must fit, too."""
 
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """Start `maximum` in the background. Returns a function that waits for the result, to be called once.
@@ -91,6 +96,10 @@ class Alone:
         return data
 
     def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:  # noqa: ARG002
+        """See Ranks."""
+        return list(values)
+
+    def total(self, values: Sequence[int]) -> list[int]:
         """See Ranks."""
         return list(values)
 
@@ -132,18 +141,28 @@ class TorchRanks:
 
     def gather(self, data: bytes) -> list[bytes]:
         """See Ranks."""
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
-        longest = max(int(length) for length in lengths)
+        all_lengths = torch.zeros(self.size, dtype=torch.int64)
+        dist.all_gather(list(all_lengths.chunk(self.size)), torch.tensor([len(data)]), group=self._group)
+        lengths = all_lengths.tolist()
+        longest = max(lengths)
         if longest == 0:
             return [b""] * self.size
-        mine = torch.zeros(longest, dtype=torch.uint8)
-        mine[: len(data)] = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
-        gathered = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(gathered, mine, group=self._group)
+        own = _tensor(memoryview(data)) if data else torch.zeros(0, dtype=torch.uint8)
+        if longest * self.size > 2 * sum(lengths) + _PADDED:  # a few ranks have nearly all of it
+            starts = list(itertools.accumulate(lengths, initial=0))
+            gathered = torch.zeros(starts[-1], dtype=torch.uint8)
+            gathered[starts[self.rank] : starts[self.rank + 1]] = own
+            dist.all_reduce(gathered, group=self._group)
+        else:
+            starts = [rank * longest for rank in range(self.size)]
+            mine = torch.zeros(longest, dtype=torch.uint8)
+            mine[: len(data)] = own
+            gathered = torch.empty(longest * self.size, dtype=torch.uint8)
+            dist.all_gather(list(gathered.chunk(self.size)), mine, group=self._group)
+        content = gathered.numpy()
         return [
-            tensor.numpy()[: int(length)].tobytes()
-            for tensor, length in zip(gathered, lengths, strict=True)
+            content[start : start + length].tobytes()
+            for start, length in zip(starts, lengths, strict=False)
         ]
 
     def broadcast(self, data: bytes) -> bytes:
@@ -164,6 +183,12 @@ class TorchRanks:
         if doing:
             self._wait(work, doing)
         work.wait()
+        return [int(value) for value in tensor.tolist()]
+
+    def total(self, values: Sequence[int]) -> list[int]:
+        """See Ranks."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, group=self._group)
         return [int(value) for value in tensor.tolist()]
 
     def _wait(self, work: Any, doing: str) -> None:

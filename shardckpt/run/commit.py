@@ -64,7 +64,7 @@ def publish(place: Place, manifest: Manifest) -> None:
 def _assemble(proposal: Proposal, packs: Sequence[WrittenPack], where: str) -> Manifest:
     """Build the manifest. Raises SaveError unless every planned chunk was written where it was planned."""
     plan = proposal.plan
-    writer, offset = np.asarray(plan.writer, np.int64), np.asarray(plan.offset, np.int64)
+    writer, offset = plan.writer, plan.offset
     checksums = np.full(len(writer), _NONE, np.int64)
     for pack in packs:
         if pack.size != plan.pack_sizes[pack.rank]:
@@ -77,11 +77,11 @@ def _assemble(proposal: Proposal, packs: Sequence[WrittenPack], where: str) -> M
         if wrong.any():
             raise SaveError(f"{where}: rank {pack.rank} wrote chunk {rows[wrong][0]} elsewhere")
         checksums[rows] = pack.crc32c
-    if plan.same_as:
-        checksums[list(plan.same_as)] = checksums[list(plan.same_as.values())]
+    tied, sources = plan.tied_rows
+    checksums[tied] = checksums[sources]
     if (checksums == _NONE).any():
         raise SaveError(f"{where}: chunk {np.argmax(checksums == _NONE)} was written by no rank")
-    return proposal.manifest([pack.values for pack in packs], checksums.tolist())
+    return proposal.manifest([pack.values for pack in packs], checksums)
 
 
 def _check_packs(place: Place, packs: Sequence[WrittenPack]) -> None:

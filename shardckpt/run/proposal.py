@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+import numpy.typing as npt
 
 from shardckpt.format.manifest import (
     Chunks,
@@ -54,7 +55,7 @@ class Proposal:
         values = msgspec.json.decode(head.values)
         return cls(head.info, head.metrics, values, plan)
 
-    def manifest(self, per_rank: Sequence[dict[str, Any]], checksums: Sequence[int]) -> Manifest:
+    def manifest(self, per_rank: Sequence[dict[str, Any]], checksums: npt.ArrayLike) -> Manifest:
         """Build the manifest.
 
         Args:
@@ -74,7 +75,7 @@ class Proposal:
             per_rank=list(per_rank),
             packs=tuple(Pack(pack_path(rank), size) for rank, size in enumerate(plan.pack_sizes)),
             tensors=plan.tensors,
-            chunks=Chunks(pack=list(plan.writer), offset=list(plan.offset), crc32c=list(checksums)),
+            chunks=Chunks(plan.writer, plan.offset, checksums),
         )
 
 

@@ -6,9 +6,11 @@ so that is an error. For a new plan every byte is compared. Later saves compare 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import crc32c
 import msgspec
@@ -44,7 +46,9 @@ _GPU_BOXES = 128
 _WORDS = 1021
 """Columns that words in GPU memory are summed in: a prime, so that rows of data fall into different ones."""
 
-_ABSENT = -(1 << 62)
+_PRIME = (1 << 44) - 17
+"""Modulus of the sum over ranks, so that a million of them stay below 2^63."""
+
 _LISTED = 8
 
 
@@ -59,17 +63,18 @@ class ReplicaCheck:
 
     def __init__(self, plan: SavePlan, tensors: Sequence[TensorShard], rank: int) -> None:
         by_name = {tensor.name: tensor for tensor in tensors}
+        self._is_needed = plan.has_shared
+        self._rank = rank
         self._groups = [
-            _Group(
-                holders,
-                boxes,
-                [_View.of(by_name[name], box) for name, box in boxes] if rank in holders else None,
-            )
-            for holders, boxes in plan.replicas
+            _Group(holders, boxes, [_View.of(by_name[name], box) for name, box in boxes])
+            for holders, boxes in plan.shared_by(rank)
         ]
+        self._weights = [_weight(group.holders, rank) for group in self._groups]
 
     def check(self, ranks: Ranks, *, turn: int, whole: bool) -> None:
         """Raise RankMismatchError, on all ranks, if two holders of a box differ. Collective.
+
+        One number is reduced over all ranks, however many sets of ranks hold the same boxes.
 
         Args:
             ranks: the world.
@@ -77,36 +82,84 @@ class ReplicaCheck:
             whole: True to compare every byte. Otherwise boxes of 64 KiB or less in CPU memory are compared whole,
                 and of the others the part whose turn it is.
         """
-        if not self._groups:
+        if not self._is_needed:
             return
-        told: list[int] = []
-        for group in self._groups:
-            digest = group.digest(turn, whole=whole)
-            told += [_ABSENT, _ABSENT] if digest is None else [digest, -digest]
-        greatest = ranks.maximum(told)
-        differ = [
-            group
-            for group, high, low in zip(self._groups, greatest[::2], greatest[1::2], strict=True)
-            if high != -low
+        digests = [group.digest(turn, whole=whole) for group in self._groups]
+        weighted = sum(digest * weight for digest, weight in zip(digests, self._weights, strict=True))
+        (total,) = ranks.total([weighted % _PRIME])
+        if total % _PRIME:
+            self._find_difference(ranks, digests)
+
+    def _find_difference(self, ranks: Ranks, digests: Sequence[int]) -> None:
+        """Raise RankMismatchError, on all ranks, for the boxes that differ. Collective."""
+        own = [_Digest(group.key, digest) for group, digest in zip(self._groups, digests, strict=True)]
+        found: dict[int, set[int]] = {}
+        for told in ranks.gather(msgspec.msgpack.encode(own)):
+            for key, digest in msgspec.msgpack.decode(told, type=list[_Digest]):
+                found.setdefault(key, set()).add(digest)
+        mine = [
+            _Compared(
+                group.key,
+                [view.checksum() for view in group.views],
+                group.boxes if group.holders[0] == self._rank else (),
+            )
+            for group in self._groups
+            if len(found[group.key]) > 1
         ]
-        if differ:  # or a box is in the memory of a GPU here and of the CPU there
-            mine = [[view.checksum() for view in group.views or ()] for group in differ]
-            everyone = [msgspec.msgpack.decode(data) for data in ranks.gather(msgspec.msgpack.encode(mine))]
-            _raise_if_different(differ, everyone)
+        everyone = [
+            msgspec.msgpack.decode(told, type=list[_Compared])
+            for told in ranks.gather(msgspec.msgpack.encode(mine))
+        ]
+        _raise_if_different(everyone)  # or a box is in the memory of a GPU here and of the CPU there
+
+
+class _Digest(NamedTuple):
+    """A digest of what is compared of a group at this turn."""
+
+    group: int
+    digest: int
+
+
+class _Compared(msgspec.Struct, frozen=True, array_like=True):
+    """The checksum of each box of a group on one rank. The first holder also names the boxes."""
+
+    group: int
+    checksums: list[int]
+    boxes: tuple[tuple[str, Box], ...]
+
+
+def _weight(holders: Sequence[int], rank: int) -> int:
+    """A number for each holder, which add up to 0 modulo _PRIME.
+
+    So do equal digests, each times its holder's number. Digests that differ do so only by coincidence.
+    """
+    first, *others = holders
+    if rank != first:
+        return _number((first, len(holders), rank)) % _PRIME
+    return -sum(_number((first, len(holders), other)) for other in others) % _PRIME
+
+
+def _number(values: Sequence[int]) -> int:
+    """62 bits that depend on all of the values."""
+    text = ",".join(map(str, values)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 2
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Boxes that the same ranks hold, and this rank's views of them, if it is one of these."""
+    """Boxes that the same ranks hold, this rank among them, and its views of them."""
 
     holders: Sequence[int]
-    boxes: Sequence[tuple[str, Box]]
-    views: Sequence[_View] | None
+    boxes: tuple[tuple[str, Box], ...]
+    views: Sequence[_View]
 
-    def digest(self, turn: int, *, whole: bool) -> int | None:
-        """Return a checksum of what is compared at this turn; None if this rank does not hold the boxes."""
-        if self.views is None:
-            return None
+    @cached_property
+    def key(self) -> int:
+        """Equal on two ranks for the same group only."""
+        return _number(self.holders)
+
+    def digest(self, turn: int, *, whole: bool) -> int:
+        """Return a checksum of what is compared at this turn."""
         checksum = 0
         if whole:
             for view in self.views:
@@ -125,15 +178,15 @@ class _Group:
 
     @cached_property
     def _small(self) -> list[_View]:
-        return [view for view in self.views or () if view.is_on_cpu and view.nbytes <= _SMALL]
+        return [view for view in self.views if view.is_on_cpu and view.nbytes <= _SMALL]
 
     @cached_property
     def _large(self) -> list[_View]:
-        return [view for view in self.views or () if view.is_on_cpu and view.nbytes > _SMALL]
+        return [view for view in self.views if view.is_on_cpu and view.nbytes > _SMALL]
 
     @cached_property
     def _on_gpu(self) -> list[_View]:
-        return [view for view in self.views or () if not view.is_on_cpu]
+        return [view for view in self.views if not view.is_on_cpu]
 
     def _due(self, turn: int) -> Iterator[tuple[_View, int, int]]:
         """Yield the larger boxes that are compared at this turn, each with its range of bytes."""
@@ -205,26 +258,24 @@ def column_sums(content: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def _raise_if_different(groups: Sequence[_Group], checksums: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Raise RankMismatchError for the first box that differs.
-
-    `checksums`: for each rank and group, the checksum of each box; none if the rank does not hold them.
-    """
-    found = [
-        (name, box, group.holders[0], rank)
-        for number, group in enumerate(groups)
-        for index, (name, box) in enumerate(group.boxes)
-        for rank in group.holders[1:]
-        if checksums[rank][number][index] != checksums[group.holders[0]][number][index]
-    ]
+def _raise_if_different(everyone: Sequence[Sequence[_Compared]]) -> None:
+    """Raise RankMismatchError for the first box that differs, by what each rank found of its groups."""
+    first: dict[int, tuple[int, _Compared]] = {}
+    found = []
+    for rank, groups in enumerate(everyone):
+        for group in groups:
+            holder, known = first.setdefault(group.group, (rank, group))
+            for place, one, other in zip(known.boxes, known.checksums, group.checksums, strict=True):
+                if one != other:
+                    found.append((*place, holder, rank))
     if not found:
         return
-    name, box, first, other = found[0]
+    name, box, holder, other = found[0]
     others = list(dict.fromkeys(f"{n!r} on rank {r}" for n, _, _, r in found[1:]))
     more = f" So it is for {', '.join(others[:_LISTED])}" if others else ""
     more += f" and {len(others) - _LISTED} others." if len(others) > _LISTED else "." if others else ""
     raise RankMismatchError(
         f"state[{name!r}] at {list(box.offsets)}, shape {list(box.shape)}, has one content on "
-        f"rank {first} and another on rank {other}, and would be stored once. If every rank "
+        f"rank {holder} and another on rank {other}, and would be stored once. If every rank "
         f"has its own, wrap it in shardckpt.PerRank; if not, the ranks have drifted apart.{more}"
     )

@@ -213,7 +213,7 @@ class SaverBackend:
             [chunk.row for chunk in chunks],
             [chunk.offset for chunk in chunks],
             [chunk.nbytes for chunk in chunks],
-            plan.pack_sizes[rank],
+            plan.pack_size(rank),
             encode_plan(plan) if rank == 0 else b"",
         )
         known = self._client
@@ -233,7 +233,7 @@ class SaverBackend:
         memory = client.take()
         if memory.number not in self._staging:
             self._staging[memory.number] = StagingBuffer(
-                plan.writes(rank), plan.pack_sizes[rank], memory.content
+                plan.writes(rank), plan.pack_size(rank), memory.content
             )
         waited_for = [destination.tier.name for destination in save.destinations if save.is_shared]
         client.begin(Begin(memory.number, save.info, save.rank, waited_for))

@@ -19,7 +19,8 @@ import msgspec
 
 from shardckpt.environment import is_first_on_node
 from shardckpt.errors import SaverError, StateError, public_api
-from shardckpt.format.save_plan import Layout, SavePlan, plan_save
+from shardckpt.format.layouts import RankLayout
+from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.memory import no_garbage_collection
 from shardckpt.ranks.world import Ranks, agree, agreement, current_ranks
 from shardckpt.run.persist import check_free
@@ -50,7 +51,7 @@ COMMIT_TIMEOUT = 600.0
 class _Prepared:
     """What is kept from save to save as long as the state's structure does not change."""
 
-    layouts: list[Layout]
+    layout: RankLayout
     plan: SavePlan
     local_ranks: int
 
@@ -235,16 +236,18 @@ class SaveSession:
         """Flatten, and plan if any rank's structure has changed, with a check that all ranks agree."""
         error: Exception | None = None
         flat = FlatState([], None, {})
-        layouts: list[Layout] = []
+        layout = RankLayout((), (), ())
         numbers: dict[str, float | str] = {}
         try:
             numbers = _checked_metrics(metrics)
             flat = flatten(state, self.ranks.rank, self._cache)
-            layouts = self._cache.derived("layouts", flat.tensors, flat.layouts)
+            layout = self._cache.derived("layout", flat.tensors, lambda: flat.layout(self.ranks.rank))
         except Exception as failure:  # of the state's own objects, too
             error = failure
         values = crc32c.crc32c(msgspec.json.encode(flat.values))
-        stale = self._prepared is None or self._prepared.layouts != layouts or self._backend.is_lost
+        stale = (
+            self._prepared is None or self._prepared.layout.digest != layout.digest or self._backend.is_lost
+        )
         known = 0 if self._prepared is None else self._prepared.plan.fingerprint
         failed, changed, *differ = self.ranks.maximum(
             [error is not None, stale, values, -values, known, -known]
@@ -254,7 +257,7 @@ class SaveSession:
         if differ[0] != -differ[1]:
             raise_if_values_differ(self.ranks, flat.values)
         fresh = bool(changed) or differ[2] != -differ[3]
-        prepared = self._plan(layouts) if fresh or self._prepared is None else self._prepared
+        prepared = self._plan(layout) if fresh or self._prepared is None else self._prepared
         plan, rank = prepared.plan, self.ranks.rank
         inputs = [plan, *flat.tensors]
         replicas = self._cache.derived("replicas", inputs, lambda: ReplicaCheck(plan, flat.tensors, rank))
@@ -263,15 +266,14 @@ class SaveSession:
         copies = self._cache.derived("copies", inputs, lambda: Copies(plan.writes(rank), flat.tensors))
         return _Content(flat.values, flat.per_rank, numbers), prepared, copies
 
-    def _plan(self, layouts: list[Layout]) -> _Prepared:
+    def _plan(self, layout: RankLayout) -> _Prepared:
         """Plan the save of a new structure, and get buffers for it. Collective."""
-        encoded = self.ranks.gather(msgspec.msgpack.encode(layouts))
-        plan = plan_save([msgspec.msgpack.decode(data, type=list[Layout]) for data in encoded])
+        plan = plan_save(layout.share(self.ranks.rank, self.ranks.gather))
         if not self._secret:
             self._secret = self.ranks.broadcast(secrets.token_hex(16).encode()).decode()
         self._prepared = None
         local_ranks = self._prepare_backend(plan)
-        return _Prepared(layouts, plan, local_ranks)
+        return _Prepared(layout, plan, local_ranks)
 
     def _prepare_backend(self, plan: SavePlan) -> int:
         """Have the backend get buffers. Returns the number of ranks that have the same backend.
@@ -286,7 +288,7 @@ class SaveSession:
         except SaverError as failure:
             unreachable = failure
         except (OSError, MemoryError) as failure:
-            error = StateError(f"no memory for a copy of {plan.pack_sizes[rank]} bytes: {failure}")
+            error = StateError(f"no memory for a copy of {plan.pack_size(rank)} bytes: {failure}")
         agree(self.ranks, error)
         if any(self.ranks.maximum([unreachable is not None])):
             if unreachable is not None and is_first_on_node():

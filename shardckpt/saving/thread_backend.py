@@ -82,7 +82,7 @@ class ThreadBackend:
         self._buffer = self.last_staged = None  # free the old one first
         writes = plan.writes(rank)
         self._writes = plan.locations(rank)
-        self._buffer = StagingBuffer(writes, plan.pack_sizes[rank])
+        self._buffer = StagingBuffer(writes, plan.pack_size(rank))
         threading.Thread(target=self._buffer.touch, name="shardckpt-touch", daemon=True).start()
 
     def begin(self, _save: Save, /) -> StagingBuffer:

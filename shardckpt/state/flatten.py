@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from shardckpt.errors import StateError, UnsupportedValueError
+from shardckpt.format.layouts import OWN, Layout, RankLayout
 from shardckpt.format.names import join
-from shardckpt.format.save_plan import Layout
 from shardckpt.format.tree import MAX_DEPTH
 from shardckpt.format.value_encoding import encode_value, reference_form
 from shardckpt.state.cache import StateDictCache
@@ -27,6 +29,7 @@ from shardckpt.state.modules import (
     unsynced_buffers,
 )
 from shardckpt.state.optimizers import optimizer_tree
+from shardckpt.state.sharding import MeshPlace
 from shardckpt.state.signature import container_signature
 from shardckpt.state.subclasses import expand
 from shardckpt.state.tensors import TensorShard, tensor_shard
@@ -70,15 +73,45 @@ class FlatState:
     values: Any
     per_rank: dict[str, Any]
 
-    def layouts(self) -> list[Layout]:
-        """The tensors as `plan_save` takes them. Tied tensors are recognised by their memory."""
+    def layout(self, rank: int) -> RankLayout:
+        """What this rank, `rank`, holds. Tied tensors are recognised by their memory."""
         first: dict[Any, str] = {}
-        layouts = []
+        places: dict[MeshPlace, int] = {}
+        common: list[Layout | None] = []
+        own: list[Layout] = []
         for tensor in self.tensors:
-            memory = tensor.memory()
-            name = tensor.name if memory is None else first.setdefault(memory, tensor.name)
-            layouts.append(tensor.layout(alias=name if name != tensor.name else None))
-        return layouts
+            name, memory, alias = self._common_name(tensor.name, rank), tensor.memory(), None
+            if memory is not None and (same := first.setdefault(memory, tensor.name)) != tensor.name:
+                alias = self._common_name(same, rank)
+            layout = Layout(name, tensor.dtype, tensor.shape, (), alias, tensor.first_holder)
+            if (sharding := tensor.sharding) is not None:
+                mesh = places.setdefault(sharding.place, len(places))
+                layout = replace(layout, mesh=mesh, splits=sharding.splits)
+            else:
+                boxes = tuple(piece.box for piece in tensor.pieces if piece.box.volume)
+                layout = replace(layout, boxes=boxes)
+            is_own = tensor.is_own or name != tensor.name
+            common.append(None if is_own else layout)
+            if is_own:
+                own.append(layout)
+        coordinates = [place.coordinate or (-1,) * len(place.shape) for place in places]
+        return RankLayout(
+            meshes=tuple(place.shape for place in places),
+            coordinates=tuple(itertools.chain(*coordinates)),
+            common=tuple(common),
+            own=tuple(own),
+        )
+
+    def _common_name(self, name: str, rank: int) -> str:
+        """The name as all ranks have it: inside a PerRank, with `OWN` instead of the rank."""
+        folder = per_rank_path("", rank)
+        start = name.find(folder) if self.per_rank else -1
+        while start >= 0:
+            path, rest = name[:start], name[start + len(folder) :]
+            if path in self.per_rank and rest[:1] in ("", "/"):
+                return f"{path}{OWN}{rest}"
+            start = name.find(folder, start + 1)
+        return name
 
 
 def check_state(state: object) -> None:

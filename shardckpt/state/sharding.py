@@ -5,20 +5,35 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardckpt.errors import UnsupportedValueError
-from shardckpt.format.box import Piece, Runs, pieces_of_runs, split_strided
+from shardckpt.format.box import Piece, pieces_of_splits
+from shardckpt.format.layouts import Split
 
-__all__ = ["Sharding", "sharding_of"]
+__all__ = ["MeshPlace", "Sharding", "sharding_of"]
 
 
 _PARTS = (Replicate, Shard, _StridedShard)
 """Placements of which it is known what part of a tensor a rank holds. Their subclasses may differ."""
+
+
+class MeshPlace(NamedTuple):
+    """A mesh, and this rank's place in it.
+
+    Attributes:
+        names: of its dimensions; None if they have none.
+        shape: of the mesh.
+        coordinate: the rank's; None if it is not in the mesh.
+    """
+
+    names: tuple[str, ...] | None
+    shape: tuple[int, ...]
+    coordinate: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -26,19 +41,34 @@ class Sharding:
     """How a DTensor is split, and which part this rank has.
 
     Attributes:
-        splits: (dimension, parts, split factor) of each split, in order.
-        index: the number of this rank's part, from 0; None if it is not in the DTensor's mesh.
-        pieces: the boxes of that part, each with its place in the rank's memory.
+        place: its mesh, and the rank's place there.
+        splits: each split, in order.
+        pieces: the boxes of the rank's part, each with its place in the rank's memory.
     """
 
-    splits: tuple[tuple[int, int, int], ...]
-    index: int | None
+    place: MeshPlace
+    splits: tuple[Split, ...]
     pieces: tuple[Piece, ...]
+
+    @property
+    def ways(self) -> tuple[tuple[int, int, int], ...]:
+        """(dimension, parts, split factor) of each split, in order."""
+        return tuple((split.dim, split.parts, split.factor) for split in self.splits)
 
     @property
     def count(self) -> int:
         """The number of different parts: replicas of a part count once."""
-        return math.prod(parts for _, parts, _ in self.splits)
+        return math.prod(split.parts for split in self.splits)
+
+    @property
+    def index(self) -> int | None:
+        """The number of this rank's part, from 0; None if it is not in the DTensor's mesh."""
+        if self.place.coordinate is None:
+            return None
+        index = 0
+        for split in self.splits:
+            index = index * split.parts + self.place.coordinate[split.axis]
+        return index
 
 
 def sharding_of(tensor: DTensor, name: str) -> Sharding:
@@ -64,15 +94,19 @@ def sharding_of(tensor: DTensor, name: str) -> Sharding:
             "which mesh dimensions split from the left to the right."
         )
     coordinate = mesh.get_coordinate()
-    sizes = tuple(mesh.shape)
-    splits = _splits(tensor.placements, sizes, tuple(coordinate) if coordinate else (0,) * len(sizes))
-    ways = tuple((dim, parts, factor) for dim, parts, _, factor in splits)
-    if coordinate is None:  # this rank is not in the tensor's mesh
-        return Sharding(ways, None, ())
-    index = 0
-    for _, parts, own, _ in splits:
-        index = index * parts + own
-    return Sharding(ways, index, _pieces(tuple(tensor.shape), splits))
+    own = tuple(coordinate) if coordinate is not None else None
+    place = MeshPlace(mesh.mesh_dim_names, tuple(mesh.shape), own)
+    return _sharding(tuple(tensor.shape), tensor.placements, place)
+
+
+@lru_cache(maxsize=1 << 14)
+def _sharding(shape: tuple[int, ...], placements: tuple[Placement, ...], place: MeshPlace) -> Sharding:
+    splits = _splits(placements, place.shape)
+    own = place.coordinate
+    if own is None:
+        return Sharding(place, splits, ())
+    parts = tuple((dim, count, own[axis], factor) for dim, count, axis, factor in splits)
+    return Sharding(place, splits, pieces_of_splits(shape, parts))
 
 
 def _is_default_order(spec: DTensorSpec) -> bool:
@@ -88,20 +122,9 @@ def _default_order(placements: tuple[Placement, ...]) -> Any:
     return DTensorSpec.compute_default_shard_order(placements)
 
 
-@lru_cache(maxsize=1 << 16)
-def _pieces(shape: tuple[int, ...], splits: tuple[tuple[int, int, int, int], ...]) -> tuple[Piece, ...]:
-    """The boxes of a shape that a rank has after splits of (dimension, parts, own part, split factor)."""
-    runs: list[Runs] = [((0, n),) for n in shape]
-    for dim, parts, index, split_factor in splits:
-        runs[dim] = split_strided(runs[dim], parts, index, split_factor)
-    return pieces_of_runs(runs)
-
-
 @lru_cache(maxsize=1 << 12)
-def _splits(
-    placements: tuple[Placement, ...], sizes: tuple[int, ...], coordinate: tuple[int, ...]
-) -> tuple[tuple[int, int, int, int], ...]:
-    """The splits of a tensor on a mesh of these sizes: (dimension, parts, own part, split factor), in order.
+def _splits(placements: tuple[Placement, ...], sizes: tuple[int, ...]) -> tuple[Split, ...]:
+    """The splits of a tensor on a mesh of these sizes, in order.
 
     Mesh dimensions split from the left to the right; but a strided shard is split last, after the mesh dimensions
     to its right that make up its split factor, as FSDP does after tensor parallelism. Only this order is right
@@ -120,7 +143,7 @@ def _splits(
             at += 1
         order.insert(at if left == 1 else 0, (mesh_dim, 1 if left == 1 else factor))
     return tuple(
-        (dim, sizes[mesh_dim], coordinate[mesh_dim], factor)
+        Split(dim, sizes[mesh_dim], mesh_dim, factor)
         for mesh_dim, factor in order
         if (dim := dims[mesh_dim]) is not None
     )

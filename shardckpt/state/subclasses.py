@@ -11,6 +11,7 @@ stored by itself, and can be loaded in the same sharding only.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _expand(
         type=f"{type(local).__module__}.{type(local).__qualname__}",
         dtype=str(whole.dtype).removeprefix("torch."),
         shape=tuple(whole.shape),
-        sharding=sharding.splits if sharding is not None and is_fixed else (),
+        sharding=sharding.ways if sharding is not None and is_fixed else (),
         context=context,
     )
     return form, parts
@@ -82,7 +83,8 @@ def _by_shard(
     for number in range(sharding.count):
         form, found = expand(held, join(path, number), first_holder=first_holder)
         forms.append(form)
-        parts += found if number == sharding.index else []
+        if number == sharding.index:
+            parts += [replace(part, is_own=True) for part in found]
     return forms, parts
 
 

@@ -14,9 +14,9 @@ import torch
 
 from shardckpt.errors import FormatError, ShapeMismatchError, StateError
 from shardckpt.format.dtypes import numpy_dtype
+from shardckpt.format.holders import looks_whole
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.format.names import join, join_shown
-from shardckpt.format.save_plan import looks_whole
 from shardckpt.format.tree import PerRankRef, Record, TensorRef, WrapperRef, rebuilt
 from shardckpt.state.conform import conform
 from shardckpt.state.load_targets import LoadTargets, Undo
@@ -269,15 +269,16 @@ class TargetBuilder:
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
         """(pack, offset) of each tensor's first chunk: the same for tied tensors."""
-        firsts = self._manifest.first_rows.tolist()
-        chunks = self._manifest.chunks
-        places = {}
-        row = 0
+        chunks, names, arrays = self._manifest.chunks, [], []
+        array = 0
         for tensor in self._manifest.tensors:
             if tensor.nbytes:
-                places[tensor.name] = (chunks.pack[firsts[row]], chunks.offset[firsts[row]])
-            row += len(tensor.arrays)
-        return places
+                names.append(tensor.name)
+                arrays.append(array)
+            array += len(tensor.arrays)
+        rows = self._manifest.first_rows[np.array(arrays, dtype=np.int64)]
+        places = zip(chunks.pack[rows].tolist(), chunks.offset[rows].tolist(), strict=True)
+        return dict(zip(names, places, strict=True))
 
     def _place(self, name: str) -> Any:
         return self._places.get(name, name)

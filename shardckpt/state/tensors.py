@@ -17,9 +17,8 @@ from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.format.box import Box, Piece
 from shardckpt.format.dtypes import DTYPES, itemsize
 from shardckpt.format.manifest import shape_problem
-from shardckpt.format.save_plan import Layout
 from shardckpt.memory import prefer_huge_pages
-from shardckpt.state.sharding import sharding_of
+from shardckpt.state.sharding import Sharding, sharding_of
 from shardckpt.state.wrapped import PLAIN_TYPES, is_wrapper, own_part
 
 __all__ = [
@@ -52,6 +51,8 @@ class TensorShard:
         data: this rank's memory, detached; writing to it changes the state.
         first_holder: see `Layout`.
         is_new: True if `data` is new memory for a load, which is not yet a part of the state.
+        sharding: how a DTensor is split, from which `pieces` follow; None for other tensors.
+        is_own: True if ranks that are alike otherwise hold other tensors instead of it.
     """
 
     name: str
@@ -61,11 +62,8 @@ class TensorShard:
     data: torch.Tensor
     first_holder: bool = False
     is_new: bool = False
-
-    def layout(self, alias: str | None) -> Layout:
-        """The shard as `plan_save` takes it. `alias` is the first name of the same memory on this rank."""
-        boxes = tuple(piece.box for piece in self.pieces if piece.box.volume)
-        return Layout(self.name, self.dtype, self.shape, boxes, alias, self.first_holder)
+    sharding: Sharding | None = None
+    is_own: bool = False
 
     def memory(self) -> tuple[Any, ...] | None:
         """Equal for two shards of one rank only if they are the same memory; None without elements."""
@@ -158,8 +156,10 @@ def tensor_shard(
     check_memory(data, name)
     data = data.detach()
     shape = tuple(tensor.shape)
+    sharding = None
     if isinstance(tensor, DTensor):
-        pieces = sharding_of(tensor, name).pieces
+        sharding = sharding_of(tensor, name)
+        pieces = sharding.pieces
         wanted = tuple(
             max((p.at[d] + p.box.shape[d] for p in pieces), default=0) for d in range(len(shape))
         )
@@ -174,7 +174,7 @@ def tensor_shard(
     dtype = dtype_name(data.dtype, name)
     if problem := _shape_problem(dtype, shape):
         raise UnsupportedValueError(f"state[{name!r}] {problem}. Reshape it, or leave it out.")
-    return TensorShard(name, dtype, shape, pieces, data, first_holder)
+    return TensorShard(name, dtype, shape, pieces, data, first_holder, sharding=sharding)
 
 
 def check_memory(data: torch.Tensor, name: str) -> None:

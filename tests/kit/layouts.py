@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from shardckpt.format.box import Box, pieces_of_runs, split_evenly, split_strided
 from shardckpt.format.dtypes import DTYPES
+from shardckpt.format.layouts import Layout
 from shardckpt.format.manifest import Chunks, Manifest, Pack, pack_path
-from shardckpt.format.save_plan import Layout, SavePlan
+from shardckpt.format.save_plan import SavePlan
 
 __all__ = [
     "by_rank",
@@ -75,7 +76,7 @@ def manifest_of(plan: SavePlan) -> Manifest:
         per_rank=[{}] * world,
         packs=tuple(Pack(pack_path(rank), size) for rank, size in enumerate(plan.pack_sizes)),
         tensors=plan.tensors,
-        chunks=Chunks(pack=list(plan.writer), offset=list(plan.offset), crc32c=[0] * len(plan.writer)),
+        chunks=Chunks(plan.writer, plan.offset, [0] * len(plan.writer)),
     )
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from shardckpt.checkpointer import Checkpointer
 from shardckpt.drain import CHECK_INTERVAL, DrainFile, DrainWatch
+from shardckpt.format.layouts import WorldLayout
 from shardckpt.format.manifest import Manifest, Part
 from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.loading.fill import fill
@@ -43,6 +44,7 @@ __all__ = [
     "context",
     "load_local",
     "outcomes",
+    "plan_shards",
     "run_processes",
     "run_threads",
     "save_local",
@@ -116,6 +118,9 @@ class ThreadRanks:
 
     def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:  # noqa: ARG002
         return [max(column) for column in zip(*self._exchange("maximum", list(values)), strict=True)]
+
+    def total(self, values: Sequence[int]) -> list[int]:
+        return [sum(column) for column in zip(*self._exchange("total", list(values)), strict=True)]
 
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
         number = self._tell("start_maximum", list(values))
@@ -198,12 +203,18 @@ def start_save(session: SaveSession, storage: Storage, state: dict[str, Any], **
     return session.start("", [Destination(Tier(LOCAL, storage.url), Place(storage))], state, **options)
 
 
+def plan_shards(world: Sequence[Sequence[TensorShard]]) -> SavePlan:
+    """The plan of a save of tensors as the ranks of a world hold them, `world[rank]`."""
+    flat = [FlatState(list(tensors), {}, {}) for tensors in world]
+    return plan_save(WorldLayout.of([state.layout(rank) for rank, state in enumerate(flat)]))
+
+
 def save_local(root: Storage, world: Sequence[Sequence[TensorShard]]) -> tuple[SavePlan, Manifest]:
     """Save tensors as the ranks of a world hold them, `world[rank]`, one rank after another.
 
     The steps are those of SaveSession below `flatten`, which takes real tensors of a real world.
     """
-    plan = plan_save([FlatState(list(tensors), {}, {}).layouts() for tensors in world])
+    plan = plan_shards(world)
     place = Place(root)
     packs = []
     for rank, tensors in enumerate(world):

@@ -14,9 +14,10 @@ from torch import nn
 import shardckpt
 from shardckpt.format.box import Box, split_evenly
 from shardckpt.format.dtypes import numpy_dtype
+from shardckpt.format.layouts import Layout
 from shardckpt.format.manifest import MANIFEST, Manifest, Part
 from shardckpt.format.manifest_codec import decode_manifest
-from shardckpt.format.save_plan import Layout, plan_save
+from shardckpt.format.save_plan import plan_save
 from shardckpt.run.commit import commit
 from shardckpt.run.commit_wait import Patience
 from shardckpt.run.pack_writer import persist

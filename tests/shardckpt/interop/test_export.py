@@ -26,7 +26,7 @@ from shardckpt.errors import (
     StorageFullError,
 )
 from shardckpt.format.dtypes import numpy_dtype
-from shardckpt.format.save_plan import Layout
+from shardckpt.format.layouts import Layout
 from shardckpt.interop.export import merge
 from shardckpt.interop.reshard import reshard
 from tests.shardckpt.interop.helpers import (

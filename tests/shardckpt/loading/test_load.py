@@ -17,7 +17,7 @@ import torch
 
 from shardckpt.errors import CorruptError, StorageError
 from shardckpt.format.box import Box, Piece
-from shardckpt.format.manifest import Manifest
+from shardckpt.format.manifest import Chunks, Manifest
 from shardckpt.loading.fill import fill
 from shardckpt.loading.limits import LoadLimits
 from shardckpt.loading.pack_reader import MemoryPacks, Source
@@ -346,12 +346,7 @@ def test_tied_tensors_are_passed_on_once(tmp_path: Path) -> None:
     tied = msgspec.structs.replace(
         manifest,
         tensors=(*manifest.tensors, msgspec.structs.replace(other, name="tied")),
-        chunks=msgspec.structs.replace(
-            rows,
-            pack=[*rows.pack, rows.pack[0]],
-            offset=[*rows.offset, rows.offset[0]],
-            crc32c=[*rows.crc32c, rows.crc32c[0]],
-        ),
+        chunks=Chunks(*(np.append(c, c[0]) for c in (rows.pack, rows.offset, rows.crc32c))),
     )
     storage = Remote(open_storage(tmp_path))
     names = [["t0"], ["tied"], ["t0", "tied"]]
@@ -374,8 +369,8 @@ def test_snapshots(has_checksums: bool, is_new: bool, tmp_path: Path) -> None:
     """They load like files; without checksums nothing is compared with them."""
     manifest = save(tmp_path)
     if not has_checksums:
-        zeros = [0] * len(manifest.chunks.crc32c)
-        unknown = msgspec.structs.replace(manifest.chunks, crc32c=zeros)
+        table = manifest.chunks
+        unknown = Chunks(table.pack, table.offset, np.zeros_like(table.crc32c))
         manifest = msgspec.structs.replace(manifest, chunks=unknown)
     source = memory(tmp_path, manifest, range(4), has_checksums=has_checksums)
     state = shards(1, 0, is_new=is_new)

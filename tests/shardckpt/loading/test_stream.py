@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shardckpt.format.box import Box
-from shardckpt.format.save_plan import Layout
+from shardckpt.format.layouts import Layout
 from shardckpt.loading.stream import iter_boxes, slabs
 from shardckpt.run.places import Place
 from shardckpt.storage import open_storage

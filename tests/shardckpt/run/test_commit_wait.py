@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from shardckpt.errors import SaveError, StorageError, SupersededError
+from shardckpt.format.layouts import WorldLayout
 from shardckpt.format.manifest import Manifest, Part
 from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.run.attempts import claim_attempt
@@ -47,7 +48,9 @@ class Waiting:
         self.place = Place(HookedStorage(root, self._count), step_path(attempt, 1))
         flat = [flatten({f"w{rank}": torch.ones(10)}, rank) for rank in range(2)]
         self._flat: list[FlatState] = flat
-        self._plan: SavePlan = plan_save([each.layouts() for each in flat])
+        self._plan: SavePlan = plan_save(
+            WorldLayout.of([each.layout(rank) for rank, each in enumerate(flat)])
+        )
         self.write(0)
 
     def _count(self, method: str, path: str) -> None:

@@ -13,20 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardckpt.errors import RankMismatchError
-from shardckpt.format.save_plan import plan_save
 from shardckpt.saving.replica_check import ReplicaCheck, column_sums
 from shardckpt.saving.session import SaveSession
-from shardckpt.state.flatten import FlatState
 from shardckpt.state.tensors import TensorShard, tensor_shard
 from shardckpt.storage import open_storage
-from tests.kit.worlds import ThreadRanks, outcomes, run_threads, start_save
+from tests.kit.worlds import ThreadRanks, outcomes, plan_shards, run_threads, start_save
 
 MiB = 1 << 20
 
 
 def _found_after(worlds: Sequence[Sequence[TensorShard]], turns: int) -> tuple[int, str] | None:
     """At which turn the replicas of the ranks are found to differ, and what is said; None if never."""
-    plan = plan_save([FlatState(list(tensors), {}, {}).layouts() for tensors in worlds])
+    plan = plan_shards(worlds)
 
     def run(ranks: ThreadRanks) -> tuple[int, str] | None:
         replicas = ReplicaCheck(plan, worlds[ranks.rank], ranks.rank)
