@@ -5,6 +5,7 @@ Everything is the launcher's own (`Generation`, `RankAssignment`) but the store,
 
 from __future__ import annotations
 
+import gc
 import queue
 import resource
 import threading
@@ -25,7 +26,7 @@ from launcher.rendezvous.member.signing import Signer
 from launcher.rendezvous.member.stores import SignedStore
 from launcher.rendezvous.team import RankAssignment, Ready
 
-__all__ = ["Members", "Outcome", "raise_file_limit", "serve_members"]
+__all__ = ["Members", "Outcome", "cpu_seconds", "raise_file_limit", "serve_members"]
 
 _HELLO_TIMEOUT = 60.0
 _CONNECTING = (
@@ -48,11 +49,13 @@ class Outcome:
         began: when the last of them began, seconds of the monotonic clock.
         ended: when the last of them had what the phase is for.
         requests: to the store, as they go over the connection.
+        cpu: seconds that all of them have computed.
     """
 
     began: float
     ended: float
     requests: int
+    cpu: float = 0.0
 
 
 class CountingStore:
@@ -171,7 +174,8 @@ class Members:
                 member.generation.stop()
             else:
                 member.generation.report_lost(0, "no sign of life for 4.0 s")
-                member.hear("lost", 1)
+                while member.hear("lost", 1)[0][1]["node"] != 0:
+                    pass
 
         return self._all(act)
 
@@ -188,7 +192,7 @@ class Members:
         self, act: Callable[[Member], None], began: Callable[[Member], bool] = lambda _: True
     ) -> Outcome:
         """Have all members `act` at once, each in a thread of its own."""
-        before = sum(self._requests)
+        before, cpu = sum(self._requests), cpu_seconds()
         begins, ends = [], []
 
         def run(member: Member) -> None:
@@ -206,12 +210,14 @@ class Members:
             thread.join()
         if len(ends) < len(threads):
             raise RuntimeError(f"{len(threads) - len(ends)} members failed: their errors are above")
-        return Outcome(max(begins, default=0.0), max(ends), sum(self._requests) - before)
+        requests = sum(self._requests) - before
+        return Outcome(max(begins, default=0.0), max(ends), requests, cpu_seconds() - cpu)
 
 
 def serve_members(pipe: Connection, ranks: Iterable[int], size: int, port: int, is_libuv: bool) -> None:
     """Carry out phases, by name and arguments, until the other end of `pipe` is closed."""
     raise_file_limit()
+    gc.disable()  # a collection would look through what all members have received
     threading.stack_size(256 << 10)
     members = Members(list(ranks), size, port, is_libuv=is_libuv)
     pipe.send(None)
@@ -221,6 +227,12 @@ def serve_members(pipe: Connection, ranks: Iterable[int], size: int, port: int, 
         except EOFError:
             return
         pipe.send(getattr(members, name)(*arguments))
+
+
+def cpu_seconds() -> float:
+    """Of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def raise_file_limit() -> None:

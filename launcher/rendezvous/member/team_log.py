@@ -17,13 +17,14 @@ __all__ = ["Message", "TeamLog"]
 Message = dict[str, Any]
 
 _PACE = 0.0002
-"""Seconds for each node of the team between two entries of a relay.
+"""Seconds for each node of the team in which a relay looks for more messages before it appends those that it has.
 
 Each node reads each entry, with three requests, and a store answers about 30,000 a second (scripts/bench/nodes).
 """
 
-_PATIENCE = 1.0  # seconds for a relay to append a message, and ten times its pace
-_PACES = 10
+_MAX_PACES = 5  # for which more messages may come, until an entry is made
+_PATIENCE = 1.0  # seconds for a relay to append a message, and some paces
+_PATIENCE_PACES = 20
 
 
 class TeamLog:
@@ -156,7 +157,7 @@ class TeamLog:
                     state.entries, [record for record in records if not is_same or record.serial > last]
                 )
             entry, last = state.entries, records[-1].serial
-            deadline = time.monotonic() + _PATIENCE + _PACES * self._pace
+            deadline = time.monotonic() + _PATIENCE + _PATIENCE_PACES * self._pace
 
     def _take_over(self, writer: LogWriter, records: list[Record]) -> None:
         """Append without the relay, and relay from now on, unless another node was faster."""
@@ -178,19 +179,27 @@ class TeamLog:
         """Make entries of what is in the inboxes, while this node is the relay."""
         store = self._relaying = self._relaying or self._sending.connect_again()
         writer, inbox = LogWriter(store, self._rank, state), Inbox(store)
-        earliest = 0.0
         while not self._is_over and writer.state.relay == self._rank:
             entry = writer.state.entries
             if inbox.wait(entry):
-                time.sleep(max(0.0, earliest - time.monotonic()))
                 # Without a new message in it, the entry makes those who have come too late for it try again.
-                writer.append(inbox.take(entry))
+                writer.append(self._gather(inbox, entry))
                 inbox.remove(entry)
-                earliest = time.monotonic() + self._pace
             with self._changed:
                 if self._state.entries > writer.state.entries:  # another node has taken over
                     writer = LogWriter(store, self._rank, self._state)
         self._is_relaying = False
+
+    def _gather(self, inbox: Inbox, entry: int) -> list[Record]:
+        """What is in the inbox of `entry` when no more comes, or when that has gone on for some time."""
+        records: list[Record] = []
+        for _ in range(_MAX_PACES):
+            time.sleep(self._pace)
+            found = inbox.take(entry)
+            if len(found) == len(records):
+                break
+            records = found
+        return records
 
 
 def _is_loss_of(node: int, record: Record) -> bool:
