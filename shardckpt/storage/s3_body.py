@@ -15,36 +15,36 @@ class Body:
     To botocore, which signs it, it is a file; to aiohttp an asynchronous iterable, which it sends piece by piece.
     Bytes it would copy as a whole into the connection's own buffer.
 
-    Args:
+    Attributes:
         view: the bytes.
-        progress: called with the number of bytes that the connection has taken.
+        progress: called with the number of bytes that the connection has taken, from any thread.
     """
 
     def __init__(self, view: memoryview, progress: Callable[[int], object]) -> None:
-        self._view = view
-        self._progress = progress
+        self.view = view
+        self.progress = progress
         self._position = 0
 
     def __len__(self) -> int:
-        return len(self._view)
+        return len(self.view)
 
     def __bool__(self) -> bool:
         return True  # empty, it still is a body
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1) -> memoryview:
         start = self._position
-        stop = len(self._view) if size is None or size < 0 else min(start + size, len(self._view))
+        stop = len(self.view) if size is None or size < 0 else min(start + size, len(self.view))
         self._position = max(start, stop)
-        return bytes(self._view[start:stop])
+        return self.view[start:stop]
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = offset + (0, self._position, len(self._view))[whence]
+        self._position = offset + (0, self._position, len(self.view))[whence]
         return self._position
 
     def tell(self) -> int:
         return self._position
 
     async def __aiter__(self) -> AsyncIterator[memoryview]:
-        for start in range(0, len(self._view), _PIECE):
-            yield self._view[start : start + _PIECE]
-            self._progress(start + _PIECE)
+        for start in range(0, len(self.view), _PIECE):
+            yield self.view[start : start + _PIECE]
+            self.progress(start + _PIECE)

@@ -10,10 +10,11 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
-from shardckpt.errors import CredentialsError, OutOfReachError, StorageError
+from shardckpt.errors import CredentialsError, FormatError, OutOfReachError, StorageError
 from shardckpt.storage.limits import Limits, Patience
 from shardckpt.storage.names import without_temporary
 from shardckpt.storage.s3_body import Body
+from shardckpt.storage.s3_checksums import add_checksum, prepare
 from shardckpt.storage.s3_credentials import Found, credentials_of
 from shardckpt.storage.s3_errors import (
     BeyondEndError,
@@ -23,6 +24,7 @@ from shardckpt.storage.s3_errors import (
     explain,
 )
 from shardckpt.storage.s3_settings import S3Settings
+from shardckpt.storage.s3_transport import ThreadSession
 from shardckpt.storage.work import Work, in_loop
 
 __all__ = ["CONFIG", "Progress", "S3Client", "outcome"]
@@ -34,7 +36,12 @@ T = TypeVar("T")
 Progress = Callable[[int], object]
 """Called with the bytes of a request or an answer that were transferred so far."""
 
-CONFIG = {"max_pool_connections": 32, "connect_timeout": 5, "read_timeout": 30}
+CONFIG = {
+    "max_pool_connections": 32,
+    "connect_timeout": 5,
+    "read_timeout": 30,
+    "http_session_cls": ThreadSession,
+}
 """Settings of botocore that the options may override."""
 
 _LONGEST_PAUSE = 2.0  # seconds between two look-ups of credentials that are about to be renewed
@@ -70,6 +77,8 @@ class S3Client:
         self._limits = Limits.of(options, read_timeout=float(config["read_timeout"]))
         self._credentials = credentials_of(system, options)
         self._outage = _Outage()
+        self._prepared: Any = None
+        self._checks_content = False
 
     def start(self, work: Coroutine[Any, Any, T]) -> Work[T]:
         """Start `work` in the event loop, from any other thread."""
@@ -161,10 +170,15 @@ class S3Client:
             # As s3fs's own `call_s3` does; its other methods cache listings, or lack options.
             await self._system.set_session()
             client = await self._system.get_s3(self._bucket)
-            client.meta.events.register("before-sign.s3", _expect_nothing, unique_id="shardckpt")
+            if client is not self._prepared:
+                self._prepared, self._checks_content = client, prepare(client, self._system)
+            if self._checks_content:
+                add_checksum(method, arguments)
             answer = await self._system._call_s3(method, Bucket=self._bucket, **arguments)
         for member in _MEMBERS.get(method, ()):
             if member not in answer:
+                if "Body" in answer:
+                    answer["Body"].close()  # its connection is needed
                 raise StorageError(
                     f"{self.name(without_temporary(key or about))}: what answers is no S3 server: there is no "
                     f"{member} in its answer. Check endpoint_url in storage_options or AWS_ENDPOINT_URL"
@@ -176,7 +190,7 @@ class S3Client:
         """Raise errors of the block, about `key`, as this library's or the contract's."""
         try:
             yield
-        except StorageError:
+        except (StorageError, FormatError):
             raise
         except Exception as error:
             raise explain(error, self.name(without_temporary(key))) from error
@@ -186,13 +200,23 @@ class S3Client:
         loop = asyncio.get_running_loop()
         own = Patience(self._limits.deadline / 2, self._limits.least_rate, loop.time)
 
-        def progress(nbytes: int) -> None:
+        checking: asyncio.TimerHandle | None = None
+
+        def progress(nbytes: int) -> None:  # called from any thread
             own.extend(nbytes)
             patience.extend(nbytes)
-            timeout.reschedule(min(own.end, patience.end))
+
+        def check() -> None:
+            nonlocal checking
+            end = min(own.end, patience.end)
+            if loop.time() >= end:
+                timeout.reschedule(loop.time())
+            else:
+                checking = loop.call_at(end, check)
 
         try:
-            async with asyncio.timeout_at(min(own.end, patience.end)) as timeout:
+            async with asyncio.timeout(None) as timeout:
+                check()
                 return await work(progress)
         except TimeoutError as error:
             if not timeout.expired():
@@ -202,6 +226,9 @@ class S3Client:
                 f"{self.name(without_temporary(key))}: the server does not answer, or fewer than "
                 f"{self._limits.least_rate:g} bytes per second came through"
             ) from error
+        finally:
+            if checking is not None:
+                checking.cancel()
 
     async def _look_up(self, generation: int, since: float, patience: Patience) -> Found:
         """Look credentials up again. `Found.NOTHING` if their source does not answer."""
@@ -278,8 +305,3 @@ def _attempts(options: Mapping[str, Any], default: int) -> int:
     if "max_attempts" in retries:  # does not count the first
         return int(retries["max_attempts"]) + 1
     return int(retries.get("total_max_attempts", default))
-
-
-def _expect_nothing(request: Any, **_: Any) -> None:
-    """Send bodies at once: aiohttp would wait for "100 Continue", which not every server sends."""
-    del request.headers["Expect"]  # no error if there is none

@@ -24,10 +24,10 @@ async def get(client: S3Client, key: str) -> bytes:
 
     async def attempt(progress: Progress) -> bytes:
         answer = await client.call("get_object", key, progress)
-        check_whole(client.name(key), int(answer.get("ContentLength", 0)))
         data = bytearray()
         with client.explained(key):
             async with answer["Body"] as body:
+                check_whole(client.name(key), int(answer.get("ContentLength", 0)))
                 while piece := await body.read(_PIECE):
                     data += piece
                     check_whole(client.name(key), len(data))
@@ -70,7 +70,7 @@ async def _receive(answer: Any, name: str, view: memoryview, progress: Progress)
 
     A server that sends the body in chunks need not give its length in advance.
     """
-    done, is_known = 0, "ContentLength" in answer
+    is_known = "ContentLength" in answer
     length = int(answer["ContentLength"]) if is_known else len(view)
     async with answer["Body"] as body:
         if length > len(view) or not (is_known or "ContentRange" in answer):
@@ -78,15 +78,23 @@ async def _receive(answer: Any, name: str, view: memoryview, progress: Progress)
                 f"{name}: the server answered a request for {len(view)} bytes with "
                 f"{length if is_known else 'all'}: it ignores ranges, which reading a checkpoint needs"
             )
-        while done < length:
-            data = await body.read(length - done)
-            if not data and not is_known:
-                break
-            if not data:
-                raise ConnectionError(f"the answer broke off after {done} of {length} bytes")
-            view[done : done + len(data)] = data
-            done += len(data)
-            progress(done)
+        view, raw = view[:length], getattr(body, "raw_stream", body)
+        if hasattr(raw, "read_into"):  # of ThreadSession
+            done = int(await raw.read_into(view, progress))
+        else:
+            done = await _copy_into(view, body, progress)
+        if done < length and is_known:
+            raise ConnectionError(f"the answer broke off after {done} of {length} bytes")
+    return done
+
+
+async def _copy_into(view: memoryview, body: Any, progress: Progress) -> int:
+    """Fill `view` from aiohttp, which has buffers of its own. Returns how many bytes there were."""
+    done = 0
+    while data := await body.read(len(view) - done):
+        view[done : done + len(data)] = data
+        done += len(data)
+        progress(done)
     return done
 
 

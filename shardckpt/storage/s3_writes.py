@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from shardckpt.errors import StorageError
+from shardckpt.storage.s3_checksums import CHECKSUM
 from shardckpt.storage.s3_client import S3Client, outcome
 from shardckpt.storage.s3_errors import TransientError, UnreachableError
 from shardckpt.storage.work import Work, cleanup, stop
@@ -16,6 +17,7 @@ from shardckpt.storage.work import Work, cleanup, stop
 __all__ = ["create", "put"]
 
 _WRITER = "shardckpt-writer"  # metadata of an object: the id of the call that wrote it
+_OF_PART = ("ETag", CHECKSUM)  # what completes an upload, of the answer to each part
 _Works = list[Work[Any]]
 
 
@@ -121,7 +123,10 @@ def _send_parts(
         if failed:
             outcome(failed[0])
     answers = [outcome(work) for work in sending]
-    return [{"PartNumber": number, "ETag": answer["ETag"]} for number, answer in enumerate(answers, 1)]
+    return [
+        {"PartNumber": number, **{name: answer[name] for name in _OF_PART if name in answer}}
+        for number, answer in enumerate(answers, 1)
+    ]
 
 
 def _has_failed(work: Work[Any]) -> bool:

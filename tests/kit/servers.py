@@ -11,6 +11,7 @@ import re
 import select
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -147,7 +148,7 @@ class FaultyProxy:
     - "page": answer with status 200 and a web page, as a server that is none of S3's.
     - "chunked": do not tell the length of the answer's body before, but send it in chunks.
 
-    `requests` records (method, path) of all, `keys` the access key of each.
+    `requests` records (method, path) of all, `keys` the access key of each, `headers` its headers.
     """
 
     endpoint: str = ""
@@ -155,6 +156,7 @@ class FaultyProxy:
     pause: float = 0.02
     requests: list[tuple[str, str]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     expired: set[str] = field(default_factory=set)
     """Access keys whose credentials have expired."""
 
@@ -164,8 +166,13 @@ class FaultyProxy:
 
 
 @contextlib.contextmanager
-def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
-    """A FaultyProxy in front of `upstream`, an http:// endpoint."""
+def faulty_proxy(upstream: str, certificate: Path | None = None) -> Iterator[FaultyProxy]:
+    """A FaultyProxy in front of `upstream`, an http:// endpoint.
+
+    Args:
+        upstream: the server that it passes requests on to.
+        certificate: a file with a certificate and its key has the proxy speak https.
+    """
     proxy = FaultyProxy()
     host = upstream.removeprefix("http://")
     over = threading.Event()
@@ -180,6 +187,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
 
         def handle_request(self) -> None:
             proxy.requests.append((self.command, self.path))
+            proxy.headers.append({name.lower(): value for name, value in self.headers.items()})
             key = re.search("Credential=([^/]+)/", self.headers.get("Authorization", ""))
             proxy.keys.append(key[1] if key else "")
             fault = proxy.faults(self.command, self.path)
@@ -275,6 +283,12 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     proxy.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        # The handshake is left to the request's own thread, by its first read.
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        proxy.endpoint = proxy.endpoint.replace("http:", "https:")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
