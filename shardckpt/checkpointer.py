@@ -163,7 +163,10 @@ class Checkpointer:
             RunInUseError: another job is at work in the run, which takes some seconds to find out.
             NotACheckpointError: `url` is a single checkpoint, or the folder of an attempt.
             CorruptError: there are checkpoints, and none is good.
-            StateError: the checkpoint does not fit `state`, which is unchanged.
+            StateError: the checkpoint does not fit `state`.
+
+        `state` is filled while the checkpoint is verified. After an error it is unchanged, unless the text says
+        that it is partly loaded, and names its entries: do not go on with them.
         """
         started = time.monotonic()
         self._unsaved.forget()

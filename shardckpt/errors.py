@@ -98,7 +98,7 @@ class ShapeMismatchError(StateError):
 
 
 class CheckpointError(ShardckptError):
-    """The checkpoint at this URL is not right. Nothing was changed in the caller's state."""
+    """The checkpoint at this URL is not right. The state is unchanged, unless the text says that it is not."""
 
 
 class NotACheckpointError(CheckpointError, FileNotFoundError):

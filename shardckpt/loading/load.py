@@ -1,4 +1,4 @@
-"""Load: manifest -> plan -> fetch -> verify -> apply, on every rank or on none."""
+"""Load: manifest -> plan -> fetch -> verify -> apply, on every rank."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shardckpt.format.manifest import Manifest
 from shardckpt.format.manifest_codec import decode_checked, decode_manifest
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.fill import fill
+from shardckpt.loading.leftovers import Leftovers
 from shardckpt.loading.pack_reader import Source
 from shardckpt.memory import no_garbage_collection
 from shardckpt.progress import doing
@@ -66,6 +67,7 @@ def load(
     state: dict[str, Any],
     *,
     strict: bool = True,
+    atomic: bool = True,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Load a checkpoint into `state`, in place, on any number of ranks and in any layout. Collective.
@@ -77,14 +79,18 @@ def load(
             that it has are loaded.
         strict: the names below each of these entries must agree with the checkpoint's. If False, names that only
             one side has are skipped, and returned in `Loaded.missing` and `Loaded.unexpected`.
+        atomic: change nothing unless all of the checkpoint that is needed is good, on every rank. That takes a
+            second pass over local files, and as much memory again for tensors from object storage. If False, the
+            tensors are filled while what is read is verified: that is faster, and takes about 64 MiB of memory a
+            rank. Then an error may leave the state partly loaded; its text says so, and names the entries.
         storage_options: for `url`, as docs/storage.md has them.
 
     Tensors, modules and optimizers are filled in place. So are dicts, lists, sets and NumPy arrays of plain
     values: they have then what was saved, and nothing else. Other values are replaced. Modules, optimizers and
     objects with hooks or methods of their own are given what was saved through their load_state_dict.
 
-    Raises, with the state unchanged: NotACheckpointError, FormatError, CorruptError, StorageError,
-    MissingKeysError, ShapeMismatchError, StateError.
+    Raises, with the state unchanged unless the text says that it is partly loaded: NotACheckpointError,
+    FormatError, CorruptError, StorageError, MissingKeysError, ShapeMismatchError, StateError.
 
     >>> import tempfile, torch, shardckpt
     >>> model = torch.nn.Linear(2, 2)
@@ -103,7 +109,11 @@ def load(
             path = find_place(url, storage_options).url
     found = ranks.broadcast(path.encode()).decode()
     place = find_place(url) if isinstance(url, Storage) else exact_place(found, storage_options)
-    return load_place(place, state, ranks, strict=strict, started=started)
+    leftovers = Leftovers()
+    with leftovers.explained():
+        return load_place(
+            place, state, ranks, strict=strict, started=started, atomic=atomic, leftovers=leftovers
+        )
 
 
 @no_garbage_collection()
@@ -114,20 +124,33 @@ def load_place(
     *,
     strict: bool,
     started: float,
+    atomic: bool = True,
+    leftovers: Leftovers | None = None,
     tier: str | None = None,
 ) -> Loaded:
     """Load the checkpoint at `place`, as `load` does. Collective.
 
     Args:
         place: of a committed checkpoint.
-        state, strict: as `load` has them.
+        state, strict, atomic: as `load` has them.
         ranks: of the job.
         started: when the load began, by time.monotonic().
+        leftovers: of earlier loads into `state` that failed; an error may leave more.
         tier: the name of the place's tier; None: it follows from the place's storage.
     """
     manifest = _shared_manifest(place, ranks)
     tier = tier_name(place.root) if tier is None else tier
-    return load_source(place, manifest, state, ranks, strict=strict, started=started, tier=tier)
+    return load_source(
+        place,
+        manifest,
+        state,
+        ranks,
+        strict=strict,
+        started=started,
+        atomic=atomic,
+        leftovers=leftovers,
+        tier=tier,
+    )
 
 
 @no_garbage_collection()
@@ -139,21 +162,43 @@ def load_source(
     *,
     strict: bool,
     started: float,
+    atomic: bool = True,
+    leftovers: Leftovers | None = None,
     tier: str,
 ) -> Loaded:
-    """Load the checkpoint of `manifest` from the packs of `source`. Collective. Raises as `load` does.
+    """Load the checkpoint of `manifest` from the packs of `source`. Collective. Arguments as in `load_place`.
 
     The flow: bind the state to the manifest, fill the tensors (plan, fetch, verify, apply: `fill`), and hand the
     values to the state's objects. Ranks agree after each step, and go on only if it succeeded on all of them.
+    Where an object of the state may still refuse the checkpoint, the load is atomic.
     """
+    leftovers = Leftovers() if leftovers is None else leftovers
     with doing("restore"):
         with agreement(ranks):
             targets = _bind(source, manifest, state, ranks, strict=strict)
+
+        def prepare() -> None:
+            targets.prepare()
+            leftovers.check(targets)
+
+        def begin() -> None:
+            targets.begin()
+            leftovers.add(targets)
+
         try:
-            nbytes = fill(source, manifest, targets.tensors, ranks, prepare=targets.prepare)
+            nbytes = fill(
+                source,
+                manifest,
+                targets.tensors,
+                ranks,
+                prepare=prepare,
+                begin=begin,
+                atomic=atomic or bool(targets.on_verified),
+            )
         except BaseException:
             targets.undo()
             raise
+        leftovers.clear()
         with agreement(ranks):
             targets.apply()
     return Loaded(

@@ -21,6 +21,7 @@ from shardckpt.errors import (
     finding,
 )
 from shardckpt.format import records
+from shardckpt.loading.leftovers import Leftovers
 from shardckpt.loading.load import Loaded, load_place, load_source
 from shardckpt.loading.snapshots import open_snapshot
 from shardckpt.memory import no_garbage_collection
@@ -88,6 +89,7 @@ class RestoreCandidates:
         self._tiers = tiers
         self._client = client
         self._ranks = ranks
+        self._leftovers = Leftovers()
 
     @no_garbage_collection()
     def load(self, state: dict[str, Any], *, strict: bool, started: float) -> Loaded | None:
@@ -98,10 +100,15 @@ class RestoreCandidates:
             strict: as `load` has it.
             started: when the restore began, by time.monotonic().
 
-        A candidate that fails verification is logged, marked as bad and passed over. If none is good, the last
-        error is raised. UnknownVersionError of a newer candidate is raised at once: that one is not damaged, and
-        to pass it over would lose its work.
+        A candidate is written into the state while it is verified. One that fails is logged, marked as bad and
+        passed over: the next one overwrites what it has left. If none is good, the last error is raised, which
+        says what of the state is partly loaded. UnknownVersionError of a newer candidate is raised at once: that
+        one is not damaged, and to pass it over would lose its work.
         """
+        with self._leftovers.explained():
+            return self._load_newest(state, strict=strict, started=started)
+
+    def _load_newest(self, state: dict[str, Any], *, strict: bool, started: float) -> Loaded | None:
         failure: CheckpointError | StorageError | None = None
         for candidate in self._candidates():
             try:
@@ -156,7 +163,16 @@ class RestoreCandidates:
     ) -> Loaded:
         if candidate.snapshot is None:
             place, tier = self._place(candidate), self._tiers[candidate.tier][0]
-            return load_place(place, state, self._ranks, strict=strict, started=started, tier=tier)
+            return load_place(
+                place,
+                state,
+                self._ranks,
+                strict=strict,
+                started=started,
+                atomic=False,
+                leftovers=self._leftovers,
+                tier=tier,
+            )
         url = f"{self._url}/{candidate.path}"
         try:
             opened = open_snapshot(self._client, candidate.snapshot, url, self._ranks)
@@ -164,7 +180,15 @@ class RestoreCandidates:
                 raise NotACheckpointError(f"the snapshot of {url} is in no memory any more")
             manifest, packs = opened
             return load_source(
-                packs, manifest, state, self._ranks, strict=strict, started=started, tier=MEMORY
+                packs,
+                manifest,
+                state,
+                self._ranks,
+                strict=strict,
+                started=started,
+                atomic=False,
+                leftovers=self._leftovers,
+                tier=MEMORY,
             )
         finally:
             if self._client is not None:

@@ -21,8 +21,8 @@ Undo = Callable[[], object]
 class LoadTargets:
     """What a load fills.
 
-    Call `prepare` when all new memory is filled and before any memory of the state is; call `apply` when every
-    tensor is filled. If the load fails in between, on this rank or another, call `undo`.
+    Call `prepare` when all new memory is filled and before any memory of the state is, `begin` after it, and
+    `apply` when every tensor is filled. If the load fails in between, on this rank or another, call `undo`.
 
     Attributes:
         tensors: memory to fill: the state's own, and new memory that `apply` hands to the state's objects.
@@ -60,9 +60,12 @@ class LoadTargets:
         while self._undo:
             self._undo.pop()()
 
+    def begin(self) -> None:
+        """Tell autograd that tensors of the state are about to be written to."""
+        torch.autograd.graph.increment_version(self.live)
+
     def apply(self) -> None:
         """Hand what was loaded to the state's objects, once. Raises StateError if one does not accept it."""
-        torch.autograd.graph.increment_version(self.live)
         for path, action in self.on_filled:
             try:
                 with doing(f"load_state_dict of {path!r}"):  # reported if the user's code hangs
