@@ -16,9 +16,9 @@ from shardckpt.format.box import Box
 from shardckpt.format.dtypes import numpy_dtype
 from shardckpt.format.manifest import Manifest, TensorEntry
 from shardckpt.format.value_decoding import decode_value
-from shardckpt.loading.destination import Arrays
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import ChunkIndex, index_chunks, plan_reads
+from shardckpt.loading.scatter import ArrayScatter
 from shardckpt.loading.zarr_group import open_group
 from shardckpt.run.places import Place, find_place, read_manifest
 from shardckpt.storage import LocalStorage, Storage
@@ -112,7 +112,7 @@ class Checkpoint:
         fetcher.check_sizes(read.stored for read in reads)
         result = np.zeros(box.shape, dtype=numpy_dtype(tensor.dtype))
 
-        fetcher.load(reads, Arrays({0: result}))
+        fetcher.load(reads, ArrayScatter({0: result}))
         return np.asarray(result[rest])
 
     def entry(self, name: str) -> TensorEntry:

@@ -21,10 +21,10 @@ from shardckpt.errors import LOAD_ANOTHER, CorruptError
 from shardckpt.format.box import Box
 from shardckpt.format.chunks import CRC_BYTES, StoredChunk
 from shardckpt.format.manifest import Manifest
-from shardckpt.loading.destination import DISCARD, PIECE, Destination, Scratch
 from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.loading.pack_reader import PackStream, Source, open_packs
 from shardckpt.loading.plan import ChunkRead, coalesced, describe, plan_reads
+from shardckpt.loading.scatter import DISCARD, PIECE, Scatter, Scratch
 from shardckpt.progress import alive
 from shardckpt.storage.parallel import in_parallel
 from shardckpt.storage.rereading import warn_misread
@@ -60,20 +60,18 @@ class Fetcher:
         """True if this process can read the pack of this number."""
         return pack in self._packs
 
-    def load(
-        self, reads: Iterable[ChunkRead], destination: Destination, progress: Progress | None = None
-    ) -> None:
-        """Fill `destination` from these chunks, and verify them, in one pass.
+    def load(self, reads: Iterable[ChunkRead], scatter: Scatter, progress: Progress | None = None) -> None:
+        """Fill `scatter` from these chunks, and verify them, in one pass.
 
         Args:
             reads: in the order of packs and offsets.
-            destination: what it has of a chunk is undefined after an error.
+            scatter: what it has of a chunk is undefined after an error.
             progress: see `Progress`.
 
         Chunks that are held are taken from there, and released. Raises CorruptError, which names the first bad
         chunk and its pack, or a pack that is missing or has another size; StorageError.
         """
-        self._pass(reads, destination, progress, keep=False)
+        self._pass(reads, scatter, progress, keep=False)
 
     def verify(self, reads: Iterable[ChunkRead], progress: Progress | None = None) -> None:
         """Compare these chunks with their checksums. Arguments and errors are those of `load`."""
@@ -84,11 +82,11 @@ class Fetcher:
         self._pass(reads, DISCARD if self.is_near else _Holder(self._held), None, keep=True)
 
     def _pass(
-        self, reads: Iterable[ChunkRead], destination: Destination, progress: Progress | None, *, keep: bool
+        self, reads: Iterable[ChunkRead], scatter: Scatter, progress: Progress | None, *, keep: bool
     ) -> None:
         def handle(group: list[ChunkRead]) -> None:
             alive()
-            self._pass_group(group, destination, keep=keep)
+            self._pass_group(group, scatter, keep=keep)
             if progress is not None:
                 progress(sum(read.stored.nbytes for read in group))
 
@@ -99,7 +97,7 @@ class Fetcher:
         groups = list(self._requests(waiting))
         self.check_sizes(read.stored for read in waiting)
         in_parallel(handle, groups, self._packs.threads)
-        in_parallel(lambda read: self._release(read, destination), held, self._packs.threads)
+        in_parallel(lambda read: self._release(read, scatter), held, self._packs.threads)
 
     def check_all_sizes(self) -> None:
         """Compare the size of every pack with the manifest's. Raises CorruptError, StorageError."""
@@ -158,26 +156,26 @@ class Fetcher:
         for group in coalesced((read.stored for read in reads), self._packs.request):
             yield list(islice(ordered, len(group)))
 
-    def _release(self, read: ChunkRead, destination: Destination) -> None:
+    def _release(self, read: ChunkRead, scatter: Scatter) -> None:
         """Hand over a chunk that is held."""
         alive()
-        destination.write(read, np.frombuffer(self._held.pop(read.stored.row), dtype=np.uint8))
+        scatter.write(read, np.frombuffer(self._held.pop(read.stored.row), dtype=np.uint8))
 
-    def _pass_group(self, group: Sequence[ChunkRead], destination: Destination, *, keep: bool) -> None:
+    def _pass_group(self, group: Sequence[ChunkRead], scatter: Scatter, *, keep: bool) -> None:
         """Read neighbouring chunks: small ones together, others in pieces."""
         first = group[0].stored
         try:
             with self._packs.stream(first.pack, first.offset, group[-1].stored.stop, keep=keep) as stream:
                 for run in _runs(group):
                     if len(run) > 1 or run[0].stored.nbytes <= PIECE:
-                        self._pass_small(stream, run, destination)
+                        self._pass_small(stream, run, scatter)
                     else:
-                        self._pass_large(stream, run[0], destination)
+                        self._pass_large(stream, run[0], scatter)
         except FileNotFoundError:  # the pack is gone, or seems to be
             for read in group:
-                self._repair(read, None, destination)
+                self._repair(read, None, scatter)
 
-    def _pass_small(self, stream: PackStream, reads: Sequence[ChunkRead], destination: Destination) -> None:
+    def _pass_small(self, stream: PackStream, reads: Sequence[ChunkRead], scatter: Scatter) -> None:
         start = reads[0].stored.offset
         content = self._thread.scratch.bytes(reads[-1].stored.stop - start)
         is_read = _fill(stream, start, content.data)
@@ -186,15 +184,15 @@ class Fetcher:
             part = content[chunk.offset - start : chunk.stop - start]
             problem = self._difference(chunk, part.data) if is_read else None
             if problem == "":
-                destination.write(read, part[: chunk.nbytes])
+                scatter.write(read, part[: chunk.nbytes])
             else:
-                self._repair(read, problem, destination)
+                self._repair(read, problem, scatter)
 
-    def _pass_large(self, stream: PackStream, read: ChunkRead, destination: Destination) -> None:
+    def _pass_large(self, stream: PackStream, read: ChunkRead, scatter: Scatter) -> None:
         chunk = read.stored
         stored = memoryview(bytearray(CRC_BYTES))
         offset, last, found, is_read = chunk.offset, chunk.offset + chunk.nbytes, 0, True
-        for buffer in destination.buffers(read, self._thread.scratch):
+        for buffer in scatter.buffers(read, self._thread.scratch):
             end = offset + len(buffer)
             is_read = _fill(stream, offset, buffer, *([stored] if end == last else []))
             if not is_read:
@@ -204,12 +202,12 @@ class Fetcher:
             offset = end
         problem = self._mismatch(chunk, found, stored) if is_read else None
         if problem != "":
-            self._repair(read, problem, destination)
+            self._repair(read, problem, scatter)
 
-    def _repair(self, read: ChunkRead, problem: str | None, destination: Destination) -> None:
+    def _repair(self, read: ChunkRead, problem: str | None, scatter: Scatter) -> None:
         """Hand over a chunk that was wrong at first. Arguments and errors are those of `_read_again`."""
         content = np.frombuffer(self._read_again(read.stored, problem), dtype=np.uint8)
-        destination.write(read, content[: read.stored.nbytes])
+        scatter.write(read, content[: read.stored.nbytes])
 
     def _read_right(self, chunks: Sequence[StoredChunk]) -> memoryview:
         """The bytes of neighbouring chunks, verified."""

@@ -14,12 +14,12 @@ import torch
 
 from shardckpt.format.dtypes import itemsize
 from shardckpt.format.manifest import Manifest
-from shardckpt.loading.destination import Arrays
 from shardckpt.loading.exchange_plan import ExchangePlanner, SharedRead
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
 from shardckpt.loading.pack_reader import Source
 from shardckpt.loading.plan import ChunkRead, plan_reads
+from shardckpt.loading.scatter import ArrayScatter
 from shardckpt.memory import writable
 from shardckpt.progress import alive
 from shardckpt.ranks.world import Ranks, agree, agreement
@@ -88,7 +88,7 @@ def fill(
     Returns the bytes of the chunks that this rank needed.
     """
     pieces = [(target, piece) for target in targets for piece in target.pieces if piece.box.volume]
-    destination = _Tensors([target.data[piece.shard_slices] for target, piece in pieces])
+    scatter = _TensorScatter([target.data[piece.shard_slices] for target, piece in pieces])
     reads = plan_reads(manifest, [(target.name, piece.box) for target, piece in pieces])
     fetcher = Fetcher(source, manifest, limits)
     atomic, exchange = _plan_exchange(fetcher, manifest, reads, ranks, limits, atomic=atomic)
@@ -106,7 +106,7 @@ def fill(
     error: Exception | None = None
     try:
         fetcher.verify_first(read for read in own if read.stored.row in live)
-        fetcher.load((read for read in own if read.stored.row not in live), destination)
+        fetcher.load((read for read in own if read.stored.row not in live), scatter)
     except Exception as failure:
         error = failure
 
@@ -114,7 +114,7 @@ def fill(
         if read.stored.row in live:
             fetcher.hold(read.stored.row, content)
         else:
-            destination.write(read, np.frombuffer(content, dtype=np.uint8))
+            scatter.write(read, np.frombuffer(content, dtype=np.uint8))
 
     agree(ranks, _run_exchange(fetcher, exchange, receive, ranks, error))
     if atomic:
@@ -122,7 +122,7 @@ def fill(
             prepare()
         begin()
         with agreement(ranks):
-            fetcher.load((read for read in reads if read.stored.row in live), destination)
+            fetcher.load((read for read in reads if read.stored.row in live), scatter)
     return sum(read.stored.nbytes for read in reads)
 
 
@@ -208,7 +208,7 @@ def _run_exchange(
     return error
 
 
-class _Tensors(Arrays):
+class _TensorScatter(ArrayScatter):
     """Fills tensors: those in CPU memory as arrays, others by torch."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from shardckpt.format.box import Box
 from shardckpt.format.dtypes import itemsize, numpy_dtype
 from shardckpt.format.manifest import Manifest, TensorEntry
-from shardckpt.loading.destination import Arrays
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import ChunkRead, plan_reads
+from shardckpt.loading.scatter import ArrayScatter
 from shardckpt.run.places import Place
 
 __all__ = ["iter_boxes", "slabs"]
@@ -37,7 +37,7 @@ def iter_boxes(
     for wanted, reads in _groups(boxes, plan_reads(manifest, boxes), dtypes):
         fetcher.check_sizes(read.stored for read in reads)
         arrays = [np.empty(boxes[i][1].shape, numpy_dtype(dtypes[boxes[i][0]])) for i in wanted]
-        fetcher.load(reads, Arrays(dict(zip(wanted, arrays, strict=True))))
+        fetcher.load(reads, ArrayScatter(dict(zip(wanted, arrays, strict=True))))
         arrays.reverse()
         while arrays:
             yield arrays.pop()

@@ -71,7 +71,7 @@ SPANS: Mapping[str, tuple[Span, ...]] = {
         Span("crc32c", "shardckpt.loading.fetch:crc32c.crc32c", 4),
         Span("read from the cache", "shardckpt.storage.local_file:LocalFile.read_cached", 4),
         Span("read past it", "shardckpt.storage.local_file:LocalFile.read_direct", 4),
-        Span("write a chunk", "shardckpt.loading.destination:Arrays.write", 4),
+        Span("write a chunk", "shardckpt.loading.scatter:ArrayScatter.write", 4),
         Span("agree on what is verified", "shardckpt.loading.fill:agree", 2),
         Span("agree on a step", "shardckpt.ranks.world:agree", 2),
         Span("apply the rest", "shardckpt.state.load_targets:LoadTargets.apply", 1),

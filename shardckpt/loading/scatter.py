@@ -1,4 +1,4 @@
-"""Where the content of chunks goes: into arrays, piece by piece, as it is read. Free of torch."""
+"""Scatter: the content of chunks into arrays, piece by piece, as it is read. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shardckpt.format.dtypes import numpy_dtype
 from shardckpt.loading.plan import ChunkRead, Copy
 from shardckpt.memory import provide
 
-__all__ = ["DISCARD", "PIECE", "Arrays", "Destination", "Scratch"]
+__all__ = ["DISCARD", "PIECE", "ArrayScatter", "Scatter", "Scratch"]
 
 PIECE = 256 << 10
 """Bytes that are read, checksummed and copied on while they are in a core's cache (scripts/bench/memory)."""
@@ -31,7 +31,7 @@ class Scratch:
         return self._memory[:nbytes]
 
 
-class Destination(Protocol):
+class Scatter(Protocol):
     """Takes the content of chunks. Safe to use from several threads, for different chunks."""
 
     def buffers(self, read: ChunkRead, scratch: Scratch) -> Iterator[memoryview]:
@@ -58,7 +58,7 @@ class _Discard:
 DISCARD = _Discard()
 
 
-class Arrays:
+class ArrayScatter:
     """Fills the boxes that are wanted, each with an array of its shape.
 
     Args:
