@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shardckpt.format.dtypes import numpy_dtype
+from shardckpt.huge_pages import FreshMemory
 from shardckpt.loading.plan import ChunkRead, Copy
-from shardckpt.memory import provide
 
 __all__ = ["DISCARD", "PIECE", "ArrayScatter", "Scatter", "Scratch"]
 
@@ -71,6 +71,8 @@ class ArrayScatter:
 
     def __init__(self, arrays: Mapping[int, npt.NDArray[Any] | None]) -> None:
         self._arrays = arrays
+        filled = [array for array in arrays.values() if array is not None and array.flags.c_contiguous]
+        self._fresh = FreshMemory((_address(array), array.nbytes) for array in filled)
 
     def word(self, read: ChunkRead) -> npt.DTypeLike:
         """The element type of the arrays that the chunk is for."""
@@ -79,7 +81,7 @@ class ArrayScatter:
     def buffers(self, read: ChunkRead, scratch: Scratch) -> Iterator[memoryview]:
         if len(read.copies) == 1 and (found := self._contiguous(read, read.copies[0])) is not None:
             start, target = found
-            provide(target.__array_interface__["data"][0], target.nbytes)
+            self._fresh.provide(_address(target), target.nbytes)
             yield from _passed_over(start, scratch)
             content = target.data
             for begin in range(0, len(content), PIECE):
@@ -97,7 +99,10 @@ class ArrayScatter:
         """Fill a part of a box."""
         array = self._arrays[wanted]
         assert array is not None
-        array[target] = part
+        index: tuple[Any, ...] = (*target, ...)  # an array also where the box has no dimensions
+        place = array[index]
+        self._fresh.provide(_address(place), _extent(place))
+        place[...] = part
 
     def _contiguous(self, read: ChunkRead, copy: Copy) -> tuple[int, npt.NDArray[np.uint8]] | None:
         """The copy's first byte in the chunk, and the memory to fill; None unless its bytes are a run in both."""
@@ -139,6 +144,16 @@ class ArrayScatter:
                         _replaced(copy.target, dim, slice(low + shift, high + shift)),
                         elements[_replaced(copy.source, dim, slice(low - start, high - start))],
                     )
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _extent(array: npt.NDArray[Any]) -> int:
+    """Bytes from the first element to the end of the last one, in memory; there is at least one."""
+    reach = sum(stride * (n - 1) for stride, n in zip(array.strides, array.shape, strict=True))
+    return int(reach) + array.itemsize
 
 
 def _passed_over(nbytes: int, scratch: Scratch) -> Iterator[memoryview]:

@@ -17,7 +17,6 @@ from shardckpt.errors import StateError, UnsupportedValueError
 from shardckpt.format.box import Box, Piece
 from shardckpt.format.dtypes import DTYPES, itemsize
 from shardckpt.format.manifest import shape_problem
-from shardckpt.memory import prefer_huge_pages
 from shardckpt.state.sharding import Sharding, sharding_of
 from shardckpt.state.wrapped import PLAIN_TYPES, is_wrapper, own_part
 
@@ -236,18 +235,18 @@ class CannotAllocateError(StateError, MemoryError):
 
 def _empty_like_saved(kind: torch.dtype, shape: tuple[int, ...], like: torch.Tensor | None) -> torch.Tensor:
     if like is None or tuple(like.shape) != shape or like.is_meta:
-        held = made = torch.empty(shape, dtype=kind, device="cpu")
-    elif isinstance(like, DTensor):
-        held = _empty_like(own_part(like), kind)
-        # Not empty_like(like), which works out anew for each shape how the result is sharded.
-        made = DTensor.from_local(
-            held, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
-    else:
-        held = made = _empty_like(like, kind)
-    if held.is_cpu and held.layout is torch.strided:
-        prefer_huge_pages(held.data_ptr(), held.nbytes)
-    return made
+        return torch.empty(shape, dtype=kind, device="cpu")
+    if not isinstance(like, DTensor):
+        return _empty_like(like, kind)
+    # Not empty_like(like), which works out anew for each shape how the result is sharded.
+    return DTensor.from_local(
+        _empty_like(own_part(like), kind),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 def _empty_like(local: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

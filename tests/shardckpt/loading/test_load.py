@@ -23,7 +23,7 @@ from shardckpt.loading.limits import LoadLimits
 from shardckpt.loading.pack_reader import MemoryPacks, Source
 from shardckpt.ranks.world import Alone, Ranks, TorchRanks, current_ranks
 from shardckpt.run.places import Place, read_manifest
-from shardckpt.state.tensors import TensorShard, empty_like_saved, tensor_shard
+from shardckpt.state.tensors import TensorShard, tensor_shard
 from shardckpt.storage import LocalStorage, Storage, open_storage
 from shardckpt.storage.local_file import LocalFile
 from tests.kit.faults import FaultyStorage
@@ -237,24 +237,6 @@ def test_a_pack_truncated_while_it_is_read(when: str, tmp_path: Path) -> None:
     ((told, changed),) = run_processes(1, _load_while_truncated, tmp_path, when)
     assert "is truncated" in told
     assert when == "after" or not changed
-
-
-def test_new_memory_asks_for_huge_pages() -> None:
-    """The inside of a large new tensor is marked so; 'hg' says that in its mapping's flags."""
-    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
-        pytest.skip("this kernel has no huge pages")
-    made = empty_like_saved("float32", (32, 1 << 20), None)
-    inside = made.data_ptr() + made.nbytes // 2
-    flags: dict[bool, str] = {}
-    here = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first and not first.endswith(":"):
-            low, high = (int(part, 16) for part in first.split("-"))
-            here = low <= inside < high
-        elif first == "VmFlags:":
-            flags[here] = line
-    assert " hg" in flags[True]
 
 
 # -- remote storage
