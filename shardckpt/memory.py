@@ -81,6 +81,11 @@ def provide(address: int, nbytes: int) -> None:
         _advise(start, length, _MADV_POPULATE_WRITE)
 
 
+def bytes_at(address: int, nbytes: int) -> memoryview:
+    """Return these bytes of this process's memory, which the caller keeps allocated."""
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+
+
 def writable(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the same memory as an array with the writable flag, which `torch.from_numpy` demands.
 

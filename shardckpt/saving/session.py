@@ -37,6 +37,7 @@ from shardckpt.saving.thread_backend import ThreadBackend
 from shardckpt.saving.value_check import raise_if_values_differ
 from shardckpt.state.cache import StateDictCache
 from shardckpt.state.flatten import FlatState, flatten
+from shardckpt.state.tensors import TensorShard
 from shardckpt.storage import Storage, open_storage
 
 __all__ = ["COMMIT_TIMEOUT", "SaveHandle", "SaveSession", "save", "save_async"]
@@ -236,12 +237,14 @@ class SaveSession:
         """Flatten, and plan if any rank's structure has changed, with a check that all ranks agree."""
         error: Exception | None = None
         flat = FlatState([], None, {})
+        tensors: Sequence[TensorShard] = ()
         layout = RankLayout((), (), ())
         numbers: dict[str, float | str] = {}
         try:
             numbers = _checked_metrics(metrics)
             flat = flatten(state, self.ranks.rank, self._cache)
-            layout = self._cache.derived("layout", flat.tensors, lambda: flat.layout(self.ranks.rank))
+            tensors = self._cache.derived("tensors", flat.tensors, lambda: flat.tensors)
+            layout = self._cache.derived("layout", [tensors], lambda: flat.layout(self.ranks.rank))
         except Exception as failure:  # of the state's own objects, too
             error = failure
         values = crc32c.crc32c(msgspec.json.encode(flat.values))
@@ -259,11 +262,11 @@ class SaveSession:
         fresh = bool(changed) or differ[2] != -differ[3]
         prepared = self._plan(layout) if fresh or self._prepared is None else self._prepared
         plan, rank = prepared.plan, self.ranks.rank
-        inputs = [plan, *flat.tensors]
-        replicas = self._cache.derived("replicas", inputs, lambda: ReplicaCheck(plan, flat.tensors, rank))
+        inputs = [plan, tensors]
+        replicas = self._cache.derived("replicas", inputs, lambda: ReplicaCheck(plan, tensors, rank))
         replicas.check(self.ranks, turn=self._count, whole=fresh)
         self._prepared = prepared  # kept only once its replicas have been compared whole
-        copies = self._cache.derived("copies", inputs, lambda: Copies(plan.writes(rank), flat.tensors))
+        copies = self._cache.derived("copies", inputs, lambda: Copies(plan.writes(rank), tensors))
         return _Content(flat.values, flat.per_rank, numbers), prepared, copies
 
     def _plan(self, layout: RankLayout) -> _Prepared:

@@ -20,7 +20,7 @@ from shardckpt.format.box import Box
 from shardckpt.format.save_plan import ChunkWrite
 from shardckpt.state.tensors import TensorShard, dense, flat_bytes, is_plain, torch_dtype
 
-__all__ = ["Copies", "StagingBuffer", "chunk_view", "shard_slices"]
+__all__ = ["Copies", "StagingBuffer", "box_data", "chunk_view", "shard_slices"]
 
 _PAGE = 4096
 _memcmp = ctypes.CDLL(None).memcmp
@@ -103,10 +103,12 @@ class StagingBuffer:
             return
         base, end = self._bytes.data_ptr(), 0
         for write in self._writes:
-            is_padded = write.box.shape != write.chunk
             start, nbytes = write.location.offset, write.location.nbytes
-            stop = start + (nbytes if is_padded else 0)
-            ctypes.memset(base + end, 0, stop - end)
+            if (
+                nbytes < _PAGE or write.box.shape != write.chunk
+            ):  # small, or padded: zeroed with what is around
+                continue
+            ctypes.memset(base + end, 0, start - end)
             end = start + nbytes
         ctypes.memset(base + end, 0, self.size - end)
 
@@ -142,7 +144,7 @@ class Copies:
         by_name = {tensor.name: tensor for tensor in tensors}
         for write in writes:
             tensor = by_name[write.name]
-            source = tensor.data[shard_slices(tensor, write.box)]
+            source = box_data(tensor, write.box)
             if is_plain(source) and write.box.shape[1:] == write.chunk[1:]:
                 self.plain.append((write.location.offset, source.data_ptr(), source.nbytes))
                 self._kept.append(source)
@@ -157,6 +159,14 @@ def _own_memory(size: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def box_data(tensor: TensorShard, box: Box) -> torch.Tensor:
+    """Return the elements of `box` in this rank's memory; it must lie in one of the shard's pieces."""
+    pieces = tensor.pieces
+    if len(pieces) == 1 and pieces[0].box == box:  # so it is with nearly all small tensors
+        return tensor.data
+    return tensor.data[shard_slices(tensor, box)]
 
 
 def shard_slices(tensor: TensorShard, box: Box) -> tuple[slice, ...]:

@@ -70,6 +70,18 @@ def test_small_ones_are_compared_each_time() -> None:
     assert "'t2' on rank 1" in found[1]
 
 
+@pytest.mark.parametrize("number", [0, 2048, 4999])
+def test_thousands_of_small_ones_are_compared_in_turn(number: int) -> None:
+    def make(rank: int) -> list[torch.Tensor]:
+        tensors = [torch.zeros(2) for _ in range(5000)]
+        tensors[number] += rank
+        return tensors
+
+    found = _found_after(_ranks(make), 3)
+    assert found is not None
+    assert f"state['t{number}']" in found[1]
+
+
 def test_memory_in_any_order() -> None:
     """Transposed, expanded and conjugated tensors, in as many turns; equal ones are never said to differ."""
 
