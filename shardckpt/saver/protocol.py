@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-VERSION = 2
+VERSION = 3
 """Raised with each change of a message: a trainer finds no saver of another version that its run has left."""
 
 

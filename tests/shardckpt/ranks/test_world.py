@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from shardckpt import Checkpointer, ShardckptError
 from shardckpt.ranks.world import current_ranks
+from tests.kit.worlds import run_processes
 
 
 @pytest.fixture
@@ -48,3 +49,18 @@ def test_a_destroyed_process_group_is_told() -> None:
     with pytest.raises(ShardckptError, match="before destroy_process_group"):
         ranks.gather(b"")
     assert current_ranks().size == 1
+
+
+def _gather_and_add(rank: int, lengths: list[list[int]]) -> tuple[list[list[bytes]], list[int]]:
+    ranks = current_ranks()
+    told = [ranks.gather(bytes([65 + rank]) * by_rank[rank]) for by_rank in lengths]
+    return told, ranks.total([rank + 1, -(1 << 40), 1 << 60 if rank == 2 else 0])
+
+
+def test_what_ranks_gather_and_add() -> None:
+    """Every rank has what all ranks passed, whether they pass equally much or one has nearly all of it."""
+    lengths = [[3, 0, 1], [0, 0, 0], [300_000, 0, 2], [0, 90_000, 90_000], [100_000, 100_001, 99_999]]
+    wanted = [[bytes([65 + rank]) * length for rank, length in enumerate(by_rank)] for by_rank in lengths]
+    for told, total in run_processes(3, _gather_and_add, lengths):
+        assert told == wanted
+        assert total == [6, -3 << 40, 1 << 60]

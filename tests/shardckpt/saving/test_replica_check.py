@@ -60,6 +60,23 @@ def test_one_byte_anywhere_is_found(place: int) -> None:
     )
 
 
+def test_any_sets_of_holders() -> None:
+    """What pairs of ranks hold, and all of them: every set in which a rank differs is found, and named by all."""
+
+    def make(rank: int, drifted: str) -> list[TensorShard]:
+        pair = [f"pair{rank // 2}", f"other{rank % 3}", "all"]
+        return [tensor_shard(torch.full((9,), rank == 5 and name == drifted), name) for name in pair]
+
+    assert _found_after([make(rank, "") for rank in range(6)], 2) is None
+    for name, first in (("pair2", 4), ("other2", 2), ("all", 0)):
+        found = _found_after([make(rank, name) for rank in range(6)], 1)
+        assert found is not None
+        assert (
+            f"state['{name}'] at [0], shape [9], has one content on rank {first} and another on rank 5"
+            in found[1]
+        )
+
+
 def test_small_ones_are_compared_each_time() -> None:
     """Whatever the turn is; all that differ are named."""
     found = _found_after(
