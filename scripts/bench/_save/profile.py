@@ -29,7 +29,7 @@ SPANS: Mapping[str, tuple[Span, ...]] = {
     "save": (
         Span("SAVE, foreground", "shardckpt.saving.session:SaveSession.start"),
         Span("flatten", "shardckpt.saving.session:flatten", 1),
-        Span("layouts", "shardckpt.state.flatten:FlatState.layouts", 1),
+        Span("layout", "shardckpt.state.flatten:FlatState.layout", 1),
         Span("committed already?", "shardckpt.run.places:Place.is_committed", 1),
         Span("plan, when fresh", "shardckpt.saving.session:SaveSession._plan", 1),
         Span("plan_save", "shardckpt.saving.session:plan_save", 2),
