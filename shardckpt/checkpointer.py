@@ -144,7 +144,8 @@ class Checkpointer:
     def restore(self, state: dict[str, Any], *, strict: bool = True) -> Loaded | None:
         """Load the newest good checkpoint of the run into `state`, as `load` does. Collective.
 
-        Also begins the next attempt, to which later saves belong: call it before the first `step`.
+        Also begins the next attempt, to which later saves belong: call it before the first `step`. After a
+        checkpoint that has all of the state, memory for the next saves is made ready in the background.
 
         The checkpoint is taken from the nearest place that has it: a snapshot in the memory of this job's nodes,
         if every rank had staged its part; the local tier; the run's URL. A checkpoint that fails verification is
@@ -189,6 +190,8 @@ class Checkpointer:
         self._tell(restored=now())
         if loaded is not None:
             self._tell(restored_step=loaded.step, restored_tier=loaded.tier)
+            if loaded.is_complete:
+                self._saves.expect(loaded.nbytes, loaded.total_nbytes)
         return loaded
 
     @public_api

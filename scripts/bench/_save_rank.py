@@ -6,6 +6,7 @@ Its argument is a `World` as JSON. Rank 0 reports, as lines of JSON on the descr
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -27,7 +28,9 @@ from _kit.limits import Limits, touch_free_memory
 from _kit.state import State, build_state
 from _peers.base import Candidate
 from _peers.candidates import CANDIDATES
+from _save.first import FIRST, measure_first
 from _save.profile import Profile
+from _save.slow import Measured, slow_saves_table
 from _save.training import measure_stalls, measure_training
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -42,9 +45,10 @@ class World:
     """What a world of ranks is to do.
 
     Attributes:
-        jobs: pairs of a round's number and a candidate's word, or "limits", "profile", "stalls", or
+        jobs: pairs of a round's number and a candidate's word, or "limits", "profile", "stalls", "first", or
             "training:" and a candidate's word. Round 0 is not timed; memory is measured in it.
         only_load: whether to load what another world has saved, again and again, and to save nothing.
+        loads: whether what is saved is also loaded.
         keep_round: the round whose checkpoints are left for another world; None: no round's.
         report: where rank 0 writes.
     """
@@ -58,6 +62,7 @@ class World:
     store: str
     jobs: list[tuple[int, str]]
     only_load: bool
+    loads: bool
     keep_round: int | None
     stalls: int
     window: float
@@ -107,6 +112,8 @@ class Bench:
             return self._profile()
         if word == "stalls":
             return self._stalls()
+        if word == "first":
+            return self._first()
         if word.startswith("training:"):
             return self._training(word.removeprefix("training:"))
         if word.startswith("s3:"):
@@ -119,7 +126,7 @@ class Bench:
         times: dict[str, float] = {}
         if not self.world.only_load:
             times |= self._saves(candidate, memory=number == 0)
-        if kind.own_format or number == 0:
+        if self.world.loads and (kind.own_format or number == 0):
             times |= self._loads(candidate, memory=number == 0)
         kept = number == self.world.keep_round and kind.reshards and kind.own_format
         if not self.world.only_load and not kept:
@@ -145,16 +152,17 @@ class Bench:
             name = f"{word.removeprefix('s3:')}-{number}"
             candidate = kind(self.state, Path(name), self.world.layout)
             times = self._saves(candidate, memory=number == 0)
-            times |= self._load(candidate, "load", memory=number == 0)
+            if self.world.loads:
+                times |= self._load(candidate, "load", memory=number == 0)
         self.barrier()
         if self.world.rank == 0:
             remove(name)
-        self._settle()
+        self.settle()
         return times
 
     def _limits(self) -> dict[str, float]:
         times = self._bare().measure(self.seconds, forget)
-        self._settle()
+        self.settle()
         return times
 
     def _bare(self) -> Limits:
@@ -168,8 +176,25 @@ class Bench:
         self._prepare(candidate)
         bare = self._bare()
         with bare.buffer() as memory:
-            times = measure_stalls(self, candidate, lambda: bare.copy(memory), self.world.stalls)
+            times, measured = measure_stalls(self, candidate, lambda: bare.copy(memory), self.world.stalls)
         candidate.close()
+        self._remove(folder)
+        everyone: list[list[Measured]] = [[]] * self.world.ranks
+        dist.all_gather_object(everyone, measured, group=self.control)
+        return times | {"slow": slow_saves_table(everyone)}
+
+    def _first(self) -> dict[str, float]:
+        folder = Path(self.world.folder, "first")
+        bare = self._bare()
+        with bare.buffer() as memory:
+            bare.copy(memory)
+            times = {"copy": self.seconds(lambda: bare.copy(memory))}
+        made = itertools.count()
+
+        def make(word: str) -> Candidate:
+            return CANDIDATES[word](self.state, folder / str(next(made)), self.world.layout)
+
+        times |= measure_first(self, list(FIRST), make, _FIRST_STEPS)
         self._remove(folder)
         return times
 
@@ -178,7 +203,7 @@ class Bench:
         candidate = CANDIDATES[word](self.state, folder, self.world.layout)
         self._prepare(candidate)
         save_and_wait(candidate, 1)
-        self._settle()
+        self.settle()
         times = measure_training(self, candidate, self.world.window)
         candidate.close()
         self._remove(folder)
@@ -191,7 +216,7 @@ class Bench:
         self._prepare(candidate)
         profile = Profile()
         for step, name in enumerate(("first save", "steady save"), start=1):
-            self._settle()
+            self.settle()
             with profile.phase("save", name):
                 self.seconds(partial(save_and_wait, candidate, step))
         candidate.close()
@@ -215,7 +240,7 @@ class Bench:
         if candidate.again:
             times |= self._save(candidate, 2, "", spoil=memory)
         self._memory("save", begin=False, wanted=memory)
-        if candidate.recalls:
+        if candidate.recalls and self.world.loads:
             times |= self._recall(candidate)
         candidate.close()
         gc.collect()
@@ -225,7 +250,7 @@ class Bench:
         candidate.prepare()
         if candidate.prepares:
             time.sleep(_FIRST_STEPS)
-        self._settle()
+        self.settle()
 
     def _recall(self, candidate: Candidate) -> dict[str, float]:
         """Load from memory what this job has saved."""
@@ -239,7 +264,7 @@ class Bench:
 
     def _save(self, candidate: Candidate, step: int, prefix: str, *, spoil: bool) -> dict[str, float]:
         """A save; with `spoil` the state is destroyed as soon as it may change, for a load to show the truth."""
-        self._settle()
+        self.settle()
         self.barrier()
         cpu, started = time.process_time(), time.perf_counter()
         wait = candidate.save(step)
@@ -320,7 +345,7 @@ class Bench:
             self._touch_free_memory()
         self.barrier()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Nothing is left to write back from what went before."""
         self.barrier()
         if self.world.rank == 0:
@@ -336,7 +361,7 @@ class Bench:
         self.barrier()
         if self.world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        self._settle()
+        self.settle()
 
 
 def save_and_wait(candidate: Candidate, step: int) -> None:

@@ -40,6 +40,7 @@ class Loaded:
         world_size: ranks that saved it.
         metrics: the metrics that were given when it was saved.
         nbytes: bytes of the chunks that this rank needed.
+        total_nbytes: bytes of all tensors of the checkpoint.
         seconds: duration of the load.
         missing: with strict=False, names in the state that the checkpoint lacks; their values are unchanged.
         unexpected: with strict=False, names in the checkpoint that the state's objects lack.
@@ -59,6 +60,12 @@ class Loaded:
     unexpected: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    total_nbytes: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the state and the checkpoint have the same entries."""
+        return not (self.missing or self.unexpected or self.unused)
 
 
 @public_api
@@ -214,6 +221,7 @@ def load_source(
         unexpected=tuple(targets.unexpected),
         unused=tuple(targets.unused),
         kept=tuple(targets.kept),
+        total_nbytes=sum(tensor.nbytes for tensor in manifest.tensors),
     )
 
 

@@ -88,12 +88,14 @@ class Allocation:
         return len(self._pool.owned(client)) >= client.snapshots and not client.allocating
 
     def _serve(self, client: Client) -> None:
-        while client.requests and not client.allocating:
+        while client.requests:
             size = client.requests[0]
             if (buffer := self._pool.grant(client, size)) is not None:
                 client.requests.popleft()
                 answer = Reserved(client.plan_number, buffer.number, buffer.size)
                 self._connections.send(client, answer, [buffer.descriptor])
+            elif client.allocating:
+                return
             elif self._pool.may_allocate(client, size) and self._can_afford(client):
                 self._allocate(client, size)
             else:

@@ -211,7 +211,7 @@ class SaverClient:
             return
         with contextlib.suppress(SaverError):  # which `done` is told
             self._connection.send(stage)  # the kernel keeps it for the saver, should this process end now
-            self._buffers.ask()
+            self._buffers.ask_after_use()
 
     def abandon(self, save_id: str, error: BaseException) -> None:
         """Announce that this rank will not stage its part of a save."""

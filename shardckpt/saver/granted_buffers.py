@@ -41,7 +41,10 @@ class GrantedBuffers:
         self._plan = ChunkTable(0, [], [], [], 0, b"")
         self._granted: deque[Memory] = deque()
         self._mapped: dict[int, memoryview] = {}
+        self._former: dict[int, memoryview] = {}  # of the plan before, which may be granted again
         self._unasked = 0  # buffers still to be asked for
+        self.is_waited_for = False
+        """True while `take` waits."""
         self._is_full = False
         self._refused = ""  # why there is no memory
         self._loss: Callable[[], SaverError] | None = None
@@ -54,7 +57,8 @@ class GrantedBuffers:
         with self._changed:
             self._plan = plan
             self._granted.clear()
-            self._mapped.clear()
+            self._former |= self._mapped
+            self._mapped = {}
             self._refused = ""
             self._is_full = False
             self._unasked = count - 1  # every rank's first buffer comes before any second
@@ -64,6 +68,16 @@ class GrantedBuffers:
     def ask(self) -> None:
         """Ask for one more buffer. Raises SaverError."""
         self._send(Reserve(self._plan.size))
+
+    def ask_after_use(self) -> None:
+        """Ask for a buffer in place of one that was used, and for the one that was to come after it.
+
+        Raises SaverError.
+        """
+        with self._changed:
+            self._former.clear()
+        self._ask_for_next()
+        self.ask()
 
     @property
     def has_any(self) -> bool:
@@ -82,9 +96,13 @@ class GrantedBuffers:
 
         Raises MemoryError if there is no memory for it; the next call tries again. Raises SaverError.
         """
+        if not self.has_any:
+            self._ask_for_next()
         with self._changed:
+            self.is_waited_for = True
             while not self._changed.wait_for(lambda: self._granted or self._loss or self._refused, _BEAT):
                 alive()  # so is the saver, or it would be given up
+            self.is_waited_for = False
             if self._loss is not None:
                 raise self._loss()
             if self._granted:
@@ -93,13 +111,21 @@ class GrantedBuffers:
         self.ask()
         raise MemoryError(refused)
 
+    def _ask_for_next(self) -> None:
+        """Ask for the buffer that was to come after one that is here. Raises SaverError."""
+        with self._changed:
+            is_due = self._unasked > 0 and bool(self._mapped)
+            self._unasked -= is_due
+        if is_due:
+            self.ask()
+
     # -- from the saver
 
     def on_reserved(self, reserved: Reserved, descriptors: list[int]) -> None:
         """Map a buffer that has come; or note why none has."""
         with self._changed:
             is_current = reserved.plan == self._plan.number
-            mapping = self._mapped.get(reserved.buffer)
+            mapping = self._mapped.get(reserved.buffer) or self._former.get(reserved.buffer)
         if mapping is None and is_current and descriptors:
             mapping = map_shared(descriptors[0], reserved.size)
         for descriptor in descriptors:
@@ -107,19 +133,19 @@ class GrantedBuffers:
         with self._changed:
             if reserved.plan != self._plan.number:
                 return
-            asks_next = False
             if mapping is None:
                 self._refused = reserved.error
                 self._is_full = not reserved.error
             else:
                 self._mapped[reserved.buffer] = mapping
                 self._granted.append(Memory(reserved.buffer, mapping))
-                asks_next = self._unasked > 0
-                self._unasked -= asks_next
+                if not self._unasked:
+                    self._former.clear()
+            is_waited_for = self.is_waited_for
             self._changed.notify_all()
-        if asks_next:
+        if not is_waited_for:  # new memory for the next one would take the CPU from the save that waits
             with contextlib.suppress(SaverError):  # which those that wait are told
-                self.ask()
+                self._ask_for_next()
 
     def on_give_back(self, request: GiveBack) -> None:
         """Give a buffer back, unless it is in use."""
@@ -138,4 +164,5 @@ class GrantedBuffers:
             self._loss = loss
             self._granted.clear()
             self._mapped.clear()
+            self._former.clear()
             self._changed.notify_all()

@@ -122,6 +122,12 @@ class SaveBackend(Protocol):
         Raises SaverError if the saver cannot be reached; MemoryError or OSError if there is no memory.
         """
 
+    def expect(self, nbytes: int, /) -> None:
+        """Get buffers of so many bytes in the background, which are to serve a plan that is not made yet.
+
+        Does nothing if there is a plan already, or no saver.
+        """
+
     def begin(self, save: Save, /) -> StagingBuffer:
         """Return a buffer to stage the rank's part of a save in. Waits until there is one.
 

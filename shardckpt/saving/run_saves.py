@@ -9,6 +9,7 @@ from typing import Any
 
 from shardckpt.environment import has_one_node
 from shardckpt.errors import SaveError
+from shardckpt.format.holders import MAX_CHUNK
 from shardckpt.ranks.calls import Call
 from shardckpt.ranks.world import agree
 from shardckpt.run.tiers import MEMORY, Destination
@@ -21,7 +22,7 @@ from shardckpt.saving.session import SaveHandle, SaveSession
 from shardckpt.saving.unsaved import UnsavedStep
 from shardckpt.storage import Storage
 
-__all__ = ["RunSaves"]
+__all__ = ["RunSaves", "expected_pack"]
 
 _log = logging.getLogger("shardckpt")
 
@@ -32,6 +33,18 @@ _CONTEXTS = {outlives: SaveContext(outlives) for outlives in (False, True)}
 
 _newest: weakref.WeakValueDictionary[tuple[str, int], RunSaves] = weakref.WeakValueDictionary()
 """By the URL of a run, and each rank that this process is, what has begun the newest attempt."""
+
+
+_SLACK = 32  # a part of a pack, for what is between its chunks
+_UNEVEN = 16  # a part of a pack, for ranks that write more than others: a chunk at most
+
+
+def expected_pack(share: int) -> int:
+    """Return the size of a buffer for `share` bytes of tensors, whose plan is not known yet.
+
+    A buffer serves a pack if it is as large, and no more than an eighth larger.
+    """
+    return share + share // _SLACK + min(MAX_CHUNK, share // _UNEVEN)
 
 
 class RunSaves:
@@ -81,6 +94,15 @@ class RunSaves:
         _newest[self._root.url, self._ranks.rank] = self
         self.claim = RunClaim(self._root, self._ranks, self._session, known, is_restoring=is_restoring)
         return self.claim
+
+    def expect(self, loaded: int, total: int) -> None:
+        """Have memory for the next saves made ready in the background: of a state that was just loaded.
+
+        Args:
+            loaded: bytes that this rank has loaded, which is no less than what it will write.
+            total: bytes of the whole state, of which ranks that hold the same write a part each.
+        """
+        self._session.expect(expected_pack(min(loaded, -(-total // self._ranks.size))))
 
     def is_due(self, step: int) -> bool:
         """Return True if the schedule has `step` saved, in memory at least."""

@@ -225,6 +225,14 @@ class SaverBackend:
                 raise
             self.connect().plan(table, self.snapshots)  # it has died since the last save
 
+    def expect(self, nbytes: int, /) -> None:
+        """See SaveBackend."""
+        if self._plan is not None:
+            return
+        self._plans += 1
+        with contextlib.suppress(SaverError):  # logged when something is saved
+            self.connect().plan(ChunkTable(self._plans, [], [], [], nbytes, b""), self.snapshots)
+
     def begin(self, save: Save, /) -> StagingBuffer:
         """See SaveBackend."""
         client, plan, rank = self._client, self._plan, self._rank

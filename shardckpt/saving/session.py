@@ -204,6 +204,10 @@ class SaveSession:
         """
         self._prepare(state, None)
 
+    def expect(self, nbytes: int) -> None:
+        """Get memory in the background for packs of so many bytes, whose plan is not known yet."""
+        self._backend.expect(nbytes)
+
     def probe(self, seconds: float) -> None:
         """Find out, within so many seconds, whether the saver answers: the next save needs one that does."""
         self._backend.probe(seconds)

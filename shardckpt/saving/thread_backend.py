@@ -85,6 +85,9 @@ class ThreadBackend:
         self._buffer = StagingBuffer(writes, plan.pack_size(rank))
         threading.Thread(target=self._buffer.touch, name="shardckpt-touch", daemon=True).start()
 
+    def expect(self, _nbytes: int, /) -> None:
+        """See SaveBackend. The only buffer comes with the plan."""
+
     def begin(self, _save: Save, /) -> StagingBuffer:
         """See SaveBackend."""
         self._join()

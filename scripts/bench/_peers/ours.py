@@ -21,9 +21,13 @@ class Shardckpt(Candidate):
         return dict(self.state.objects)
 
     def prepare(self) -> None:
+        self.resume()
+        self._manager.step(1, self._objects)
+
+    def resume(self) -> None:
+        """What a job does first: load the newest checkpoint, if there is one."""
         self._manager = self._open()
         self._manager.restore(self._objects)
-        self._manager.step(1, self._objects)
 
     def save(self, step: int) -> Wait:
         return self._manager.save(step, self._objects).wait

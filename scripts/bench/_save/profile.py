@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SPANS", "Profile", "profile_table"]
+__all__ = ["SPANS", "Profile", "Usage", "profile_table"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,43 @@ class Span:
     depth: int = 0
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a thread has used so far: seconds by the clock, on a CPU, and ready to run without one; faults."""
+
+    clock: float
+    cpu: float
+    waiting: float
+    faults: float
+
+    @classmethod
+    def now(cls) -> Usage:
+        """Of the calling thread."""
+        with open("/proc/thread-self/schedstat", "rb") as file:
+            waiting = int(file.read().split()[1]) / 1e9
+        faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        return cls(time.perf_counter(), time.thread_time(), waiting, float(faults))
+
+    def since(self, before: Usage) -> Usage:
+        """What was used since `before`."""
+        return Usage(
+            self.clock - before.clock,
+            self.cpu - before.cpu,
+            self.waiting - before.waiting,
+            self.faults - before.faults,
+        )
+
+
 SPANS: Mapping[str, tuple[Span, ...]] = {
+    "stall": (
+        Span("flatten", "shardckpt.saving.session:flatten"),
+        Span("plan", "shardckpt.saving.session:SaveSession._plan"),
+        Span("agree", "shardckpt.ranks.world:TorchRanks.maximum"),
+        Span("replicas", "shardckpt.saving.replica_check:ReplicaCheck.check"),
+        Span("buffer", "shardckpt.saving.saver_backend:SaverBackend.begin"),
+        Span("copy", "shardckpt.saving.staging:StagingBuffer.fill"),
+        Span("hand over", "shardckpt.saving.saver_backend:SaverBackend.submit"),
+    ),
     "save": (
         Span("SAVE, foreground", "shardckpt.saving.session:SaveSession.start"),
         Span("flatten", "shardckpt.saving.session:flatten", 1),
@@ -85,6 +122,8 @@ class _Sum:
     calls: int = 0
     busy: float = 0.0  # over all threads
     cpu: float = 0.0
+    waiting: float = 0.0
+    faults: float = 0.0
     first: float = float("inf")
     last: float = 0.0
 
@@ -113,6 +152,7 @@ class Profile:
         for what, of in sums.items():
             if of.calls:
                 values = {"calls": of.calls, "span": of.last - of.first, "busy": of.busy, "cpu": of.cpu}
+                values |= {"waiting": of.waiting, "faults": of.faults}
                 self.results |= {f"{name}|{what}|{key}": float(value) for key, value in values.items()}
 
 
@@ -130,15 +170,18 @@ def _patch(target: str, total: _Sum) -> Callable[[], None]:
 
     @functools.wraps(original)
     def timed(*arguments: Any, **named: Any) -> Any:
-        cpu, started = time.thread_time(), time.perf_counter()
+        started = Usage.now()
         try:
             return original(*arguments, **named)
         finally:
-            ended = time.perf_counter()
+            ended = Usage.now()
+            used = ended.since(started)
             total.calls += 1
-            total.busy += ended - started
-            total.cpu += time.thread_time() - cpu
-            total.first, total.last = min(total.first, started), max(total.last, ended)
+            total.busy += used.clock
+            total.cpu += used.cpu
+            total.waiting += used.waiting
+            total.faults += used.faults
+            total.first, total.last = min(total.first, started.clock), max(total.last, ended.clock)
 
     setattr(holder, name, timed)
     return lambda: setattr(holder, name, original)

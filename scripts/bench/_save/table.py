@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from _kit.limits import LIMITS
 from _peers.candidates import CANDIDATES
 
+from _save.first import FIRST, PARTS
 from _save.world import Results
 
 __all__ = ["medians", "remote_tables", "tables"]
@@ -37,14 +38,17 @@ def tables(
     resharded = medians(other)
     limits = times.pop("limits", {})
     stalls = times.pop("stalls", {})
+    first = times.pop("first", {})
     training = {word: times.pop(f"training:{word}", {}) for word in words}
     errors = {word: v["error"] for (_, word), v in [*same.items(), *other.items()] if "error" in v}
     rows = [word for word in words if word in times]
     parts = [
         _limits(limits, stored),
-        _saves(rows, times, limits, stored),
-        _loads(rows, times, resharded, limits, stored, other_ranks),
+        _saves(rows, times, limits, stored) if rows else "",
+        _loads(rows, times, resharded, limits, stored, other_ranks) if rows else "",
+        _first(first),
         _stalls(stalls),
+        *(str(values["slow"]) for values in same.values() if "slow" in values),
         _training({word: of for word, of in training.items() if of}, window),
         *(f"FAILED {CANDIDATES[w].name if w in CANDIDATES else w}: {e}" for w, e in errors.items()),
     ]
@@ -127,6 +131,22 @@ def _loads(
         line += [_ratio(limits.get("copy"), recall), _gigabytes(of.get("load_memory"))]
         lines.append(line)
     return _table(head, lines)
+
+
+def _first(times: Values) -> str:
+    """The first save of a job, beside DCP's."""
+    if not times:
+        return ""
+    dcp = min(times["dcp-thread"], times["dcp-process"])
+    rows = []
+    for kind, words in {"second": "shardckpt, second save", **FIRST}.items():
+        stall = times[kind]
+        row = [words, _seconds(stall), _ratio(stall, times["copy"]), _ratio(stall, dcp)]
+        row += [
+            _seconds(times[f"{kind}_{part}"]) if words.startswith("shardckpt") else "" for part in PARTS
+        ]
+        rows.append([*row, _seconds(times.get(f"{kind}_restore"))])
+    return _table(["FIRST SAVE", "stall s", "x memcpy", "of DCP", *PARTS, "restore s"], rows)
 
 
 def _stalls(times: Values) -> str:

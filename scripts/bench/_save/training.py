@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 from _peers.base import Candidate
+
+from _save.slow import Measured, SlowSaves
 
 __all__ = ["ALONE_SECONDS", "Ranks", "measure_stalls", "measure_training"]
 
@@ -29,18 +32,23 @@ class Ranks(Protocol):
 
 def measure_stalls(
     ranks: Ranks, candidate: Candidate, copy: Callable[[], object], count: int
-) -> dict[str, float]:
-    """So many saves of a new job, each durable before the next; before each a copy of the same bytes."""
+) -> tuple[dict[str, float], list[Measured]]:
+    """So many saves of a new job, each durable before the next; before each a copy of the same bytes.
+
+    Returns the seconds of the slowest rank, and what this one did in them.
+    """
     times: dict[str, float] = {}
+    slow = SlowSaves()
     copy()  # so that its pages are there
     for number in range(count):
-        times[f"copy_{number:03d}"] = ranks.seconds(copy)
         ranks.barrier()
-        started = time.perf_counter()
-        wait = candidate.save(number + 1)
-        times[f"stall_{number:03d}"] = ranks.slowest([time.perf_counter() - started])[0]
+        seconds = slow.measure(f"copy {number}", copy)[0]
+        times[f"copy_{number:03d}"] = ranks.slowest([seconds])[0]
+        ranks.barrier()
+        seconds, wait = slow.measure(f"save {number}", partial(candidate.save, number + 1))
+        times[f"stall_{number:03d}"] = ranks.slowest([seconds])[0]
         wait()
-    return times
+    return times, slow.measured
 
 
 def measure_training(ranks: Ranks, candidate: Candidate, window: float) -> dict[str, float]:

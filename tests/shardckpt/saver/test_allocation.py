@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import shardckpt
+from shardckpt.checkpointer import Checkpointer
 from shardckpt.saver import protocol
 from shardckpt.saver.buffers import Pressure, SnapshotMemory
 from shardckpt.saver.channel import listen
@@ -228,3 +231,54 @@ def test_the_plan_changes_between_saves(saver: SaverProcess, trainers: Trainers,
     again = trainers(run, saver)
     again.do("grow")
     assert again.do("restore") == ("memory", 4, [])
+
+
+class Sizes(SnapshotMemory):
+    """Notes what it allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def allocate(self, size: int) -> tuple[int, int]:
+        self.sizes.append(size)
+        return super().allocate(size)
+
+
+def test_after_a_restore_memory_is_ready_before_anything_is_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan, which comes later, has the same buffers."""
+    state = {"weight": torch.ones(5 << 20)}
+    shardckpt.save(tmp_path / "attempt-0001" / "step-00000001", state, step=1)
+    memory = Sizes()
+    with (
+        saver_in_a_thread(monkeypatch, memory) as saver,
+        Checkpointer(tmp_path, snapshots=2) as checkpointer,
+    ):
+        loaded = checkpointer.restore(state)
+        assert loaded is not None
+        assert loaded.is_complete
+        wait_until(lambda: saver.buffers == 2)
+        for step in (2, 3, 4):
+            checkpointer.save(step, state).wait()
+        assert len(memory.sizes) == 2
+
+
+def test_a_restore_of_a_part_of_the_state_asks_for_no_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What will be saved is not known yet: memory comes with the plan, and is as large."""
+    state = {"weight": torch.ones(5 << 20)}
+    shardckpt.save(tmp_path / "attempt-0001" / "step-00000001", {**state, "more": torch.ones(3)}, step=1)
+    memory = Sizes()
+    with (
+        saver_in_a_thread(monkeypatch, memory) as saver,
+        Checkpointer(tmp_path, snapshots=2) as checkpointer,
+    ):
+        loaded = checkpointer.restore(state)
+        assert loaded is not None
+        assert loaded.unused == ("more",)
+        checkpointer.save(2, state).wait()
+        wait_until(lambda: saver.buffers == 2)
+    assert len(set(memory.sizes)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 
@@ -10,6 +11,7 @@ from shardckpt.errors import SaverError
 from shardckpt.saver.buffers import SnapshotMemory
 from shardckpt.saver.granted_buffers import GrantedBuffers
 from shardckpt.saver.protocol import ChunkTable, GiveBack, GivenBack, Request, Reserve, Reserved
+from tests.kit.savers import wait_until
 
 PLAN = ChunkTable(1, [], [], [], 100, b"")
 
@@ -75,3 +77,34 @@ def test_a_saver_that_dies_while_it_gives_out_memory_is_no_noise() -> None:
     buffers.lose(lambda: lost)
     with pytest.raises(SaverError, match="the saver of this node is gone"):
         buffers.take()
+
+
+def test_a_buffer_that_another_plan_gets_again_is_not_mapped_again() -> None:
+    """As after `restore`, which asks for memory before there is a plan."""
+    buffers = GrantedBuffers(lambda _: None)
+    buffers.plan(PLAN, 1)
+    message, descriptors = reserved()
+    again = os.dup(descriptors[0])
+    buffers.on_reserved(message, descriptors)
+    first = buffers.take().content
+    first[:5] = b"first"
+    buffers.plan(ChunkTable(2, [], [], [], 90, b""), 1)
+    assert not buffers.has_any
+    buffers.on_reserved(Reserved(2, message.buffer, message.size), [again])
+    assert buffers.take().content is first
+
+
+def test_while_a_save_waits_for_a_buffer_no_other_is_asked_for() -> None:
+    """Allocating it would take the CPU from that save. It is asked for once that one is staged."""
+    sent: list[Request] = []
+    buffers = GrantedBuffers(sent.append)
+    buffers.plan(PLAN, 2)
+    taken: list[int] = []
+    waiting = threading.Thread(target=lambda: taken.append(buffers.take().number))
+    waiting.start()
+    wait_until(lambda: buffers.is_waited_for)
+    buffers.on_reserved(*reserved())
+    waiting.join()
+    assert (taken, sent) == ([0], [PLAN, Reserve(100)])
+    buffers.ask_after_use()
+    assert sent[2:] == [Reserve(100), Reserve(100)]
