@@ -29,3 +29,26 @@ def test_a_benchmark_shows_its_help(script: str) -> None:
         [sys.executable, BENCH / script, "--help"], capture_output=True, text=True, check=True
     )
     assert f"scripts/bench/{script}" in done.stdout
+
+
+def test_the_benchmark_of_a_gpu_runs_without_one(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        BENCH / "gpu",
+        "--device=cpu",
+        "--gb=0.01",
+        "--seconds=0.1",
+        f"--dir={tmp_path}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for row in (
+        "second save: stall",
+        "training while saving",
+        "restore from memory",
+        "load from disk on 2 ranks",
+        "kill -9 to the first all-reduce",
+        "its restore from memory",
+    ):
+        assert row in done.stdout
+    assert not list(tmp_path.iterdir())
