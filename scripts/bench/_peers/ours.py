@@ -33,7 +33,7 @@ class Shardckpt(Candidate):
         return self._manager.save(step, self._objects).wait
 
     def load(self) -> None:
-        shardckpt.load(self.folder, self._objects)
+        shardckpt.load(self.folder, self._objects, atomic=False)
 
     def recall(self) -> str:
         with self._open() as manager:
