@@ -240,11 +240,23 @@ class Bench:
         if candidate.again:
             times |= self._save(candidate, 2, "", spoil=memory)
         self._memory("save", begin=False, wanted=memory)
+        if candidate.recalls and not memory:
+            times |= self._two_in_flight(candidate)
         if candidate.recalls and self.world.loads:
             times |= self._recall(candidate)
         candidate.close()
         gc.collect()
         return times
+
+    def _two_in_flight(self, candidate: Candidate) -> dict[str, float]:
+        """A save while the one before is still written; until both are durable."""
+        self.settle()
+
+        def save_twice() -> None:
+            for wait in [candidate.save(3), candidate.save(4)]:
+                wait()
+
+        return {"pair_durable": self.seconds(save_twice)}
 
     def _prepare(self, candidate: Candidate) -> None:
         candidate.prepare()

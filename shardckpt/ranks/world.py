@@ -62,6 +62,9 @@ class Ranks(Protocol):
     def total(self, values: Sequence[int]) -> list[int]:
         """Return the elementwise sum over all ranks of 64-bit integers, equally many on all. It must fit, too."""
 
+    def start_total(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """Start `total` in the background, as `start_maximum` does."""
+
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """Start `maximum` in the background. Returns a function that waits for the result, to be called once.
 
@@ -102,6 +105,10 @@ class Alone:
     def total(self, values: Sequence[int]) -> list[int]:
         """See Ranks."""
         return list(values)
+
+    def start_total(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """See Ranks."""
+        return lambda: list(values)
 
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """See Ranks."""
@@ -187,9 +194,7 @@ class TorchRanks:
 
     def total(self, values: Sequence[int]) -> list[int]:
         """See Ranks."""
-        tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, group=self._group)
-        return [int(value) for value in tensor.tolist()]
+        return self.start_total(values)()
 
     def _wait(self, work: Any, doing: str) -> None:
         """Wait for the other ranks. If they are late, log which, and go on waiting."""
@@ -229,10 +234,17 @@ class TorchRanks:
             _log.debug("it is not known which ranks are late: %s", error)
             return []
 
+    def start_total(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        """See Ranks."""
+        return self._start(values, dist.ReduceOp.SUM)
+
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
         """See Ranks."""
+        return self._start(values, dist.ReduceOp.MAX)
+
+    def _start(self, values: Sequence[int], operation: Any) -> Callable[[], list[int]]:
         tensor = torch.tensor(values, dtype=torch.int64)
-        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        work = dist.all_reduce(tensor, op=operation, group=self._group, async_op=True)
 
         def finish() -> list[int]:
             work.wait()

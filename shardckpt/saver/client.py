@@ -191,6 +191,10 @@ class SaverClient:
         """
         return self._buffers.take()
 
+    def put_back(self, memory: Memory) -> None:
+        """Return a buffer that was taken, and will not be staged: `take` gives it out again."""
+        self._buffers.put_back(memory)
+
     def begin(self, begin: Begin) -> None:
         """Announce that a buffer is about to be written to."""
         self._connection.send(begin)

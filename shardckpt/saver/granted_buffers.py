@@ -111,6 +111,12 @@ class GrantedBuffers:
         self.ask()
         raise MemoryError(refused)
 
+    def put_back(self, memory: Memory) -> None:
+        """Return a buffer that was taken, and will not be staged: `take` gives it out again."""
+        with self._changed:
+            if self._mapped.get(memory.number) is memory.content:  # else it was for another plan
+                self._granted.appendleft(memory)
+
     def _ask_for_next(self) -> None:
         """Ask for the buffer that was to come after one that is here. Raises SaverError."""
         with self._changed:

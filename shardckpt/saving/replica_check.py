@@ -7,7 +7,7 @@ so that is an error. For a new plan every byte is compared. Later saves compare 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -74,8 +74,11 @@ class ReplicaCheck:
         ]
         self._weights = [_weight(group.holders, rank) for group in self._groups]
 
-    def check(self, ranks: Ranks, *, turn: int, whole: bool) -> None:
-        """Raise RankMismatchError, on all ranks, if two holders of a box differ. Collective.
+    def start(self, ranks: Ranks, *, turn: int, whole: bool) -> Callable[[], None]:
+        """Compare in the background what holders of the same box hold. Collective.
+
+        Returns a function that waits for the result, which all ranks call: it raises RankMismatchError on all of
+        them if two holders of a box differ. What is compared is read before this returns.
 
         One number is reduced over all ranks, however many sets of ranks hold the same boxes.
 
@@ -86,12 +89,17 @@ class ReplicaCheck:
                 compared, and of the others the part whose turn it is.
         """
         if not self._is_needed:
-            return
+            return lambda: None
         digests = [group.digest(turn, whole=whole) for group in self._groups]
         weighted = sum(digest * weight for digest, weight in zip(digests, self._weights, strict=True))
-        (total,) = ranks.total([weighted % _PRIME])
-        if total % _PRIME:
-            self._find_difference(ranks, digests)
+        wait = ranks.start_total([weighted % _PRIME])
+
+        def finish() -> None:
+            (total,) = wait()
+            if total % _PRIME:
+                self._find_difference(ranks, digests)
+
+        return finish
 
     def _find_difference(self, ranks: Ranks, digests: Sequence[int]) -> None:
         """Raise RankMismatchError, on all ranks, for the boxes that differ. Collective."""

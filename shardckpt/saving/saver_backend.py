@@ -263,6 +263,7 @@ class SaverBackend:
             msgspec.json.encode(save.values),
             save.proposal.encode() if save.proposal is not None else b"",
         )
+        self._taken = None
         client.stage(stage, lambda outcome: self._note(client, save, handle, outcome))
         if not client.is_lost:
             handle.submitted()
@@ -287,6 +288,9 @@ class SaverBackend:
         """See SaveBackend."""
         if self._client is not None:
             self._client.abandon(save.info.id, error)
+            if self._taken is not None:
+                self._client.put_back(self._taken)
+                self._taken = None
         self._report_missing_part(save, save.destinations, error)
 
     def _report_missing_part(

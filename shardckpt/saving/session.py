@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,8 @@ class SaveSession:
 
         Compares every byte. Raises what `start` raises about the state.
         """
-        content, _, copies = self._prepare(state, metrics)
+        content, _, copies, compare = self._prepare(state, metrics)
+        compare()
         known, staged = self._saved, self._backend.last_staged
         is_same = known is not None and known.covers(content)
         is_same = is_same and staged is not None and staged.holds(copies)
@@ -170,10 +171,10 @@ class SaveSession:
             attempt: number of the attempt; 0 for a checkpoint that lies alone.
             metrics: numbers by name.
 
-        Raises StateError, on all ranks, before anything is written.
+        Raises StateError, on all ranks, and writes no checkpoint then.
         """
         with no_garbage_collection():
-            content, prepared, copies = self._prepare(state, metrics)
+            content, prepared, copies, compare = self._prepare(state, metrics)
             self._saved = None
             self._count += 1
             rank = self.ranks.rank
@@ -183,16 +184,21 @@ class SaveSession:
             if rank == 0:
                 proposal = Proposal(info, content.metrics, content.values, prepared.plan)
             save = Save(info, rank, prepared.local_ranks, destinations, content.per_rank, proposal)
+            loss: SaverError | MemoryError | None = None
             try:
-                self._backend.begin(save).fill(copies)
-            except (SaverError, MemoryError) as error:  # this save is lost, and training is not
-                self._backend.abandon(save, error)
-                for tier in handle.tiers:
-                    handle.note(tier, error)
-                return handle
+                try:
+                    self._backend.begin(save).fill(copies)
+                except (SaverError, MemoryError) as error:  # this save is lost, and training is not
+                    loss = error
+                compare()
             except BaseException as error:
                 self._backend.abandon(save, error)
                 raise
+            if loss is not None:
+                self._backend.abandon(save, loss)
+                for tier in handle.tiers:
+                    handle.note(tier, loss)
+                return handle
         self._saved = content
         self._backend.submit(save, handle)
         return handle
@@ -202,7 +208,8 @@ class SaveSession:
 
         Raises what `start` raises about the state.
         """
-        self._prepare(state, None)
+        *_, compare = self._prepare(state, None)
+        compare()
 
     def expect(self, nbytes: int) -> None:
         """Get memory in the background for packs of so many bytes, whose plan is not known yet."""
@@ -237,8 +244,12 @@ class SaveSession:
 
     def _prepare(
         self, state: dict[str, Any], metrics: Mapping[str, float] | None
-    ) -> tuple[_Content, _Prepared, Copies]:
-        """Flatten, and plan if any rank's structure has changed, with a check that all ranks agree."""
+    ) -> tuple[_Content, _Prepared, Copies, Callable[[], None]]:
+        """Flatten, and plan if any rank's structure has changed, with a check that all ranks agree.
+
+        The last of what this returns waits for the comparison of replicas, which goes on in the background; all
+        ranks have to call it. It raises RankMismatchError.
+        """
         error: Exception | None = None
         flat = FlatState([], None, {})
         tensors: Sequence[TensorShard] = ()
@@ -268,10 +279,13 @@ class SaveSession:
         plan, rank = prepared.plan, self.ranks.rank
         inputs = [plan, tensors]
         replicas = self._cache.derived("replicas", inputs, lambda: ReplicaCheck(plan, tensors, rank))
-        replicas.check(self.ranks, turn=self._count, whole=fresh)
+        compare = replicas.start(self.ranks, turn=self._count, whole=fresh)
+        if fresh:
+            compare()
+            compare = _compared
         self._prepared = prepared  # kept only once its replicas have been compared whole
         copies = self._cache.derived("copies", inputs, lambda: Copies(plan.writes(rank), tensors))
-        return _Content(flat.values, flat.per_rank, numbers), prepared, copies
+        return _Content(flat.values, flat.per_rank, numbers), prepared, copies, compare
 
     def _plan(self, layout: RankLayout) -> _Prepared:
         """Plan the save of a new structure, and get buffers for it. Collective."""
@@ -386,6 +400,10 @@ def _start(
     return SaveSession(ranks, COMMIT_TIMEOUT).start(
         "", [destination], state, step=step, attempt=attempt, metrics=metrics
     )
+
+
+def _compared() -> None:
+    """Replicas have been compared."""
 
 
 def _checked_metrics(metrics: Mapping[str, float] | None) -> dict[str, float | str]:

@@ -122,6 +122,10 @@ class ThreadRanks:
     def total(self, values: Sequence[int]) -> list[int]:
         return [sum(column) for column in zip(*self._exchange("total", list(values)), strict=True)]
 
+    def start_total(self, values: Sequence[int]) -> Callable[[], list[int]]:
+        number = self._tell("start_total", list(values))
+        return lambda: [sum(column) for column in zip(*self._hear("start_total", number), strict=True)]
+
     def start_maximum(self, values: Sequence[int]) -> Callable[[], list[int]]:
         number = self._tell("start_maximum", list(values))
         return lambda: [max(column) for column in zip(*self._hear("start_maximum", number), strict=True)]

@@ -65,7 +65,8 @@ def _limits(limits: Values, stored: int) -> str:
 def _saves(rows: Sequence[str], times: dict[str, Values], limits: Values, stored: int) -> str:
     head = [
         *("SAVE", "stall s", "x memcpy", "x DCP", "x peer", "first s", "x memcpy"),
-        *("durable s", "GB/s", "of disk", "x DCP", "x peer", "syncs", "CPU s", "memory GB", "private"),
+        *("durable s", "GB/s", "of disk", "2 in flight s", "of disk", "x DCP", "x peer"),
+        *("syncs", "CPU s", "memory GB", "private"),
     ]
 
     peers = [_last(of) for word, of in times.items() if word != _OURS]
@@ -87,6 +88,8 @@ def _saves(rows: Sequence[str], times: dict[str, Values], limits: Values, stored
                 _seconds(durable),
                 _rate(stored, durable),
                 _ratio(limits.get("write"), durable),
+                _seconds(of.get("pair_durable")),
+                _ratio(2 * limits["write"] if "write" in limits else None, of.get("pair_durable")),
                 _ratio(dcp_durable, durable) if word == _OURS else "",
                 _ratio(_best(peers, "durable"), durable) if word == _OURS else "",
                 "itself" if CANDIDATES[word].syncs else "by us",

@@ -108,3 +108,17 @@ def test_while_a_save_waits_for_a_buffer_no_other_is_asked_for() -> None:
     assert (taken, sent) == ([0], [PLAN, Reserve(100)])
     buffers.ask_after_use()
     assert sent[2:] == [Reserve(100), Reserve(100)]
+
+
+def test_a_buffer_that_is_put_back_is_given_out_again() -> None:
+    """As after a save that was abandoned: nothing else would be asked for."""
+    buffers = GrantedBuffers(lambda _: None)
+    buffers.plan(PLAN, 1)
+    buffers.on_reserved(*reserved())
+    memory = buffers.take()
+    assert buffers.is_full
+    buffers.put_back(memory)
+    assert buffers.take() is memory
+    buffers.plan(ChunkTable(2, [], [], [], 100, b""), 1)
+    buffers.put_back(memory)
+    assert not buffers.has_any

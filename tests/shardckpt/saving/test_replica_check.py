@@ -30,7 +30,7 @@ def _found_after(worlds: Sequence[Sequence[TensorShard]], turns: int) -> tuple[i
         replicas = ReplicaCheck(plan, worlds[ranks.rank], ranks.rank)
         for turn in range(turns):
             try:
-                replicas.check(ranks, turn=turn, whole=False)
+                replicas.start(ranks, turn=turn, whole=False)()
             except RankMismatchError as error:
                 return turn, str(error)
         return None
