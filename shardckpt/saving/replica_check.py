@@ -6,7 +6,6 @@ so that is an error. For a new plan every byte is compared. Later saves compare 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,8 @@ from shardckpt.errors import RankMismatchError
 from shardckpt.format.box import Box
 from shardckpt.format.save_plan import SavePlan
 from shardckpt.memory import bytes_at
+from shardckpt.ranks.equality import MODULUS, weight
+from shardckpt.ranks.equality import digest as digest_of
 from shardckpt.ranks.world import Ranks
 from shardckpt.saving.staging import box_data
 from shardckpt.state.tensors import TensorShard, as_array, dense, flat_bytes, is_plain
@@ -49,9 +50,6 @@ _GPU_BOXES = 128
 _WORDS = 1021
 """Columns that words in GPU memory are summed in: a prime, so that rows of data fall into different ones."""
 
-_PRIME = (1 << 44) - 17
-"""Modulus of the sum over ranks, so that a million of them stay below 2^63."""
-
 _LISTED = 8
 
 
@@ -72,7 +70,7 @@ class ReplicaCheck:
             _Group(holders, boxes, [_View(box_data(by_name[name], box)) for name, box in boxes])
             for holders, boxes in plan.shared_by(rank)
         ]
-        self._weights = [_weight(group.holders, rank) for group in self._groups]
+        self._weights = [weight(group.holders, rank) for group in self._groups]
 
     def start(self, ranks: Ranks, *, turn: int, whole: bool) -> Callable[[], None]:
         """Compare in the background what holders of the same box hold. Collective.
@@ -92,11 +90,11 @@ class ReplicaCheck:
             return lambda: None
         digests = [group.digest(turn, whole=whole) for group in self._groups]
         weighted = sum(digest * weight for digest, weight in zip(digests, self._weights, strict=True))
-        wait = ranks.start_total([weighted % _PRIME])
+        wait = ranks.start_total([weighted % MODULUS])
 
         def finish() -> None:
             (total,) = wait()
-            if total % _PRIME:
+            if total % MODULUS:
                 self._find_difference(ranks, digests)
 
         return finish
@@ -139,23 +137,6 @@ class _Compared(msgspec.Struct, frozen=True, array_like=True):
     boxes: tuple[tuple[str, Box], ...]
 
 
-def _weight(holders: Sequence[int], rank: int) -> int:
-    """A number for each holder, which add up to 0 modulo _PRIME.
-
-    So do equal digests, each times its holder's number. Digests that differ do so only by coincidence.
-    """
-    first, *others = holders
-    if rank != first:
-        return _number((first, len(holders), rank)) % _PRIME
-    return -sum(_number((first, len(holders), other)) for other in others) % _PRIME
-
-
-def _number(values: Sequence[int]) -> int:
-    """62 bits that depend on all of the values."""
-    text = ",".join(map(str, values)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 2
-
-
 @dataclass(frozen=True)
 class _Group:
     """Boxes that the same ranks hold, this rank among them, and its views of them."""
@@ -167,7 +148,7 @@ class _Group:
     @cached_property
     def key(self) -> int:
         """Equal on two ranks for the same group only."""
-        return _number(self.holders)
+        return digest_of(self.holders)
 
     def digest(self, turn: int, *, whole: bool) -> int:
         """Return a checksum of what is compared at this turn."""

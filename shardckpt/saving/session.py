@@ -22,6 +22,7 @@ from shardckpt.errors import SaverError, StateError, public_api
 from shardckpt.format.layouts import RankLayout
 from shardckpt.format.save_plan import SavePlan, plan_save
 from shardckpt.memory import no_garbage_collection
+from shardckpt.ranks.equality import all_equal
 from shardckpt.ranks.world import Ranks, agree, agreement, current_ranks
 from shardckpt.run.persist import check_free
 from shardckpt.run.places import Place, attempt_for
@@ -267,14 +268,16 @@ class SaveSession:
             self._prepared is None or self._prepared.layout.digest != layout.digest or self._backend.is_lost
         )
         known = 0 if self._prepared is None else self._prepared.plan.fingerprint
-        failed, changed, *differ = self.ranks.maximum(
-            [error is not None, stale, values, -values, known, -known]
-        )
-        if failed:
-            agree(self.ranks, error)
-        if differ[0] != -differ[1]:
-            raise_if_values_differ(self.ranks, flat.values)
-        fresh = bool(changed) or differ[2] != -differ[3]
+        fresh = not all_equal(self.ranks, [values, known], objects=stale or error is not None)
+        if fresh:  # or something is wrong
+            failed, changed, *differ = self.ranks.maximum(
+                [error is not None, stale, values, -values, known, -known]
+            )
+            if failed:
+                agree(self.ranks, error)
+            if differ[0] != -differ[1]:
+                raise_if_values_differ(self.ranks, flat.values)
+            fresh = bool(changed) or differ[2] != -differ[3]
         prepared = self._plan(layout) if fresh or self._prepared is None else self._prepared
         plan, rank = prepared.plan, self.ranks.rank
         inputs = [plan, tensors]
