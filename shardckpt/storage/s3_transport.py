@@ -170,6 +170,13 @@ class Answer:
     def content(self) -> Self:
         return self
 
+    @property
+    def raw_headers(self) -> list[tuple[bytes, bytes]]:
+        """Asked for by older releases of aiobotocore."""
+        return [
+            (name.encode("latin-1"), value.encode("latin-1")) for name, value in self._response.getheaders()
+        ]
+
     async def read(self, size: int = -1) -> bytes:
         """At most `size` bytes, as soon as there are some; all that is left for -1. b"" at the end."""
         read = self._response.read if size < 0 else partial(read_some, self._response, size)
