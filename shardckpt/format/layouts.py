@@ -227,7 +227,9 @@ def _numbers(values: Sequence[_T]) -> npt.NDArray[np.int32]:
 
 def _first_ranks(kinds: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
     """By kind, the first rank that is of it."""
-    return np.unique(kinds, return_index=True)[1]
+    order = np.argsort(kinds, kind="stable")  # np.unique would import numpy.ma, for 20 ms
+    ordered = kinds[order]
+    return order[np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1))]
 
 
 def _columns(rows: Sequence[bytes]) -> npt.NDArray[np.int32]:

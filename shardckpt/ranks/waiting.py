@@ -43,19 +43,23 @@ def wait_together(ranks: Ranks, work: Callable[[], T], what: str) -> T:
     with doing(what):
         while True:
             is_over = ranks.rank != 0 or _is_over(future)
-            if not any(ranks.maximum([not is_over])):
+            told, error = _outcome(future) if ranks.rank == 0 and is_over else (b"", None)
+            is_running, has_failed = ranks.maximum([not is_over, error is not None])
+            if not is_running:
                 break
             alive()
-    error: Exception | None = None
-    told = b""
-    try:
-        if ranks.rank == 0:
-            told = msgspec.msgpack.encode(future.result())
-    except Exception as failure:
-        error = failure
-    agree(ranks, error)
+    if has_failed:
+        agree(ranks, error)
     result: T = msgspec.msgpack.decode(ranks.broadcast(told))
     return result
+
+
+def _outcome(future: Future[T]) -> tuple[bytes, Exception | None]:
+    """The encoded result of work that is over, or its error."""
+    try:
+        return msgspec.msgpack.encode(future.result()), None
+    except Exception as error:
+        return b"", error
 
 
 def _is_over(future: Future[T]) -> bool:

@@ -29,6 +29,8 @@ _log = logging.getLogger("shardckpt")
 
 _LATE = timedelta(seconds=10)  # after which a rank that waits for others logs for which
 _PADDED = 64 << 10  # bytes that a gather may pad without asking whether another way moves fewer
+_HEAD = 512  # bytes that every rank sends first
+_LENGTH = 8  # of these, for the length of its message
 _TO_ANSWER = 1.0  # seconds in which the other ranks that wait say so in the job's store
 
 
@@ -148,12 +150,13 @@ class TorchRanks:
 
     def gather(self, data: bytes) -> list[bytes]:
         """See Ranks."""
-        all_lengths = torch.zeros(self.size, dtype=torch.int64)
-        dist.all_gather(list(all_lengths.chunk(self.size)), torch.tensor([len(data)]), group=self._group)
-        lengths = all_lengths.tolist()
+        heads = torch.zeros(self.size * _HEAD, dtype=torch.uint8)
+        dist.all_gather(list(heads.chunk(self.size)), _head(data), group=self._group)
+        received = [_of_head(head) for head in heads.chunk(self.size)]
+        lengths = [length for length, _ in received]
         longest = max(lengths)
-        if longest == 0:
-            return [b""] * self.size
+        if longest <= _HEAD - _LENGTH:
+            return [content for _, content in received]
         own = _tensor(memoryview(data)) if data else torch.zeros(0, dtype=torch.uint8)
         if longest * self.size > 2 * sum(lengths) + _PADDED:  # a few ranks have nearly all of it
             starts = list(itertools.accumulate(lengths, initial=0))
@@ -174,13 +177,15 @@ class TorchRanks:
 
     def broadcast(self, data: bytes) -> bytes:
         """See Ranks."""
-        length = torch.tensor([len(data)])
-        dist.broadcast(length, group=self._group, group_src=0)
-        content = torch.zeros(int(length), dtype=torch.uint8)
-        if self.rank == 0 and data:
+        head = _head(data)
+        dist.broadcast(head, group=self._group, group_src=0)
+        length, received = _of_head(head)
+        if length <= _HEAD - _LENGTH:
+            return received
+        content = torch.zeros(length, dtype=torch.uint8)
+        if self.rank == 0:
             content = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
-        if int(length):
-            dist.broadcast(content, group=self._group, group_src=0)
+        dist.broadcast(content, group=self._group, group_src=0)
         return content.numpy().tobytes()
 
     def maximum(self, values: Sequence[int], doing: str = "") -> list[int]:
@@ -263,6 +268,20 @@ class TorchRanks:
         ]
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
+
+
+def _head(data: bytes) -> torch.Tensor:
+    """The length of a message and, if there is room, all of it: short messages take one collective, not two."""
+    content = data if len(data) <= _HEAD - _LENGTH else b""
+    head = len(data).to_bytes(_LENGTH, "little") + content
+    return torch.frombuffer(bytearray(head.ljust(_HEAD, b"\0")), dtype=torch.uint8)
+
+
+def _of_head(head: torch.Tensor) -> tuple[int, bytes]:
+    """The length of a message, and the message, if it is in the head."""
+    received = head.numpy().tobytes()
+    length = int.from_bytes(received[:_LENGTH], "little")
+    return length, received[_LENGTH : _LENGTH + length]
 
 
 def _machine() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -59,6 +59,17 @@ class Sharding:
     def count(self) -> int:
         """The number of different parts: replicas of a part count once."""
         return math.prod(split.parts for split in self.splits)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of this rank's memory, if it has a part of the tensor."""
+        dims = range(len(self.pieces[0].at)) if self.pieces else ()
+        return tuple(max(piece.at[d] + piece.box.shape[d] for piece in self.pieces) for d in dims)
+
+    @cached_property
+    def volume(self) -> int:
+        """The number of elements that this rank has."""
+        return sum(piece.box.volume for piece in self.pieces)
 
     @property
     def index(self) -> int | None:

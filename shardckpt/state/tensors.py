@@ -159,13 +159,11 @@ def tensor_shard(
     if isinstance(tensor, DTensor):
         sharding = sharding_of(tensor, name)
         pieces = sharding.pieces
-        wanted = tuple(
-            max((p.at[d] + p.box.shape[d] for p in pieces), default=0) for d in range(len(shape))
-        )
-        if sum(p.box.volume for p in pieces) != data.numel() or (pieces and wanted != tuple(data.shape)):
+        if sharding.volume != data.numel() or (pieces and sharding.shape != data.shape):
+            wanted = list(sharding.shape) if pieces else [0] * len(shape)
             raise UnsupportedValueError(
                 f"state[{name!r}] is a DTensor of shape {list(shape)} with placements {tensor.placements}, "
-                f"of which this rank should hold a part of shape {list(wanted)}, but its local tensor has the "
+                f"of which this rank should hold a part of shape {wanted}, but its local tensor has the "
                 f"shape {list(data.shape)}. Make it with distribute_tensor, or pass its true shape to from_local."
             )
     else:
@@ -239,13 +237,11 @@ def _empty_like_saved(kind: torch.dtype, shape: tuple[int, ...], like: torch.Ten
     if not isinstance(like, DTensor):
         return _empty_like(like, kind)
     # Not empty_like(like), which works out anew for each shape how the result is sharded.
+    held = _empty_like(own_part(like), kind)
+    if kind == like.dtype and type(like) is DTensor:  # in half the time of from_local
+        return DTensor(held, like._spec, requires_grad=False)  # type: ignore[no-untyped-call]
     return DTensor.from_local(
-        _empty_like(own_part(like), kind),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
+        held, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
