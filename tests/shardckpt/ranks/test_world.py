@@ -51,16 +51,21 @@ def test_a_destroyed_process_group_is_told() -> None:
     assert current_ranks().size == 1
 
 
-def _gather_and_add(rank: int, lengths: list[list[int]]) -> tuple[list[list[bytes]], list[int]]:
+def _gather_and_add(
+    rank: int, lengths: list[list[int]]
+) -> tuple[list[list[bytes]], list[bytes], list[int]]:
     ranks = current_ranks()
     told = [ranks.gather(bytes([65 + rank]) * by_rank[rank]) for by_rank in lengths]
-    return told, ranks.total([rank + 1, -(1 << 40), 1 << 60 if rank == 2 else 0])
+    sent = [ranks.broadcast(bytes([65 + rank]) * by_rank[rank]) for by_rank in lengths]
+    return told, sent, ranks.total([rank + 1, -(1 << 40), 1 << 60 if rank == 2 else 0])
 
 
-def test_what_ranks_gather_and_add() -> None:
+def test_what_ranks_gather_broadcast_and_add() -> None:
     """Every rank has what all ranks passed, whether they pass equally much or one has nearly all of it."""
     lengths = [[3, 0, 1], [0, 0, 0], [300_000, 0, 2], [0, 90_000, 90_000], [100_000, 100_001, 99_999]]
+    lengths += [[length, 504, 505] for length in (503, 504, 505, 512, 513)]  # about what one message holds
     wanted = [[bytes([65 + rank]) * length for rank, length in enumerate(by_rank)] for by_rank in lengths]
-    for told, total in run_processes(3, _gather_and_add, lengths):
+    for told, sent, total in run_processes(3, _gather_and_add, lengths):
         assert told == wanted
+        assert sent == [by_rank[0] for by_rank in wanted]
         assert total == [6, -3 << 40, 1 << 60]
