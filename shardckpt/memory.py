@@ -21,7 +21,6 @@ __all__ = [
     "no_garbage_collection",
     "populate",
     "prefer_huge_pages",
-    "provide",
     "writable",
 ]
 
@@ -29,8 +28,6 @@ _HUGE_PAGE = 2 << 20
 _MADV_WILLNEED = 3
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_READ = 22  # since Linux 5.14
-_MADV_POPULATE_WRITE = 23
-_FEW_PAGES = 64 << 10
 
 
 def populate(content: npt.NDArray[np.uint8]) -> bool:
@@ -65,22 +62,6 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
         _advise(start, length, _MADV_HUGEPAGE)
 
 
-def provide(address: int, nbytes: int) -> None:
-    """Fault in memory that has not been written to yet, all at once: `nbytes` bytes at `address`.
-
-    Restoring into memory that is faulted in page by page takes 1.5 times as long (scripts/bench/memory). Memory
-    whose middle page is resident counts as written to.
-    """
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length < _FEW_PAGES:
-        return
-    resident = ctypes.c_ubyte()
-    middle = start + length // 2 // mmap.PAGESIZE * mmap.PAGESIZE
-    if _libc().mincore(middle, mmap.PAGESIZE, ctypes.byref(resident)) == 0 and not resident.value & 1:
-        _advise(start, length, _MADV_POPULATE_WRITE)
-
-
 def bytes_at(address: int, nbytes: int) -> memoryview:
     """Return these bytes of this process's memory, which the caller keeps allocated."""
     return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
@@ -112,7 +93,6 @@ def _advise(start: int, length: int, advice: int) -> bool:
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     return libc
 
 
