@@ -69,6 +69,8 @@ def _decode(value: Any, level: int) -> Any:
         raise _InvalidError("is an integer that does not fit 64 bits, which is written as $int")
     if not isinstance(value, dict):
         return value
+    if len(value) == 1 and isinstance(name := value.get("$tensor"), str):  # as most are
+        return TensorRef(name)
     for tag in value:
         if tag.startswith("$"):
             return _decode_tagged(tag if len(value) == 1 else ", ".join(value), value[tag], level)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardckpt.format.box import Piece
 from shardckpt.format.dtypes import itemsize
 from shardckpt.format.manifest import Manifest
 from shardckpt.loading.exchange_plan import ExchangePlanner, SharedRead
@@ -88,7 +89,7 @@ def fill(
     Returns the bytes of the chunks that this rank needed.
     """
     pieces = [(target, piece) for target in targets for piece in target.pieces if piece.box.volume]
-    scatter = _TensorScatter([target.data[piece.shard_slices] for target, piece in pieces])
+    scatter = _TensorScatter([_part(target, piece) for target, piece in pieces])
     reads = plan_reads(manifest, [(target.name, piece.box) for target, piece in pieces])
     fetcher = Fetcher(source, manifest, limits)
     atomic, exchange = _plan_exchange(fetcher, manifest, reads, ranks, limits, atomic=atomic)
@@ -206,6 +207,11 @@ def _run_exchange(
             except Exception as failure:
                 error = failure
     return error
+
+
+def _part(target: TensorShard, piece: Piece) -> torch.Tensor:
+    """The memory of a piece; of a single one it is all that the target has."""
+    return target.data if len(target.pieces) == 1 else target.data[piece.shard_slices]
 
 
 class _TensorScatter(ArrayScatter):

@@ -23,7 +23,7 @@ from shardckpt.state.load_targets import LoadTargets, Undo
 from shardckpt.state.overlaps import find_conflict, find_overlaps, overlaps_itself
 from shardckpt.state.subclasses import empty_wrapper, expand, pair
 from shardckpt.state.tensors import TensorShard, empty_like_saved, tensor_shard
-from shardckpt.state.wrapped import inner_names, is_wrapper, memory_parts, own_part
+from shardckpt.state.wrapped import PLAIN_TYPES, inner_names, is_wrapper, memory_parts, own_part
 
 __all__ = ["TargetBuilder", "mismatch"]
 
@@ -81,6 +81,10 @@ class TargetBuilder:
 
     def fill(self, live: torch.Tensor, path: str, saved: Any) -> None:
         """Fill a tensor of the state in place; of a wrapper subclass, the tensors that it consists of."""
+        if type(saved) is TensorRef and type(live) in PLAIN_TYPES:  # as nearly all are
+            self._fill_live(tensor_shard(live, path, own=live), path, saved.name)
+            self.targets.live.append(live)
+            return
         for part, name in self._paired(live, saved, path):
             self._fill_live(part, part.name, name)
         self.targets.live += memory_parts(live) if isinstance(saved, WrapperRef) else [live]
@@ -262,7 +266,9 @@ class TargetBuilder:
     def _fill(self, target: TensorShard, path: str, name: str, *, is_new: bool = True) -> TensorShard:
         """Add memory to fill from the checkpoint's tensor `name`."""
         _check_fit(self.entry(name, path), target, path)
-        added = TensorShard(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
+        added = target
+        if is_new or name != target.name:
+            added = TensorShard(name, target.dtype, target.shape, target.pieces, target.data, is_new=is_new)
         self.targets.tensors.append(added)
         return added
 

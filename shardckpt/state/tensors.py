@@ -73,9 +73,14 @@ class TensorShard:
         return (*place, data.is_conj(), data.is_neg(), self.shape, self.pieces)
 
 
+@lru_cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def dtype_name(dtype: torch.dtype, where: str) -> str:
     """The format's name of a torch type. Raises UnsupportedValueError, which names `where`, if it has none."""
-    name = str(dtype).removeprefix("torch.")
+    name = _name_of(dtype)
     if name not in DTYPES:
         raise UnsupportedValueError(
             f"state[{where!r}] is a tensor of {dtype}, which the format does not have. "
@@ -167,11 +172,17 @@ def tensor_shard(
                 f"shape {list(data.shape)}. Make it with distribute_tensor, or pass its true shape to from_local."
             )
     else:
-        pieces = (Piece(Box.whole(shape), (0,) * len(shape)),) if math.prod(shape) else ()
+        pieces = _whole(shape)
     dtype = dtype_name(data.dtype, name)
     if problem := _shape_problem(dtype, shape):
         raise UnsupportedValueError(f"state[{name!r}] {problem}. Reshape it, or leave it out.")
     return TensorShard(name, dtype, shape, pieces, data, first_holder, sharding=sharding)
+
+
+@lru_cache(maxsize=1 << 12)
+def _whole(shape: tuple[int, ...]) -> tuple[Piece, ...]:
+    """The pieces of a tensor of this shape that a rank holds all of."""
+    return (Piece(Box.whole(shape), (0,) * len(shape)),) if math.prod(shape) else ()
 
 
 def check_memory(data: torch.Tensor, name: str) -> None:
