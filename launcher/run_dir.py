@@ -4,6 +4,7 @@ RUN_DIR/lock                     held by the one agent that runs here, or shared
 RUN_DIR/round                    number of the last round
 RUN_DIR/ranks/rank-00000/        a rank's own directory, with its progress file
 RUN_DIR/logs/round-0001/         rank-00000.out, rank-00000.err, rank-00000.error.json
+RUN_DIR/imports.json             what workers have imported, see zygote/import_record.py
 RUN_DIR/stacks/round-0001/       rank-00000.txt: a rank's stacks when it hung, or when a user asked
 
 The files of one agent are in the run directory itself or, where several nodes share one on a network file

@@ -60,6 +60,7 @@ class ZygoteHandle:
             "import_dir": None if sys.flags.safe_path else command.import_dir,
             "main_file": command.target if command.kind is Kind.SCRIPT else None,
             "source": command.source,
+            "imports": str(config.directory / "imports.json") if config.is_warm else None,
             "files": reaper.files,
         }
         argv, environment = _command_line(config, shared_environment(config))

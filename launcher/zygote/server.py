@@ -16,7 +16,8 @@ import traceback
 from typing import Any, NoReturn
 
 from launcher.system import processes
-from launcher.zygote.warm_up import warm_up
+from launcher.zygote.import_record import start_recording
+from launcher.zygote.warm_up import WarmUp, warm_up
 from launcher.zygote.worker_process import draw_fresh_seeds, enter_session, execute, skip_destructors
 
 __all__ = ["serve"]
@@ -36,9 +37,9 @@ def serve(*, is_warm: bool) -> None:
     handlers = {name: signal.signal(getattr(signal, name), signal.SIG_IGN) for name in _HELD}
     handlers["SIGUSR1"] = signal.SIG_IGN  # a worker without a handler for it lives on, and is asked to save
     started = time.monotonic()
-    error = warm_up(orders) if is_warm else None
-    server = ZygoteServer(orders, handlers, forks_warm=is_warm and error is None)
-    server.send(event="ready", seconds=time.monotonic() - started, error=error)
+    warm = warm_up(orders) if is_warm else None
+    server = ZygoteServer(orders, handlers, warm if warm and not warm.error else None)
+    server.send(event="ready", seconds=time.monotonic() - started, error=warm and warm.error)
     try:
         server.run()
     except BaseException:
@@ -50,12 +51,13 @@ def serve(*, is_warm: bool) -> None:
 class ZygoteServer:
     """Forks, signals and reaps workers, as the agent (`ZygoteHandle`) orders through a socket."""
 
-    def __init__(self, orders: dict[str, Any], handlers: dict[str, Any], *, forks_warm: bool) -> None:
+    def __init__(self, orders: dict[str, Any], handlers: dict[str, Any], warm: WarmUp | None) -> None:
         self._socket: int = orders["socket"]
         self._command: list[str] = orders["command"]
         self._files: int | None = orders["files"]
         self._handlers = handlers
-        self._forks_warm = forks_warm
+        self._imports: str | None = orders["imports"]
+        self._warm = warm  # None: workers execute the command
         self._unread = b""
         self._ranks: dict[int, int] = {}  # of live workers, by pid
         self._pidfds: dict[int, int] = {}  # pids of live workers, by pidfd
@@ -124,7 +126,7 @@ class ZygoteServer:
             try:
                 self._become_worker(worker, zygote)
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-                if not self._forks_warm:
+                if self._warm is None:
                     execute(self._command)
             except BaseException:
                 traceback.print_exc()
@@ -144,9 +146,12 @@ class ZygoteServer:
         self._epoll.close()
         for fd in (self._socket, self._wake_read, self._wake_write, *self._pidfds):
             os.close(fd)
-        if self._forks_warm:
+        if self._warm is not None:
             draw_fresh_seeds()
             skip_destructors()
+            recorded, is_first = self._warm.recorded, worker["environment"].get("LOCAL_RANK") == "0"
+            if self._imports is not None and recorded is not None and is_first:
+                start_recording(self._imports, recorded, self._warm.variables)
 
     def _reap_worker(self, pidfd: int) -> None:
         pid = self._pidfds.pop(pidfd)

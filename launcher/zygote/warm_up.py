@@ -7,40 +7,60 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.zygote import script_imports
+from launcher.zygote.fork_safety import count_threads
+from launcher.zygote.import_record import import_recorded
 
-__all__ = ["warm_up"]
+__all__ = ["WarmUp", "warm_up"]
 
 _TORCH = ("torch", "torch.distributed")
 _REFERENCES_OF_TORCH = 1  # to `__main__`, in C
 
 
-def warm_up(orders: dict[str, Any]) -> str | None:
-    """Import torch, the modules to preload, and the script's own imports of known libraries.
+class WarmUp(NamedTuple):
+    """What has been imported.
 
-    Modules are resolved as the script would resolve them. Returns the traceback if that fails, or if threads
-    are left that make a fork unsafe.
+    Args:
+        error: the traceback if that failed, or if threads are left that make a fork unsafe; else None.
+        recorded: modules that earlier workers had imported; None: workers should record none.
+        variables: those that the script sets before its imports.
     """
+
+    error: str | None = None
+    recorded: Sequence[str] | None = None
+    variables: Mapping[str, str] = types.MappingProxyType({})
+
+
+def warm_up(orders: dict[str, Any]) -> WarmUp:
+    """Import torch, the modules to preload, the script's own imports of known libraries, and recorded ones.
+
+    Modules are resolved as the script would resolve them.
+    """
+    source = orders["source"]
     if orders["import_dir"] is not None:
         sys.path.insert(0, orders["import_dir"])
     try:
-        with _frozen(orders["main_file"]), _variables_of(orders["source"]):
+        variables = {} if source is None else script_imports.find_variables(Path(source), os.environ)
+        recorded = None
+        with _frozen(orders["main_file"]), _set_for_now(variables):
             for name in (*_TORCH, *orders["preload"]):
                 importlib.import_module(name)
-            if orders["source"] is not None:
+            if source is not None:
                 script_imports.import_all(
-                    script_imports.find_imports(Path(orders["source"]), Path(orders["import_dir"]))
+                    script_imports.find_imports(Path(source), Path(orders["import_dir"]))
                 )
+            if orders["imports"] is not None:
+                recorded = import_recorded(orders["imports"])
         _check_single_thread(orders["preload"])
+        return WarmUp(None, recorded, variables)
     except BaseException:
-        return traceback.format_exc()
-    else:
-        return None
+        return WarmUp(traceback.format_exc())
     finally:
         if orders["import_dir"] is not None:
             sys.path.remove(orders["import_dir"])
@@ -84,9 +104,8 @@ def _count_references() -> int:
 
 
 @contextmanager
-def _variables_of(source: str | None) -> Iterator[None]:
-    """Set the variables that the script sets before its imports. The workers set them again by themselves."""
-    changed = {} if source is None else script_imports.find_variables(Path(source), os.environ)
+def _set_for_now(changed: Mapping[str, str]) -> Iterator[None]:
+    """Set variables that the script sets before its imports. The workers set them again by themselves."""
     before = {name: os.environ[name] for name in changed if name in os.environ}
     os.environ.update(changed)
     try:
@@ -99,18 +118,7 @@ def _variables_of(source: str | None) -> Iterator[None]:
 
 def _check_single_thread(preload: list[str]) -> None:
     """Raise `RuntimeError` if there are other threads: in a fork, the locks that they hold are never released."""
-    if _count_threads() == 1:
-        return
-    # Libraries that support forks (OpenBLAS) end their threads before one, so fork once.
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    threads = _count_threads()
+    threads = count_threads()
     if threads > 1:
         what = f"preloading {', '.join(preload)}" if preload else "importing torch"
         raise RuntimeError(f"{what} left {threads - 1} threads running, so forking is not safe")
-
-
-def _count_threads() -> int:
-    return len(os.listdir("/proc/self/task"))  # noqa: PTH208 - pathlib would be one more import
