@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
@@ -52,6 +52,7 @@ class Fetcher:
         self._ahead = limits.ahead
         self._held: dict[int, memoryview] = {}
         self._sized: set[int] = set()
+        self._shared: Collection[int] = ()
         self._thread = _ThreadMemory()
         self.url = self._packs.url
         self.is_near = self._packs.is_near
@@ -77,6 +78,13 @@ class Fetcher:
         """Compare these chunks with their checksums. Arguments and errors are those of `load`."""
         self._pass(reads, DISCARD, progress, keep=False)
 
+    def share(self, rows: Collection[int]) -> None:
+        """Say that other processes of this machine read the chunks of these rows, too.
+
+        From local files they are then read through the page cache: by the first process from the disk.
+        """
+        self._shared = rows
+
     def verify_first(self, reads: Iterable[ChunkRead]) -> None:
         """Verify chunks for which `load` is called later: far ones are held. Raises as `load`."""
         self._pass(reads, DISCARD if self.is_near else _Holder(self._held), None, keep=True)
@@ -96,8 +104,8 @@ class Fetcher:
             (held if read.stored.row in self._held else waiting).append(read)
         groups = list(self._requests(waiting))
         self.check_sizes(read.stored for read in waiting)
-        in_parallel(handle, groups, self._packs.threads)
-        in_parallel(lambda read: self._release(read, scatter), held, self._packs.threads)
+        in_parallel(handle, groups, self._packs.threads([group[0].stored for group in groups]))
+        in_parallel(lambda read: self._release(read, scatter), held)
 
     def check_all_sizes(self) -> None:
         """Compare the size of every pack with the manifest's. Raises CorruptError, StorageError."""
@@ -113,7 +121,7 @@ class Fetcher:
         for chunk in chunks:
             if chunk.pack not in self._sized:
                 of_packs.setdefault(chunk.pack, []).append(chunk)
-        in_parallel(self._check_size, list(of_packs.values()), self._packs.threads)
+        in_parallel(self._check_size, list(of_packs.values()))
 
     def fetch(self, chunks: Sequence[StoredChunk]) -> memoryview:
         """The bytes from the first to the last of these neighbours in one pack, verified. Raises as `verify`."""
@@ -164,6 +172,9 @@ class Fetcher:
     def _pass_group(self, group: Sequence[ChunkRead], scatter: Scatter, *, keep: bool) -> None:
         """Read neighbouring chunks: small ones together, others in pieces."""
         first = group[0].stored
+        if self._shared and not keep:
+            shared = sum(read.stored.nbytes for read in group if read.stored.row in self._shared)
+            keep = 2 * shared > sum(read.stored.nbytes for read in group)
         try:
             with self._packs.stream(first.pack, first.offset, group[-1].stored.stop, keep=keep) as stream:
                 for run in _runs(group):

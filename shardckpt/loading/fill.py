@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shardckpt.environment import local_world_size
 from shardckpt.format.box import Piece
 from shardckpt.format.dtypes import itemsize
 from shardckpt.format.manifest import Manifest
@@ -93,6 +94,9 @@ def fill(
     reads = plan_reads(manifest, [(target.name, piece.box) for target, piece in pieces])
     fetcher = Fetcher(source, manifest, limits)
     atomic, exchange = _plan_exchange(fetcher, manifest, reads, ranks, limits, atomic=atomic)
+    if ranks.size > 1 and local_world_size() > 1:
+        whole = [piece.box.shape == target.shape for target, piece in pieces]
+        fetcher.share({read.stored.row for read in reads if whole[read.copies[0].wanted]})
     received = {read.stored.row for same in exchange.received.values() for read in same}
     live: set[int] = set()
     if atomic:

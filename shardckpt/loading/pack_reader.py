@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardckpt.environment import local_world_size
+from shardckpt.format.chunks import StoredChunk
 from shardckpt.format.manifest import Manifest
 from shardckpt.loading.file_reads import BlockPool, FileStream, OpenFiles
 from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
@@ -44,6 +45,9 @@ class MemoryPacks:
 Source = Place | MemoryPacks
 """What a checkpoint is loaded from."""
 
+_SAMPLES = 16
+"""Chunks of a load that are looked up in the page cache."""
+
 
 class PackStream(Protocol):
     """Reads a range of a pack piece by piece. For one thread."""
@@ -64,20 +68,21 @@ class PackReader(Protocol):
         has_checksums: True if what is read can be verified.
         is_near: True if reading twice is cheaper than holding what was read.
         request: bytes that are best asked for together.
-        threads: threads that are best used at a time.
     """
 
     url: str
     has_checksums: bool
     is_near: bool
     request: int
-    threads: int
 
     def __contains__(self, number: int) -> bool:
         """True if this process can read the pack."""
 
     def size(self, number: int) -> int:
         """Bytes of the pack as it is found. Raises FileNotFoundError, StorageError."""
+
+    def threads(self, chunks: Sequence[StoredChunk]) -> int:
+        """The number of threads that read these chunks fastest. Raises StorageError."""
 
     def stream(
         self, number: int, start: int, stop: int, *, keep: bool = False
@@ -120,7 +125,6 @@ class _MemoryReader:
         self.url = source.url
         self.has_checksums = source.has_checksums
         self.request = limits.near_request
-        self.threads = _compute_threads()
         self._packs = source.packs
         self._manifest = manifest
 
@@ -130,6 +134,9 @@ class _MemoryReader:
     def size(self, number: int) -> int:
         # The buffer may be larger than the pack in it.
         return min(self._packs[number].nbytes, self._manifest.packs[number].size)
+
+    def threads(self, chunks: Sequence[StoredChunk]) -> int:  # noqa: ARG002
+        return _compute_threads()
 
     @contextmanager
     def stream(self, number: int, start: int, stop: int, *, keep: bool = False) -> Iterator[PackStream]:  # noqa: ARG002
@@ -161,7 +168,6 @@ class _RequestReader:
 
     is_near = False
     has_checksums = True
-    threads = THREADS
 
     def __init__(self, place: Place, manifest: Manifest, limits: LoadLimits) -> None:
         self.url = place.url
@@ -174,6 +180,9 @@ class _RequestReader:
 
     def size(self, number: int) -> int:
         return self._root.size(self._paths[number])
+
+    def threads(self, chunks: Sequence[StoredChunk]) -> int:  # noqa: ARG002
+        return THREADS
 
     @contextmanager
     def stream(self, number: int, start: int, stop: int, *, keep: bool = False) -> Iterator[PackStream]:  # noqa: ARG002
@@ -236,6 +245,17 @@ class _FileReader(_RequestReader):
         self._files = OpenFiles(root, self._paths, limits.open_files)
         self._blocks = BlockPool(limits.direct)
         self._turn = threading.Semaphore(_compute_threads())
+
+    def threads(self, chunks: Sequence[StoredChunk]) -> int:
+        """More of them where the disk has to be waited for: a sample of the chunks tells."""
+        byte = memoryview(bytearray(1))
+        try:
+            for chunk in chunks[:: len(chunks) // _SAMPLES + 1]:
+                if not self._files.open(chunk.pack).read_cached(chunk.offset, [byte]):
+                    return THREADS
+        except FileNotFoundError:
+            return THREADS
+        return _compute_threads()
 
     @contextmanager
     def stream(self, number: int, start: int, stop: int, *, keep: bool = False) -> Iterator[PackStream]:
