@@ -233,8 +233,8 @@ class _FileReader(_RequestReader):
     """Local files: what is in the page cache is read from there, other bytes past it.
 
     Reads past the page cache take a third of the time of cold reads through it, and an eighth of their CPU time
-    (scripts/bench/memory). Several threads wait for the disk, but only as many as there are processors for this
-    rank handle at the same time what they have read.
+    (4 processes on 2 processors, ext4). Several threads wait for the disk, but only as many as there are
+    processors for this rank handle at the same time what they have read.
     """
 
     is_near = True

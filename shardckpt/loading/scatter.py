@@ -15,7 +15,7 @@ from shardckpt.loading.plan import ChunkRead, Copy
 __all__ = ["DISCARD", "PIECE", "ArrayScatter", "Scatter", "Scratch"]
 
 PIECE = 256 << 10
-"""Bytes that are read, checksummed and copied on while they are in a core's cache (scripts/bench/memory)."""
+"""Bytes that are read, checksummed and copied on while they are in a core's cache."""
 
 
 class Scratch:

@@ -72,7 +72,7 @@ class LocalFile:
         Args:
             offset: a multiple of PAGE.
             buffer: its address and length are multiples of PAGE. In huge pages it is filled in large requests;
-                in others reads take about three times as long (scripts/bench/memory).
+                in others reads take about three times as long (4 processes on 2 processors, ext4).
 
         Returns the number of bytes: less than wanted at the file's end; -1 where the file system cannot.
         """
