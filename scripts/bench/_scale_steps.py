@@ -22,7 +22,7 @@ import numpy as np
 from shardckpt.format.box import Box, split_evenly
 from shardckpt.format.layouts import OWN, Layout, RankLayout, Split
 from shardckpt.format.manifest import MANIFEST, REFS, Part, WrittenPack, pack_path
-from shardckpt.format.manifest_codec import decode_checked, encode_record
+from shardckpt.format.manifest_codec import decode_checked, encode_checked
 from shardckpt.format.save_plan import decode_plan, encode_plan, plan_save
 from shardckpt.loading.plan import plan_reads
 from shardckpt.run.commit import commit
@@ -202,14 +202,14 @@ def plan_load(case: Case) -> Figures:
     info = SaveInfo(_ID, "", 1, 0, case.ranks)
     values = {f"v{number}": {"$tensor": tensor.name} for number, tensor in enumerate(plan.tensors)}
     sums = np.random.default_rng(0).integers(0, 1 << 32, len(plan.writer))
-    shared = encode_record(Proposal(info, {}, values, plan).manifest([{}] * case.ranks, sums))
+    shared = encode_checked(Proposal(info, {}, values, plan).manifest([{}] * case.ranks, sums))
     world, rank = case.ranks * 3 // 4, case.ranks // 2  # another number of ranks than have saved
     wanted = []
     for tensor in plan.tensors[: case.tensors]:
         for start, stop in split_evenly(((0, tensor.shape[0]),), world, rank):
             offsets = (start, *(0 for _ in tensor.shape[1:]))
             wanted.append((tensor.name, Box(offsets, (stop - start, *tensor.shape[1:]))))
-    figures = Figures(chunks=len(plan.writer), sizes={"manifest": len(shared)})
+    figures = Figures(chunks=len(plan.writer), sizes={"message": len(shared)})
     del plan, sums
     gc.collect()
     with _memory_of(figures), figures.timed("all"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardckpt.errors import public_api
 from shardckpt.format.manifest import Manifest
-from shardckpt.format.manifest_codec import decode_checked, decode_manifest
+from shardckpt.format.manifest_codec import decode_checked, encode_checked
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.fill import fill
 from shardckpt.loading.leftovers import Leftovers
@@ -18,7 +18,7 @@ from shardckpt.loading.pack_reader import Source
 from shardckpt.memory import no_garbage_collection
 from shardckpt.progress import doing
 from shardckpt.ranks.world import Ranks, agreement, current_ranks
-from shardckpt.run.places import Place, exact_place, find_place, read_decoded
+from shardckpt.run.places import Place, exact_place, find_place, read_manifest
 from shardckpt.run.tiers import tier_name
 from shardckpt.state.load_targets import LoadTargets
 from shardckpt.state.tensors import CannotAllocateError
@@ -243,8 +243,7 @@ def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
     data = b""
     with agreement(ranks):
         if ranks.rank == 0:
-            data, manifest = read_decoded(
-                place, lambda stored: (stored, decode_manifest(stored, place.url))
-            )
+            manifest = read_manifest(place)
+            data = encode_checked(manifest) if ranks.size > 1 else b""
     shared = ranks.broadcast(data)
     return manifest if manifest is not None else decode_checked(shared)

@@ -35,7 +35,13 @@ from shardckpt.format.manifest import (
     parts_folder,
     parts_of,
 )
-from shardckpt.format.manifest_codec import decode_manifest, decode_part, encode_record
+from shardckpt.format.manifest_codec import (
+    decode_checked,
+    decode_manifest,
+    decode_part,
+    encode_checked,
+    encode_record,
+)
 
 IN_RUN = "s3://bucket/run/attempt-0003/step-00000150"
 ALONE = "/data/checkpoint"
@@ -124,6 +130,25 @@ def test_round_trip(manifest: Manifest, where: str) -> None:
     assert back.first_rows[-1] == len(back.chunks.pack)
     assert set(back.metric_values) == set(manifest.metrics)
     assert all(isinstance(value, float) for value in back.metric_values.values())
+
+
+@_quick
+@given(_manifests())
+def test_a_checked_manifest_is_passed_on(manifest: Manifest) -> None:
+    """To ranks that decode it without a look at the record."""
+    assert decode_checked(encode_checked(manifest)) == manifest
+
+
+@pytest.mark.parametrize("where", ["top", "table"])
+def test_members_of_one_name_are_found_beside_the_table(where: str) -> None:
+    """The chunk table is left out of the search only where it stands as it is written."""
+    document = records.open_sealed(encode_record(laid_out([one_array("a", "int8", (4,), (2,))])), "")
+    if where == "top":
+        document = document.replace(b'{"format"', b'{"step":150,"format"', 1)
+    else:
+        document = document.replace(b'"offset":[0,66]', b'"offset":[0,66],"offset":[0,66]', 1)
+    with pytest.raises(FormatError, match="an object has two members named"):
+        decode_manifest(records.encode(msgspec.Raw(document)), ALONE)
 
 
 @_quick
