@@ -96,15 +96,15 @@ def decode_part(data: bytes, where: str) -> Part:
     for pack in part.packs:
         if not len(pack.chunk) == len(pack.offset) == len(pack.crc32c):
             raise FormatError(f"{where}: a part has chunk columns of different lengths")
-        numbers = (pack.rank, pack.size, *map(_lowest, (pack.chunk, pack.offset, pack.crc32c)))
-        highest = max(pack.size, *(max(column, default=0) for column in (pack.chunk, pack.offset)))
-        if min(numbers) < 0 or highest >= 1 << 63 or max(pack.crc32c, default=0) >= 1 << 32:
+        columns = [pack.rank, pack.size], pack.chunk, pack.offset
+        if not all(_within(column, 1 << 63) for column in columns) or not _within(pack.crc32c, 1 << 32):
             raise FormatError(f"{where}: a part is invalid: a number is out of range")
     return part
 
 
-def _lowest(numbers: list[int]) -> int:
-    return min(numbers, default=0)
+def _within(numbers: list[int], end: int) -> bool:
+    """True if all numbers are at least 0 and below `end`."""
+    return not numbers or (min(numbers) >= 0 and max(numbers) < end)
 
 
 _LENGTH = struct.Struct("<q")

@@ -21,10 +21,18 @@ from shardckpt.format.chunks import chunk_bytes
 from shardckpt.format.dtypes import EXTENDED, fill_value, itemsize
 from shardckpt.format.manifest import Chunks, Manifest, TensorEntry
 
-__all__ = ["ROOT", "TEMPLATES", "encode_refs", "references_of"]
+__all__ = ["MAX_CHUNKS", "ROOT", "TEMPLATES", "are_written", "encode_refs", "references_of"]
 
 TEMPLATES = ("u", "attempt", "run")
 """Names of the checkpoint's folder and the two above it, by the number of `../` at the start of a pack's path."""
+
+MAX_CHUNKS = 1 << 18
+"""Chunks above which a commit leaves refs.json out.
+
+That many take some 24 MB, and Zarr a second and 200 MB of memory to open; a million take 92 MB, four times the
+manifest, and Zarr 6.5 s and 670 MB (`scripts/bench/commit`). There is no smaller form: fsspec ignores kerchunk's
+generated references unless it is told otherwise and has jinja2.
+"""
 
 _MAX_CONSOLIDATED = 10_000
 """Nodes above which the root does not list them: Zarr takes 0.1 s for each thousand to open such a root."""
@@ -32,6 +40,11 @@ _MAX_CONSOLIDATED = 10_000
 ROOT = "__shardckpt"
 """Where `open_group` puts the root group. Zarr 3.1 lists a store wrongly if its path is empty, or is the
 beginning of a name; no name begins like this."""
+
+
+def are_written(manifest: Manifest) -> bool:
+    """True if a commit writes refs.json: if there are not too many chunks for it."""
+    return len(manifest.chunks.pack) <= MAX_CHUNKS
 
 
 def encode_refs(manifest: Manifest, url: str) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 
 from shardckpt.errors import CheckpointError, CheckpointExistsError, CorruptError
 from shardckpt.format.chunks import StoredChunk, content_bytes
-from shardckpt.format.manifest import Manifest, Pack, pack_path
+from shardckpt.format.manifest import Manifest, Pack, pack_path, parts_of
 from shardckpt.interop.progress import Counter, Progress
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import coalesced
@@ -84,6 +84,9 @@ def _copy_packs(source: Fetcher, copied: Place, made: Manifest, counter: Counter
     """Copy the packs of the manifest `made` that are not at the target yet."""
     chunks = _chunks_by_pack(made)
     found = set(copied.storage.list())
+    for name in found:
+        if parts_of(name) is not None:  # of a save that ended here, which this is not
+            copied.storage.delete_tree(name)
     target = Fetcher(copied, made)
     whole: list[str] = []
     written: list[str] = []

@@ -12,7 +12,7 @@ from typing import Any
 from shardckpt.errors import CheckpointError, CorruptError, FormatError, StorageError, finding
 from shardckpt.format.box import Box
 from shardckpt.format.manifest import REFS, Manifest
-from shardckpt.format.zarr_refs import TEMPLATES, encode_refs
+from shardckpt.format.zarr_refs import TEMPLATES, are_written, encode_refs
 from shardckpt.formatting import count
 from shardckpt.loading.fetch import Fetcher
 from shardckpt.loading.plan import ChunkRead, plan_reads
@@ -106,21 +106,27 @@ def _batches(reads: list[ChunkRead]) -> Iterator[list[ChunkRead]]:
 
 
 def _check_refs(place: Place, manifest: Manifest, report: VerifyReport) -> None:
-    expected = _Refs(json.loads(encode_refs(manifest, place.url)))
+    written = f"`shardckpt refs {place.url}` updates it"
     try:
         found = _Refs(json.loads(place.storage.read(REFS)))
     except FileNotFoundError:
+        if not are_written(manifest):
+            report.notes.append(
+                f"{REFS} is left out, as always for that many chunks: `shardckpt refs {place.url}` writes it, "
+                "for plain Zarr; shardckpt does not need it"
+            )
+            return
         report.problems.append(f"{REFS} is missing: plain Zarr cannot open it; shardckpt can")
         return
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, FormatError) as error:
         report.problems.append(f"{REFS} is not a reference file: {error!r}")
         return
+    expected = _Refs(json.loads(encode_refs(manifest, place.url)))
     wrong = sorted(
         key
         for key in {*found.entries, *expected.entries}
         if not _same_entry(found.entries.get(key), expected.entries.get(key))
     )
-    written = f"`shardckpt refs {place.url}` updates it"
     if wrong:
         report.problems.append(
             f"{REFS} disagrees with the manifest about {count(len(wrong), 'key')}, like {wrong[0]!r}: plain "

@@ -6,6 +6,7 @@ trainer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from shardckpt.errors import CheckpointExistsError, SaveError
 from shardckpt.format.manifest import MANIFEST, REFS, Manifest, Part, WrittenPack, pack_path
 from shardckpt.format.manifest_codec import encode_record
-from shardckpt.format.zarr_refs import encode_refs
+from shardckpt.format.zarr_refs import are_written, encode_refs
 from shardckpt.run.commit_wait import Patience, wait_for_parts
 from shardckpt.run.places import Place
 from shardckpt.run.proposal import Proposal
@@ -21,6 +22,7 @@ from shardckpt.storage.parallel import in_parallel
 
 __all__ = ["commit", "publish"]
 
+_log = logging.getLogger("shardckpt")
 
 _NONE = -1  # no checksum
 _THREADS = 16
@@ -52,7 +54,15 @@ def publish(place: Place, manifest: Manifest) -> None:
 
     Raises CheckpointExistsError if another writer has made one there, which is left as it is.
     """
-    place.storage.write(REFS, encode_refs(manifest, place.url))
+    if are_written(manifest):
+        place.storage.write(REFS, encode_refs(manifest, place.url))
+    else:
+        place.storage.delete(REFS)  # which a save that did not come this far may have left
+        _log.info(
+            "%s has %d chunks, too many for a %s: nothing needs it but plain Zarr, for which `shardckpt refs %s` "
+            "writes it",
+            *(place.url, len(manifest.chunks.pack), REFS, place.url),
+        )
     try:
         place.storage.create(MANIFEST, encode_record(manifest))  # from here on the checkpoint exists
     except FileExistsError as error:
@@ -72,8 +82,9 @@ def _assemble(proposal: Proposal, packs: Sequence[WrittenPack], where: str) -> M
                 f"{where}: rank {pack.rank} wrote {pack.size} bytes, planned were {plan.pack_sizes[pack.rank]}"
             )
         rows = np.array(pack.chunk, np.int64)
-        known = np.minimum(rows, len(writer) - 1)
-        wrong = (rows != known) | (writer[known] != pack.rank) | (offset[known] != pack.offset)
+        wrong = rows >= len(writer)
+        if not wrong.any():
+            wrong = (writer[rows] != pack.rank) | (offset[rows] != pack.offset)
         if wrong.any():
             raise SaveError(f"{where}: rank {pack.rank} wrote chunk {rows[wrong][0]} elsewhere")
         checksums[rows] = pack.crc32c
@@ -92,7 +103,6 @@ def _check_packs(place: Place, packs: Sequence[WrittenPack]) -> None:
     """
     listed = place.storage.sizes() if place.path else {}
     doubtful = [pack for pack in packs if listed.get(pack_path(pack.rank)) != pack.size]
-
     sizes = in_parallel(lambda pack: place.storage.size(pack_path(pack.rank)), doubtful, _THREADS)
     for pack, found in zip(doubtful, sizes, strict=True):
         if found != pack.size:

@@ -19,6 +19,7 @@ from shardckpt.format.manifest import Manifest, Part, WrittenPack, marker_path
 from shardckpt.run.commit import commit
 from shardckpt.run.commit_wait import Patience
 from shardckpt.run.failure_reports import report_failure
+from shardckpt.run.index import note_committed
 from shardckpt.run.keep_rules import KeepNewest
 from shardckpt.run.pack_writer import persist
 from shardckpt.run.parts import write_part
@@ -147,16 +148,22 @@ def persist_save(
         if proposal is not None:
             report(FAILED, error)
         raise
-    _prune(destination)
+    gone = _prune(destination)
+    if place.path:
+        note_committed(place, manifest, gone)
     return manifest
 
 
-def _prune(destination: Destination) -> None:
-    """Delete old checkpoints. A failure is logged only: the new one is durable, the next prune tries again."""
+def _prune(destination: Destination) -> list[str]:
+    """Delete old checkpoints. Returns their paths.
+
+    A failure is logged only: the new one is durable, and the next prune tries again.
+    """
     place, keep_last = destination.place, destination.tier.keep_last
     if keep_last is None:
-        return
+        return []
     try:
-        prune(place.root, [KeepNewest(keep_last)], place)
+        return prune(place.root, [KeepNewest(keep_last)], place)
     except OSError as error:
         _log.warning("old checkpoints of %s could not be deleted: %s", place.root.url, error)
+        return []

@@ -37,6 +37,7 @@ __all__ = [
     "read_manifest",
     "read_small",
     "step_path",
+    "steps_in",
     "succession",
 ]
 
@@ -82,15 +83,8 @@ class Place:
 
     def is_committed(self) -> bool:
         """Whether the checkpoint exists."""
-        return self._has(MANIFEST)
-
-    def is_bad(self) -> bool:
-        """Whether a reader has marked it as failing verification."""
-        return self._has(BAD)
-
-    def _has(self, name: str) -> bool:
         try:
-            self.storage.read(name, 0, 1)  # one request, also if it is not there
+            self.storage.read(MANIFEST, 0, 1)  # one request, also if it is not there
         except FileNotFoundError:
             return False
         except FormatError:  # there is something else than a file
@@ -135,11 +129,15 @@ def attempts_in(names: Iterable[str]) -> list[str]:
     return sorted(filter(_ATTEMPT.match, names), key=lambda name: (attempt_number(name), name))
 
 
+def steps_in(names: Iterable[str]) -> list[str]:
+    """Those of these names that are steps', the newest first."""
+    return sorted(filter(_STEP.match, names), key=lambda name: _number(_STEP, name), reverse=True)
+
+
 def iter_places(root: Storage) -> Iterator[Place]:
     """Every step folder of the run at `root`, committed or not, the newest first."""
     for attempt in reversed(attempts_in(root.list())):
-        steps = [name for name in root.list(attempt) if _STEP.match(name)]
-        for step in sorted(steps, key=lambda name: _number(_STEP, name), reverse=True):
+        for step in steps_in(root.list(attempt)):
             yield Place(root, f"{attempt}/{step}")
 
 
@@ -150,9 +148,11 @@ def iter_good(root: Storage) -> Iterator[Place]:
     """
     found, bad = False, ""
     for place in iter_places(root):
-        if not place.is_committed():
+        names = place.storage.list()
+        # A listing that is out of date must not hide the newest checkpoint.
+        if MANIFEST not in names and not place.is_committed():
             continue
-        if place.is_bad():
+        if BAD in names:
             bad = bad or place.url
         else:
             found = True
@@ -180,7 +180,8 @@ def succession(place: Place) -> Succession:
     for other in iter_places(place.root):
         if other.order[0] <= own:
             break
-        if other.is_committed() and not other.is_bad():
+        names = other.storage.list()
+        if MANIFEST in names and BAD not in names:
             return Succession.COMMITTED
     return Succession.CLAIMED
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from shardckpt.format.manifest import MANIFEST
 from shardckpt.run.keep_rules import KeepRule, StoredCheckpoint, kept
-from shardckpt.run.places import Place, iter_places
+from shardckpt.run.places import Place
+from shardckpt.run.survey import StepFolder, survey
 from shardckpt.storage import Storage
 
 __all__ = ["prune"]
@@ -19,12 +20,13 @@ def prune(root: Storage, rules: Iterable[KeepRule], newest: Place) -> list[str]:
     that is over. The manifest is deleted first, so a checkpoint that is half deleted does not exist. Returns the
     paths that were deleted, the newest first. Raises StorageError; the next call deletes the rest.
     """
-    older = [place for place in iter_places(root) if place.order <= newest.order]
-    committed = [_stored(place) for place in older if place.is_committed()]
+    older = [folder for folder in survey(root) if folder.place.order <= newest.order]
+    # Nothing is taken for unfinished, and deleted, because of a listing alone, which may be out of date.
+    unfinished = {f.place.path for f in older if not f.is_committed and not f.place.is_committed()}
+    committed = [_stored(folder) for folder in older if folder.place.path not in unfinished]
     keep = kept(rules, committed) | {newest.path}
-    unfinished = {place.path for place in older} - {checkpoint.path for checkpoint in committed}
     deleted = []
-    for place in older:
+    for place in (folder.place for folder in older):
         if place.path in keep or (place.path in unfinished and _is_by_rival(place, newest)):
             continue
         place.storage.delete(MANIFEST)
@@ -33,9 +35,9 @@ def prune(root: Storage, rules: Iterable[KeepRule], newest: Place) -> list[str]:
     return deleted
 
 
-def _stored(place: Place) -> StoredCheckpoint:
-    attempt, step, _ = place.order
-    return StoredCheckpoint(place.path, attempt, step, is_good=not place.is_bad())
+def _stored(folder: StepFolder) -> StoredCheckpoint:
+    attempt, step, _ = folder.place.order
+    return StoredCheckpoint(folder.place.path, attempt, step, is_good=not folder.is_bad)
 
 
 def _is_by_rival(place: Place, newest: Place) -> bool:

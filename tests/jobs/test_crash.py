@@ -195,6 +195,7 @@ def test_the_order_of_a_save(run: Storage) -> None:
         ("create", f"{step}/manifest.json"),
         ("delete", "attempt-0001/step-00000001/manifest.json"),
         ("delete_tree", "attempt-0001/step-00000001"),
+        ("write", "attempt-0002/index.json"),
     ]
 
 

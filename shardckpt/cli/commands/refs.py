@@ -1,4 +1,4 @@
-"""`shardckpt refs`: write refs.json again, for where a run or a checkpoint is now."""
+"""`shardckpt refs`: write refs.json, for where a run or a checkpoint is now, or where it was left out."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import argparse
 from shardckpt.cli.output import print_result
 from shardckpt.cli.storage_options import storage_options
 from shardckpt.format.manifest import REFS
+from shardckpt.format.zarr_refs import MAX_CHUNKS
 from shardckpt.formatting import count
 from shardckpt.run.refs import write_references
 
 __all__ = ["DETAILS", "JSON_FIELDS", "SUMMARY", "add_arguments", "run"]
 
-SUMMARY = "update refs.json, for Zarr readers, after a run was moved or copied"
-DETAILS = """\
-shardckpt itself does not read refs.json, and finds a moved run without it."""
+SUMMARY = "write refs.json, for Zarr readers, after a run was moved or copied"
+DETAILS = f"""\
+shardckpt itself does not read refs.json, and finds a moved run without it.
+Saves of more than {MAX_CHUNKS:,} chunks leave it out: name the checkpoint, and not
+its run, to have it written."""
 JSON_FIELDS = """\
   url          the run or checkpoint
   checkpoints  one for each:

@@ -17,7 +17,7 @@ from shardckpt.errors import (
     StorageError,
 )
 from shardckpt.format.manifest import part_path
-from shardckpt.run.places import iter_places
+from shardckpt.run.places import attempts_in, iter_places
 from shardckpt.storage import Storage, open_storage
 from tests.kit.faults import FaultyStorage
 from tests.kit.runs import committed, restored, saved, state_at
@@ -81,7 +81,7 @@ def test_the_newest_of_two_attempts_of_one_number(tmp_path: Path) -> None:
     """Two writers with one number do not delete each other's unfinished saves."""
     storage = Overwriting(open_storage(tmp_path))
     checkpointer = saved(storage, 1, keep_last=1)
-    (attempt,) = storage.list()
+    (attempt,) = attempts_in(storage.list())
     other = f"{attempt[:12]}-00000000/step-00000001"
     storage.write(f"{other}/{part_path('x', 0)}", b"{}")
     checkpointer.save(2, state_at(2))

@@ -46,7 +46,7 @@ def test_what_is_wrong_with_each(call: Call, run: Path, newest: Path) -> None:
     """A checkpoint that was marked bad, cannot be read, is of another version, or whose save failed."""
     (newest / "bad.json").write_bytes(records.encode({"error": f"{newest}: the chunk of 'x' is corrupt"}))
     (run / "attempt-0001/step-00000100" / MANIFEST).write_text("{")
-    change(run / "attempt-0001/step-00000050" / MANIFEST, lambda m: m.update(format="shardckpt/9"))
+    change(run / "attempt-0001/step-00000050" / MANIFEST, lambda m: m.update(format="shardckpt/99"))
     failed = run / "attempt-0002/step-00000200/failed.json"
     failed.write_bytes(records.encode({"id": "x", "error": "StorageFullError: no\x1b[31m space"}))
     code, out, _ = call("ls", run, "--json")
