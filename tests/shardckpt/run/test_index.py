@@ -162,7 +162,7 @@ def test_the_list_is_right_after_any_change(
     path = f"{ATTEMPT}/step-{number:08d}"
     change(run / path, read_index(open_storage(run / ATTEMPT))[path])
     rows, calls = listed(run)
-    assert len(reads(calls)) <= 2
+    assert len(reads(calls)) <= 3  # what cannot be read is read twice
     assert rows == without_index(run)
 
 
