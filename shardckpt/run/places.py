@@ -149,8 +149,7 @@ def iter_good(root: Storage) -> Iterator[Place]:
     found, bad = False, ""
     for place in iter_places(root):
         names = place.storage.list()
-        # A listing that is out of date must not hide the newest checkpoint.
-        if MANIFEST not in names and not place.is_committed():
+        if MANIFEST not in names and not _is_unlisted(place):
             continue
         if BAD in names:
             bad = bad or place.url
@@ -162,6 +161,14 @@ def iter_good(root: Storage) -> Iterator[Place]:
             f"every checkpoint of {root.url} is marked as bad, the newest is {bad}. Its {BAD} says why; delete "
             "that file to have it tried again, or start anew under another URL."
         )
+
+
+def _is_unlisted(place: Place) -> bool:
+    """True if there is a manifest that a listing did not show: one out of date must not hide a checkpoint."""
+    try:
+        return bool(place.storage.read(MANIFEST, 0, 1))
+    except (FileNotFoundError, FormatError):
+        return False
 
 
 class Succession(Enum):

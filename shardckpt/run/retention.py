@@ -37,7 +37,9 @@ def prune(root: Storage, rules: Iterable[KeepRule], newest: Place) -> list[str]:
 
 def _stored(folder: StepFolder) -> StoredCheckpoint:
     attempt, step, _ = folder.place.order
-    return StoredCheckpoint(folder.place.path, attempt, step, is_good=not folder.is_bad)
+    return StoredCheckpoint(
+        folder.place.path, attempt, step, is_good=folder.is_committed and not folder.is_bad
+    )
 
 
 def _is_by_rival(place: Place, newest: Place) -> bool:
