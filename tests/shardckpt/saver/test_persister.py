@@ -133,7 +133,7 @@ def test_a_node_that_lacks_its_part_of_the_newest(
         everyone(world, "wait", step)
         everyone(world, "wait_ready")
     world[0].tell("step", 3)
-    world[1].tell("die_in_copy", 3)
+    world[1].tell("stay_in_copy", 3)
     world[0].answer()
     world[0].do("wait", 3, "memory")
     for trainer in world:

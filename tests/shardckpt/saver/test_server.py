@@ -68,10 +68,10 @@ def test_a_forked_child_does_not_hide_the_death_of_a_trainer(
     everyone(world, "prepare")
     child = world[1].do("fork")
     world[0].tell("step", 1)
-    world[1].tell("die_in_copy", 1)
+    world[1].tell("stay_in_copy", 1)
     try:
         assert world[0].answer()
-        world[1].wait_for_death()
+        world[1].kill()
         assert "a rank ended before it had staged its part" in world[0].do("wait_failed", 1)
     finally:
         os.kill(child, signal.SIGKILL)
