@@ -53,7 +53,7 @@ class BufferPool:
     def grant(self, trainer: Trainer, size: int) -> Buffer | None:
         """Give the trainer a buffer of at least `size` bytes, if there is one that it may have now."""
         owners = [trainer, None] if self._is_next(trainer) else [trainer]
-        has_other = any(buffer.is_granted for buffer in self.owned(trainer))
+        has_other = trainer.allocating > 0 or any(buffer.is_granted for buffer in self.owned(trainer))
         fitting = [
             buffer
             for buffer in self.buffers.values()

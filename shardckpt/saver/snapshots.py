@@ -215,7 +215,7 @@ class SnapshotStore:
         """True if a snapshot may be dropped once this trainer begins its next save.
 
         The newest one may go if it is durable, or waits for a storage that takes nothing, and the trainer has no
-        other buffer to write into.
+        other buffer to write into, and none is coming.
         """
         if held is None:
             return True

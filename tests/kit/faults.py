@@ -215,7 +215,8 @@ class MisreadStorage(FaultyStorage):
 
     def _spoil(self, path: str, data: memoryview) -> None:
         with self._log.lock:
-            if path.endswith(self._file) and data and self._left[0] > 0:
+            is_content = len(data) > 1  # and not a look at whether the file is there
+            if path.endswith(self._file) and is_content and self._left[0] > 0:
                 self._left[0] -= 1
                 data[len(data) // 2] ^= 1
 

@@ -173,6 +173,20 @@ def test_while_one_is_written_the_newest_whole_one_stays() -> None:
     assert [held.info.step for held in node.store.whole("run")] == [3]
 
 
+def test_the_newest_stays_while_another_buffer_is_being_allocated() -> None:
+    """It is durable by then: a crash would cost no step, but the way back from a disk."""
+    node = Node()
+    trainer = node.join(GIB)
+    node.serve_one(trainer, [GIB])
+    node.serve_one(trainer, [GIB])
+    held = node.save([trainer], 1)
+    node.store.note_persisted(held, "local")
+    trainer.allocating = GIB
+    assert node.pool.grant(trainer, GIB) is None
+    trainer.allocating = 0
+    assert node.pool.grant(trainer, GIB) is not None, "if none is coming, it may go"
+
+
 def test_a_snapshot_that_is_persisted_or_read_is_not_granted() -> None:
     node = Node()
     (trainer,) = world = node.world(1, GIB)
