@@ -25,7 +25,7 @@ from shardckpt.state.tensors import CannotAllocateError
 from shardckpt.state.unflatten import bind_state
 from shardckpt.storage import Storage
 
-__all__ = ["Loaded", "load", "load_place", "load_source"]
+__all__ = ["Loaded", "load", "load_place", "load_source", "shared_manifest"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def load_place(
         leftovers: of earlier loads into `state` that failed; an error may leave more.
         tier: the name of the place's tier; None: it follows from the place's storage.
     """
-    manifest = _shared_manifest(place, ranks)
+    manifest = shared_manifest(place, ranks)
     tier = tier_name(place.root) if tier is None else tier
     return load_source(
         place,
@@ -237,7 +237,7 @@ def _bind(
         raise
 
 
-def _shared_manifest(place: Place, ranks: Ranks) -> Manifest:
+def shared_manifest(place: Place, ranks: Ranks) -> Manifest:
     """The manifest, which rank 0 reads and checks for all ranks. Collective."""
     manifest: Manifest | None = None
     data = b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from shardckpt.errors import (
 )
 from shardckpt.format import records
 from shardckpt.loading.leftovers import Leftovers
-from shardckpt.loading.load import Loaded, load_place, load_source
+from shardckpt.loading.load import Loaded, load_source, shared_manifest
 from shardckpt.loading.snapshots import open_snapshot
 from shardckpt.memory import no_garbage_collection
 from shardckpt.progress import alive
@@ -161,35 +162,25 @@ class RestoreCandidates:
     def _load(
         self, candidate: _Candidate, state: dict[str, Any], *, strict: bool, started: float
     ) -> Loaded:
+        load = partial(
+            load_source,
+            state=state,
+            ranks=self._ranks,
+            strict=strict,
+            started=started,
+            atomic=False,
+            leftovers=self._leftovers,
+        )
         if candidate.snapshot is None:
-            place, tier = self._place(candidate), self._tiers[candidate.tier][0]
-            return load_place(
-                place,
-                state,
-                self._ranks,
-                strict=strict,
-                started=started,
-                atomic=False,
-                leftovers=self._leftovers,
-                tier=tier,
-            )
+            place = self._place(candidate)
+            return load(place, shared_manifest(place, self._ranks), tier=self._tiers[candidate.tier][0])
         url = f"{self._url}/{candidate.path}"
         try:
             opened = open_snapshot(self._client, candidate.snapshot, url, self._ranks)
             if opened is None:
                 raise NotACheckpointError(f"the snapshot of {url} is in no memory any more")
             manifest, packs = opened
-            return load_source(
-                packs,
-                manifest,
-                state,
-                self._ranks,
-                strict=strict,
-                started=started,
-                atomic=False,
-                leftovers=self._leftovers,
-                tier=MEMORY,
-            )
+            return load(packs, manifest, tier=MEMORY)
         finally:
             if self._client is not None:
                 self._client.detach()

@@ -97,7 +97,7 @@ SPANS: Mapping[str, tuple[Span, ...]] = {
     ),
     "load": (
         Span("LOAD", "shardckpt.loading.load:load_place"),
-        Span("manifest", "shardckpt.loading.load:_shared_manifest", 1),
+        Span("manifest", "shardckpt.loading.load:shared_manifest", 1),
         Span("read and decode", "shardckpt.loading.load:read_manifest", 2),
         Span("bind targets", "shardckpt.loading.load:bind_state", 1),
         Span("fill", "shardckpt.loading.load:fill", 1),
