@@ -1,4 +1,4 @@
-"""Advice to the kernel about memory: pages to read ahead, to fault in, or to make huge. Free of torch.
+"""Memory of this process: aligned blocks, huge pages, views of it. Free of torch.
 
 The advice goes through libc, since `mmap.madvise` holds the interpreter lock meanwhile.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,28 +18,12 @@ import numpy.typing as npt
 __all__ = [
     "aligned_memory",
     "no_garbage_collection",
-    "populate",
     "prefer_huge_pages",
     "writable",
 ]
 
 _HUGE_PAGE = 2 << 20
-_MADV_WILLNEED = 3
 _MADV_HUGEPAGE = 14
-_MADV_POPULATE_READ = 22  # since Linux 5.14
-
-
-def populate(content: npt.NDArray[np.uint8]) -> bool:
-    """Have the kernel read and map the pages of a mapped file. Returns True if they can be read now.
-
-    Touching a mapped page that cannot be read, of a file that was truncated or on a disk that fails, ends the
-    process (SIGBUS). Returns False for such pages, and where the kernel is too old.
-    """
-    address = _address(content)
-    start = address // mmap.PAGESIZE * mmap.PAGESIZE
-    length = address + content.nbytes - start
-    _advise(start, length, _MADV_WILLNEED)  # one large request, whatever the device's read-ahead is
-    return _advise(start, length, _MADV_POPULATE_READ)
 
 
 def aligned_memory(nbytes: int) -> npt.NDArray[np.uint8]:
@@ -59,7 +42,7 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
     start = -(-address // _HUGE_PAGE) * _HUGE_PAGE
     length = (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE - start
     if length > 0:
-        _advise(start, length, _MADV_HUGEPAGE)
+        _libc().madvise(start, length, _MADV_HUGEPAGE)
 
 
 def bytes_at(address: int, nbytes: int) -> memoryview:
@@ -83,10 +66,6 @@ class _Writable:
 
 def _address(array: npt.NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
-
-
-def _advise(start: int, length: int, advice: int) -> bool:
-    return bool(_libc().madvise(start, length, advice) == 0)
 
 
 @cache

@@ -18,7 +18,6 @@ from shardckpt.format.chunks import StoredChunk
 from shardckpt.format.manifest import Manifest
 from shardckpt.loading.file_reads import BlockPool, FileStream, OpenFiles
 from shardckpt.loading.limits import DEFAULT_LIMITS, LoadLimits
-from shardckpt.memory import populate
 from shardckpt.run.places import Place
 from shardckpt.storage import LocalStorage, Storage
 from shardckpt.storage.parallel import THREADS
@@ -117,7 +116,7 @@ def open_packs(source: Source, manifest: Manifest, limits: LoadLimits = DEFAULT_
 
 
 class _MemoryReader:
-    """Snapshots, whose memory is mapped already."""
+    """Snapshots, whose memory is mapped and faulted in already."""
 
     is_near = True
 
@@ -140,9 +139,7 @@ class _MemoryReader:
 
     @contextmanager
     def stream(self, number: int, start: int, stop: int, *, keep: bool = False) -> Iterator[PackStream]:  # noqa: ARG002
-        content = np.frombuffer(self._packs[number], dtype=np.uint8)
-        populate(content[start:stop])  # in one call instead of page by page
-        yield _MemoryStream(content)
+        yield _MemoryStream(np.frombuffer(self._packs[number], dtype=np.uint8))
 
     def read_again(self, number: int, start: int, stop: int) -> memoryview:
         return self._packs[number][start:stop]
